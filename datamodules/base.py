@@ -1,0 +1,106 @@
+"""What every datamodule shares: loaders with an exactly resumable order."""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader
+
+
+@contextmanager
+def seeded(*parts: int) -> Iterator[None]:
+    """Run a block with the global CPU generators of Python, numpy and torch seeded by `parts`.
+
+    Libraries of augmentations draw from all three. Afterwards the generators are as before, so that
+    loading a sample in the main process changes nothing else.
+    """
+    words = np.random.SeedSequence(parts).generate_state(3)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        random.seed(int(words[0]))
+        np.random.seed(words[1])
+        torch.default_generator.manual_seed(int(words[2]))
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class TrunklineDataModule(L.LightningDataModule):
+    """Loaders for the datasets that a subclass puts into `datasets` in its `setup`.
+
+    Args:
+        batch_size: samples a step over all processes, so that a recipe means the same on any machine.
+        eval_batch_size: the same for evaluation; None takes `batch_size`.
+        num_workers: processes that load data; None chooses: none for data in memory, else one a core
+            less one for the training itself, 8 at most.
+        seed: of order and augmentation.
+    """
+
+    in_memory = False
+    """Whether reading a sample costs less than sending it between processes."""
+
+    def __init__(self, batch_size: int, eval_batch_size: int | None, num_workers: int | None, seed: int) -> None:
+        super().__init__()
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.num_workers, self.seed = num_workers, seed
+        self.datasets: dict[str, Dataset[Any]] = {}
+        """Map-style datasets by split (train, val, test), indexed with `SampleKey`s."""
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled full batches; resumes where the trainer's counters stand."""
+        return self.loader("train", train=True)
+
+    def val_dataloader(self) -> ResumableLoader | list[Any]:
+        """Every validation sample once."""
+        return self.loader("val") if "val" in self.datasets else []
+
+    def test_dataloader(self) -> ResumableLoader | list[Any]:
+        """Every test sample once."""
+        return self.loader("test") if "test" in self.datasets else []
+
+    def loader(self, split: str, train: bool = False) -> ResumableLoader:
+        """The loader of one split for this process."""
+        dataset = self.datasets[split]
+        sampler = ResumableBatchSampler(
+            len(dataset),  # type: ignore[arg-type]
+            self.batch_size if train else self.eval_batch_size,
+            seed=self.seed,
+            shuffle=train,
+            drop_last=train,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )
+        workers = self.worker_count()
+        return ResumableLoader(
+            dataset,
+            sampler,
+            position=self.position if train and self.trainer else None,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+        )
+
+    def position(self) -> tuple[int, int]:
+        """(epoch, batches of it already trained on), as the trainer counts them."""
+        assert self.trainer is not None
+        loop = self.trainer.fit_loop
+        return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
+
+    def worker_count(self) -> int:
+        """`num_workers`, or what suits this machine and its processes."""
+        if self.num_workers is not None:
+            return self.num_workers
+        if self.in_memory:
+            return 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = cores // (self.trainer.num_devices if self.trainer else 1)
+        return min(max(share - 1, 1), 8)

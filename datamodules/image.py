@@ -1,0 +1,308 @@
+"""Labelled images for classification."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from trunkline import TrunklineError
+from trunkline.datamodules.base import TrunklineDataModule, seeded
+from trunkline.datamodules.samplers import SampleKey
+from trunkline.datamodules.sources import ImageRows, ImageTable, Subset, load_image_table, open_image, to_channels
+
+Transform = Callable[[Any], Tensor]
+
+
+@dataclass
+class Augmentation:
+    """Random changes to a training image, in the order listed; the defaults change nothing but the crop."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the area that a random crop takes ("Inception crop"); (1, 1) resizes the whole image."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio of the crop."""
+    hflip: float = 0.0
+    """Probability of a mirror image."""
+    rotate: float = 0.0
+    """Largest rotation in degrees."""
+    translate: float = 0.0
+    """Largest shift as a share of each side."""
+    zoom: float = 0.0
+    """Largest change of size as a share."""
+    rand_augment: str | None = None
+    """timm's policy string for RandAugment, such as `rand-m10-n2-inc1`."""
+    erasing: float = 0.0
+    """Probability of erasing a random rectangle (arXiv:1708.04896), after normalisation."""
+
+
+@dataclass
+class Preprocessing:
+    """How a picture becomes the network's input; a checkpoint keeps it, so that `predict` does the same."""
+
+    image_size: int | tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+
+    def evaluation(self) -> Transform:
+        """Resize, centre crop, normalise."""
+        from timm.data import create_transform
+
+        return create_transform(**self._common(), is_training=False, crop_pct=self.crop_pct)
+
+    def training(self, augmentation: Augmentation) -> Transform:
+        """Random crop and the other augmentations, normalise."""
+        from timm.data import create_transform
+
+        whole = augmentation.crop_scale == (1.0, 1.0)
+        first, second, third = create_transform(
+            **self._common(),
+            is_training=True,
+            scale=augmentation.crop_scale,
+            ratio=augmentation.crop_ratio,
+            hflip=augmentation.hflip,
+            color_jitter=None,
+            auto_augment=augmentation.rand_augment,
+            re_prob=augmentation.erasing,
+            re_mode="pixel",
+            separate=True,
+        )
+        if whole:
+            flip = v2.RandomHorizontalFlip(augmentation.hflip)
+            first = v2.Compose([v2.Resize(self.size, v2.InterpolationMode(self.interpolation)), flip])
+        if augmentation.rotate or augmentation.translate or augmentation.zoom:
+            affine = v2.RandomAffine(
+                augmentation.rotate,
+                translate=(augmentation.translate,) * 2,
+                scale=(1 - augmentation.zoom, 1 + augmentation.zoom),
+                interpolation=v2.InterpolationMode.BILINEAR,
+            )
+            first = v2.Compose([first, affine])
+        return v2.Compose([first, second, third])
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "input_size": (self.channels, *self.size),
+            "interpolation": self.interpolation,
+            "mean": self.mean,
+            "std": self.std,
+        }
+
+
+class LabelledImages(Dataset[dict[str, Any]]):
+    """Transformed rows. An item is a pure function of (seed, epoch, index).
+
+    Items: `image` (C, height, width) float32, `label`, `index`, `valid` (False: a filler or a skipped
+    image, not to be counted), `skipped` (1 if the row's file could not be read).
+    """
+
+    def __init__(
+        self, rows: ImageRows, preprocessing: Preprocessing, transform: Transform, seed: int | None, skip_corrupt: bool
+    ) -> None:
+        self.rows, self.preprocessing, self.transform = rows, preprocessing, transform
+        self.seed, self.skip_corrupt = seed, skip_corrupt
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows.labels)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        """The item of a key.
+
+        Raises:
+            TrunklineError: if the image cannot be read and `skip_corrupt` is off.
+        """
+        row, skipped = key.index, 0
+        while True:
+            try:
+                image = to_channels(self.rows.image(row), self.preprocessing.channels)
+                break
+            except (TrunklineError, OSError) as error:
+                if not self.skip_corrupt or skipped >= len(self):
+                    raise
+                # The next row stands in, so that every process keeps its batch size.
+                warnings.warn(f"skipped: {error}", stacklevel=2)
+                row, skipped = (row + 1) % len(self), skipped + 1
+        if self.seed is None:
+            pixels = self.transform(image)
+        else:
+            with seeded(self.seed, key.epoch, key.index):
+                pixels = self.transform(image)
+        # A stand-in is fine to learn from, but counting it twice would bend a metric.
+        valid = key.valid and not (skipped and self.seed is None)
+        return {
+            "image": pixels,
+            "label": int(self.rows.labels[row]),
+            "index": key.index,
+            "valid": valid,
+            "skipped": int(skipped > 0),
+        }
+
+
+class ImageFiles(Dataset[dict[str, Any]]):
+    """Image files without labels, in the given order. Items: `image`, `index`, `valid`."""
+
+    def __init__(self, files: list[Path], preprocessing: Preprocessing) -> None:
+        self.files, self.preprocessing, self.transform = files, preprocessing, preprocessing.evaluation()
+
+    def __len__(self) -> int:
+        """Number of files."""
+        return len(self.files)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        """The item of a key."""
+        file = self.files[key.index]
+        image = to_channels(open_image(file.read_bytes(), str(file)), self.preprocessing.channels)
+        return {"image": self.transform(image), "index": key.index, "valid": key.valid}
+
+
+class ImageData(TrunklineDataModule):
+    """Labelled images from the offline digits, local files or a hub name.
+
+    Batches: `image` (B, C, height, width) float32, `label` (B,) int64, `index` (B,) row numbers,
+    `valid` (B,) bool, `skipped` (B,) int64; see `LabelledImages`.
+
+    Args:
+        source: `digits`, an image folder (a sub-folder a class, optionally below train/ val/ test/), a
+            Parquet or Arrow file or folder, or a Hugging Face hub name.
+        image_column: column of a table that holds the images.
+        label_column: column that holds class numbers or names.
+        train_split: the source's name of the training split; None finds `train`.
+        val_split: the same for validation; None finds the usual names, else takes `val_fraction`.
+        test_split: the same for testing; None finds the usual names, else takes `test_fraction`.
+        val_fraction: share of the training rows set aside, stratified by class, if the source has no such split.
+        test_fraction: the same for testing.
+        split_seed: of those two.
+        image_size: pixels that the network takes: one side, or (height, width).
+        channels: 1 (grey) or 3 (RGB).
+        mean: of each channel, subtracted after scaling to 0..1.
+        std: of each channel, divided by.
+        interpolation: bilinear, bicubic, nearest or lanczos.
+        crop_pct: side of the centre crop in evaluation, as a share of the resized image.
+        augmentation: random changes to training images.
+        skip_corrupt: replace unreadable images by the next row and count them, instead of stopping.
+        cache_dir: where `datasets` keeps what it converts.
+        batch_size: see `TrunklineDataModule`, as the next three.
+        eval_batch_size: see there.
+        num_workers: see there.
+        seed: see there.
+    """
+
+    def __init__(
+        self,
+        source: str = "digits",
+        image_column: str = "image",
+        label_column: str = "label",
+        train_split: str | None = None,
+        val_split: str | None = None,
+        test_split: str | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+        image_size: int | tuple[int, int] = 224,
+        channels: int = 3,
+        mean: tuple[float, ...] = (0.5,),
+        std: tuple[float, ...] = (0.5,),
+        interpolation: str = "bicubic",
+        crop_pct: float = 1.0,
+        augmentation: Augmentation | None = None,
+        skip_corrupt: bool = False,
+        cache_dir: str | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, seed)
+        if channels not in (1, 3):
+            raise TrunklineError(f"--data.channels must be 1 (grey) or 3 (RGB), not {channels}")
+        for flag, values in (("mean", mean), ("std", std)):
+            if len(values) not in (1, channels):
+                raise TrunklineError(f"--data.{flag} has {len(values)} values for {channels} channel(s)")
+        self.preprocessing = Preprocessing(
+            image_size,
+            channels,
+            tuple(mean) * (channels // len(mean)),
+            tuple(std) * (channels // len(std)),
+            interpolation,
+            crop_pct,
+        )
+        self.augmentation = augmentation or Augmentation()
+        self.source, self.columns = source, (image_column, label_column)
+        self.split_names = {"train": train_split, "val": val_split, "test": test_split}
+        self.fractions = {"test": test_fraction, "val": val_fraction}
+        self.split_seed, self.skip_corrupt, self.cache_dir = split_seed, skip_corrupt, cache_dir
+        self.in_memory = source == "digits"
+        self.class_names: list[str] = []
+        """Known after `setup`."""
+
+    def prepare_data(self) -> None:
+        """Download or convert once, before the other processes look."""
+        self._load()
+
+    def setup(self, stage: str) -> None:
+        """Read the source and make the splits."""
+        if self.datasets:
+            return
+        table = self._load()
+        self.class_names = table.class_names
+        evaluation = self.preprocessing.evaluation()
+        for split, rows in carve_splits(table.splits, self.fractions, self.split_seed).items():
+            train = split == "train"
+            transform = self.preprocessing.training(self.augmentation) if train else evaluation
+            self.datasets[split] = LabelledImages(
+                rows, self.preprocessing, transform, self.seed if train else None, self.skip_corrupt
+            )
+
+    def _load(self) -> ImageTable:
+        return load_image_table(self.source, *self.columns, self.split_names, self.cache_dir)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `predict` needs to know of the data, as plain values."""
+        return {"preprocessing": asdict(self.preprocessing), "class_names": self.class_names}
+
+
+def carve_splits(splits: dict[str, ImageRows], fractions: dict[str, float], seed: int) -> dict[str, ImageRows]:
+    """Set stratified shares of the training rows aside for splits that the source does not have.
+
+    Args:
+        splits: at least `train`.
+        fractions: missing split -> share of all training rows; the first is taken first, so that the test
+            rows do not depend on how much is taken for validation.
+        seed: of the choice.
+
+    Raises:
+        TrunklineError: if a class is too small to be in both parts.
+    """
+    from sklearn.model_selection import train_test_split
+
+    rows, kept = splits["train"], np.arange(len(splits["train"].labels))
+    carved = dict(splits)
+    for split, fraction in fractions.items():
+        if split in splits or not fraction:
+            continue
+        try:
+            kept, taken = train_test_split(
+                kept, test_size=round(fraction * len(rows.labels)), random_state=seed, stratify=rows.labels[kept]
+            )
+        except ValueError as error:
+            raise TrunklineError(
+                f"cannot set {fraction:.0%} of the training rows aside for {split}: {error}; give each class more "
+                f"rows, name a split with --data.{split}_split, or set --data.{split}_fraction 0"
+            ) from error
+        carved[split] = Subset(rows, taken)
+        carved["train"] = Subset(rows, kept)
+    return carved

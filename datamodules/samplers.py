@@ -1,0 +1,121 @@
+"""The order of samples: a pure function of (seed, epoch), resumable at any batch on any number of processes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from trunkline import TrunklineError
+
+
+class SampleKey(NamedTuple):
+    """What a dataset is asked for. Augmentation and the like may depend on (seed, epoch, index) alone."""
+
+    epoch: int
+    index: int
+    valid: bool = True
+    """False for a filler that makes all processes' shares equally long; never counted in a metric."""
+
+
+class ResumableBatchSampler:
+    """Batches of `SampleKey`s for one process.
+
+    An epoch's order depends on (seed, epoch) only. It is cut into global batches, and each process takes
+    every `world_size`-th sample of a global batch: the same samples make up step n on any number of
+    processes. Starting at batch n costs nothing, because nothing before it is read.
+
+    Args:
+        length: number of samples in the dataset.
+        batch_size: samples in a global batch, over all processes.
+        seed: of the order.
+        shuffle: whether epochs are permuted.
+        drop_last: leave out a last batch that is not full. Else it is ragged, and fillers with
+            `valid=False` give each process the same number of samples.
+        rank: this process.
+        world_size: number of processes.
+
+    Raises:
+        TrunklineError: if the batch cannot be shared equally, or not one batch is full.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise TrunklineError(
+                f"batch_size={batch_size} (over all processes) cannot be shared by {world_size} process(es); "
+                f"set --data.batch_size to a multiple of {world_size}"
+            )
+        if drop_last and length < batch_size:
+            raise TrunklineError(
+                f"batch_size={batch_size} is larger than the training data ({length} samples), so that not one "
+                f"batch is full; set --data.batch_size to at most {length}"
+            )
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.shuffle, self.drop_last, self.rank, self.world_size = shuffle, drop_last, rank, world_size
+        self.epoch = self.start = 0
+
+    @property
+    def sampler(self) -> "ResumableBatchSampler":
+        """Itself: Lightning looks for `set_epoch` at `batch_sampler.sampler`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration runs through."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever the next iteration starts."""
+        return self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        """This process's batches from number `start` on; the epoch after that starts at 0 again."""
+        start, self.start = self.start, 0
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        for batch in range(start, len(self)):
+            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            fillers = -len(indices) % self.world_size
+            keys = [SampleKey(self.epoch, int(i)) for i in indices]
+            keys += [SampleKey(self.epoch, int(indices[0]), valid=False)] * fillers
+            yield keys[self.rank :: self.world_size]
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader that asks where to start at the moment the first batch of an epoch is wanted.
+
+    Lightning makes the iterator before it has restored its counters, and worker processes prefetch as
+    soon as they exist: a loader that began at once would begin at the wrong sample.
+
+    Args:
+        dataset: takes `SampleKey`s.
+        batch_sampler: the order.
+        position: returns (epoch, batches of it already done); None means always from the beginning.
+        **options: as for `DataLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_sampler: ResumableBatchSampler,
+        position: Callable[[], tuple[int, int]] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, batch_sampler=batch_sampler, **options)
+        self.position = position
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Lazily, from `position()` on."""
+        if self.position is not None:
+            self.batch_sampler.epoch, self.batch_sampler.start = self.position()  # type: ignore[union-attr]
+        yield from super().__iter__()

@@ -1,0 +1,194 @@
+"""Attention of the trunk: self or cross, grouped queries, rotary positions, cache, captured weights.
+
+Shape legend: B batch, T target (query) tokens, S source (key) tokens, D model width, H query heads,
+K key/value heads, E width of one head (D / H).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone.config import TransformerConfig
+
+Rotation = tuple[Tensor, Tensor]
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, so that a new token costs one row of attention.
+
+    Self-attention keys and values are written in place into buffers of a fixed length; those of
+    `context` are projected once, at the first call. For inference only.
+
+    Args:
+        config: the trunk's configuration.
+        batch_size: number of sequences.
+        max_length: number of tokens that fit.
+        dtype: of the keys and values; give the dtype in which the trunk computes.
+        device: where the buffers live.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        batch_size: int,
+        max_length: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        shape = (config.depth, batch_size, config.kv_heads, max_length, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.cross: dict[int, tuple[Tensor, Tensor]] = {}
+        self.length = 0
+        """Tokens held so far; the trunk adds to it at the end of each call."""
+
+    @property
+    def max_length(self) -> int:
+        """Number of tokens that fit."""
+        return self.keys.shape[3]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, K, T, E) keys and values of one layer; return all (B, K, S, E) held with them."""
+        end = self.length + k.shape[2]
+        if end > self.max_length:
+            raise TrunklineError(
+                f"the KV cache holds {self.max_length} tokens, but {end} were given; make it with max_length={end}"
+            )
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def reorder(self, index: Tensor) -> None:
+        """Let row b continue row `index[b]`, for beam search. `index`: (B,) integers."""
+        held = slice(0, self.length)
+        self.keys[:, :, :, held] = self.keys[:, index, :, held]
+        self.values[:, :, :, held] = self.values[:, index, :, held]
+        self.cross = {layer: (k[index], v[index]) for layer, (k, v) in self.cross.items()}
+
+
+def make_norm(config: TransformerConfig, dim: int) -> nn.Module:
+    """The configuration's norm over a last dimension of `dim`."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(dim, eps=config.norm_eps)
+    return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
+
+
+def rotation_table(positions: Tensor, head_dim: int, theta: float) -> Rotation:
+    """Cosines and sines, each (T, E), of the rotary embedding at `positions` (T,).
+
+    Always float32: a buffer would follow `module.to(bfloat16)`, and far positions would lose their phase.
+    """
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(positions.float(), frequency).repeat(1, 2)  # (T, E)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn each pair (x[i], x[i + E/2]) of the (B, H, T, E) heads by its position's angle."""
+    cos, sin = (t.to(x.dtype) for t in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """What `F.scaled_dot_product_attention` computes, with the (B, H, T, S) weights as a second result.
+
+    A query that may attend to nothing gets zeros, as it does there.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))  # (B, H, S, E)
+    scores = (q @ k.mT) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    if is_causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1).to(v.dtype)
+    if mask is not None:
+        weights = weights * mask
+    return F.dropout(weights, dropout_p) @ v, weights
+
+
+class Attention(nn.Module):
+    """Multi-head attention with H query heads over K key/value heads; self-attention, or over a context."""
+
+    def __init__(self, config: TransformerConfig, cross: bool = False) -> None:
+        super().__init__()
+        dim, kv_dim = config.dim, config.kv_heads * config.head_dim
+        self.head_dim, self.kv_dim, self.dropout = config.head_dim, kv_dim, config.dropout
+        self.gqa = config.kv_heads != config.num_heads
+        if cross:
+            self.q = nn.Linear(dim, dim, bias=config.bias)
+            self.kv = nn.Linear(dim, 2 * kv_dim, bias=config.bias)
+        else:
+            self.qkv = nn.Linear(dim, dim + 2 * kv_dim, bias=config.bias)
+        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+        self.proj = nn.Linear(dim, dim, bias=config.bias)
+
+    def fused_projections(self) -> list[tuple[Tensor, int]]:
+        """Weights that are several equal matrices stacked, with how many (for optimisers that see matrices)."""
+        if hasattr(self, "kv"):
+            return [(self.kv.weight, 2)]
+        return [(self.qkv.weight, 3)] if not self.gqa else []
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads * E) -> (B, heads, T, E)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def keys_values(self, k: Tensor, v: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        """Flat (B, S, K * E) projections -> keys and values (B, K, S, E), ready to attend to."""
+        k, v = self.heads(k), self.heads(v)
+        if self.k_norm is not None:
+            k = self.k_norm(k).to(v.dtype)  # autocast runs norms in float32
+        return (k if rotation is None else rotate(k, rotation)), v
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        rotation: Rotation | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        return_attention: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) -> (B, T, D), and the (B, H, T, S) weights if asked for.
+
+        `context` (B, S, D) is attended to by a module made with `cross=True`; `mask` is boolean and
+        broadcastable to (B, H, T, S), True where a query may attend.
+        """
+        if context is None:
+            sizes = (self.qkv.out_features - 2 * self.kv_dim, self.kv_dim, self.kv_dim)
+            q, k, v = self.qkv(x).split(sizes, dim=-1)
+            k, v = self.keys_values(k, v, rotation)
+            if cache is not None:
+                k, v = cache.update(layer, k, v)
+        else:
+            q = self.q(x)
+            if cache is not None and layer in cache.cross:
+                k, v = cache.cross[layer]
+            else:
+                k, v = self.keys_values(*self.kv(context).chunk(2, dim=-1), rotation=None)
+                if cache is not None:
+                    cache.cross[layer] = (k, v)
+        q = self.heads(q)
+        if self.q_norm is not None:
+            q = self.q_norm(q).to(v.dtype)
+        if rotation is not None:
+            q = rotate(q, rotation)
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if return_attention:
+            out, weights = explicit_attention(q, k, v, mask, is_causal, dropout_p)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, enable_gqa=self.gqa
+            )
+        return self.proj(out.transpose(1, 2).flatten(2)), weights  # (B, H, T, E) -> (B, T, D)

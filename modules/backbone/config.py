@@ -1,0 +1,91 @@
+"""The trunk's one configuration."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trunkline import TrunklineError
+
+MLPKind = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swiglu"]
+NormKind = Literal["layernorm", "rmsnorm"]
+
+
+@dataclass
+class TransformerConfig:
+    """Shape and flavour of a trunk. Plain types only, so that it survives YAML, JSON and checkpoints.
+
+    Raises:
+        TrunklineError: if the sizes do not fit each other; the message names the fields.
+    """
+
+    dim: int = 192
+    """Width D of the token embeddings."""
+    depth: int = 12
+    """Number of blocks."""
+    num_heads: int = 3
+    """Query heads H; must divide `dim`."""
+    num_kv_heads: int | None = None
+    """Key/value heads K (grouped-query attention, arXiv:2305.13245); None means one per query head."""
+    mlp_dim: int | None = None
+    """Hidden width F of the MLP; None means 4 D, or 8/3 D rounded up to a multiple of 8 for swiglu."""
+    mlp: MLPKind = "gelu"
+    """Activation; `swiglu` gates the hidden layer (arXiv:2002.05202), `relu2` squares (arXiv:2109.08668)."""
+    norm: NormKind = "layernorm"
+    """Normalisation layer; `rmsnorm` is arXiv:1910.07467."""
+    norm_eps: float = 1e-6
+    """Added to the variance in each norm."""
+    norm_first: bool = True
+    """True: pre-norm, x + f(norm(x)). False: post-norm, norm(x + f(x)), as in the original paper and BERT."""
+    final_norm: bool = True
+    """One more norm after the last block; usual with pre-norm, absent with post-norm."""
+    qk_norm: bool = False
+    """Normalise each head's queries and keys (arXiv:2302.05442)."""
+    bias: bool = True
+    """Biases in linear layers and layer norms."""
+    causal: bool = False
+    """A token attends only to itself and to tokens before it."""
+    cross_attention: bool = False
+    """Each block also attends to `context` (the decoder of an encoder-decoder)."""
+    rope_theta: float | None = None
+    """Base of the rotary position embedding (arXiv:2104.09864, half-split layout); None means none."""
+    dropout: float = 0.0
+    """Probability for attention weights and for the output of each sub-layer."""
+    drop_path: float = 0.0
+    """Stochastic depth (arXiv:1603.09382): rate of the last block, growing linearly from 0 at the first."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.depth, self.num_heads, self.kv_heads) < 1:
+            raise TrunklineError("dim, depth, num_heads and num_kv_heads must each be at least 1")
+        if self.dim % self.num_heads:
+            fits = [h for h in range(1, self.dim + 1) if self.dim % h == 0]
+            raise TrunklineError(
+                f"num_heads={self.num_heads} does not divide dim={self.dim}; "
+                f"set num_heads to {min(fits, key=lambda h: abs(h - self.num_heads))} or change dim"
+            )
+        if self.num_heads % self.kv_heads:
+            raise TrunklineError(
+                f"num_kv_heads={self.kv_heads} does not divide num_heads={self.num_heads}; "
+                "each key/value head serves the same number of query heads"
+            )
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise TrunklineError(
+                f"rope_theta needs an even width per head, but dim / num_heads = {self.head_dim}; change either"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width E of one head."""
+        return self.dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number K of key/value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden width F of the MLP."""
+        if self.mlp_dim is not None:
+            return self.mlp_dim
+        return -(-8 * self.dim // 24) * 8 if self.mlp == "swiglu" else 4 * self.dim

@@ -1,0 +1,94 @@
+"""How modalities become the trunk's (B, T, D) embeddings: patches and absolute positions."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone.transformer import init_linear
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into square patches and project each to a token (ViT, arXiv:2010.11929).
+
+    Cutting and a linear layer are what a convolution with stride = kernel computes; its flattened
+    weight is this layer's weight.
+
+    Args:
+        image_size: (height, width) in pixels.
+        patch_size: side of a patch in pixels; must divide both.
+        in_chans: channels C of the image.
+        dim: width D of a token.
+
+    Raises:
+        TrunklineError: if the patch does not tile the image.
+    """
+
+    def __init__(self, image_size: tuple[int, int], patch_size: int, in_chans: int, dim: int) -> None:
+        super().__init__()
+        if any(side % patch_size or side < patch_size for side in image_size):
+            raise TrunklineError(
+                f"patch_size={patch_size} does not divide image_size={image_size[0]}x{image_size[1]}; "
+                "set patch_size to a divisor of both sides, or image_size to a multiple of patch_size"
+            )
+        self.image_size, self.patch_size, self.in_chans = image_size, patch_size, in_chans
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.proj = nn.Linear(in_chans * patch_size**2, dim)
+        init_linear(self.proj)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, height, width) -> (B, T, D), row by row.
+
+        Raises:
+            TrunklineError: if the images have another shape than the network was made for.
+        """
+        if image.shape[1:] != (self.in_chans, *self.image_size):
+            want, got = (
+                f"{shape[0]} channel(s) of {shape[1]}x{shape[2]} pixels"
+                for shape in ((self.in_chans, *self.image_size), image.shape[1:])
+            )
+            raise TrunklineError(
+                f"the network takes images with {want}, but got {got}; make image_size and in_chans of the "
+                "network and of the data the same"
+            )
+        batch, p = image.shape[0], self.patch_size
+        tiles = image.reshape(batch, self.in_chans, self.grid[0], p, self.grid[1], p)
+        tiles = tiles.permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, C, p, p)
+        return self.proj(tiles.reshape(batch, self.grid[0] * self.grid[1], -1))
+
+
+def sincos_positions(length: int, dim: int, theta: float = 10_000.0) -> Tensor:
+    """(length, dim) sinusoidal positions: sines in the first half, cosines in the second (arXiv:1706.03762)."""
+    frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return _sincos(torch.arange(length, dtype=torch.float32), frequency)
+
+
+def sincos_positions_2d(grid: tuple[int, int], dim: int, theta: float = 10_000.0) -> Tensor:
+    """(rows * columns, dim) positions of a grid, half of the width for x and half for y (arXiv:2205.01580).
+
+    Raises:
+        TrunklineError: if `dim` is no multiple of 4.
+    """
+    if dim % 4:
+        raise TrunklineError(f"2-D sin-cos positions need a dim that is a multiple of 4, not {dim}")
+    frequency = theta ** -torch.linspace(0, 1, dim // 4)
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
+    return torch.cat((_sincos(x.flatten(), frequency), _sincos(y.flatten(), frequency)), dim=1)
+
+
+def _sincos(position: Tensor, frequency: Tensor) -> Tensor:
+    """Positions (N,) at frequencies (E,) -> (N, 2 E)."""
+    angle = torch.outer(position, frequency)
+    return torch.cat((angle.sin(), angle.cos()), dim=1)
+
+
+def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Positions (1, old rows * columns, D) of one patch grid, interpolated to another (bicubic, antialiased)."""
+    if old == new:
+        return positions
+    dim, dtype = positions.shape[-1], positions.dtype
+    image = positions.float().reshape(1, *old, dim).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    image = F.interpolate(image, size=new, mode="bicubic", antialias=True)
+    return image.permute(0, 2, 3, 1).reshape(1, math.prod(new), dim).to(dtype)

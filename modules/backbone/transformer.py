@@ -1,0 +1,228 @@
+"""The trunk: one `Transformer` that every model of the house stands on.
+
+It sees embeddings, never token ids, pixels or modality names. The original post-norm ReLU block
+(Vaswani et al., 2017, arXiv:1706.03762) and the modern pre-norm rotary SwiGLU block are both just
+configurations of it.
+
+Shape legend: B batch, T target (query) tokens, S source (key) tokens, D model width, H query heads,
+F hidden width of the MLP.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone.attention import Attention, KVCache, Rotation, make_norm, rotation_table
+from trunkline.modules.backbone.config import TransformerConfig
+
+
+class TransformerOutput(NamedTuple):
+    """What a trunk returns."""
+
+    x: Tensor
+    """(B, T, D) final states."""
+    attention: list[Tensor] | None = None
+    """One (B, H, T, S) tensor of self-attention weights a block, with `return_attention=True`."""
+    cross_attention: list[Tensor] | None = None
+    """One (B, H, T, S) tensor of weights over `context` a block, with `return_attention=True`."""
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them; `swiglu` packs gate and value into the first."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.kind = config.mlp
+        width = config.hidden_dim * (2 if config.mlp == "swiglu" else 1)
+        self.fc1 = nn.Linear(config.dim, width, bias=config.bias)
+        self.fc2 = nn.Linear(config.hidden_dim, config.dim, bias=config.bias)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """(..., F or 2 F) -> (..., F)."""
+        if self.kind == "gelu":
+            return F.gelu(x)
+        if self.kind == "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        if self.kind == "quick_gelu":
+            return x * torch.sigmoid(1.702 * x)
+        if self.kind == "swiglu":
+            gate, value = x.chunk(2, dim=-1)
+            return F.silu(gate) * value
+        x = F.relu(x)
+        return x.square() if self.kind == "relu2" else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.fc2(self.activate(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Leave a residual branch out for whole samples, scaling up the others (stochastic depth)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> (B, ...)."""
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        return x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where configured, and an MLP, each on a residual branch."""
+
+    def __init__(self, config: TransformerConfig, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm_first = config.norm_first
+        self.norm1 = make_norm(config, config.dim)
+        self.attn = Attention(config)
+        if config.cross_attention:
+            self.norm_cross = make_norm(config, config.dim)
+            self.cross_attn = Attention(config, cross=True)
+        self.norm2 = make_norm(config, config.dim)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def residual(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
+        """Add a sub-layer's output to its input; post-norm normalises the sum."""
+        x = x + self.drop_path(self.dropout(branch))
+        return x if self.norm_first else norm(x)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        mask: Tensor | None,
+        context_mask: Tensor | None,
+        is_causal: bool,
+        rotation: Rotation | None,
+        cache: KVCache | None,
+        layer: int,
+        return_attention: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(B, T, D) -> (B, T, D), self-attention weights, cross-attention weights."""
+        branch, weights = self.attn(
+            self.norm1(x) if self.norm_first else x,
+            mask=mask,
+            is_causal=is_causal,
+            rotation=rotation,
+            cache=cache,
+            layer=layer,
+            return_attention=return_attention,
+        )
+        x = self.residual(x, branch, self.norm1)
+        cross_weights = None
+        if context is not None:
+            branch, cross_weights = self.cross_attn(
+                self.norm_cross(x) if self.norm_first else x,
+                context=context,
+                mask=context_mask,
+                cache=cache,
+                layer=layer,
+                return_attention=return_attention,
+            )
+            x = self.residual(x, branch, self.norm_cross)
+        branch = self.mlp(self.norm2(x) if self.norm_first else x)
+        return self.residual(x, branch, self.norm2), weights, cross_weights
+
+
+class Transformer(nn.Module):
+    """A stack of blocks over embeddings: encoder, decoder or both, after its `TransformerConfig`."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.norm = make_norm(config, config.dim) if config.final_norm else nn.Identity()
+        self.apply(init_linear)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        return_attention: bool = False,
+    ) -> TransformerOutput:
+        """Run the trunk.
+
+        Args:
+            x: (B, T, D) embeddings; with `cache`, of the new tokens only.
+            context: (B, S, D) encoder states; needed exactly if `config.cross_attention`.
+            mask: boolean, True where a token may attend: (B, S) for padding, with `cache` over the old and
+                new tokens together, or anything broadcastable to (B, H, T, S). A causal trunk applies it
+                on top of causality.
+            context_mask: the same over `context`.
+            cache: keys and values of earlier tokens; the new ones are added to it.
+            return_attention: also return each block's attention weights (slower, same result).
+
+        Returns:
+            `TransformerOutput(x=(B, T, D), attention, cross_attention)`.
+
+        Raises:
+            TrunklineError: if `context` is given or missing against the configuration.
+        """
+        if (context is not None) != self.config.cross_attention:
+            raise TrunklineError(
+                f"this trunk was made with cross_attention={self.config.cross_attention}, "
+                f"but context is {'given' if context is not None else 'missing'}"
+            )
+        start = 0 if cache is None else cache.length
+        end = start + x.shape[1]
+        mask, is_causal = self.self_attention_mask(mask, start, end, x.device)
+        rotation = None
+        if self.config.rope_theta is not None:
+            positions = torch.arange(start, end, device=x.device)
+            rotation = rotation_table(positions, self.config.head_dim, self.config.rope_theta)
+        shared = (context, mask, _four_dimensional(context_mask), is_causal, rotation, cache)
+        attention: list[Tensor] = []
+        cross_attention: list[Tensor] = []
+        recompute = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
+        for layer, block in enumerate(self.blocks):
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            x, weights, cross_weights = run(x, *shared, layer, return_attention)
+            attention += [] if weights is None else [weights]
+            cross_attention += [] if cross_weights is None else [cross_weights]
+        if cache is not None:
+            cache.length = end
+        return TransformerOutput(self.norm(x), attention or None, cross_attention or None)
+
+    def self_attention_mask(
+        self, mask: Tensor | None, start: int, end: int, device: torch.device
+    ) -> tuple[Tensor | None, bool]:
+        """Mask and `is_causal` flag for queries start..end over keys 0..end.
+
+        The flag stands alone wherever it says enough, because then no (T, S) mask is ever built.
+        """
+        mask = _four_dimensional(mask)
+        if not self.config.causal or end - start == 1:  # one new token sees all that came before it
+            return mask, False
+        if mask is None and start == 0:
+            return None, True
+        causal = torch.ones(end - start, end, dtype=torch.bool, device=device).tril(start)
+        return (causal if mask is None else mask & causal), False
+
+
+def _four_dimensional(mask: Tensor | None) -> Tensor | None:
+    """(B, S) padding mask -> (B, 1, 1, S); any other shape stays."""
+    return mask[:, None, None, :] if mask is not None and mask.ndim == 2 else mask
+
+
+def init_linear(module: nn.Module) -> None:
+    """Truncated normal weights with deviation 0.02 and zero biases, as BERT, GPT-2 and ViT start."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,6 @@
+"""Plain torch networks, each a short composition on the trunk. Needs torch alone."""
+
+from trunkline.modules.networks.base import Network
+from trunkline.modules.networks.vit import ViT, ViTConfig
+
+__all__ = ["Network", "ViT", "ViTConfig"]

@@ -1,0 +1,104 @@
+"""What every network shares: plain-data configuration, and weights that load anywhere."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar, get_type_hints
+
+from torch import nn
+
+from trunkline import TrunklineError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+C = TypeVar("C")
+
+
+def config_from_dict(config_class: type[C], data: Mapping[str, Any]) -> C:
+    """Build a (nested) configuration dataclass from plain data, as JSON and checkpoints hold it.
+
+    Raises:
+        TrunklineError: for a key that the configuration does not have; names the nearest one.
+    """
+    hints = get_type_hints(config_class)
+    values = {}
+    for key, value in data.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            raise TrunklineError(
+                f"{config_class.__name__} has no field '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
+            )
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            value = config_from_dict(hints[key], value)
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return config_class(**values)
+
+
+class Network(nn.Module):
+    """A plain torch network that is rebuilt from its configuration and saved as two public files.
+
+    A subclass names its configuration dataclass in `config_class`, takes an instance of it as its only
+    argument and keeps it as `config`.
+    """
+
+    config_class: ClassVar[type]
+    config: Any
+
+    def output_modules(self) -> list[nn.Module]:
+        """The parts after the trunk (pooling, heads): never frozen, and at full rate in layer-wise decay."""
+        return []
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into `folder`, made if missing."""
+        from safetensors.torch import save_model
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"network": type(self).__name__, **dataclasses.asdict(self.config)}
+        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_model(self, str(folder / WEIGHTS_FILE))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Self:
+        """Rebuild a network that `save_pretrained` wrote.
+
+        Args:
+            source: the folder, or the name of a Hugging Face hub repository (needs `huggingface_hub`).
+
+        Raises:
+            TrunklineError: if a file is missing, of another network, or does not fit the configuration.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_model
+
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = _download(str(source))
+        try:
+            content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            name = content.pop("network", None)
+            if name != cls.__name__:
+                raise TrunklineError(
+                    f"{folder / CONFIG_FILE} describes a {name}, not a {cls.__name__}; "
+                    f"load it with {name}.from_pretrained"
+                )
+            network = cls(config_from_dict(cls.config_class, content))
+            load_model(network, str(folder / WEIGHTS_FILE))
+        except (OSError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
+            raise TrunklineError(
+                f"cannot load a {cls.__name__} from {folder}: {error}; the folder needs the "
+                f"{CONFIG_FILE} and {WEIGHTS_FILE} of one save_pretrained call"
+            ) from error
+        return network
+
+
+def _download(name: str) -> Path:
+    """Files of a hub repository, in the hub's own cache."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except Exception as error:  # the hub's client raises many kinds, offline or for a bad name
+        raise TrunklineError(f"'{name}' is no folder, and the hub gave no such repository: {error}") from error

@@ -1,0 +1,144 @@
+"""Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929)."""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trunkline.modules.backbone import (
+    AttentionPool,
+    PatchEmbed,
+    Transformer,
+    TransformerConfig,
+    resize_positions,
+    sincos_positions_2d,
+)
+from trunkline.modules.networks.base import Network
+
+
+@dataclass
+class ViTConfig:
+    """Shape of a Vision Transformer; the defaults are ViT-Ti/16 at 224 pixels."""
+
+    image_size: int | tuple[int, int] = 224
+    """Pixels: one side, or (height, width)."""
+    patch_size: int = 16
+    """Side of a patch in pixels; must divide the image."""
+    in_chans: int = 3
+    """Channels: 1 grey, 3 RGB, any other number as the data has it."""
+    num_classes: int = 1000
+    """Outputs of the head; 0 leaves the head out, and the network returns pooled features."""
+    pool: Literal["cls", "mean", "map"] = "cls"
+    """A class token, the mean over patches (arXiv:2205.01580), or attention pooling (arXiv:2106.04560)."""
+    positions: Literal["learned", "sincos2d", "none"] = "learned"
+    """Absolute positions of the patches; `none` is for a rotary trunk."""
+    num_registers: int = 0
+    """Extra tokens that are read by no head (arXiv:2309.16588)."""
+    backbone: TransformerConfig = field(default_factory=TransformerConfig)
+    """The trunk."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+
+class ViTFeatures(NamedTuple):
+    """States of the trunk over an image."""
+
+    prefix: Tensor
+    """(B, P, D): the class token, if any, then the registers."""
+    patches: Tensor
+    """(B, rows * columns, D)."""
+    attention: list[Tensor] | None
+    """One (B, H, P + rows * columns, same) tensor a block, if asked for."""
+
+
+class ViT(Network):
+    """Image classifier: patch embedding, trunk, pooling, linear head."""
+
+    config_class = ViTConfig
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.backbone.dim
+        self.patch_embed = PatchEmbed(config.size, config.patch_size, config.in_chans, dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.pool == "cls" else None
+        self.reg_token = nn.Parameter(torch.empty(1, config.num_registers, dim)) if config.num_registers else None
+        self.pos_embed: Tensor | None = None
+        self.set_positions(None)
+        self.dropout = nn.Dropout(config.backbone.dropout)
+        self.backbone = Transformer(config.backbone)
+        self.attn_pool = AttentionPool(config.backbone) if config.pool == "map" else None
+        self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
+        for token in (self.cls_token, self.reg_token, self.pos_embed):
+            if isinstance(token, nn.Parameter):
+                nn.init.trunc_normal_(token, std=0.02)
+        if isinstance(self.head, nn.Linear):  # a zero head starts at the loss of a uniform guess
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """P, the tokens before the patches."""
+        return (self.cls_token is not None) + self.config.num_registers
+
+    def output_modules(self) -> list[nn.Module]:
+        """Pooling and classification head."""
+        return [module for module in (self.attn_pool, self.head) if module is not None]
+
+    def set_positions(self, learned: Tensor | None) -> None:
+        """Set `pos_embed` (1, rows * columns, D) for the present grid; `learned` holds values to start from."""
+        grid, dim = self.patch_embed.grid, self.config.backbone.dim
+        if self.config.positions == "learned":
+            shape = (1, grid[0] * grid[1], dim)
+            self.pos_embed = nn.Parameter(torch.empty(shape) if learned is None else learned)
+        elif self.config.positions == "sincos2d":
+            # Computed, so it is no part of the weights and fits any grid.
+            self.register_buffer("pos_embed", sincos_positions_2d(grid, dim)[None], persistent=False)
+
+    @torch.no_grad()
+    def resize(self, image_size: int | tuple[int, int]) -> None:
+        """Take images of another size from now on; learned positions are interpolated.
+
+        Raises:
+            TrunklineError: if the patch does not divide the new size.
+        """
+        old, old_embed = self.patch_embed.grid, self.patch_embed
+        config = self.config
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.patch_embed = PatchEmbed((height, width), config.patch_size, config.in_chans, config.backbone.dim)
+        self.patch_embed.proj = old_embed.proj
+        config.image_size = image_size
+        if isinstance(self.pos_embed, nn.Parameter):
+            self.set_positions(resize_positions(self.pos_embed, old, self.patch_embed.grid))
+        else:
+            device = None if self.pos_embed is None else self.pos_embed.device
+            self.set_positions(None)
+            if self.pos_embed is not None:
+                self.pos_embed = self.pos_embed.to(device)
+
+    def forward_features(self, image: Tensor, return_attention: bool = False) -> ViTFeatures:
+        """(B, C, height, width) -> states after the trunk."""
+        x = self.patch_embed(image)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        tokens = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        x = self.dropout(torch.cat((*tokens, x), dim=1)) if tokens else self.dropout(x)
+        out = self.backbone(x, return_attention=return_attention)
+        split = self.num_prefix_tokens
+        return ViTFeatures(out.x[:, :split], out.x[:, split:], out.attention)
+
+    def forward_head(self, features: ViTFeatures, pre_logits: bool = False) -> Tensor:
+        """States -> (B, num_classes) logits, or with `pre_logits` the pooled (B, D) features."""
+        if self.attn_pool is not None:
+            pooled = self.attn_pool(features.patches)
+        else:
+            pooled = features.prefix[:, 0] if self.config.pool == "cls" else features.patches.mean(dim=1)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, height, width) -> (B, num_classes) logits."""
+        return self.forward_head(self.forward_features(image))

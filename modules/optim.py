@@ -1,0 +1,201 @@
+"""Optimisers, parameter groups and learning-rate schedules. Needs torch alone."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import Transformer
+from trunkline.modules.backbone.attention import Attention
+from trunkline.modules.networks.base import Network
+
+
+@dataclass
+class OptimizerConfig:
+    """How a network learns. Every schedule counts optimiser steps, never epochs."""
+
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    """`muon` orthogonalises the trunk's matrices and leaves the rest to AdamW."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Decoupled decay (multiplied by the learning rate) of linear weights; never of norms, biases, embeddings, tokens."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's denominator floor."""
+    momentum: float = 0.95
+    """Momentum (Nesterov) of Muon and SGD."""
+    layer_decay: float = 1.0
+    """Each block's rate is this times that of the block above (arXiv:2106.08254); 1 means equal rates."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine to `final_lr`, constant then linear to it (warm-up-stable-decay), or constant."""
+    warmup: float = 0.05
+    """Linear warm-up: a fraction of all steps if below 1, else a number of steps."""
+    decay_fraction: float = 0.2
+    """Share of all steps in which `wsd` decays."""
+    final_lr: float = 0.0
+    """Rate at the end, as a fraction of the peak."""
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) for groups with `muon=True`, AdamW for the others.
+
+    Momentum of a matrix is replaced by its nearest semi-orthogonal matrix, scaled so that its entries
+    have the size of an AdamW update (arXiv:2502.16982): one rate and decay serve both. Matrices of one
+    shape are orthogonalised together, in as many kernel calls as one of them would need.
+
+    Group keys: `muon`, `splits` (a fused projection is that many equal matrices), `lr`, `weight_decay`,
+    `momentum`, `betas`, `eps`.
+    """
+
+    def __init__(self, params: Any, **defaults: Any) -> None:
+        super().__init__(params, {"muon": True, "splits": 1, **defaults})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        stacks: dict[tuple[torch.Size, torch.device], list[tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(list)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not group["muon"]:
+                self._adamw(params, group)
+                continue
+            for p in params:
+                matrices = p.grad.reshape(group["splits"], -1, p.shape[-1])
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(matrices))
+                momentum.lerp_(matrices, 1 - group["momentum"])
+                nesterov = matrices.lerp(momentum, group["momentum"])
+                stacks[nesterov.shape, p.device].append((p, nesterov, group))
+        for rows in stacks.values():
+            updates = orthogonalize(torch.cat([nesterov for _, nesterov, _ in rows]))
+            for (p, nesterov, group), update in zip(rows, updates.split(rows[0][1].shape[0]), strict=True):
+                scale = 0.2 * math.sqrt(max(nesterov.shape[-2:]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * scale)
+        return loss
+
+    def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), device=p.device)
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        held = [self.state[p] for p in params]
+        adamw(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            [s["exp_avg"] for s in held],
+            [s["exp_avg_sq"] for s in held],
+            [],
+            [s["step"] for s in held],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Nearly semi-orthogonal matrices of the same row and column spaces, by a quintic Newton-Schulz iteration.
+
+    Args:
+        matrices: (N, rows, columns).
+        steps: iterations; after 5 the singular values lie between about 0.7 and 1.2.
+    """
+    # bfloat16 is enough for the iteration, and fast where the device multiplies it natively.
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, poly, x, beta=3.4445)
+    return x.mT if tall else x
+
+
+def parameter_groups(network: Network, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Sort the parameters that learn into groups of equal rate, decay and method.
+
+    What a parameter is follows from the module that owns it, not from its name: only weights of linear
+    layers decay, and only those inside a trunk's blocks are Muon's. A weight shared with an embedding
+    counts as an embedding. With `layer_decay`, block i of a trunk of depth n has the rate
+    lr * layer_decay**(n - i), embeddings lr * layer_decay**(n + 1), heads and final norms lr.
+    """
+    embeddings = {p for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    decays = {m.weight for m in network.modules() if isinstance(m, nn.Linear)} - embeddings
+    outputs = {p for m in network.output_modules() for p in m.parameters()}
+    below_top: dict[nn.Parameter, int] = dict.fromkeys(outputs - embeddings, 0)
+    splits: dict[Tensor, int] = {}
+    depth = 0
+    for trunk in (m for m in network.modules() if isinstance(m, Transformer)):
+        depth = max(depth, len(trunk.blocks))
+        below_top.update(dict.fromkeys(trunk.norm.parameters(), 0))
+        for i, block in enumerate(trunk.blocks):
+            below_top.update(dict.fromkeys(block.parameters(), len(trunk.blocks) - i))
+            splits |= {m.weight: 1 for m in block.modules() if isinstance(m, nn.Linear)}
+            splits |= {w: n for m in block.modules() if isinstance(m, Attention) for w, n in m.fused_projections()}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for p in network.parameters():
+        if not p.requires_grad:
+            continue
+        lr = config.lr * config.layer_decay ** below_top.get(p, depth + 1)
+        decay = config.weight_decay if p in decays else 0.0
+        muon, split = config.name == "muon" and p in splits, splits.get(p, 1) if config.name == "muon" else 1
+        group = groups.setdefault((lr, decay, muon, split), {"params": [], "lr": lr, "weight_decay": decay})
+        group["params"].append(p)
+        if config.name == "muon":
+            group.update(muon=muon, splits=split)
+    if not groups:
+        raise TrunklineError("every parameter is frozen; lower freeze_blocks, or give the network a head (num_classes)")
+    return list(groups.values())
+
+
+def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The configured optimiser over the network's parameter groups."""
+    groups = parameter_groups(network, config)
+    if config.name == "muon":
+        return Muon(groups, lr=config.lr, momentum=config.momentum, betas=config.betas, eps=config.eps, weight_decay=0.0)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def lr_multiplier(step: int, total_steps: float, config: OptimizerConfig) -> float:
+    """Learning rate of optimiser step `step` (from 0), as a fraction of the peak.
+
+    Raises:
+        TrunklineError: if the schedule needs an end and the training has none.
+    """
+    endless = math.isinf(total_steps)
+    if endless and (config.schedule != "constant" or 0 < config.warmup < 1):
+        raise TrunklineError(
+            "this schedule needs to know where training ends; set --trainer.max_epochs or --trainer.max_steps, "
+            "or schedule: constant with warmup in steps"
+        )
+    warmup = config.warmup * total_steps if 0 < config.warmup < 1 else config.warmup
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "cosine":
+        progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+        return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    decay_steps = config.decay_fraction * total_steps
+    remaining = min(max(total_steps - step, 0) / max(decay_steps, 1), 1.0)
+    return config.final_lr + (1 - config.final_lr) * remaining
