@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,11 @@ def seeded(*parts: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Let Ctrl-C reach the training process alone, which still needs its workers to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class TrunklineDataModule(L.LightningDataModule):
@@ -87,6 +93,7 @@ class TrunklineDataModule(L.LightningDataModule):
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            worker_init_fn=ignore_interrupts,
         )
 
     def position(self) -> tuple[int, int]:

@@ -44,14 +44,11 @@ class PatchEmbed(nn.Module):
         Raises:
             TrunklineError: if the images have another shape than the network was made for.
         """
-        if image.shape[1:] != (self.in_chans, *self.image_size):
-            want, got = (
-                f"{shape[0]} channel(s) of {shape[1]}x{shape[2]} pixels"
-                for shape in ((self.in_chans, *self.image_size), image.shape[1:])
-            )
+        shape = (self.in_chans, *self.image_size)
+        if image.ndim != 4 or image.shape[1:] != shape:
             raise TrunklineError(
-                f"the network takes images with {want}, but got {got}; make image_size and in_chans of the "
-                "network and of the data the same"
+                f"the network takes images of shape (B, {', '.join(map(str, shape))}), but got {tuple(image.shape)}; "
+                "make image_size and in_chans of the network and of the data the same"
             )
         batch, p = image.shape[0], self.patch_size
         tiles = image.reshape(batch, self.in_chans, self.grid[0], p, self.grid[1], p)
@@ -60,7 +57,13 @@ class PatchEmbed(nn.Module):
 
 
 def sincos_positions(length: int, dim: int, theta: float = 10_000.0) -> Tensor:
-    """(length, dim) sinusoidal positions: sines in the first half, cosines in the second (arXiv:1706.03762)."""
+    """(length, dim) sinusoidal positions: sines in the first half, cosines in the second (arXiv:1706.03762).
+
+    Raises:
+        TrunklineError: if `dim` is odd.
+    """
+    if dim % 2:
+        raise TrunklineError(f"sin-cos positions need an even dim, not {dim}")
     frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     return _sincos(torch.arange(length, dtype=torch.float32), frequency)
 

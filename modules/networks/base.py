@@ -50,6 +50,9 @@ class Network(nn.Module):
         """The parts after the trunk (pooling, heads): never frozen, and at full rate in layer-wise decay."""
         return []
 
+    def adapt(self, source: Any) -> None:
+        """Reshape a trained network of the same class, in place, to the inputs that this one takes."""
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, made if missing."""
         from safetensors.torch import save_model

@@ -1,6 +1,6 @@
 """Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -67,8 +67,15 @@ class ViT(Network):
         self.patch_embed = PatchEmbed(config.size, config.patch_size, config.in_chans, dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.pool == "cls" else None
         self.reg_token = nn.Parameter(torch.empty(1, config.num_registers, dim)) if config.num_registers else None
-        self.pos_embed: Tensor | None = None
-        self.set_positions(None)
+        self.pos_embed: Tensor | None
+        grid = self.patch_embed.grid
+        if config.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, grid[0] * grid[1], dim))
+        elif config.positions == "sincos2d":
+            # Computed, so it is no part of the weights and fits any grid.
+            self.register_buffer("pos_embed", sincos_positions_2d(grid, dim)[None], persistent=False)
+        else:
+            self.pos_embed = None
         self.dropout = nn.Dropout(config.backbone.dropout)
         self.backbone = Transformer(config.backbone)
         self.attn_pool = AttentionPool(config.backbone) if config.pool == "map" else None
@@ -89,15 +96,9 @@ class ViT(Network):
         """Pooling and classification head."""
         return [module for module in (self.attn_pool, self.head) if module is not None]
 
-    def set_positions(self, learned: Tensor | None) -> None:
-        """Set `pos_embed` (1, rows * columns, D) for the present grid; `learned` holds values to start from."""
-        grid, dim = self.patch_embed.grid, self.config.backbone.dim
-        if self.config.positions == "learned":
-            shape = (1, grid[0] * grid[1], dim)
-            self.pos_embed = nn.Parameter(torch.empty(shape) if learned is None else learned)
-        elif self.config.positions == "sincos2d":
-            # Computed, so it is no part of the weights and fits any grid.
-            self.register_buffer("pos_embed", sincos_positions_2d(grid, dim)[None], persistent=False)
+    def adapt(self, source: "ViT") -> None:
+        """Interpolate the source's positions to this network's image size."""
+        source.resize(self.config.image_size)
 
     @torch.no_grad()
     def resize(self, image_size: int | tuple[int, int]) -> None:
@@ -111,14 +112,13 @@ class ViT(Network):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.patch_embed = PatchEmbed((height, width), config.patch_size, config.in_chans, config.backbone.dim)
         self.patch_embed.proj = old_embed.proj
-        config.image_size = image_size
-        if isinstance(self.pos_embed, nn.Parameter):
-            self.set_positions(resize_positions(self.pos_embed, old, self.patch_embed.grid))
-        else:
-            device = None if self.pos_embed is None else self.pos_embed.device
-            self.set_positions(None)
-            if self.pos_embed is not None:
-                self.pos_embed = self.pos_embed.to(device)
+        self.config = replace(config, image_size=image_size)  # other networks may share the old one
+        before = self.pos_embed
+        if isinstance(before, nn.Parameter):
+            positions = resize_positions(before, old, self.patch_embed.grid)
+            self.pos_embed = nn.Parameter(positions, requires_grad=before.requires_grad)
+        elif before is not None:
+            self.pos_embed = sincos_positions_2d(self.patch_embed.grid, config.backbone.dim)[None].to(before)
 
     def forward_features(self, image: Tensor, return_attention: bool = False) -> ViTFeatures:
         """(B, C, height, width) -> states after the trunk."""

@@ -1,0 +1,223 @@
+"""What every objective shares: optimiser, reseeding, freezing, and the guard against divergence."""
+
+import copy
+import dataclasses
+import math
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import Transformer
+from trunkline.modules.checkpoints import load_checkpoint
+from trunkline.modules.networks.base import Network, config_from_dict
+from trunkline.modules.optim import OptimizerConfig, build_optimizer, lr_multiplier
+
+
+class TrunklineModule(L.LightningModule):
+    """Base of the LightningModules, one for each objective.
+
+    A subclass calls `keep_hyperparameters` with its arguments, sets `network` and then calls
+    `prepare_network`. Configurations may be given as dataclasses or, as checkpoints hold them, as
+    plain dicts.
+
+    Args:
+        optimizer: how the network learns.
+        seed: of dropout and of everything else that is drawn during a step.
+    """
+
+    network: Network
+    unit = "samples"
+    """What a sample is, in the plural, for names of metrics."""
+
+    def __init__(self, optimizer: OptimizerConfig | dict[str, Any] | None, seed: int) -> None:
+        super().__init__()
+        self.optimizer_config = as_config(OptimizerConfig, optimizer)
+        self.seed = seed
+        self.frozen: list[torch.nn.Module] = []
+        self.loss_sum: Tensor | float = 0.0
+
+    def keep_hyperparameters(self, **arguments: Any) -> None:
+        """Store the constructor's arguments as plain data, which any checkpoint reader can load safely."""
+        self.save_hyperparameters({name: as_plain(value) for name, value in arguments.items()})
+
+    def prepare_network(self, init_from: str | None, freeze_blocks: int) -> None:
+        """Start from trained weights, and freeze what shall not learn.
+
+        Args:
+            init_from: a training checkpoint, a folder that `save_pretrained` wrote, or a hub name. Output
+                modules (heads) of another shape are left as they were made.
+            freeze_blocks: the embeddings and this many first blocks keep their weights and run in
+                evaluation mode; the trunk's depth or more freezes all but the output modules (linear
+                probing).
+        """
+        if init_from is not None:
+            if Path(init_from).is_file():
+                source = network_from_checkpoint(type(self.network), init_from)
+            else:
+                source = type(self.network).from_pretrained(init_from)
+            load_matching(self.network, source, init_from)
+        if freeze_blocks > 0:
+            kept = {p for m in self.network.output_modules() for p in m.parameters()}
+            for trunk in (m for m in self.network.modules() if isinstance(m, Transformer)):
+                if freeze_blocks < len(trunk.blocks):
+                    top = [*trunk.blocks[freeze_blocks:], trunk.norm]
+                    kept |= {p for module in top for p in module.parameters()}
+            for p in self.network.parameters():
+                p.requires_grad_(p in kept)
+            self.frozen = [m for m in self.network.modules() if not any(p in kept for p in m.parameters())]
+        self.train()
+
+    def train(self, mode: bool = True) -> "TrunklineModule":
+        """As usual, but frozen parts stay in evaluation mode: their dropout would only be noise."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The configured optimiser, with its schedule stepped once an optimiser step."""
+        optimizer = build_optimizer(self.network, self.optimizer_config)
+        total = self.trainer.estimated_stepping_batches
+        lr_multiplier(0, total, self.optimizer_config)  # an impossible schedule is reported before the first step
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_multiplier(step, total, self.optimizer_config)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Reseed from (seed, epoch, batch, rank): what a step draws does not depend on how the run got there."""
+        words = np.random.SeedSequence((self.seed, self.current_epoch, batch_idx, self.global_rank)).generate_state(3)
+        random.seed(int(words[0]))
+        np.random.seed(words[1])
+        torch.manual_seed(int(words[2]))
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Stop at a loss that is not finite, before it reaches a weight that is saved.
+
+        On an accelerator, looking at each loss would make the host wait for the device: there the sum is
+        kept, which no later loss can make finite again, and looked at when logging and saving.
+        """
+        self.loss_sum = self.loss_sum + loss.detach()
+        if self.device.type == "cpu" or self.is_logging_step():
+            self.check_finite()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Never let diverged weights replace good ones, and say what the checkpoint is of."""
+        self.check_finite()
+        checkpoint["objective"] = type(self).__name__
+
+    def check_finite(self) -> None:
+        """Raise if any loss of this run was not finite.
+
+        Raises:
+            TrunklineError: naming the step and what to change.
+        """
+        if not math.isfinite(self.loss_sum):
+            raise TrunklineError(
+                f"the loss is not finite by step {self.trainer.global_step} (epoch {self.current_epoch}); the last "
+                "checkpoint is from before that. Lower --model.optimizer.lr, lengthen --model.optimizer.warmup, set "
+                "--trainer.gradient_clip_val 1, or with 16-mixed precision use bf16-mixed; then --resume auto"
+            )
+
+    def is_logging_step(self) -> bool:
+        """Whether the trainer writes this step's metrics."""
+        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient's norm, before clipping."""
+        if self.is_logging_step():
+            grads = [p.grad for p in self.network.parameters() if p.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights of another architecture with one message instead of a list of keys.
+
+        Raises:
+            TrunklineError: naming the first difference.
+        """
+        saved, own = checkpoint["state_dict"], self.state_dict()
+        different = [k for k in own if k not in saved or saved[k].shape != own[k].shape] + [k for k in saved if k not in own]
+        if different:
+            key = different[0]
+            shapes = [tuple(d[key].shape) if key in d else "missing" for d in (saved, own)]
+            raise TrunklineError(
+                f"the checkpoint is of another architecture: {len(different)} weight(s) differ, first {key}: "
+                f"{shapes[0]} in the checkpoint, {shapes[1]} here; use the config.yaml of the run that wrote it"
+            )
+
+    def batch_size(self, batch: dict[str, Tensor]) -> int:
+        """Samples in this process's batch."""
+        return len(next(iter(batch.values())))
+
+    def flops_per_batch(self, batch: dict[str, Tensor]) -> int:
+        """Floating-point operations of a training step on this batch."""
+        raise NotImplementedError(f"{type(self).__name__} does not count its operations")
+
+    def network_flops(self, *inputs: Tensor) -> int:
+        """Floating-point operations of one training step (forward and twice that backward) on such inputs."""
+        with torch.device("meta"):
+            network = type(self.network)(copy.deepcopy(self.network.config))
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                network(*(torch.empty_like(x, device="meta") for x in inputs))
+        return 3 * counter.get_total_flops()
+
+
+def as_config(config_class: type[Any], value: Any) -> Any:
+    """A configuration from a dataclass, a plain mapping, or None for the defaults."""
+    if isinstance(value, config_class):
+        return copy.deepcopy(value)
+    return config_from_dict(config_class, value if isinstance(value, Mapping) else {})
+
+
+def as_plain(value: Any) -> Any:
+    """Dataclasses as dicts and paths as strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def network_from_checkpoint(network_class: type[Network], path: str | Path) -> Network:
+    """The network inside a training checkpoint (with averaged weights, where the run kept an average).
+
+    Raises:
+        TrunklineError: if the file is damaged, or holds no such network.
+    """
+    checkpoint = load_checkpoint(path)
+    config = checkpoint.get("hyper_parameters", {}).get("network")
+    if config is None:
+        raise TrunklineError(f"{path} is no checkpoint of a Trunkline run: it names no network")
+    network = network_class(config_from_dict(network_class.config_class, config))
+    prefix = "network."
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    network.load_state_dict(weights)
+    return network
+
+
+def load_matching(network: Network, source: Network, name: str) -> None:
+    """Copy weights from `source`; output modules may differ in shape, all else must fit.
+
+    Raises:
+        TrunklineError: naming the first weight that does not fit.
+    """
+    network.adapt(source)
+    outputs = {p for m in network.output_modules() for p in m.parameters()}
+    weights = source.state_dict()
+    for key, own in network.state_dict(keep_vars=True).items():
+        if key in weights and weights[key].shape == own.shape:
+            continue
+        if own not in outputs:
+            found = tuple(weights[key].shape) if key in weights else "missing"
+            raise TrunklineError(
+                f"init_from {name} does not fit: {key} is {found} there and {tuple(own.shape)} here; "
+                "give --model.network the sizes in its config.json"
+            )
+        weights[key] = own.detach()
+    network.load_state_dict({key: weights[key] for key in network.state_dict()})

@@ -1,0 +1,8 @@
+"""What happens around training: throughput, graceful stops, and what TensorBoard shows."""
+
+from trunkline.modules.callbacks.attention_maps import AttentionMaps
+from trunkline.modules.callbacks.classification import ClassificationReport
+from trunkline.modules.callbacks.graceful_stop import GracefulStop
+from trunkline.modules.callbacks.throughput import ProgressBar, Throughput
+
+__all__ = ["AttentionMaps", "ClassificationReport", "GracefulStop", "ProgressBar", "Throughput"]

@@ -1,0 +1,79 @@
+"""Where a ViT looks: attention laid over images, in TensorBoard."""
+
+import lightning as L
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
+from torch import Tensor
+
+from trunkline.modules.callbacks.classification import ClassificationReport
+from trunkline.modules.callbacks.drawing import grid, tensorboard, to_pictures
+from trunkline.modules.networks import ViT
+
+
+class AttentionMaps(Callback):
+    """After each validation, a row for each of some images: the image, the rollout, each head of the last block.
+
+    Needs a `ClassificationReport` beside it, whose images it shows (`val/attention`).
+
+    Args:
+        images: number of rows.
+        heads: most heads shown.
+    """
+
+    def __init__(self, images: int = 4, heads: int = 8) -> None:
+        self.images, self.heads = images, heads
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw."""
+        writer = tensorboard(trainer)
+        report = next((c for c in trainer.callbacks if isinstance(c, ClassificationReport)), None)  # type: ignore[attr-defined]
+        if writer is None or trainer.sanity_checking or report is None or not report.kept:
+            return
+        network: ViT = pl_module.network  # type: ignore[assignment]
+        image = report.kept[0]["image"][: self.images].to(pl_module.device)
+        attention = network.forward_features(image, return_attention=True).attention
+        assert attention is not None
+        rows = [attention_rollout(attention)[:, None], attention[-1][:, : self.heads]]
+        maps = torch.cat([to_patches(r.float(), network) for r in rows], dim=1)  # (B, 1 + H, rows, columns)
+        tiles: list[Image.Image] = []
+        for picture, shown in zip(to_pictures(image, trainer, side=96), maps, strict=True):
+            tiles += [picture, *(overlay(picture, m) for m in shown)]
+        columns = maps.shape[1] + 1
+        writer.add_image("val/attention", grid(tiles, columns), trainer.global_step, dataformats="HWC")
+
+
+def attention_rollout(attention: list[Tensor]) -> Tensor:
+    """How much each output token draws on each input token through all blocks (arXiv:2005.00928).
+
+    Args:
+        attention: one (B, H, T, T) tensor a block.
+
+    Returns:
+        (B, T, T); rows sum to 1.
+    """
+    rollout = torch.eye(attention[0].shape[-1], device=attention[0].device)
+    for weights in attention:
+        mean = weights.float().mean(dim=1)
+        rollout = (0.5 * mean + 0.5 * torch.eye(mean.shape[-1], device=mean.device)) @ rollout
+    return rollout
+
+
+def to_patches(weights: Tensor, network: ViT) -> Tensor:
+    """(B, M, T, T) token weights -> (B, M, rows, columns): what the pooled output looks at."""
+    prefix = network.num_prefix_tokens
+    looking = weights[:, :, 0] if network.config.pool == "cls" else weights[:, :, prefix:].mean(dim=2)  # (B, M, T)
+    return looking[:, :, prefix:].unflatten(-1, network.patch_embed.grid)
+
+
+def overlay(picture: Image.Image, weights: Tensor) -> Image.Image:
+    """A (rows, columns) map in colour over a picture; its own largest value is the brightest."""
+    size = (picture.height, picture.width)
+    smooth = F.interpolate(weights[None, None].cpu(), size=size, mode="bilinear", align_corners=False)[0, 0]
+    smooth = (smooth - smooth.min()) / (smooth.max() - smooth.min()).clamp(min=1e-8)
+    colours = matplotlib.colormaps["inferno"](smooth.numpy())[..., :3]
+    return Image.blend(picture, Image.fromarray((colours * 255).astype(np.uint8)), alpha=0.6)

@@ -1,0 +1,69 @@
+"""Ctrl-C and SIGTERM end a run at a step's border, with a checkpoint."""
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class GracefulStop(Callback):
+    """Finish the step, save, say how to resume, and exit with 128 + the signal's number.
+
+    Lightning itself saves nothing on Ctrl-C, and exits with 0 on SIGTERM, which a scheduler takes for
+    success. A second signal ends the run at once.
+
+    Args:
+        signals: names of the signals to act on.
+    """
+
+    def __init__(self, signals: tuple[str, ...] = ("SIGINT", "SIGTERM")) -> None:
+        self.signals = [signal.Signals[name] for name in signals]
+        self.received = 0
+        self.previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen, from here on in place of Lightning's own handlers."""
+        self.received = 0
+        self.previous = {number: signal.signal(number, self._receive) for number in self.signals}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            self._stop_listening()
+            raise KeyboardInterrupt
+        self.received = number
+        # Not through logging or print: a handler may interrupt either of them.
+        sys.stderr.write(f"\n{signal.Signals(number).name}: saving after this step (again to stop at once)\n")
+
+    def _stop_listening(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """If any process got a signal, all save and exit together."""
+        if trainer.fit_loop._should_accumulate():
+            return  # gradients of half a step are in no checkpoint
+        if not trainer.strategy.reduce_boolean_decision(self.received > 0, all=False):
+            return
+        path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        trainer.save_checkpoint(path)
+        arguments = [a for a in sys.argv[1:] if a not in ("--resume", "auto", "--resume=auto")]
+        rank_zero_info(
+            f"stopped after step {trainer.global_step}; saved {path}\n"
+            f"resume with: trunkline {shlex.join(arguments)} --resume {trainer.default_root_dir}"
+        )
+        raise SystemExit(128 + (self.received or signal.SIGTERM))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the signals back."""
+        self._stop_listening()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._stop_listening()

@@ -1,0 +1,111 @@
+"""Speed of training: samples and FLOP/s a second, utilisation, and curves over samples seen."""
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.plugins.precision import Precision
+
+from trunkline.modules.callbacks.drawing import tensorboard
+from trunkline.modules.base import TrunklineModule
+
+
+class Throughput(Callback):
+    """Log `throughput/*` each time the trainer logs, and the main curves again over samples seen.
+
+    Unlike Lightning's `ThroughputMonitor` it never makes the host wait for the device: over a whole
+    logging interval the two are in step anyway. Time spent in validation and checkpoints is left out.
+
+    Logged: `throughput/<unit>_per_sec` (images, …) over all processes, `throughput/flops_per_sec` (model
+    FLOP/s, a backward pass counted as two forward passes), `throughput/mfu` where the device's peak is known,
+    `samples_seen`, and under `by_samples/` the losses and metrics with samples seen as the x-axis.
+    """
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.started = 0.0
+        self.flops: int | None = None
+        self.peak: int | None = None
+        self.per_second = 0.0
+        """Samples a second over all processes in the last interval; for the progress bar."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the first interval."""
+        self.peak = get_available_flops(trainer.strategy.root_device, _compute_dtype(trainer.precision_plugin))
+        self.samples, self.started = 0, time.perf_counter()
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: TrunklineModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count, and log at the trainer's interval."""
+        size = pl_module.batch_size(batch)
+        self.samples += size * trainer.world_size
+        if trainer.global_step % trainer.log_every_n_steps or trainer.fit_loop._should_accumulate():
+            return
+        if self.flops is None:
+            self.flops = pl_module.flops_per_batch(batch) // size
+        self.per_second = self.samples / (time.perf_counter() - self.started)
+        metrics = {
+            f"throughput/{pl_module.unit}_per_sec": self.per_second,
+            "throughput/flops_per_sec": self.per_second * self.flops,
+            "samples_seen": self._samples_seen(trainer, size),
+        }
+        if self.peak:
+            metrics["throughput/mfu"] = metrics["throughput/flops_per_sec"] / (self.peak * trainer.world_size)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        self._log_by_samples(trainer, "train/", self._samples_seen(trainer, size))
+        self.seen = self._samples_seen(trainer, size)
+        self.samples, self.started = 0, time.perf_counter()
+
+    @staticmethod
+    def _samples_seen(trainer: L.Trainer, batch_size: int) -> int:
+        """Samples trained on, a function of the step alone, so that it continues after a resume."""
+        return trainer.global_step * batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        self.started -= time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start it again where it stood."""
+        self.started += time.perf_counter()
+        if not trainer.sanity_checking:
+            self._log_by_samples(trainer, "val/", getattr(self, "seen", 0))
+
+    @staticmethod
+    def _log_by_samples(trainer: L.Trainer, prefix: str, samples: int) -> None:
+        writer = tensorboard(trainer)
+        if writer is not None:
+            for name, value in trainer.callback_metrics.items():
+                if name.startswith(prefix):
+                    writer.add_scalar(f"by_samples/{name}", value, samples)
+
+
+def _compute_dtype(precision: Precision) -> Any:
+    """The dtype in which the device multiplies."""
+    from lightning.fabric.utilities.throughput import _plugin_to_compute_dtype
+
+    return _plugin_to_compute_dtype(precision)  # type: ignore[arg-type]
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, with samples a second.
+
+    Args:
+        refresh_rate: batches between two updates.
+    """
+
+    def __init__(self, refresh_rate: int = 10) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Losses and metrics as logged, without the version number, and the throughput."""
+        metrics = dict(super().get_metrics(trainer, pl_module))
+        metrics.pop("v_num", None)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Throughput) and callback.per_second:
+                metrics[f"{pl_module.unit}/s"] = f"{callback.per_second:.0f}"
+        return metrics

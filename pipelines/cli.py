@@ -1,0 +1,88 @@
+"""The `trunkline` command."""
+
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+
+from trunkline import TrunklineError, __version__
+
+TRAINING = {
+    "fit": "train a model, then test it",
+    "validate": "evaluate a checkpoint on the validation split",
+    "test": "evaluate a checkpoint on the test split",
+}
+
+
+def predict_command() -> Callable[..., None]:
+    """Imported when called, so that `trunkline --help` answers at once; likewise below."""
+    from trunkline.pipelines.predict import predict
+
+    return predict
+
+
+def benchmark_command() -> Callable[..., None]:
+    """See `predict_command`."""
+    from trunkline.pipelines.benchmark import benchmark
+
+    return benchmark
+
+
+FUNCTIONS = {
+    "predict": (predict_command, "classify a folder of images with a checkpoint"),
+    "benchmark": (benchmark_command, "measure speed side by side with peers"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Bad input ends with one message and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments else "--help"
+    try:
+        if command in TRAINING:
+            from trunkline.pipelines.training import run_training
+
+            run_training(arguments)
+        elif command in FUNCTIONS:
+            from jsonargparse import auto_cli
+
+            auto_cli(FUNCTIONS[command][0](), args=arguments[1:], prog=f"trunkline {command}")
+        elif command == "--version":
+            print(f"trunkline {__version__}")
+        elif command in ("-h", "--help", "help"):
+            print(usage())
+        else:
+            from trunkline.pipelines.configs import nearest
+
+            raise TrunklineError(f"there is no command '{command}'{nearest(command, [*TRAINING, *FUNCTIONS])}")
+    except TrunklineError as error:
+        report(error)
+        raise SystemExit(2) from None
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    commands = {**TRAINING, **{name: text for name, (_, text) in FUNCTIONS.items()}}
+    lines = "\n".join(f"  {name:<10} {text}" for name, text in commands.items())
+    return (
+        "usage: trunkline COMMAND [options]\n\n"
+        f"{lines}\n\ntrunkline COMMAND --help lists its options. Configs have short names, and compose left to right:\n"
+        "  trunkline fit --config vit/digits --config trainer/cpu --trainer.max_epochs 5"
+    )
+
+
+def report(error: TrunklineError) -> None:
+    """Print the message alone: of an error that came out of a worker process, without the worker's traceback."""
+    message = re.split(r"TrunklineError: ", str(error))[-1].strip()
+    width = min(shutil.get_terminal_size().columns, 120)
+    text = textwrap.fill(f"error: {message}", width, break_long_words=False, break_on_hyphens=False)
+    if os.environ.get("LOCAL_RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:
+        print(f"\n{text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
+
+

@@ -1,0 +1,69 @@
+"""Run folders: `runs/<recipe>/<time>/` with the resolved config, checkpoints and event files."""
+
+import os
+from datetime import datetime
+from pathlib import Path
+
+from trunkline import TrunklineError
+from trunkline.modules.checkpoints import find_fault, newest_valid
+
+
+def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path | None, list[str]]:
+    """Where a training run lives, and the checkpoint that it continues from.
+
+    Args:
+        root: folder of all runs.
+        recipe: name of the recipe.
+        resume: None starts anew; `auto` continues the newest run of the recipe that has a valid checkpoint,
+            or starts anew; a run folder or a checkpoint file continues that.
+
+    Returns:
+        The run's folder, the checkpoint or None, and what was found wrong with newer checkpoints.
+
+    Raises:
+        TrunklineError: if `resume` names nothing that can be resumed.
+    """
+    if resume is None:
+        return _new_run(root / recipe), None, []
+    if resume == "auto":
+        faults: list[str] = []
+        folders = [f for f in (root / recipe).glob("*") if (f / "checkpoints").is_dir()]
+        for folder in sorted(folders, key=_last_written, reverse=True):
+            checkpoint, skipped = newest_valid(folder)
+            faults += skipped
+            if checkpoint is not None:
+                return folder, checkpoint, faults
+        return _new_run(root / recipe), None, faults
+    path = Path(resume)
+    if path.is_dir():
+        checkpoint, faults = newest_valid(path)
+        if checkpoint is None:
+            raise TrunklineError(f"--resume {resume}: no valid checkpoint there; " + ("; ".join(faults) or "none at all"))
+        return path, checkpoint, faults
+    fault = find_fault(path)
+    if fault is not None:
+        raise TrunklineError(f"--resume {resume}: {fault}; give 'auto', a run's folder or one of its checkpoints")
+    return (path.parent.parent if path.parent.name == "checkpoints" else path.parent), path, []
+
+
+def _new_run(folder: Path) -> Path:
+    """A new folder's name, the same in all processes of a run."""
+    if "TRUNKLINE_RUN" not in os.environ:
+        # Processes that Lightning starts inherit the variable; those that a cluster starts share a job's id.
+        multiple = int(os.environ.get("SLURM_NTASKS", os.environ.get("WORLD_SIZE", "1"))) > 1
+        job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+        now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        os.environ["TRUNKLINE_RUN"] = f"job-{job}" if multiple and job else _unused(folder, now)
+    return folder / os.environ["TRUNKLINE_RUN"]
+
+
+def _unused(folder: Path, name: str) -> str:
+    """The name, numbered if a run that started in the same second has it."""
+    number = 1
+    while (folder / (name if number == 1 else f"{name}.{number}")).exists():
+        number += 1
+    return name if number == 1 else f"{name}.{number}"
+
+
+def _last_written(folder: Path) -> int:
+    return max((p.stat().st_mtime_ns for p in (folder / "checkpoints").iterdir()), default=0)

@@ -1,0 +1,213 @@
+"""`trunkline fit | validate | test`: a LightningCLI that composes recipes and machines."""
+
+import re
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
+from rich.table import Table
+
+from trunkline import TrunklineError
+from trunkline.datamodules import ImageData
+from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.modules.base import TrunklineModule
+from trunkline.modules.checkpoints import SafeCheckpointIO
+from trunkline.modules.image_classifier import ImageClassifier
+from trunkline.pipelines.configs import DEFAULTS, nearest, resolve_configs
+from trunkline.pipelines.runs import choose_run
+
+# Importing a class makes its short name known: `class_path: ImageClassifier`.
+OBJECTIVES = (ImageClassifier,)
+DATA = (ImageData,)
+
+
+class Parser(LightningArgumentParser):
+    """Reports bad input as an error with a suggestion, where argparse would print a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of exiting."""
+        cause: BaseException | None = ex
+        while cause is not None:  # what our own constructors raised says it best
+            if isinstance(cause, TrunklineError):
+                raise cause
+            cause = cause.__cause__ or cause.__context__
+        unknown = re.search(r"(?:Key|Unrecognized arguments:|Unexpected key|Option) '?-*([\w.]+)", message)
+        hint = nearest(unknown[1], self.known_keys()) if unknown else ""
+        raise TrunklineError(f"{message.strip()}{hint}") from ex
+
+    def known_keys(self) -> list[str]:
+        """Every option and config key, dotted."""
+        keys = [a.dest for a in self._actions]
+        for group, classes in (("model", OBJECTIVES), ("data", DATA)):
+            for cls in classes:
+                inner = LightningArgumentParser(exit_on_error=False)
+                inner.add_class_arguments(cls)
+                names = [a.dest for a in inner._actions]
+                keys += [f"{group}.{n}" for n in names] + [f"{group}.init_args.{n}" for n in names]
+        return keys
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI with run folders, exact resume, crash-safe checkpoints and a test at the end."""
+
+    def __init__(self, arguments: list[str], recipe: str | None) -> None:
+        self.recipe, self.run_dir, self.checkpoint = recipe, Path(), None
+        defaults = {"default_config_files": [str(DEFAULTS)]}
+        super().__init__(
+            TrunklineModule,
+            TrunklineDataModule,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={name: dict(defaults) for name in self.subcommands()},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=arguments,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Trainer methods, and their arguments that are set here and not by flags."""
+        own = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
+        return {"fit": own | {"ckpt_path"}, "validate": own, "test": own}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Flags of Trunkline's own."""
+        parser.add_argument("--name", type=str | None, default=None, help="Name of the recipe; else its config's name.")
+        parser.add_argument("--run_dir", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument(
+            "--resume",
+            type=str | None,
+            default=None,
+            help="'auto' (newest valid checkpoint of this recipe, or a new run), a run's folder, or a checkpoint.",
+        )
+        parser.add_argument("--compile", type=bool, default=False, help="torch.compile the network.")
+        parser.add_argument(
+            "--test_with",
+            type=Literal["best", "last", "none"],
+            default="best",
+            help="Weights for the test after fit: the best checkpoint's, the last step's, or no test.",
+        )
+        for group in ("model", "data"):
+            parser.link_arguments("seed_everything", f"{group}.init_args.seed", compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let a checkpoint's hyperparameters win over the flags; here flags win last."""
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run's folder."""
+        config = self.config[self.subcommand]
+        if self.subcommand != "fit":
+            return
+        config.name = config.name or self.recipe or "run"
+        self.run_dir, self.checkpoint, faults = choose_run(Path(config.run_dir), config.name, config.resume)
+        for fault in faults:
+            rank_zero_info(f"skipped: {fault}")
+        if config.resume:
+            rank_zero_info(f"resuming from {self.checkpoint}" if self.checkpoint else "nothing to resume: a new run")
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """A Trainer that writes into the run's folder."""
+        trainer = self._get(self.config_init, "trainer")
+        kwargs["use_distributed_sampler"] = False  # our sampler shares the samples out itself
+        plugins = trainer.get("plugins") or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
+        if self.subcommand == "fit":
+            kwargs["default_root_dir"] = str(self.run_dir)
+            if trainer.get("logger") is None:
+                kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="")
+        else:
+            kwargs["logger"], self.save_config_callback = False, None
+            kwargs["callbacks"] = [c for c in trainer.get("callbacks") or [] if not isinstance(c, ModelCheckpoint)]
+        return super().instantiate_trainer(**kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """Compile in place, which leaves the names of the weights as they are."""
+        if self._get(self.config, "compile"):
+            self.model.network.compile()
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, test, and say where everything is."""
+        self.trainer.fit(**kwargs, ckpt_path=self.checkpoint, weights_only=True)
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        metrics = {k: v for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
+        test_with = self._get(self.config, "test_with")
+        if test_with != "none" and self.datamodule.test_dataloader():
+            path = best if test_with == "best" and best else None
+            kwargs["ckpt_path"], kwargs["weights_only"] = path, True
+            metrics |= self.trainer.test(**kwargs, verbose=False)[0]
+        self.summarise(metrics, best)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Evaluate on the validation split."""
+        self.summarise(self.trainer.validate(**kwargs, weights_only=True)[0], kwargs["ckpt_path"])
+
+    def test(self, **kwargs: Any) -> None:
+        """Evaluate on the test split."""
+        self.summarise(self.trainer.test(**kwargs, weights_only=True)[0], kwargs["ckpt_path"])
+
+    def summarise(self, metrics: Any, checkpoint: str | None) -> None:
+        """Print the closing table."""
+        if not self.trainer.is_global_zero:
+            return
+        table = Table(show_header=False, title=self._get(self.config, "name"))
+        for name, value in sorted(metrics.items()):
+            table.add_row(name, f"{float(value):.4f}")
+        if checkpoint:
+            path = Path(checkpoint)
+            table.add_row("checkpoint", str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+        if self.subcommand == "fit":
+            table.add_row("look at it", f"tensorboard --logdir {self._get(self.config, 'run_dir')}")
+        Console(soft_wrap=True).print(table)
+
+
+def run_training(arguments: list[str]) -> None:
+    """Run one of the training commands.
+
+    Args:
+        arguments: the command and its options.
+
+    Raises:
+        TrunklineError: for bad input.
+    """
+    quieten()
+    arguments, recipe = resolve_configs(arguments)
+    if arguments[0] != "fit" and "--config" not in arguments:
+        arguments = use_run_config(arguments)
+    # Lightning starts the other processes of a run with the same command line.
+    sys.argv[1:] = arguments
+    TrainingCLI(arguments, recipe)
+
+
+def use_run_config(arguments: list[str]) -> list[str]:
+    """Without a `--config`, a checkpoint is evaluated with the config that its run saved."""
+    match = re.search(r"--ckpt_path[ =](\S+)", " ".join(map(shlex.quote, arguments)))
+    if match is None:
+        raise TrunklineError(f"trunkline {arguments[0]} needs --ckpt_path, the checkpoint to evaluate")
+    config = Path(shlex.split(match[1])[0]).parent.parent / "config.yaml"
+    if not config.is_file():
+        raise TrunklineError(f"there is no {config}, the config that a run saves; name one with --config")
+    return [arguments[0], "--config", str(config), *arguments[1:]]
+
+
+def quieten() -> None:
+    """Hide warnings that are not for the user: each is about something that is so on purpose."""
+    for pattern in (
+        ".*does not have many workers.*",  # data in memory needs none
+        ".*dataloader is not resumable.*",  # it is, by its own position
+        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run writes where it wrote before
+        ".*smaller than the logging interval.*",
+        ".*srun.* command is available on your system.*",
+        ".*LeafSpec.*is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)

@@ -1,0 +1,393 @@
+"""Contracts of the trunk, over a set of configurations in which every two choices of two fields meet."""
+
+import itertools
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, TransformerOutput
+from trunkline.modules.backbone.transformer import DropPath
+
+CHOICES: dict[str, list[Any]] = {
+    "norm_first": [True, False],
+    "norm": ["layernorm", "rmsnorm"],
+    "mlp": ["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swiglu"],
+    "num_kv_heads": [None, 2, 1],
+    "qk_norm": [False, True],
+    "rope_theta": [None, 10_000.0],
+    "causal": [False, True],
+    "cross_attention": [False, True],
+    "bias": [True, False],
+    "final_norm": [True, False],
+}
+
+
+def pairs(row: dict[str, Any]) -> set[Any]:
+    return set(itertools.combinations(row.items(), 2))
+
+
+def covering_rows() -> list[dict[str, Any]]:
+    """Rows that hold every pair of values: greedily the best of a few random ones."""
+    draw = random.Random(0)
+    missing = {
+        pair
+        for (one, ones), (other, others) in itertools.combinations(CHOICES.items(), 2)
+        for pair in itertools.product(itertools.product([one], ones), itertools.product([other], others))
+    }
+    rows = []
+    while missing:
+        candidates = [{name: draw.choice(values) for name, values in CHOICES.items()} for _ in range(50)]
+        rows.append(max(candidates, key=lambda row: len(pairs(row) & missing)))
+        missing -= pairs(rows[-1])
+    return rows
+
+
+def config(**changes: Any) -> TransformerConfig:
+    return TransformerConfig(**{"dim": 32, "depth": 2, "num_heads": 4, "mlp_dim": 48, **changes})
+
+
+def every(**fixed: Any) -> pytest.MarkDecorator:
+    """The covering set as parameter `cfg`, with some fields fixed."""
+    distinct = {str(row): row for row in ({**row, **fixed} for row in covering_rows())}
+    ids = ["-".join(str(value) for value in row.values()) for row in distinct.values()]
+    return pytest.mark.parametrize("cfg", [config(**row) for row in distinct.values()], ids=ids)
+
+
+def trunk(cfg: TransformerConfig) -> Transformer:
+    """A trunk far from its gentle start: attention is peaked, and biases and norms do something."""
+    model = Transformer(cfg).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    return model
+
+
+def inputs(cfg: TransformerConfig, batch: int = 2, length: int = 7) -> tuple[Tensor, dict[str, Tensor]]:
+    """Embeddings, and as keywords the context where the configuration takes one."""
+    x = torch.randn(batch, length, cfg.dim)
+    return x, {"context": torch.randn(batch, 5, cfg.dim)} if cfg.cross_attention else {}
+
+
+def scalar(out: Tensor) -> Tensor:
+    """A loss that a norm at the end does not make constant."""
+    return (out * torch.linspace(-1, 1, out.numel()).reshape(out.shape)).sum()
+
+
+def assert_near(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_covering_set_holds_every_pair() -> None:
+    met = set().union(*(pairs(row) for row in covering_rows()))
+    sizes = [len(values) for values in CHOICES.values()]
+    assert len(met) == sum(a * b for a, b in itertools.combinations(sizes, 2))
+
+
+@every()
+def test_shape_and_every_parameter_learns(cfg: TransformerConfig) -> None:
+    model = trunk(cfg)
+    x, context = inputs(cfg)
+    out = model(x, **context)
+    assert out.x.shape == x.shape
+    assert out.attention is None
+    assert out.cross_attention is None
+    assert out.x.isfinite().all()
+    scalar(out.x).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        if name.endswith("k_norm.bias") and (cfg.rope_theta is None or "cross" in name):
+            # q·b is the same for every key, so the softmax does not see this one.
+            assert p.grad.abs().max() < 1e-4, name
+        else:
+            assert p.grad.abs().max() > 1e-4, name
+            assert p.grad.isfinite().all(), name
+
+
+@every()
+def test_causality(cfg: TransformerConfig) -> None:
+    model = trunk(cfg)
+    x, context = inputs(cfg)
+    changed = x.clone()
+    changed[:, 4:] = torch.randn_like(x[:, 4:])
+    before, after = model(x, **context).x, model(changed, **context).x
+    assert not torch.equal(before[:, 4:], after[:, 4:])
+    assert torch.equal(before[:, :4], after[:, :4]) == cfg.causal
+    if cfg.causal:  # and each token does see the one before it
+        changed = x.clone()
+        changed[:, 3] += 1
+        assert ((model(changed, **context).x - before)[:, 4] != 0).any()
+
+
+@every()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", [False, True])
+def test_padding_changes_nothing(cfg: TransformerConfig, side: str, attention: bool) -> None:
+    model = trunk(cfg)
+    x, context = inputs(cfg)
+    want = model(x[:1, :4], **{k: v[:1, :3] for k, v in context.items()}).x
+    row = torch.arange(7) < 4
+    mask = torch.stack((row.flip(0) if side == "left" else row, torch.ones(7, dtype=torch.bool)))
+    padded = torch.full_like(x, 50.0)
+    padded[0, mask[0]], padded[1] = x[0, :4], x[1]
+    kwargs: dict[str, Any] = dict(context)
+    if context:
+        kwargs["context"] = torch.where(torch.arange(5)[:, None] < 3, context["context"], 50.0)
+        kwargs["context_mask"] = torch.arange(5).expand(2, 5) < 3
+    out = model(padded, mask=mask, return_attention=attention, **kwargs).x
+    assert out.isfinite().all()
+    assert_near(out[:1, mask[0]], want)
+
+
+@every()
+@pytest.mark.parametrize("attention", [False, True])
+def test_row_of_masked_keys_is_finite(cfg: TransformerConfig, attention: bool) -> None:
+    model = trunk(cfg)
+    x, context = inputs(cfg)
+    x.requires_grad_()
+    masks = {"mask": torch.tensor([[False] * 7, [True] * 7])}
+    if context:
+        masks["context_mask"] = torch.tensor([[True] * 5, [False] * 5])
+    out = model(x, **masks, **context, return_attention=attention)
+    scalar(out.x).backward()
+    assert out.x.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in (x, *model.parameters()))
+    assert x.grad is not None
+    assert x.grad[0].abs().max() > 0
+    for weights, row in ((out.attention, 0), (out.cross_attention, 1)):
+        for layer in weights or []:
+            assert (layer[row] == 0).all()
+            assert_near(layer[1 - row].sum(-1), torch.ones(layer.shape[1:3]))
+
+
+@every(causal=True)
+@pytest.mark.parametrize("padded", [False, True])
+def test_cache_equals_full_forward(cfg: TransformerConfig, padded: bool) -> None:
+    model = trunk(cfg)
+    x, context = inputs(cfg, length=9)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    kwargs: dict[str, Any] = dict(context)
+    if padded:
+        mask[0, :2] = mask[1, :4] = False
+        kwargs |= {"context_mask": torch.arange(5) < torch.tensor([[3], [5]])} if context else {}
+    want = model(x, mask=mask if padded else None, **kwargs).x
+    cache, chunks = KVCache(cfg, batch_size=2, max_length=10), []
+    for start, end in itertools.pairwise([0, 3, 4, 8, 9]):
+        assert cache.length == start
+        seen = mask[:, :end] if padded else None
+        chunks.append(model(x[:, start:end], mask=seen, cache=cache, **kwargs).x)
+    assert cache.length == 9
+    assert_near(torch.cat(chunks, dim=1), want)
+
+
+@every(causal=True)
+def test_reordered_cache_continues_other_rows(cfg: TransformerConfig) -> None:
+    model = trunk(cfg)
+    x, context = inputs(cfg, batch=3)
+    index = torch.tensor([2, 0, 0])
+    new = torch.randn(3, 2, cfg.dim)
+    chosen = {k: v[index] for k, v in context.items()}
+    cache = KVCache(cfg, batch_size=3, max_length=9)
+    model(x, cache=cache, **context)
+    cache.reorder(index)
+    got = model(new, cache=cache, **chosen).x
+    assert_near(got, model(torch.cat((x[index], new), dim=1), **chosen).x[:, 7:])
+
+
+def test_cache_overflow() -> None:
+    cfg = config(causal=True)
+    model, cache, x = trunk(cfg), KVCache(cfg, batch_size=1, max_length=4), torch.randn(1, 5, 32)
+    with pytest.raises(TrunklineError, match=r"holds 4 tokens, but 5 were given.*max_length=5"):
+        model(x, cache=cache)
+    assert cache.length == 0  # and it is still of use
+    assert_near(model(x[:, :4], cache=cache).x, model(x[:, :4]).x)
+    with pytest.raises(TrunklineError, match="max_length=5"):
+        model(x[:, 4:], cache=cache)
+    assert cache.max_length == cache.length == 4
+
+
+def test_cache_projects_the_context_once() -> None:
+    cfg = config(causal=True, cross_attention=True)
+    model, cache, calls = trunk(cfg), KVCache(cfg, batch_size=2, max_length=7), []
+    x, context = inputs(cfg)
+    for block in model.blocks:
+        block.cross_attn.kv.register_forward_hook(lambda *_: calls.append(1))
+    for t in range(7):
+        model(x[:, t : t + 1], cache=cache, **context)
+    assert len(calls) == cfg.depth
+
+
+@every()
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_path(cfg: TransformerConfig, padded: bool) -> None:
+    model = trunk(cfg)
+    x, context = inputs(cfg)
+    masks: dict[str, Tensor] = {}
+    allowed, allowed_cross = torch.ones(2, 1, 7, 7, dtype=torch.bool), torch.ones(2, 1, 7, 5, dtype=torch.bool)
+    if padded:
+        masks["mask"] = torch.arange(7) < torch.tensor([[7], [4]])
+        allowed = allowed & masks["mask"][:, None, None]
+        if context:
+            masks["context_mask"] = torch.arange(5) < torch.tensor([[2], [5]])
+            allowed_cross = allowed_cross & masks["context_mask"][:, None, None]
+    if cfg.causal:
+        allowed = allowed & torch.tensor([[key <= query for key in range(7)] for query in range(7)])
+    out: TransformerOutput = model(x, **context, **masks, return_attention=True)
+    assert_near(out.x, model(x, **context, **masks).x)
+    expected = [(out.attention, allowed)] + ([(out.cross_attention, allowed_cross)] if context else [])
+    for weights, may in expected:
+        assert weights is not None
+        assert len(weights) == cfg.depth
+        for layer in weights:
+            assert layer.shape == (2, 4, *may.shape[2:])
+            assert_near(layer.sum(-1), torch.ones(2, 4, 7))
+            assert (layer[~may.expand_as(layer)] == 0).all()
+            assert (layer[may.expand_as(layer)] > 0).all()
+
+
+def run_training_step(model: Transformer, x: Tensor, **kwargs: Any) -> tuple[Tensor, list[Tensor], int]:
+    """Loss, gradients, and how often a block began its forward; the same dropout every time."""
+    calls: list[int] = []
+    hooks = [block.register_forward_pre_hook(lambda *_: calls.append(1)) for block in model.blocks]
+    torch.manual_seed(1)
+    loss = scalar(model(x, **kwargs).x)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    for hook in hooks:
+        hook.remove()
+    return loss, list(gradients), len(calls)
+
+
+@every(dropout=0.3, drop_path=0.3)
+@pytest.mark.parametrize("masked", [False, True])
+def test_checkpointing_recomputes_to_the_same_gradients(cfg: TransformerConfig, masked: bool) -> None:
+    model = trunk(cfg).train()
+    x, kwargs = inputs(cfg, batch=4)
+    if masked:
+        kwargs["mask"] = torch.arange(7) < torch.tensor([[7], [4], [1], [6]])
+    loss, gradients, calls = run_training_step(model, x, **kwargs)
+    model.config = replace(cfg, activation_checkpointing=True)
+    again, recomputed, calls_again = run_training_step(model, x, **kwargs)
+    assert (calls, calls_again) == (cfg.depth, 2 * cfg.depth)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
+    assert run_training_step(model.eval(), x, **kwargs)[2] == cfg.depth
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("rope_theta", [None, 100.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_documents_keep_their_borders(causal: bool, rope_theta: float | None, attention: bool) -> None:
+    model = trunk(config(causal=causal, rope_theta=rope_theta))
+    x = torch.randn(1, 9, 32, requires_grad=True)
+    document = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
+    mask = (document[:, None] == document[None])[None, None]  # (B, 1, T, T)
+    out = model(x, mask=mask, return_attention=attention).x
+    for number in range(3):
+        inside = document == number
+        assert_near(out[:, inside], model(x[:, inside]).x)
+        (gradient,) = torch.autograd.grad(scalar(out[:, inside]), x, retain_graph=True)
+        assert (gradient[:, ~inside] == 0).all()
+        assert (gradient[:, inside].abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize("rate", [{"dropout": 0.5}, {"drop_path": 0.5}])
+def test_regularisers_are_off_in_evaluation(rate: dict[str, float]) -> None:
+    plain = trunk(config())
+    model = Transformer(config(**rate))
+    model.load_state_dict(plain.state_dict())
+    x = torch.randn(8, 7, 32)
+    assert not torch.equal(model.train()(x).x, model(x).x)
+    assert torch.equal(model.eval()(x).x, plain(x).x)
+
+
+def test_dropout_acts_on_attention_weights_and_branches() -> None:
+    model = trunk(config(depth=1, dropout=0.5, final_norm=False)).train()
+    x = torch.randn(1, 7, 32)
+    one, other = (model(x, return_attention=True) for _ in range(2))
+    assert one.attention is not None
+    assert other.attention is not None
+    assert torch.equal(one.attention[0], other.attention[0])  # what is shown is before dropout
+    model.blocks[0].mlp = torch.nn.Identity()
+    model.blocks[0].norm2 = torch.nn.Identity()
+    block = model.blocks[0]
+    block.attn.forward = lambda *args, **kwargs: (torch.zeros(1), None)  # leaves x + dropout(x)
+    kept = (model(x).x - x) / x
+    assert_near(kept, torch.where(kept > 1, 2.0, 0.0))
+    assert 0.3 < (kept > 1).float().mean() < 0.7
+
+
+def test_drop_path_takes_whole_samples_and_keeps_the_expectation() -> None:
+    drop = DropPath(0.25).train()
+    out = drop(torch.ones(4000, 3, 2)).flatten(1)
+    assert torch.equal(out, out[:, :1].expand_as(out))
+    assert set(out[:, 0].tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert out.mean().item() == pytest.approx(1.0, abs=0.04)  # 4 standard deviations
+    assert (drop.eval()(torch.ones(10, 3)) == 1).all()
+
+
+def test_drop_path_draws_for_each_branch() -> None:
+    model = trunk(config(depth=2, drop_path=0.5, final_norm=False)).train()
+    x = torch.randn(1, 7, 32).expand(800, -1, -1)
+    first = model.blocks[0](x, None, None, None, False, None, None, 0, False)[0]  # rate 0
+    untouched = (model(x).x == first).flatten(1).all(1).float().mean().item()
+    assert untouched == pytest.approx(0.25, abs=0.06)
+
+
+@pytest.mark.parametrize(("depth", "rates"), [(5, [0.0, 0.1, 0.2, 0.3, 0.4]), (2, [0.0, 0.4]), (1, [0.0])])
+def test_drop_path_grows_linearly(depth: int, rates: list[float]) -> None:
+    model = Transformer(config(depth=depth, drop_path=0.4))
+    assert [block.drop_path.rate for block in model.blocks] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(
+    ("changes", "width"),
+    [
+        ({"dim": 192, "mlp": "swiglu"}, 512),
+        ({"dim": 32, "mlp": "swiglu"}, 88),  # 85.33 rounded up to a multiple of 8
+        ({"dim": 64, "mlp": "swiglu"}, 176),  # 170.67
+        ({"dim": 96, "mlp": "swiglu"}, 256),  # exact
+        ({"dim": 192, "mlp": "gelu"}, 768),
+        ({"dim": 192, "mlp": "swiglu", "mlp_dim": 40}, 40),
+    ],
+)
+def test_hidden_width(changes: dict[str, Any], width: int) -> None:
+    cfg = TransformerConfig(depth=1, num_heads=4, **changes)
+    mlp = Transformer(cfg).blocks[0].mlp
+    assert cfg.hidden_dim == mlp.fc2.in_features == width
+    assert mlp.fc1.out_features == width * (2 if cfg.mlp == "swiglu" else 1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm": "rmsnorm"}, {"qk_norm": True, "cross_attention": True}])
+def test_bias_false_leaves_no_bias(changes: dict[str, Any]) -> None:
+    names = [name for name, _ in Transformer(config(bias=False, **changes)).named_parameters()]
+    assert [name for name in names if "bias" in name] == []
+    assert len(names) == len(set(names)) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, r"num_heads=5 does not divide dim=32; set num_heads to 4"),
+        ({"num_kv_heads": 3}, r"num_kv_heads=3 does not divide num_heads=4"),
+        ({"num_kv_heads": 8}, r"num_kv_heads=8 does not divide num_heads=4"),
+        ({"dim": 36, "rope_theta": 1e4}, r"rope_theta needs an even width per head, but dim / num_heads = 9"),
+        ({"num_heads": 0}, "at least 1"),
+        ({"num_kv_heads": 0}, "at least 1"),
+        ({"depth": 0}, "at least 1"),
+    ],
+)
+def test_sizes_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrunklineError, match=message):
+        config(**changes)
+
+
+@pytest.mark.parametrize(("cross", "state"), [(True, "missing"), (False, "given")])
+def test_context_against_the_configuration(cross: bool, state: str) -> None:
+    cfg = config(cross_attention=cross)
+    x, _ = inputs(cfg)
+    with pytest.raises(TrunklineError, match=f"cross_attention={cross}, but context is {state}"):
+        Transformer(cfg)(x, context=None if cross else x)
