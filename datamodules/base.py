@@ -100,7 +100,8 @@ class TrunklineDataModule(L.LightningDataModule):
         """(epoch, batches of it already trained on), as the trainer counts them."""
         assert self.trainer is not None
         loop = self.trainer.fit_loop
-        return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
+        epoch = loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # Lightning declares its base class
+        return epoch, loop.epoch_loop.batch_progress.current.ready
 
     def worker_count(self) -> int:
         """`num_workers`, or what suits this machine and its processes."""

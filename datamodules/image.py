@@ -1,5 +1,6 @@
 """Labelled images for classification."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -55,7 +56,7 @@ class Preprocessing:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width)."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     def evaluation(self) -> Transform:
         """Resize, centre crop, normalise."""
@@ -74,7 +75,7 @@ class Preprocessing:
             scale=augmentation.crop_scale,
             ratio=augmentation.crop_ratio,
             hflip=augmentation.hflip,
-            color_jitter=None,
+            color_jitter=None,  # type: ignore[arg-type]
             auto_augment=augmentation.rand_augment,
             re_prob=augmentation.erasing,
             re_mode="pixel",
@@ -130,7 +131,7 @@ class LabelledImages(Dataset[dict[str, Any]]):
             try:
                 image = to_channels(self.rows.image(row), self.preprocessing.channels)
                 break
-            except (TrunklineError, OSError) as error:
+            except TrunklineError as error:
                 if not self.skip_corrupt or skipped >= len(self):
                     raise
                 # The next row stands in, so that every process keeps its batch size.
@@ -165,7 +166,7 @@ class ImageFiles(Dataset[dict[str, Any]]):
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         """The item of a key."""
         file = self.files[key.index]
-        image = to_channels(open_image(file.read_bytes(), str(file)), self.preprocessing.channels)
+        image = to_channels(open_image(file, str(file)), self.preprocessing.channels)
         return {"image": self.transform(image), "index": key.index, "valid": key.valid}
 
 
@@ -280,7 +281,7 @@ def carve_splits(splits: dict[str, ImageRows], fractions: dict[str, float], seed
 
     Args:
         splits: at least `train`.
-        fractions: missing split -> share of all training rows; the first is taken first, so that the test
+        fractions: missing split -> share of all training rows, rounded up; the first is taken first, so that the test
             rows do not depend on how much is taken for validation.
         seed: of the choice.
 
@@ -296,7 +297,7 @@ def carve_splits(splits: dict[str, ImageRows], fractions: dict[str, float], seed
             continue
         try:
             kept, taken = train_test_split(
-                kept, test_size=round(fraction * len(rows.labels)), random_state=seed, stratify=rows.labels[kept]
+                kept, test_size=math.ceil(fraction * len(rows.labels)), random_state=seed, stratify=rows.labels[kept]
             )
         except ValueError as error:
             raise TrunklineError(

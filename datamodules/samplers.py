@@ -13,7 +13,7 @@ class SampleKey(NamedTuple):
     """What a dataset is asked for. Augmentation and the like may depend on (seed, epoch, index) alone."""
 
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     valid: bool = True
     """False for a filler that makes all processes' shares equally long; never counted in a metric."""
 
@@ -53,7 +53,7 @@ class ResumableBatchSampler:
         if batch_size < 1 or batch_size % world_size:
             raise TrunklineError(
                 f"batch_size={batch_size} (over all processes) cannot be shared by {world_size} process(es); "
-                f"set --data.batch_size to a multiple of {world_size}"
+                f"set --data.batch_size and --data.eval_batch_size to multiples of {world_size}"
             )
         if drop_last and length < batch_size:
             raise TrunklineError(
@@ -78,7 +78,7 @@ class ResumableBatchSampler:
         return self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        """This process's batches from number `start` on; the epoch after that starts at 0 again."""
+        """Batches of this process from number `start` on; the epoch after that starts at 0 again."""
         start, self.start = self.start, 0
         order = np.arange(self.length)
         if self.shuffle:
@@ -115,7 +115,16 @@ class ResumableLoader(DataLoader[Any]):
         self.position = position
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Lazily, from `position()` on."""
+        """Lazily, from `position()` on.
+
+        Raises:
+            TrunklineError: as the dataset raised it, with workers too.
+        """
         if self.position is not None:
             self.batch_sampler.epoch, self.batch_sampler.start = self.position()  # type: ignore[union-attr]
-        yield from super().__iter__()
+        try:
+            yield from super().__iter__()
+        except TrunklineError as error:  # a worker's comes with its traceback in the message
+            if not self.num_workers:
+                raise
+            raise TrunklineError(str(error).rpartition("TrunklineError: ")[2].strip()) from error

@@ -1,7 +1,9 @@
 """Where rows of images come from: the offline digits, local files, or a Hugging Face hub name."""
 
+import glob
 import io
-from collections.abc import Sequence
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from trunkline import TrunklineError
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")
+MAX_CLASSES = 1_000_000
+"""More than any data set has: larger class numbers are a wrong column, such as one of dates."""
 
 
 class ImageRows(Protocol):
@@ -22,7 +26,7 @@ class ImageRows(Protocol):
     """(N,) class numbers."""
 
     def image(self, row: int) -> Image.Image:
-        """The decoded picture of a row, in its file's own mode."""
+        """The decoded picture of a row, upright, in its file's own mode."""
 
     def name(self, row: int) -> str:
         """File or row, for messages."""
@@ -66,6 +70,21 @@ class Subset:
         return self.rows.name(int(self.indices[row]))
 
 
+class FileRows:
+    """Image files."""
+
+    def __init__(self, files: list[Path], labels: np.ndarray) -> None:
+        self.files, self.labels = files, labels
+
+    def image(self, row: int) -> Image.Image:
+        """See `ImageRows`."""
+        return open_image(self.files[row], self.name(row))
+
+    def name(self, row: int) -> str:
+        """See `ImageRows`."""
+        return str(self.files[row])
+
+
 class TableRows:
     """Rows of a `datasets.Dataset` whose image column holds undecoded files."""
 
@@ -74,38 +93,50 @@ class TableRows:
 
     def image(self, row: int) -> Image.Image:
         """See `ImageRows`."""
-        cell = self.table[row][self.image_column]
-        data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-        return open_image(data, self.name(row))
+        cell = self._cell(row)
+        return open_image(cell["path"] if cell["bytes"] is None else cell["bytes"], self._name(row, cell))
 
     def name(self, row: int) -> str:
         """See `ImageRows`."""
-        path = self.table[row][self.image_column]["path"]
-        return f"{self.title}, row {row}" + (f" ({path})" if path else "")
+        return self._name(row, self._cell(row))
+
+    def _cell(self, row: int) -> dict[str, Any]:
+        return self.table[row][self.image_column] or {"bytes": None, "path": None}
+
+    def _name(self, row: int, cell: dict[str, Any]) -> str:
+        return f"{self.title}, row {row}" + (f" ({cell['path']})" if cell["path"] else "")
 
 
-def open_image(data: bytes, name: str) -> Image.Image:
-    """Decode a whole image file.
+def open_image(file: bytes | str | Path | None, name: str) -> Image.Image:
+    """Decode a whole image file and turn it upright by its EXIF orientation.
+
+    Args:
+        file: its content or its path; None is a gap in a table.
+        name: for the message.
 
     Raises:
-        TrunklineError: if it is unreadable or cut short; names it.
+        TrunklineError: if it is missing, unreadable, cut short, or of pixels without a known range; names it.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        if file is None:
+            raise ValueError("the cell is empty")
+        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
         image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if image.mode in ("F", "LAB"):
+            raise ValueError(f"pixels of mode {image.mode} cannot be scaled to 8 bits")
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # on broken files decoders raise nearly anything
+        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
         raise TrunklineError(
-            f"cannot read the image {name}: {error}; replace or remove it, or set --data.skip_corrupt true"
+            f"cannot read the image {name}: {reason}; replace or remove it, or set --data.skip_corrupt true"
         ) from error
-    return image
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Upright 8-bit picture with 1 (grey) or 3 (RGB) channels; transparency is laid on white.
+    """8-bit picture with 1 (grey) or 3 (RGB) channels.
 
-    Honours the EXIF orientation, palettes with transparency, and 16-bit grey (scaled to 8 bits).
+    Transparency, of palettes too, is laid on white, and 16-bit grey is scaled to 8 bits.
     """
-    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey: `convert` would cut it off at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -134,7 +165,8 @@ def load_image_table(
             Parquet or Arrow file, or a folder of them; a folder that `datasets` saved; or a hub name.
         image_column: of tables.
         label_column: of tables; class numbers or names.
-        split_names: our split (train, val, test) -> the source's name of it; None finds the usual names.
+        split_names: our split (train, val, test) -> the source's name of it (of an image folder: its
+            sub-folder); None finds the usual names.
         cache_dir: of `datasets`.
 
     Raises:
@@ -142,29 +174,19 @@ def load_image_table(
     """
     if source == "digits":
         return load_digits_table()
-    tables = _open_tables(source, cache_dir)
+    available = _open_source(source, split_names, cache_dir)
     chosen = {}
     for split, name in split_names.items():
-        found = [n for n in ([name] if name else SPLIT_NAMES[split]) if n in tables]
+        found = [n for n in ([name] if name else SPLIT_NAMES[split]) if n in available]
         if found:
-            chosen[split] = tables[found[0]]
+            chosen[split] = available[found[0]]
         elif name or split == "train":
             raise TrunklineError(
-                f"{source} has no split '{name or split}'; it has {', '.join(tables)}; set --data.{split}_split"
+                f"{source} has no split '{name or split}'; it has {', '.join(available)}; set --data.{split}_split"
             )
-    for split, table in chosen.items():
-        for flag, column in (("image_column", image_column), ("label_column", label_column)):
-            if column not in table.column_names:
-                raise TrunklineError(
-                    f"{source} ({split}) has no column '{column}'; it has {', '.join(table.column_names)}; "
-                    f"set --data.{flag}"
-                )
-    class_names = _class_names(chosen["train"], label_column)
-    splits: dict[str, ImageRows] = {}
-    for split, table in chosen.items():
-        labels = _class_numbers(table, label_column, class_names, f"{source} ({split})")
-        splits[split] = TableRows(_undecoded(table, image_column), image_column, labels, f"{source} ({split})")
-    return ImageTable(class_names, splits)
+    if isinstance(chosen["train"], Path):
+        return _read_folders(chosen)
+    return _read_tables(chosen, source, image_column, label_column)
 
 
 def image_files(folder: str | Path) -> list[Path]:
@@ -176,51 +198,93 @@ def image_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise TrunklineError(f"there is no folder {folder}")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    files = []
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        subfolders[:] = [n for n in subfolders if not n.startswith(".")]
+        files += [Path(parent, n) for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
     if not files:
-        raise TrunklineError(f"{folder} holds no image file ({', '.join(sorted(IMAGE_SUFFIXES)[:8])}, …)")
-    return files
+        raise TrunklineError(f"{folder} holds no image file ({' '.join(IMAGE_SUFFIXES)})")
+    return sorted(files)
 
 
-def _open_tables(source: str, cache_dir: str | None) -> dict[str, Any]:
-    """All splits of a local source or a hub name, as `datasets` tables."""
+def _open_source(source: str, split_names: dict[str, str | None], cache_dir: str | None) -> dict[str, Any]:
+    """All splits by the source's names: `datasets` tables, or the `Path`s of image folders."""
     import datasets
 
     datasets.disable_progress_bars()
     path = Path(source)
+    literal = glob.escape(source)  # `datasets` takes paths as patterns
     try:
         if (path / "dataset_dict.json").exists():
-            return dict(datasets.load_from_disk(str(path)))
+            return dict(datasets.load_from_disk(source))
         if (path / "state.json").exists():
-            return {"train": datasets.load_from_disk(str(path))}
-        suffixes = {"parquet": ("*.parquet",), "arrow": ("*.arrow",)}
-        for kind, (pattern,) in suffixes.items():
-            if path.is_file() and path.match(pattern):
-                return dict(datasets.load_dataset(kind, data_files={"train": source}, cache_dir=cache_dir))
-            if path.is_dir() and next(path.rglob(pattern), None):
-                return dict(datasets.load_dataset(kind, data_dir=source, cache_dir=cache_dir))
+            return {"train": datasets.load_from_disk(source)}
+        for kind in ("parquet", "arrow"):
+            if path.is_file() and path.suffix == f".{kind}":
+                return dict(datasets.load_dataset(kind, data_files={"train": literal}, cache_dir=cache_dir))
+            if path.is_dir() and next(path.rglob(f"*.{kind}"), None):
+                return dict(datasets.load_dataset(kind, data_dir=literal, cache_dir=cache_dir))
         if path.is_dir():
-            _check_class_folders(path)
-            return dict(datasets.load_dataset("imagefolder", data_dir=source, drop_labels=False, cache_dir=cache_dir))
+            known = {name for names in SPLIT_NAMES.values() for name in names} | set(split_names.values())
+            return {f.name: f for f in _subfolders(path) if f.name in known} or {"train": path}
         if path.exists():
             raise TrunklineError(f"{source} is no folder, Parquet (.parquet) or Arrow (.arrow) file")
         return dict(datasets.load_dataset(source, cache_dir=cache_dir))
     except TrunklineError:
         raise
     except Exception as error:  # `datasets` raises many kinds for missing, broken and unreachable data
-        raise TrunklineError(f"cannot read --data.source {source}: {type(error).__name__}: {error}") from error
+        missing = "" if path.exists() else "there is no such file or folder here, and as a hub name: "
+        cause = error.__cause__ or error  # its own are often "an error occurred"
+        raise TrunklineError(
+            f"cannot read --data.source {source}: {missing}{type(cause).__name__}: {cause}; give `digits`, a local "
+            "path that holds images or tables, or the name of a hub dataset that can be reached"
+        ) from error
 
 
-def _check_class_folders(folder: Path) -> None:
-    """An empty class folder is a mistake that would silently shift the class numbers."""
-    image_files(folder)
-    known = {name for names in SPLIT_NAMES.values() for name in names}
-    subfolders = [f for f in sorted(folder.iterdir()) if f.is_dir()]
-    splits = [f for f in subfolders if f.name in known]
-    for classes in [sorted(s.iterdir()) for s in splits] or [subfolders]:
-        for class_folder in (f for f in classes if f.is_dir()):
-            if not any(f.suffix.lower() in IMAGE_SUFFIXES for f in class_folder.rglob("*")):
-                raise TrunklineError(f"the class folder {class_folder} holds no image; fill it or remove it")
+def _subfolders(folder: Path) -> list[Path]:
+    """Sorted, without hidden ones."""
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def _read_folders(folders: dict[str, Path]) -> ImageTable:
+    """Splits (ours -> folder) with one sub-folder a class, whatever lies below it."""
+    class_names = [f.name for f in _subfolders(folders["train"])]
+    number = {name: n for n, name in enumerate(class_names)}
+    splits: dict[str, ImageRows] = {}
+    for split, folder in folders.items():
+        files = image_files(folder)
+        classes = [file.relative_to(folder).parts[0] for file in files]
+        for file, name in zip(files, classes, strict=True):
+            if name == file.name:
+                raise TrunklineError(f"the image {file} lies in no class folder; move it into one below {folder}")
+            if name not in number:
+                raise TrunklineError(
+                    f"{folder / name} is none of the {len(class_names)} class folders of the training split in "
+                    f"{folders['train']}; rename or remove it"
+                )
+        # An empty one is a mistake that would silently shift the class numbers.
+        for empty in {f.name for f in _subfolders(folder)} - set(classes):
+            raise TrunklineError(f"the class folder {folder / empty} holds no image; fill it or remove it")
+        splits[split] = FileRows(files, np.array([number[name] for name in classes]))
+    return ImageTable(class_names, splits)
+
+
+def _read_tables(tables: dict[str, Any], source: str, image_column: str, label_column: str) -> ImageTable:
+    """Splits (ours -> `datasets` table)."""
+    for split, table in tables.items():
+        for flag, column in (("image_column", image_column), ("label_column", label_column)):
+            if column not in table.column_names:
+                raise TrunklineError(
+                    f"{source} ({split}) has no column '{column}'; it has {', '.join(table.column_names)}; "
+                    f"set --data.{flag}"
+                )
+    class_names = _class_names(tables["train"], label_column)
+    splits: dict[str, ImageRows] = {}
+    for split, table in tables.items():
+        title = f"{source} ({split})"
+        labels = _class_numbers(table, label_column, class_names, title)
+        splits[split] = TableRows(_undecoded(table, image_column, title), image_column, labels, title)
+    return ImageTable(class_names, splits)
 
 
 def _class_names(table: Any, column: str) -> list[str]:
@@ -228,38 +292,46 @@ def _class_names(table: Any, column: str) -> list[str]:
     feature = table.features[column]
     if hasattr(feature, "names"):
         return list(feature.names)
-    values = table.unique(column)
-    if all(isinstance(v, str) for v in values):
+    kind = getattr(feature, "dtype", "list")
+    values = [] if kind == "list" else [v for v in table.unique(column) if v is not None]
+    if "string" in kind:
         return sorted(values)
-    if all(isinstance(v, int) for v in values):
-        return [str(n) for n in range(max(values) + 1)]
+    if re.match("u?int|bool", kind) and max(values, default=0) < MAX_CLASSES:
+        return [str(n) for n in range(max(values, default=-1) + 1)]
     raise TrunklineError(
-        f"the labels in column '{column}' are neither all names nor all whole numbers (first: {values[0]!r}); "
-        "set --data.label_column"
+        f"the labels in column '{column}' are neither all names nor all class numbers from 0 up, but {kind} "
+        f"(such as {values[:1]}); set --data.label_column"
     )
 
 
-def _class_numbers(table: Any, column: str, class_names: Sequence[str], title: str) -> np.ndarray:
+def _class_numbers(table: Any, column: str, class_names: list[str], title: str) -> np.ndarray:
     """(N,) class numbers of a table.
 
     Raises:
         TrunklineError: for the first label outside the classes; names its row.
     """
     number = {name: n for n, name in enumerate(class_names)}
+    own = getattr(table.features[column], "names", None)  # a split may number its classes in its own order
     labels = np.empty(len(table), np.int64)
-    for row, value in enumerate(table[column]):
-        found = number.get(value, -1) if isinstance(value, str) else value
-        if found is None or not 0 <= found < len(class_names):
+    for row, value in enumerate(table[column][:]):
+        label = own[value] if own and value in range(len(own)) else value
+        found = number.get(label, -1) if isinstance(label, str) else label
+        if not isinstance(found, int) or not 0 <= found < len(class_names):
             raise TrunklineError(
-                f"{title}, row {row}: the label {value!r} is outside the {len(class_names)} classes of the "
+                f"{title}, row {row}: the label {label!r} is outside the {len(class_names)} classes of the "
                 "training split; mend the row or choose another --data.label_column"
             )
         labels[row] = found
     return labels
 
 
-def _undecoded(table: Any, column: str) -> Any:
+def _undecoded(table: Any, column: str, title: str) -> Any:
     """The table with its image column as {bytes, path}, so that a broken file is ours to report."""
     import datasets
 
-    return table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+    try:
+        return table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+    except Exception as error:  # of pyarrow, by the kind of column
+        raise TrunklineError(
+            f"{title}: column '{column}' holds no images but {table.features[column]}; set --data.image_column"
+        ) from error

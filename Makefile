@@ -1,0 +1,43 @@
+# Every target makes the virtual environment .venv on first use. ARGS="…" passes options to the command.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help train-vit test test-all lint tensorboard benchmark clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+train-vit: $(READY) ## train a Vision Transformer on the digits, offline, in about a minute
+	$(BIN)/trunkline fit --config vit/digits $(ARGS)
+
+test: $(READY) ## the fast tests, without a network
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(READY) ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+tensorboard: $(READY) ## look at the runs in a browser
+	$(BIN)/tensorboard --logdir runs $(ARGS)
+
+benchmark: $(READY) ## measure speed side by side with timm
+	$(BIN)/trunkline benchmark $(ARGS)
+
+clean: ## remove the virtual environment and everything that tools left behind (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Trunkline needs Python 3.11 or newer; say make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,280 @@
+"""The order of samples, and the loader that starts it where the trainer's counters stand."""
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from trunkline import TrunklineError
+from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader, SampleKey
+
+WORKERS = pytest.mark.parametrize("workers", [0, 2])
+
+
+def order(epoch: int = 0, start: int = 0, **options: Any) -> list[list[int]]:
+    """Indices of a fresh sampler's batches."""
+    sampler = ResumableBatchSampler(**{"length": 12, "batch_size": 4, "shuffle": True, **options})
+    sampler.set_epoch(epoch)
+    sampler.start = start
+    return [[key.index for key in batch] for batch in sampler]
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return [index for batch in batches for index in batch]
+
+
+class Keys(Dataset[dict[str, int]]):
+    """Tells what it was asked for and by which process; `bad` cannot be read."""
+
+    def __init__(self, length: int = 12, bad: int = -1) -> None:
+        self.length, self.bad = length, bad
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: SampleKey) -> dict[str, int]:
+        if key.index == self.bad:
+            try:
+                raise OSError("a decoder's complaint")
+            except OSError as error:
+                raise TrunklineError(f"cannot read row {self.bad}; mend it") from error
+        return {"epoch": key.epoch, "index": key.index, "valid": key.valid, "process": os.getpid()}
+
+
+# --- ResumableBatchSampler
+
+
+def test_order_is_the_one_of_every_version() -> None:
+    # A changed order would silently break the resume of every run that is under way.
+    assert order(seed=0, epoch=0) == [[9, 2, 7, 4], [5, 11, 0, 3], [6, 10, 8, 1]]
+    assert order(seed=7, epoch=3) == [[4, 2, 5, 8], [7, 3, 11, 10], [0, 1, 9, 6]]
+
+
+def test_order_is_a_pure_function_of_seed_and_epoch() -> None:
+    sampler = ResumableBatchSampler(12, 4, seed=3, shuffle=True)
+    seen = {}
+    for epoch in (2, 0, 1, 2, 0):
+        sampler.set_epoch(epoch)
+        batches = [[key.index for key in batch] for batch in sampler]
+        assert seen.setdefault(epoch, batches) == batches == order(seed=3, epoch=epoch)
+        random.seed(epoch), np.random.seed(epoch), torch.manual_seed(epoch)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = {tuple(flat(order(seed=seed, epoch=epoch))) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+
+
+def test_without_shuffling_all_epochs_run_through_the_rows() -> None:
+    assert (
+        order(shuffle=False, epoch=0) == order(shuffle=False, epoch=5) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    )
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 12, 13])
+def test_an_epoch_has_each_sample_once(length: int, shuffle: bool) -> None:
+    batches = order(length=length, shuffle=shuffle)
+    assert sorted(flat(batches)) == list(range(length))
+    assert [len(batch) for batch in batches[:-1]] == [4] * (len(batches) - 1)
+
+
+@pytest.mark.parametrize(
+    ("length", "drop_last", "batches"), [(12, True, 3), (13, True, 3), (13, False, 4), (0, False, 0)]
+)
+def test_len_is_of_the_whole_epoch_and_drop_last_leaves_out_the_rest(
+    length: int, drop_last: bool, batches: int
+) -> None:
+    sampler = ResumableBatchSampler(length, 4, shuffle=True, drop_last=drop_last)
+    got = list(sampler)
+    assert len(sampler) == len(got) == batches
+    sampler.start = 2
+    assert len(sampler) == batches
+    indices = [key.index for batch in got for key in batch]
+    assert len(indices) == len(set(indices)) == (batches * 4 if drop_last else length)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_starts_at_a_batch_once_and_the_next_epoch_at_its_beginning(start: int, drop_last: bool) -> None:
+    options = {"length": 14, "seed": 1, "drop_last": drop_last}
+    sampler = ResumableBatchSampler(14, 4, seed=1, shuffle=True, drop_last=drop_last)
+    sampler.set_epoch(2)
+    sampler.start = start
+    assert [[key.index for key in batch] for batch in sampler] == order(epoch=2, **options)[start:]
+    sampler.set_epoch(3)
+    assert [[key.index for key in batch] for batch in sampler] == order(epoch=3, **options)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_any_number_of_processes_sees_the_same_global_batches(world_size: int, drop_last: bool) -> None:
+    options = {"length": 24, "batch_size": 6, "drop_last": drop_last, "seed": 5, "epoch": 1}
+    shares = [order(rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    assert {len(batch) for share in shares for batch in share} == {6 // world_size}
+    for whole, *parts in zip(order(**options), *shares, strict=True):
+        assert sorted(flat(parts)) == sorted(whole)
+    # a run that goes on with other processes loses and repeats nothing
+    tails = [order(rank=rank, world_size=world_size, start=2, **options) for rank in range(world_size)]
+    head = flat(order(**options)[:2])
+    assert sorted(head + [index for tail in tails for index in flat(tail)]) == list(range(24))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [1, 2, 3, 11, 12, 13, 14, 23, 24])
+def test_ragged_evaluation_counts_each_sample_once_in_equal_shares(length: int, world_size: int) -> None:
+    ranks = [list(ResumableBatchSampler(length, 12, rank=r, world_size=world_size)) for r in range(world_size)]
+    for shares in zip(*ranks, strict=True):
+        assert len({len(share) for share in shares}) == 1
+        assert len(shares[0]) > 0
+    keys = [key for rank in ranks for batch in rank for key in batch]
+    assert sorted(key.index for key in keys if key.valid) == list(range(length))
+    assert sum(not key.valid for key in keys) == -length % world_size
+    assert all(0 <= key.index < length for key in keys)
+
+
+def test_keys_carry_their_epoch() -> None:
+    sampler = ResumableBatchSampler(4, 2)
+    assert sampler.sampler is sampler  # where Lightning looks for set_epoch
+    sampler.set_epoch(9)
+    assert list(sampler) == [[SampleKey(9, 0), SampleKey(9, 1)], [SampleKey(9, 2), SampleKey(9, 3)]]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"batch_size": 4, "world_size": 3}, ["batch_size=4", "3 process", "--data.batch_size", "multiples of 3"]),
+        ({"batch_size": 0}, ["batch_size=0", "--data.batch_size"]),
+        ({"batch_size": 13, "drop_last": True}, ["batch_size=13", "12 samples", "--data.batch_size to at most 12"]),
+    ],
+)
+def test_impossible_batches_are_refused(options: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(TrunklineError) as caught:
+        ResumableBatchSampler(12, **options)
+    assert all(part in str(caught.value) for part in parts)
+
+
+# --- ResumableLoader
+
+
+def make_loader(workers: int, dataset: Keys | None = None, **options: Any) -> ResumableLoader:
+    sampler = ResumableBatchSampler(12, 4, seed=2, shuffle=True)
+    return ResumableLoader(dataset or Keys(), sampler, num_workers=workers, persistent_workers=workers > 0, **options)
+
+
+@WORKERS
+def test_loader_asks_for_the_position_at_the_first_batch(workers: int) -> None:
+    counters, asked = [(0, 0)], []
+
+    def position() -> tuple[int, int]:
+        asked.append(counters[-1])
+        return counters[-1]
+
+    batches = iter(make_loader(workers, position=position))
+    assert asked == []
+    counters.append((4, 2))  # as Lightning restores them after iter()
+    assert next(batches)["index"].tolist() == order(seed=2, epoch=4)[2]
+    assert asked == [(4, 2)]
+    assert next(batches, None) is None
+
+
+@WORKERS
+def test_one_loader_runs_many_epochs(workers: int) -> None:
+    loader, counters = make_loader(workers), [0, 0]
+    loader.position = lambda: (counters[0], counters[1])
+    processes = set()
+    for epoch, start in [(0, 0), (1, 2), (2, 0), (3, 1)]:
+        counters[:] = epoch, start
+        batches = list(loader)
+        assert [batch["index"].tolist() for batch in batches] == order(seed=2, epoch=epoch)[start:]
+        assert {int(e) for batch in batches for e in batch["epoch"]} == {epoch}
+        processes |= {int(p) for batch in batches for p in batch["process"]}
+        assert len(loader) == 3
+    assert processes == {os.getpid()} if workers == 0 else len(processes) == workers and os.getpid() not in processes
+
+
+@WORKERS
+def test_an_epoch_left_early_does_not_leak_into_the_next(workers: int) -> None:
+    loader = make_loader(workers)
+    assert next(iter(loader))["index"].tolist() == order(seed=2)[0]
+    loader.batch_sampler.set_epoch(1)  # type: ignore[union-attr]
+    assert [batch["index"].tolist() for batch in loader] == order(seed=2, epoch=1)
+
+
+@WORKERS
+def test_an_error_of_the_dataset_arrives_as_it_was_raised(workers: int) -> None:
+    with pytest.raises(TrunklineError, match=r"^cannot read row 7; mend it$"):
+        list(make_loader(workers, Keys(bad=7)))
+
+
+# --- under Lightning
+
+
+class Recorder(L.LightningModule):
+    """Writes down the indices of each training and validation batch; saves a checkpoint after step `save_at`."""
+
+    def __init__(self, save_at: int = -1, path: Path = Path()) -> None:
+        super().__init__()
+        self.weight, self.save_at, self.path = torch.nn.Parameter(torch.zeros(1)), save_at, path
+        self.trained: dict[int, list[list[int]]] = {}
+        self.validated: list[int] = []
+
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+        assert set(batch["epoch"].tolist()) == {self.current_epoch}
+        self.trained.setdefault(self.current_epoch, []).append(batch["index"].tolist())
+        return self.weight.sum()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.global_step == self.save_at:
+            self.trainer.save_checkpoint(self.path)
+
+    def validation_step(self, batch: dict[str, Tensor]) -> None:
+        self.validated += batch["index"][batch["valid"]].tolist()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.trainer.estimated_stepping_batches  # noqa: B018  # asking for it once broke Lightning's resume
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class KeysData(TrunklineDataModule):
+    def setup(self, stage: str) -> None:
+        self.datasets = {"train": Keys(14), "val": Keys(5)}
+
+
+def fit(model: Recorder, workers: int, folder: Path, **options: Any) -> Recorder:
+    trainer = L.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+    )
+    trainer.fit(model, datamodule=KeysData(batch_size=4, eval_batch_size=3, num_workers=workers, seed=6), **options)
+    return model
+
+
+@WORKERS
+def test_trainer_runs_through_a_new_permutation_each_epoch(workers: int, tmp_path: Path) -> None:
+    model = fit(Recorder(), workers, tmp_path)
+    assert model.trained == {e: order(length=14, seed=6, epoch=e, drop_last=True) for e in range(3)}
+    assert len({tuple(flat(batches)) for batches in model.trained.values()}) == 3
+    assert model.validated == [0, 1, 2, 3, 4] * 3
+
+
+@pytest.mark.parametrize("save_at", [1, 3, 5])
+def test_trainer_resumes_at_the_next_batch(save_at: int, tmp_path: Path) -> None:
+    whole = fit(Recorder(save_at, tmp_path / "half.ckpt"), 0, tmp_path).trained
+    rest = fit(Recorder(), 0, tmp_path, ckpt_path=tmp_path / "half.ckpt", weights_only=True).trained
+    steps = [(epoch, batch) for epoch, batches in whole.items() for batch in batches]
+    assert [(epoch, batch) for epoch, batches in rest.items() for batch in batches] == steps[save_at:]
