@@ -132,8 +132,9 @@ class TrunklineModule(L.LightningModule):
         return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient's norm, before clipping."""
+        """Log the learning rate (the largest of the groups') and the gradient's norm before clipping."""
         if self.is_logging_step():
+            self.log("train/lr", max(group["lr"] for group in optimizer.param_groups))
             grads = [p.grad for p in self.network.parameters() if p.grad is not None]
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
 
@@ -178,10 +179,12 @@ def as_config(config_class: type[Any], value: Any) -> Any:
 
 
 def as_plain(value: Any) -> Any:
-    """Dataclasses as dicts and paths as strings."""
+    """Dataclasses as dicts, tuples as lists: what JSON would make of them."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return str(value) if isinstance(value, Path) else value
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {key: as_plain(v) for key, v in value.items()}
+    return [as_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def network_from_checkpoint(network_class: type[Network], path: str | Path) -> Network:

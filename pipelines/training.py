@@ -125,7 +125,7 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             kwargs["default_root_dir"] = str(self.run_dir)
             if trainer.get("logger") is None:
-                kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="")
+                kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="", default_hp_metric=False)
         else:
             kwargs["logger"], self.save_config_callback = False, None
             kwargs["callbacks"] = [c for c in trainer.get("callbacks") or [] if not isinstance(c, ModelCheckpoint)]

@@ -74,9 +74,8 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 def test_without_shuffling_all_epochs_run_through_the_rows() -> None:
-    assert (
-        order(shuffle=False, epoch=0) == order(shuffle=False, epoch=5) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    )
+    for epoch in (0, 5):
+        assert order(shuffle=False, epoch=epoch) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -211,8 +210,11 @@ def test_an_epoch_left_early_does_not_leak_into_the_next(workers: int) -> None:
 
 @WORKERS
 def test_an_error_of_the_dataset_arrives_as_it_was_raised(workers: int) -> None:
+    loader = make_loader(workers, Keys(bad=7))
     with pytest.raises(TrunklineError, match=r"^cannot read row 7; mend it$"):
-        list(make_loader(workers, Keys(bad=7)))
+        list(loader)
+    if workers:  # else torch waits 5 s for each, once the garbage collector finds them through the traceback
+        loader._iterator._shutdown_workers()  # type: ignore[union-attr]
 
 
 # --- under Lightning

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run at a step's border, with a checkpoint."""
+"""However a run ends, by itself or by Ctrl-C or SIGTERM, its last step is in a checkpoint."""
 
 import shlex
 import signal
@@ -13,8 +13,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class GracefulStop(Callback):
-    """Finish the step, save, say how to resume, and exit with 128 + the signal's number.
+    """Save `checkpoints/last.ckpt` at the end of training, and at a signal.
 
+    At a signal the step is finished, and the run says how to resume and exits with 128 + the signal's number.
     Lightning itself saves nothing on Ctrl-C, and exits with 0 on SIGTERM, which a scheduler takes for
     success. A second signal ends the run at once.
 
@@ -51,8 +52,7 @@ class GracefulStop(Callback):
             return  # gradients of half a step are in no checkpoint
         if not trainer.strategy.reduce_boolean_decision(self.received > 0, all=False):
             return
-        path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        trainer.save_checkpoint(path)
+        path = self._save(trainer)
         arguments = [a for a in sys.argv[1:] if a not in ("--resume", "auto", "--resume=auto")]
         rank_zero_info(
             f"stopped after step {trainer.global_step}; saved {path}\n"
@@ -60,8 +60,15 @@ class GracefulStop(Callback):
         )
         raise SystemExit(128 + (self.received or signal.SIGTERM))
 
+    @staticmethod
+    def _save(trainer: L.Trainer) -> Path:
+        path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        trainer.save_checkpoint(path)
+        return path
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the signals back."""
+        """Save the last step's state, and give the signals back."""
+        self._save(trainer)
         self._stop_listening()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
