@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -82,7 +83,7 @@ class TrunklineModule(L.LightningModule):
             module.eval()
         return self
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The configured optimiser, with its schedule stepped once an optimiser step."""
         optimizer = build_optimizer(self.network, self.optimizer_config)
         total = self.trainer.estimated_stepping_batches
@@ -129,7 +130,8 @@ class TrunklineModule(L.LightningModule):
 
     def is_logging_step(self) -> bool:
         """Whether the trainer writes this step's metrics."""
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return (self.trainer.global_step + 1) % interval == 0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the learning rate (the largest of the groups') and the gradient's norm before clipping."""
@@ -145,7 +147,8 @@ class TrunklineModule(L.LightningModule):
             TrunklineError: naming the first difference.
         """
         saved, own = checkpoint["state_dict"], self.state_dict()
-        different = [k for k in own if k not in saved or saved[k].shape != own[k].shape] + [k for k in saved if k not in own]
+        shape = {key: tuple(value.shape) for key, value in own.items()}
+        different = [k for k in {**own, **saved} if k not in saved or shape.get(k) != tuple(saved[k].shape)]
         if different:
             key = different[0]
             shapes = [tuple(d[key].shape) if key in d else "missing" for d in (saved, own)]

@@ -66,8 +66,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove a file and its digest."""
+        path = Path(path)
         super().remove_checkpoint(path)
-        _digest_file(Path(path)).unlink(missing_ok=True)
+        _digest_file(path).unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
@@ -103,7 +104,7 @@ def find_fault(path: Path) -> str | None:
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint below a folder, and what is wrong with the newer ones."""
-    faults = []
+    faults: list[str] = []
     files = [p for p in folder.rglob("*.ckpt") if _digest_file(p).exists()]
     for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         fault = find_fault(path)

@@ -98,7 +98,9 @@ class ImageClassifier(TrunklineModule):
         image, target = batch["image"], batch["label"]
         if self.mix.mixup_alpha or self.mix.cutmix_alpha:
             if len(image) % 2:
-                raise TrunklineError(f"mixup and CutMix pair images: {len(image)} a process is odd; set --data.batch_size")
+                raise TrunklineError(
+                    f"mixup and CutMix pair images: {len(image)} a process is odd; set --data.batch_size"
+                )
             image, target = self.mix(image.clone(), target)  # (B, num_classes) soft targets
         loss = F.cross_entropy(self.network(image), target, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)

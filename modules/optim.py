@@ -25,7 +25,7 @@ class OptimizerConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
-    """Decoupled decay (multiplied by the learning rate) of linear weights; never of norms, biases, embeddings, tokens."""
+    """Decoupled decay (times the rate) of linear weights; never of norms, biases, embeddings or tokens."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"muon": True, "splits": 1, **defaults})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:
@@ -170,7 +170,9 @@ def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.Op
     """The configured optimiser over the network's parameter groups."""
     groups = parameter_groups(network, config)
     if config.name == "muon":
-        return Muon(groups, lr=config.lr, momentum=config.momentum, betas=config.betas, eps=config.eps, weight_decay=0.0)
+        return Muon(
+            groups, lr=config.lr, momentum=config.momentum, betas=config.betas, eps=config.eps, weight_decay=0.0
+        )
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

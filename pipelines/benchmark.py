@@ -16,6 +16,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -27,7 +28,8 @@ from trunkline.modules.image_classifier import ImageClassifier
 from trunkline.modules.networks import ViT, ViTConfig
 from trunkline.modules.optim import OptimizerConfig
 
-Side = Callable[[], None]
+Side = Callable[[], float]
+"""Takes a turn and returns the seconds of one step."""
 
 
 def benchmark(
@@ -52,23 +54,23 @@ def benchmark(
     rows = [row for case in chosen.values() for row in case(rounds, batch_size)]
     table = Table("case", "peer", "ms", "peer ms", "peer / ours", "range", title=f"{torch.get_num_threads()} threads")
     for row in rows:
-        times = f"{row['ms']:.1f}", f"{row['peer_ms']:.1f}", f"{row['ratio']:.3f}", "{:.3f} to {:.3f}".format(*row["range"])
-        table.add_row(row["case"], row["peer"], *times)
+        low, high = row["range"]
+        figures = f"{row['ms']:.1f}", f"{row['peer_ms']:.1f}", f"{row['ratio']:.3f}", f"{low:.3f} to {high:.3f}"
+        table.add_row(row["case"], row["peer"], *figures)
     Console().print(table)
     if output is not None:
         Path(output).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
-def compare(case: str, peer: str, ours: Side, theirs: Side, rounds: int, steps: int = 1) -> dict[str, Any]:
-    """Let two sides take turns; times are of one of the `steps` that a turn takes, ratios above 1 say that ours is faster."""
-    for side in (ours, theirs):  # compilation, allocation and caches
-        side()
+def compare(case: str, peer: str, ours: Side, theirs: Side, rounds: int) -> dict[str, Any]:
+    """Let two sides take turns after two to warm up; ratios above 1 say that ours is faster."""
+    for side in (ours, theirs) * 2:  # compilation, allocation and caches
         side()
     pairs = []
     for turn in track(range(rounds), description=case, transient=True):
-        first, second = (theirs, ours) if turn % 2 else (ours, theirs)
-        times = {side: _seconds(side) / steps for side in (first, second)}
-        pairs.append((times[ours], times[theirs]))
+        sides = (theirs, ours) if turn % 2 else (ours, theirs)
+        seconds = {side: side() for side in sides}
+        pairs.append((seconds[ours], seconds[theirs]))
     ratios = sorted(b / a for a, b in pairs)
     return {
         "case": case,
@@ -80,26 +82,24 @@ def compare(case: str, peer: str, ours: Side, theirs: Side, rounds: int, steps: 
     }
 
 
-def _seconds(side: Side) -> float:
-    start = time.perf_counter()
-    side()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def training_step(network: nn.Module, image: Tensor, label: Tensor, bf16: bool = False) -> Side:
+def bare_loop(network: nn.Module, image: Tensor, label: Tensor, bf16: bool = False, steps: int = 1) -> Side:
     """Forward, backward and AdamW on one fixed batch."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
 
-    def step() -> None:
-        with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
-            loss = F.cross_entropy(network(image), label)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def loop() -> float:
+        network.train()
+        start = time.perf_counter()
+        for _ in range(steps):
+            with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
+                loss = F.cross_entropy(network(image), label)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if image.is_cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / steps
 
-    return step
+    return loop
 
 
 def _vit_pair(batch_size: int) -> tuple[ViT, nn.Module, Tensor, Tensor]:
@@ -109,15 +109,14 @@ def _vit_pair(batch_size: int) -> tuple[ViT, nn.Module, Tensor, Tensor]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     image, label = torch.randn(batch_size, 3, 224, 224), torch.randint(0, 1000, (batch_size,))
-    networks = ViT(ViTConfig()), timm.create_model("vit_tiny_patch16_224")
-    ours, theirs = (network.to(device) for network in networks)
+    ours, theirs = ViT(ViTConfig()).to(device), timm.create_model("vit_tiny_patch16_224").to(device)
     return ours, theirs, image.to(device), label.to(device)
 
 
 def vit_eager(rounds: int, batch_size: int) -> list[dict[str, Any]]:
     """ViT-Ti/16 in float32, eager, on both sides."""
     ours, theirs, image, label = _vit_pair(batch_size)
-    sides = training_step(ours, image, label), training_step(theirs, image, label)
+    sides = bare_loop(ours, image, label), bare_loop(theirs, image, label)
     return [compare("ViT-Ti/16 fp32 eager", "timm fp32 eager", *sides, rounds)]
 
 
@@ -127,8 +126,8 @@ def vit_compiled(rounds: int, batch_size: int) -> list[dict[str, Any]]:
     ours.compile()
     compiled = _vit_pair(batch_size)[1]
     compiled.compile()
-    peer = training_step(theirs, image, label)
-    fast = training_step(ours, image, label, bf16=True), training_step(compiled, image, label, bf16=True)
+    peer = bare_loop(theirs, image, label)
+    fast = bare_loop(ours, image, label, bf16=True), bare_loop(compiled, image, label, bf16=True)
     name = "timm fp32 eager"
     return [
         compare("ViT-Ti/16 bf16 compiled", name, fast[0], peer, rounds),
@@ -163,8 +162,7 @@ def trainer_overhead(rounds: int, batch_size: int) -> list[dict[str, Any]]:
     batches = [
         {"image": torch.randn(batch_size, 3, 64, 64), "label": torch.randint(0, 10, (batch_size,))} for _ in range(5)
     ]
-    data = DataLoader([batches[i % 5] for i in range(steps + warmup)], batch_size=None)  # type: ignore[arg-type]
-    bare = training_step(module.network, batches[0]["image"], batches[0]["label"])
+    data: Any = DataLoader([batches[i % 5] for i in range(steps + warmup)], batch_size=None)  # type: ignore[arg-type]
 
     def fit() -> float:
         clock = StepClock(steps, warmup)
@@ -175,20 +173,11 @@ def trainer_overhead(rounds: int, batch_size: int) -> list[dict[str, Any]]:
                 enable_checkpointing=False,
                 enable_model_summary=False,
                 default_root_dir=folder,
+                logger=TensorBoardLogger(folder),
                 callbacks=[ProgressBar(), Throughput(), GracefulStop(), clock],
             )
             trainer.fit(module, data)
         return clock.seconds / steps
 
-    def loop() -> float:
-        module.train()
-        start = time.perf_counter()
-        for _ in range(steps):
-            bare()
-        return (time.perf_counter() - start) / steps
-
-    loop(), fit()
-    pairs = [(fit(), loop()) for _ in range(rounds)]
-    ratios = sorted(b / a for a, b in pairs)
-    row = {"case": "trainer.fit", "peer": "bare loop", "ratio": statistics.median(ratios), "range": (ratios[0], ratios[-1])}
-    return [row | {"ms": 1e3 * statistics.median(a for a, _ in pairs), "peer_ms": 1e3 * statistics.median(b for _, b in pairs)}]
+    bare = bare_loop(module.network, batches[0]["image"], batches[0]["label"], steps=steps)
+    return [compare("trainer.fit", "bare loop", fit, bare, rounds)]

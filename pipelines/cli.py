@@ -84,5 +84,3 @@ def report(error: TrunklineError) -> None:
 
 if __name__ == "__main__":
     main()
-
-

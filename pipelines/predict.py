@@ -43,9 +43,7 @@ def predict(
     model, preprocessing, class_names = load_classifier(checkpoint)
     files = image_files(images)
     dataset = ImageFiles(files, preprocessing)
-    loader = DataLoader(
-        dataset, batch_sampler=ResumableBatchSampler(len(dataset), batch_size), num_workers=num_workers
-    )
+    loader = DataLoader(dataset, batch_sampler=ResumableBatchSampler(len(dataset), batch_size), num_workers=num_workers)
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,
@@ -92,7 +90,7 @@ def load_classifier(checkpoint: str) -> tuple[ImageClassifier, Preprocessing, li
     data = content.get("ImageData")
     if content.get("objective") != ImageClassifier.__name__ or data is None:
         raise TrunklineError(
-            f"{checkpoint} is no checkpoint of an image classifier, but of {content.get('objective', 'another program')}"
+            f"{checkpoint} is no checkpoint of an image classifier, but of {content.get('objective', 'something else')}"
         )
     model = ImageClassifier(**{**content["hyper_parameters"], "init_from": None})
     model.load_state_dict(content["state_dict"])

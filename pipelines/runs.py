@@ -38,7 +38,7 @@ def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path 
     if path.is_dir():
         checkpoint, faults = newest_valid(path)
         if checkpoint is None:
-            raise TrunklineError(f"--resume {resume}: no valid checkpoint there; " + ("; ".join(faults) or "none at all"))
+            raise TrunklineError(f"--resume {resume} holds no valid checkpoint: {'; '.join(faults) or 'none at all'}")
         return path, checkpoint, faults
     fault = find_fault(path)
     if fault is not None:

@@ -59,7 +59,8 @@ class TrainingCLI(LightningCLI):
     """LightningCLI with run folders, exact resume, crash-safe checkpoints and a test at the end."""
 
     def __init__(self, arguments: list[str], recipe: str | None) -> None:
-        self.recipe, self.run_dir, self.checkpoint = recipe, Path(), None
+        self.recipe, self.run_dir = recipe, Path()
+        self.checkpoint: Path | None = None
         defaults = {"default_config_files": [str(DEFAULTS)]}
         super().__init__(
             TrunklineModule,
@@ -140,7 +141,7 @@ class TrainingCLI(LightningCLI):
         """Train, test, and say where everything is."""
         self.trainer.fit(**kwargs, ckpt_path=self.checkpoint, weights_only=True)
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        metrics = {k: v for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
+        metrics: dict[str, Any] = {k: v for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         test_with = self._get(self.config, "test_with")
         if test_with != "none" and self.datamodule.test_dataloader():
             path = best if test_with == "best" and best else None

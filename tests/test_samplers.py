@@ -1,4 +1,4 @@
-"""The order of samples, and the loader that starts it where the trainer's counters stand."""
+"""The order of samples, the loader that starts it where the trainer's counters stand, and seeded draws."""
 
 import os
 import random
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
-from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.base import TrunklineDataModule, seeded
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader, SampleKey
 
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -215,6 +215,44 @@ def test_an_error_of_the_dataset_arrives_as_it_was_raised(workers: int) -> None:
         list(loader)
     if workers:  # else torch waits 5 s for each, once the garbage collector finds them through the traceback
         loader._iterator._shutdown_workers()  # type: ignore[union-attr]
+
+
+# --- seeded
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def test_seeded_draws_the_same_whatever_came_before_and_restores_the_generators() -> None:
+    seen = []
+    for n in range(3):
+        random.seed(n), np.random.seed(n), torch.manual_seed(n)
+        draws()
+        after = random.getstate(), np.random.get_state(legacy=False)["state"], torch.get_rng_state()
+        with seeded(1, 2, 3):
+            seen.append(draws())
+        assert random.getstate() == after[0]
+        np.testing.assert_equal(np.random.get_state(legacy=False)["state"], after[1])
+        assert torch.equal(torch.get_rng_state(), after[2])
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_seeded_draws_differ_in_each_part_and_generator() -> None:
+    seen = set()
+    for parts in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2**33)]:
+        with seeded(*parts):
+            seen |= set(draws())
+    assert len(seen) == 15
+
+
+def test_seeded_restores_the_generators_after_an_error() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(()).item()
+    torch.manual_seed(5)
+    with pytest.raises(ZeroDivisionError), seeded(1):
+        raise ZeroDivisionError
+    assert torch.rand(()).item() == expected
 
 
 # --- under Lightning

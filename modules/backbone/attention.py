@@ -175,7 +175,8 @@ class Attention(nn.Module):
             if cache is not None and layer in cache.cross:
                 k, v = cache.cross[layer]
             else:
-                k, v = self.keys_values(*self.kv(context).chunk(2, dim=-1), rotation=None)
+                k, v = self.kv(context).chunk(2, dim=-1)
+                k, v = self.keys_values(k, v, rotation=None)
                 if cache is not None:
                     cache.cross[layer] = (k, v)
         q = self.heads(q)

@@ -92,6 +92,7 @@ class ClassificationReport(Callback):
     @staticmethod
     def _names(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        assert isinstance(pl_module, ImageClassifier)
         return names or [str(n) for n in range(pl_module.network.config.num_classes)]
 
 

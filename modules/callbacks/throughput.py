@@ -8,8 +8,8 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.plugins.precision import Precision
 
-from trunkline.modules.callbacks.drawing import tensorboard
 from trunkline.modules.base import TrunklineModule
+from trunkline.modules.callbacks.drawing import tensorboard
 
 
 class Throughput(Callback):
@@ -42,7 +42,8 @@ class Throughput(Callback):
         """Count, and log at the trainer's interval."""
         size = pl_module.batch_size(batch)
         self.samples += size * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps or trainer.fit_loop._should_accumulate():
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % interval or trainer.fit_loop._should_accumulate():
             return
         if self.flops is None:
             self.flops = pl_module.flops_per_batch(batch) // size
@@ -88,7 +89,7 @@ def _compute_dtype(precision: Precision) -> Any:
     """The dtype in which the device multiplies."""
     from lightning.fabric.utilities.throughput import _plugin_to_compute_dtype
 
-    return _plugin_to_compute_dtype(precision)  # type: ignore[arg-type]
+    return _plugin_to_compute_dtype(precision)
 
 
 class ProgressBar(TQDMProgressBar):
