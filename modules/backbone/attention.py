@@ -14,6 +14,8 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone.config import TransformerConfig
 
 Rotation = tuple[Tensor, Tensor]
+Keep = slice | Tensor
+"""Which tokens: a slice, the same in each row, or (B, N) positions."""
 
 
 class KVCache:
@@ -93,6 +95,20 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def take(x: Tensor, keep: Keep) -> Tensor:
+    """Some tokens of (B, T, ...): (B, N, ...)."""
+    return x[:, keep] if isinstance(keep, slice) else x[torch.arange(len(keep), device=x.device)[:, None], keep]
+
+
+def take_queries(mask: Tensor | None, keep: Keep) -> Tensor | None:
+    """Rows of some queries of a mask (B or 1, H or 1, T or 1, S)."""
+    if mask is None or mask.shape[2] == 1:
+        return mask
+    if isinstance(keep, Tensor):
+        mask = mask.expand(len(keep), -1, -1, -1)
+    return take(mask.transpose(1, 2), keep).transpose(1, 2)
+
+
 def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
@@ -111,6 +127,12 @@ def explicit_attention(
     if mask is not None:
         weights = weights * mask
     return F.dropout(weights, dropout_p) @ v, weights
+
+
+def _rotation_of(rotation: Rotation, keep: Keep) -> Rotation:
+    """The angles of some tokens, (N, E) or (B, 1, N, E)."""
+    cos, sin = (t[keep] if isinstance(keep, slice) else t[keep][:, None] for t in rotation)
+    return cos, sin
 
 
 class Attention(nn.Module):
@@ -136,6 +158,16 @@ class Attention(nn.Module):
             return [(self.kv.weight, 2)]
         return [(self.qkv.weight, 3)] if not self.gqa else []
 
+    def project(self, x: Tensor, keep: Keep | None) -> list[Tensor]:
+        """Flat queries (B, T or N, D), keys and values (B, T, K * E)."""
+        sizes = [self.qkv.out_features - 2 * self.kv_dim, self.kv_dim, self.kv_dim]
+        if keep is None:
+            return list(self.qkv(x).split(sizes, dim=-1))
+        weights = self.qkv.weight.split([sizes[0], 2 * self.kv_dim])
+        biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split([sizes[0], 2 * self.kv_dim])
+        queries = F.linear(take(x, keep), weights[0], biases[0])
+        return [queries, *F.linear(x, weights[1], biases[1]).chunk(2, dim=-1)]
+
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * E) -> (B, heads, T, E)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -157,16 +189,17 @@ class Attention(nn.Module):
         rotation: Rotation | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
+        keep: Keep | None = None,
         return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) -> (B, T, D), and the (B, H, T, S) weights if asked for.
 
         `context` (B, S, D) is attended to by a module made with `cross=True`; `mask` is boolean and
-        broadcastable to (B, H, T, S), True where a query may attend.
+        broadcastable to (B, H, T, S), True where a query may attend. With `keep` only those tokens ask, and T
+        becomes their number, in the mask as well.
         """
         if context is None:
-            sizes = (self.qkv.out_features - 2 * self.kv_dim, self.kv_dim, self.kv_dim)
-            q, k, v = self.qkv(x).split(sizes, dim=-1)
+            q, k, v = self.project(x, keep)
             k, v = self.keys_values(k, v, rotation)
             if cache is not None:
                 k, v = cache.update(layer, k, v)
@@ -183,7 +216,7 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q = self.q_norm(q).to(v.dtype)
         if rotation is not None:
-            q = rotate(q, rotation)
+            q = rotate(q, rotation if keep is None else _rotation_of(rotation, keep))
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if return_attention:

@@ -45,7 +45,7 @@ class PatchEmbed(nn.Module):
             TrunklineError: if the images have another shape than the network was made for.
         """
         shape = (self.in_chans, *self.image_size)
-        if image.ndim != 4 or image.shape[1:] != shape:
+        if image.shape[1:] != shape:
             raise TrunklineError(
                 f"the network takes images of shape (B, {', '.join(map(str, shape))}), but got {tuple(image.shape)}; "
                 "make image_size and in_chans of the network and of the data the same"

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone.attention import Attention, KVCache, Rotation, make_norm, rotation_table
+from trunkline.modules.backbone.attention import (
+    Attention,
+    Keep,
+    KVCache,
+    Rotation,
+    make_norm,
+    rotation_table,
+    take,
+    take_queries,
+)
 from trunkline.modules.backbone.config import TransformerConfig
 
 
@@ -108,8 +117,11 @@ class Block(nn.Module):
         cache: KVCache | None,
         layer: int,
         return_attention: bool,
+        keep: Keep | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(B, T, D) -> (B, T, D), self-attention weights, cross-attention weights."""
+        """(B, T, D) -> (B, T, D), or (B, N, D) with `keep`; self-attention weights, cross-attention weights."""
+        if keep is not None:
+            mask, context_mask = take_queries(mask, keep), take_queries(context_mask, keep)
         branch, weights = self.attn(
             self.norm1(x) if self.norm_first else x,
             mask=mask,
@@ -117,9 +129,10 @@ class Block(nn.Module):
             rotation=rotation,
             cache=cache,
             layer=layer,
+            keep=keep,
             return_attention=return_attention,
         )
-        x = self.residual(x, branch, self.norm1)
+        x = self.residual(x if keep is None else take(x, keep), branch, self.norm1)
         cross_weights = None
         if context is not None:
             branch, cross_weights = self.cross_attn(
@@ -154,6 +167,7 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         context_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        keep: Keep | None = None,
         return_attention: bool = False,
     ) -> TransformerOutput:
         """Run the trunk.
@@ -166,10 +180,13 @@ class Transformer(nn.Module):
                 on top of causality.
             context_mask: the same over `context`.
             cache: keys and values of earlier tokens; the new ones are added to it.
+            keep: tokens whose final states are wanted, a slice or (B, N) positions: the last block then runs
+                for them alone, which saves most of its work where a model reads one token (a class token,
+                the end of a text) or a few (masked ones).
             return_attention: also return each block's attention weights (slower, same result).
 
         Returns:
-            `TransformerOutput(x=(B, T, D), attention, cross_attention)`.
+            `TransformerOutput(x=(B, T, D), attention, cross_attention)`; x is (B, N, D) with `keep`.
 
         Raises:
             TrunklineError: if `context` is given or missing against the configuration.
@@ -181,7 +198,7 @@ class Transformer(nn.Module):
             )
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
-        mask, is_causal = self.self_attention_mask(mask, start, end, x.device)
+        mask, is_causal = self.self_attention_mask(mask, start, end, x.device, flag=keep is None)
         rotation = None
         if self.config.rope_theta is not None:
             positions = torch.arange(start, end, device=x.device)
@@ -192,7 +209,8 @@ class Transformer(nn.Module):
         recompute = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-            x, weights, cross_weights = run(x, *shared, layer, return_attention)
+            kept = keep if layer == self.config.depth - 1 else None
+            x, weights, cross_weights = run(x, *shared, layer, return_attention, kept)
             attention += [] if weights is None else [weights]
             cross_attention += [] if cross_weights is None else [cross_weights]
         if cache is not None:
@@ -200,18 +218,19 @@ class Transformer(nn.Module):
         return TransformerOutput(self.norm(x), attention or None, cross_attention or None)
 
     def self_attention_mask(
-        self, mask: Tensor | None, start: int, end: int, device: torch.device
+        self, mask: Tensor | None, start: int, end: int, device: torch.device, flag: bool
     ) -> tuple[Tensor | None, bool]:
         """Mask and `is_causal` flag for queries start..end over keys 0..end.
 
-        The flag stands alone wherever it says enough, because then no (T, S) mask is ever built.
+        The flag stands alone wherever it says enough (and `flag` allows it), because then no (T, S) mask is
+        ever built.
         """
         mask = _four_dimensional(mask)
         if not self.config.causal or end - start == 1:  # one new token sees all that came before it
             return mask, False
-        if mask is None and start == 0:
+        if mask is None and start == 0 and flag:
             return None, True
-        causal = torch.ones(end - start, end, dtype=torch.bool, device=device).tril(start)
+        causal = torch.ones(1, 1, end - start, end, dtype=torch.bool, device=device).tril(start)
         return (causal if mask is None else mask & causal), False
 
 

@@ -120,14 +120,17 @@ class ViT(Network):
         elif before is not None:
             self.pos_embed = sincos_positions_2d(self.patch_embed.grid, config.backbone.dim)[None].to(before)
 
-    def forward_features(self, image: Tensor, return_attention: bool = False) -> ViTFeatures:
-        """(B, C, height, width) -> states after the trunk."""
+    def embed(self, image: Tensor) -> Tensor:
+        """(B, C, height, width) -> (B, P + rows * columns, D) tokens, ready for the trunk."""
         x = self.patch_embed(image)
         if self.pos_embed is not None:
             x = x + self.pos_embed
         tokens = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
-        x = self.dropout(torch.cat((*tokens, x), dim=1)) if tokens else self.dropout(x)
-        out = self.backbone(x, return_attention=return_attention)
+        return self.dropout(torch.cat((*tokens, x), dim=1) if tokens else x)
+
+    def forward_features(self, image: Tensor, return_attention: bool = False) -> ViTFeatures:
+        """(B, C, height, width) -> states after the trunk."""
+        out = self.backbone(self.embed(image), return_attention=return_attention)
         split = self.num_prefix_tokens
         return ViTFeatures(out.x[:, :split], out.x[:, split:], out.attention)
 
@@ -141,4 +144,6 @@ class ViT(Network):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, height, width) -> (B, num_classes) logits."""
+        if self.config.pool == "cls":  # the last block need not compute what no head reads
+            return self.head(self.backbone(self.embed(image), keep=slice(0, 1)).x[:, 0])
         return self.forward_head(self.forward_features(image))
