@@ -15,19 +15,22 @@ from torch.utils.data import Dataset
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader
 
 
-@contextmanager
-def seeded(*parts: int) -> Iterator[None]:
-    """Run a block with the global CPU generators of Python, numpy and torch seeded by `parts`.
-
-    Libraries of augmentations draw from all three. Afterwards the generators are as before, so that
-    loading a sample in the main process changes nothing else.
-    """
+def seed_generators(*parts: int) -> None:
+    """Seed the global CPU generators of Python, numpy and torch: libraries of augmentations draw from all three."""
     words = np.random.SeedSequence(parts).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(int(words[2]))
+
+
+@contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Put those generators back as they were, so that loading data in the main process changes nothing else.
+
+    Around a batch, not around each sample: numpy takes 0.2 ms for it.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        random.seed(int(words[0]))
-        np.random.seed(words[1])
-        torch.default_generator.manual_seed(int(words[2]))
         yield
     finally:
         random.setstate(states[0])

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from trunkline import TrunklineError
-from trunkline.datamodules.base import TrunklineDataModule, seeded
+from trunkline.datamodules.base import TrunklineDataModule, preserved_generators, seed_generators
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.sources import ImageRows, ImageTable, Subset, load_image_table, open_image, to_channels
 
@@ -126,6 +126,14 @@ class LabelledImages(Dataset[dict[str, Any]]):
         Raises:
             TrunklineError: if the image cannot be read and `skip_corrupt` is off.
         """
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
+        """The items of a batch, which is what a DataLoader asks for."""
+        with preserved_generators():
+            return [self._item(key) for key in keys]
+
+    def _item(self, key: SampleKey) -> dict[str, Any]:
         row, skipped = key.index, 0
         while True:
             try:
@@ -137,11 +145,9 @@ class LabelledImages(Dataset[dict[str, Any]]):
                 # The next row stands in, so that every process keeps its batch size.
                 warnings.warn(f"skipped: {error}", stacklevel=2)
                 row, skipped = (row + 1) % len(self), skipped + 1
-        if self.seed is None:
-            pixels = self.transform(image)
-        else:
-            with seeded(self.seed, key.epoch, key.index):
-                pixels = self.transform(image)
+        if self.seed is not None:
+            seed_generators(self.seed, key.epoch, key.index)
+        pixels = self.transform(image)
         # A stand-in is fine to learn from, but counting it twice would bend a metric.
         valid = key.valid and not (skipped and self.seed is None)
         return {

@@ -1,5 +1,6 @@
 """The order of samples, the loader that starts it where the trainer's counters stand, and seeded draws."""
 
+import contextlib
 import os
 import random
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
-from trunkline.datamodules.base import TrunklineDataModule, seeded
+from trunkline.datamodules.base import TrunklineDataModule, preserved_generators, seed_generators
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader, SampleKey
 
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -217,20 +218,21 @@ def test_an_error_of_the_dataset_arrives_as_it_was_raised(workers: int) -> None:
         loader._iterator._shutdown_workers()  # type: ignore[union-attr]
 
 
-# --- seeded
+# --- seeds
 
 
 def draws() -> tuple[float, float, float]:
     return random.random(), np.random.rand(), torch.rand(()).item()
 
 
-def test_seeded_draws_the_same_whatever_came_before_and_restores_the_generators() -> None:
+def test_seeds_give_the_same_draws_whatever_came_before_and_leave_the_generators_alone() -> None:
     seen = []
     for n in range(3):
         random.seed(n), np.random.seed(n), torch.manual_seed(n)
         draws()
         after = random.getstate(), np.random.get_state(legacy=False)["state"], torch.get_rng_state()
-        with seeded(1, 2, 3):
+        with preserved_generators():
+            seed_generators(1, 2, 3)
             seen.append(draws())
         assert random.getstate() == after[0]
         np.testing.assert_equal(np.random.get_state(legacy=False)["state"], after[1])
@@ -238,19 +240,20 @@ def test_seeded_draws_the_same_whatever_came_before_and_restores_the_generators(
     assert seen[0] == seen[1] == seen[2]
 
 
-def test_seeded_draws_differ_in_each_part_and_generator() -> None:
+def test_seeds_differ_in_each_part_and_generator() -> None:
     seen = set()
     for parts in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2**33)]:
-        with seeded(*parts):
-            seen |= set(draws())
+        seed_generators(*parts)
+        seen |= set(draws())
     assert len(seen) == 15
 
 
-def test_seeded_restores_the_generators_after_an_error() -> None:
+def test_generators_are_restored_after_an_error() -> None:
     torch.manual_seed(5)
     expected = torch.rand(()).item()
     torch.manual_seed(5)
-    with pytest.raises(ZeroDivisionError), seeded(1):
+    with contextlib.suppress(ZeroDivisionError), preserved_generators():
+        seed_generators(1)
         raise ZeroDivisionError
     assert torch.rand(()).item() == expected
 
