@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer
 from trunkline.modules.backbone.attention import Attention
+from trunkline.modules.backbone.transformer import MLP
 from trunkline.modules.networks.base import Network
 
 
@@ -25,7 +26,7 @@ class OptimizerConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
-    """Decoupled decay (times the rate) of linear weights; never of norms, biases, embeddings or tokens."""
+    """Decay of linear weights, never of norms, biases, embeddings or tokens; decoupled but with `sgd`."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
@@ -56,7 +57,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Any, **defaults: Any) -> None:
-        super().__init__(params, {"muon": True, "splits": 1, **defaults})
+        # `fused` tells load_state_dict that AdamW's step counts belong on the parameters' device.
+        super().__init__(params, {"muon": True, "splits": 1, "fused": True, **defaults})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -73,7 +75,9 @@ class Muon(torch.optim.Optimizer):
                 continue
             for p in params:
                 matrices = p.grad.reshape(group["splits"], -1, p.shape[-1])
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(matrices))
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(matrices)
+                momentum = self.state[p]["momentum_buffer"]
                 momentum.lerp_(matrices, 1 - group["momentum"])
                 nesterov = matrices.lerp(momentum, group["momentum"])
                 stacks[nesterov.shape, p.device].append((p, nesterov, group))
@@ -149,7 +153,9 @@ def parameter_groups(network: Network, config: OptimizerConfig) -> list[dict[str
         for i, block in enumerate(trunk.blocks):
             below_top.update(dict.fromkeys(block.parameters(), len(trunk.blocks) - i))
             splits |= {m.weight: 1 for m in block.modules() if isinstance(m, nn.Linear)}
-            splits |= {w: n for m in block.modules() if isinstance(m, Attention) for w, n in m.fused_projections()}
+            splits |= {
+                w: n for m in block.modules() if isinstance(m, Attention | MLP) for w, n in m.fused_projections()
+            }
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p in network.parameters():
         if not p.requires_grad:

@@ -57,6 +57,10 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         if min(self.dim, self.depth, self.num_heads, self.kv_heads) < 1:
             raise TrunklineError("dim, depth, num_heads and num_kv_heads must each be at least 1")
+        if not (0 <= self.dropout < 1 and 0 <= self.drop_path < 1):
+            raise TrunklineError(
+                f"dropout={self.dropout} and drop_path={self.drop_path} are probabilities: at least 0, below 1"
+            )
         if self.dim % self.num_heads:
             fits = [h for h in range(1, self.dim + 1) if self.dim % h == 0]
             raise TrunklineError(

@@ -51,6 +51,10 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.dim, width, bias=config.bias)
         self.fc2 = nn.Linear(config.hidden_dim, config.dim, bias=config.bias)
 
+    def fused_projections(self) -> list[tuple[Tensor, int]]:
+        """Weights that are several equal matrices stacked, with how many."""
+        return [(self.fc1.weight, 2)] if self.kind == "swiglu" else []
+
     def activate(self, x: Tensor) -> Tensor:
         """(..., F or 2 F) -> (..., F)."""
         if self.kind == "gelu":
@@ -121,6 +125,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(B, T, D) -> (B, T, D), or (B, N, D) with `keep`; self-attention weights, cross-attention weights."""
         if keep is not None:
+            if is_causal:  # the flag speaks of all queries
+                mask, is_causal = causal_mask(0, x.shape[1], x.device), False
             mask, context_mask = take_queries(mask, keep), take_queries(context_mask, keep)
         branch, weights = self.attn(
             self.norm1(x) if self.norm_first else x,
@@ -146,6 +152,11 @@ class Block(nn.Module):
             x = self.residual(x, branch, self.norm_cross)
         branch = self.mlp(self.norm2(x) if self.norm_first else x)
         return self.residual(x, branch, self.norm2), weights, cross_weights
+
+
+def causal_mask(start: int, end: int, device: torch.device) -> Tensor:
+    """(1, 1, end - start, end), True where queries start..end may attend to keys 0..end."""
+    return torch.ones(1, 1, end - start, end, dtype=torch.bool, device=device).tril(start)
 
 
 class Transformer(nn.Module):
@@ -189,7 +200,7 @@ class Transformer(nn.Module):
             `TransformerOutput(x=(B, T, D), attention, cross_attention)`; x is (B, N, D) with `keep`.
 
         Raises:
-            TrunklineError: if `context` is given or missing against the configuration.
+            TrunklineError: if `context` is given or missing against the configuration, or a mask is not boolean.
         """
         if (context is not None) != self.config.cross_attention:
             raise TrunklineError(
@@ -198,7 +209,7 @@ class Transformer(nn.Module):
             )
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
-        mask, is_causal = self.self_attention_mask(mask, start, end, x.device, flag=keep is None)
+        mask, is_causal = self.self_attention_mask(mask, start, end, x.device)
         rotation = None
         if self.config.rope_theta is not None:
             positions = torch.arange(start, end, device=x.device)
@@ -218,25 +229,30 @@ class Transformer(nn.Module):
         return TransformerOutput(self.norm(x), attention or None, cross_attention or None)
 
     def self_attention_mask(
-        self, mask: Tensor | None, start: int, end: int, device: torch.device, flag: bool
+        self, mask: Tensor | None, start: int, end: int, device: torch.device
     ) -> tuple[Tensor | None, bool]:
         """Mask and `is_causal` flag for queries start..end over keys 0..end.
 
-        The flag stands alone wherever it says enough (and `flag` allows it), because then no (T, S) mask is
-        ever built.
+        The flag stands alone wherever it says enough, because then no (T, S) mask is ever built.
         """
         mask = _four_dimensional(mask)
         if not self.config.causal or end - start == 1:  # one new token sees all that came before it
             return mask, False
-        if mask is None and start == 0 and flag:
+        if mask is None and start == 0:
             return None, True
-        causal = torch.ones(1, 1, end - start, end, dtype=torch.bool, device=device).tril(start)
+        causal = causal_mask(start, end, device)
         return (causal if mask is None else mask & causal), False
 
 
 def _four_dimensional(mask: Tensor | None) -> Tensor | None:
-    """(B, S) padding mask -> (B, 1, 1, S); any other shape stays."""
-    return mask[:, None, None, :] if mask is not None and mask.ndim == 2 else mask
+    """(B, S) padding mask -> (B, 1, 1, S), (H or 1, T, S) -> (1, H or 1, T, S); four dimensions stay."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise TrunklineError(f"an attention mask is boolean, True where a token may attend, but got {mask.dtype}")
+    if mask.ndim == 2:
+        return mask[:, None, None, :]
+    return mask[None] if mask.ndim == 3 else mask
 
 
 def init_linear(module: nn.Module) -> None:

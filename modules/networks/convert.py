@@ -1,4 +1,4 @@
-"""Foreign weights enter here, each through a key table with a parity test (tests/test_convert.py)."""
+"""Foreign weights enter here, each through a key table with a parity test (tests/test_parity.py)."""
 
 from collections.abc import Mapping
 
