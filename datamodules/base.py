@@ -38,9 +38,14 @@ def preserved_generators() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def ignore_interrupts(worker: int) -> None:
-    """Let Ctrl-C reach the training process alone, which still needs its workers to finish the step."""
+def outlive_signals(worker: int) -> None:
+    """Leave Ctrl-C and a SIGTERM to all processes to the training process, which needs its workers for the step.
+
+    A worker that nobody stopped 10 s after a SIGTERM ends itself, because at the end of a program Python sends
+    one and waits.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))
 
 
 class TrunklineDataModule(L.LightningDataModule):
@@ -96,7 +101,7 @@ class TrunklineDataModule(L.LightningDataModule):
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=outlive_signals,
         )
 
     def position(self) -> tuple[int, int]:

@@ -66,14 +66,15 @@ class TrunklineModule(L.LightningModule):
                 source = type(self.network).from_pretrained(init_from)
             load_matching(self.network, source, init_from)
         if freeze_blocks > 0:
-            kept = {p for m in self.network.output_modules() for p in m.parameters()}
+            learning = [*self.network.output_modules()]
             for trunk in (m for m in self.network.modules() if isinstance(m, Transformer)):
                 if freeze_blocks < len(trunk.blocks):
-                    top = [*trunk.blocks[freeze_blocks:], trunk.norm]
-                    kept |= {p for module in top for p in module.parameters()}
+                    learning += [*trunk.blocks[freeze_blocks:], trunk.norm]
+            kept = {p for module in learning for p in module.parameters()}
             for p in self.network.parameters():
                 p.requires_grad_(p in kept)
-            self.frozen = [m for m in self.network.modules() if not any(p in kept for p in m.parameters())]
+            inside = {m for module in learning for m in module.modules()}  # their dropout has no parameters
+            self.frozen = [m for m in self.network.modules() if m not in inside and kept.isdisjoint(m.parameters())]
         self.train()
 
     def train(self, mode: bool = True) -> "TrunklineModule":
@@ -99,6 +100,8 @@ class TrunklineModule(L.LightningModule):
         random.seed(int(words[0]))
         np.random.seed(words[1])
         torch.manual_seed(int(words[2]))
+        # Lightning's own count of steps for loggers is one off after some resumes.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop at a loss that is not finite, before it reaches a weight that is saved.
@@ -114,6 +117,11 @@ class TrunklineModule(L.LightningModule):
         """Never let diverged weights replace good ones, and say what the checkpoint is of."""
         self.check_finite()
         checkpoint["objective"] = type(self).__name__
+        settle_progress(self.trainer, checkpoint["loops"]["fit_loop"])
+
+    def on_validation_start(self) -> None:
+        """Drop the half-done validation that `settle_progress` may have put into the counters."""
+        self.trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
 
     def check_finite(self) -> None:
         """Raise if any loss of this run was not finite.
@@ -172,6 +180,39 @@ class TrunklineModule(L.LightningModule):
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 network(*(torch.empty_like(x, device="meta") for x in inputs))
         return 3 * counter.get_total_flops()
+
+
+def settle_progress(trainer: L.Trainer, saved: dict[str, Any]) -> None:
+    """Correct saved counters where Lightning 2.6 would resume from them at another point than it saved.
+
+    It would lose the gradients of an accumulation that is under way, leave out a validation that was due
+    but not done, and after the last batch of an epoch count wrongly from there on.
+
+    Args:
+        trainer: while it saves.
+        saved: state of its fit loop, changed in place.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    epochs, batches = saved["epoch_progress"], saved["epoch_loop.batch_progress"]
+    ready = batches["current"]["ready"]
+    if epochs["current"]["processed"] == epochs["current"]["ready"]:  # all but over: the next epoch follows
+        for count in (epochs["current"], epochs["total"]):
+            count["completed"] = count["processed"]
+        batches.update(current=dict.fromkeys(batches["current"], 0), is_last_batch=False)
+    elif loop._should_accumulate():  # the optimiser step begins again, as if saved at the end of the one before
+        for count in (batches["current"], batches["total"]):
+            first = count["ready"] - ready % trainer.accumulate_grad_batches
+            count.update(ready=first, started=first, processed=first, completed=first - 1)
+    elif batches["current"]["processed"] == ready > batches["current"]["completed"]:  # a batch is all but over
+        due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        if due or loop._num_ready_batches_reached():
+            for count in (batches["current"], batches["total"]):
+                count["completed"] += 1
+        if due:  # as if saved after the validation has begun
+            validation = saved["epoch_loop.val_loop.batch_progress"]
+            validation["current"].update(ready=1, started=1, processed=0, completed=0)
+            validation["total"]["ready"] += 1
+            validation["total"]["started"] += 1
 
 
 def as_config(config_class: type[Any], value: Any) -> Any:

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for left_over in path.parent.glob(f".{path.name}.*"):  # of a save that was killed
+            for left_over in path.parent.glob(".*.ckpt.*"):  # of a save that was killed
                 left_over.unlink(missing_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
                 temporary = Path(file.name)
@@ -43,8 +42,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, temporary)
                 digest = _digest(temporary)
                 # The digest goes first and names the file that is about to be replaced too, so that a kill
-                # between the two renames leaves a valid pair.
-                known = _known_digests(path)[:1]
+                # between the two renames leaves a valid pair, even if that happens several times.
+                known = _known_digests(path)[:7]
                 _replace(path, temporary, "\n".join([digest, *known]) + "\n")
             finally:
                 temporary.unlink(missing_ok=True)
@@ -82,12 +81,16 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     if fault is not None:
         raise TrunklineError(f"{fault}; use an older checkpoint, or --resume auto, which finds the newest valid one")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # on other files torch raises nearly anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise TrunklineError(
-            f"{path} is no checkpoint of plain data: {str(error).splitlines()[0]}; it is refused, because loading "
-            "anything else could run code"
+            f"{path} is no checkpoint of plain data: {reason}; it is refused, because loading anything else could run "
+            "code"
         ) from error
+    if not isinstance(content, dict):
+        raise TrunklineError(f"{path} is no checkpoint of a training run: it holds a {type(content).__name__}")
+    return content
 
 
 def find_fault(path: Path) -> str | None:
@@ -147,7 +150,7 @@ def _digest_file(path: Path) -> Path:
 
 
 def _known_digests(path: Path) -> list[str]:
-    """The file's digest, then that of the file it replaced."""
+    """The file's digest, then those of the files before it, the newest first."""
     file = _digest_file(path)
     return file.read_text(encoding="ascii", errors="replace").split() if file.exists() else []
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from trunkline import TrunklineError
 from trunkline.datamodules.image import ImageFiles, Preprocessing
-from trunkline.datamodules.samplers import ResumableBatchSampler
+from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.sources import image_files
 from trunkline.modules.checkpoints import load_checkpoint
 from trunkline.modules.image_classifier import ImageClassifier
@@ -42,8 +42,9 @@ def predict(
     writer = table_writer(output)
     model, preprocessing, class_names = load_classifier(checkpoint)
     files = image_files(images)
-    dataset = ImageFiles(files, preprocessing)
-    loader = DataLoader(dataset, batch_sampler=ResumableBatchSampler(len(dataset), batch_size), num_workers=num_workers)
+    # Lightning replaces the batch sampler of a prediction by one of its own, which keeps the sampler.
+    keys = [SampleKey(0, n) for n in range(len(files))]
+    loader = DataLoader(ImageFiles(files, preprocessing), batch_size, sampler=keys, num_workers=num_workers)
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,

@@ -1,5 +1,6 @@
 """Small runs of `trunkline fit` in processes of their own, and a record of what they trained on."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -25,21 +26,26 @@ CONTEXT.set_forkserver_preload(["recorded_run", "trunkline.pipelines.training", 
 
 
 class Recorder(Callback):
-    """Append one line for each start of training and for each batch trained on, one file a process.
+    """Append a line for each start of training, batch trained on, and validation; one file a process.
 
     Args:
         folder: where `rank0.jsonl`, `rank1.jsonl`, … go.
+        pause: seconds to wait at each batch, so that a kill has a step to hit.
+        keep: save a checkpoint at each point where one may be saved, as `KEEP/<hook><batch>/checkpoints/kept.ckpt`.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str, pause: float = 0.0, keep: str | None = None) -> None:
+        self.folder, self.pause, self.keep = Path(folder), pause, keep
 
-    def write(self, trainer: L.Trainer, line: dict[str, Any]) -> None:
+    def write(self, trainer: L.Trainer, hook: str, line: dict[str, Any]) -> None:
         with (self.folder / f"rank{trainer.global_rank}.jsonl").open("ab", buffering=0) as file:
             file.write(json.dumps(line).encode() + b"\n")  # one system call: no kill tears a line
+        if self.keep and hook != "start":
+            batch = trainer.fit_loop.total_batch_idx + 1
+            trainer.save_checkpoint(Path(self.keep) / f"{hook}{batch}" / "checkpoints" / "kept.ckpt")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.write(trainer, {"started_at": trainer.global_step})
+        self.write(trainer, "start", {"started_at": trainer.global_step})
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -52,7 +58,15 @@ class Recorder(Callback):
             "pixels": hashlib.sha256(batch["image"].numpy()).hexdigest()[:16],
             "loss": outputs["loss"].item(),
         }
-        self.write(trainer, line)
+        self.write(trainer, "batch", line)
+        time.sleep(self.pause)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        line = {"validated_at": trainer.fit_loop.total_batch_idx, "loss": trainer.callback_metrics["val/loss"].item()}
+        self.write(trainer, "validation", line)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.write(trainer, "epoch", {"ended": trainer.current_epoch})
 
 
 class PlainData(ImageData):
@@ -76,61 +90,67 @@ class Keyed(Dataset[Any]):
 
 
 class Run:
-    """`trunkline ARGUMENTS` as one or several processes, all in one session.
+    """`trunkline ARGUMENTS` in a folder, as one or several processes, each with a session of its own.
 
-    Several processes are started as a cluster does it, with ranks in the environment.
+    Several processes are started as a cluster does it, with their ranks in the environment.
     """
 
     def __init__(self, arguments: list[str], folder: Path, processes: int = 1) -> None:
-        self.log = folder / f"run{time.monotonic_ns()}.log"
+        self.log = folder / f"{time.monotonic_ns()}.log"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.processes = []
         for rank in range(processes):
-            ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": processes}
-            ranks |= {"LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environ = {k: str(v) for k, v in ranks.items()} | {"TORCHELASTIC_RUN_ID": "test"}
-            arguments_ = (arguments, folder, self.log, environ if processes > 1 else {})
-            self.processes.append(CONTEXT.Process(target=run_command, args=arguments_))
+            ranks: dict[str, object] = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "GROUP_RANK": 0,
+                "TORCHELASTIC_RUN_ID": "test",
+            }
+            ranks |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environ = {name: str(value) for name, value in ranks.items()} if processes > 1 else {}
+            self.processes.append(CONTEXT.Process(target=run_command, args=(arguments, folder, self.log, environ)))
         for process in self.processes:
             process.start()
 
-    def wait(self, timeout: float = 120) -> list[int | None]:
-        """Exit codes of all processes, none of which is left behind."""
-        try:
-            for process in self.processes:
-                process.join(timeout)
-            return [process.exitcode for process in self.processes]
-        finally:
-            self.kill()
+    def wait(self) -> list[int | None]:
+        """Exit codes (None: still running after two minutes); no process is left behind."""
+        for process in self.processes:
+            process.join(120)
+        codes = [process.exitcode for process in self.processes]
+        self.kill()
+        return codes
 
-    def signal(self, number: int, rank: int | None = None) -> None:
-        """Send a signal to all processes (workers too), or to one rank alone."""
-        for process in self.processes if rank is None else [self.processes[rank]]:
-            assert process.pid is not None
-            (os.kill if rank is not None else os.killpg)(process.pid, number)
-
-    def kill(self) -> None:
-        """SIGKILL every process of the run and wait until all are gone."""
+    def signal(self, number: int) -> None:
+        """Send a signal to all processes, those that load data too, as a terminal does."""
         for process in self.processes:
             assert process.pid is not None
-            for pid in session_members(process.pid):
-                os.kill(pid, signal.SIGKILL)
+            os.killpg(process.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL all that still runs, and wait until it is gone."""
+        sessions = [process.pid for process in self.processes if process.pid is not None]
+        kill_sessions(sessions)
+        for process in self.processes:
             process.join()
-        while any(session_members(process.pid) for process in self.processes):
-            time.sleep(0.01)
+
+    def output(self) -> str:
+        """What the run printed."""
+        return self.log.read_text()
 
 
 def run_command(arguments: list[str], folder: Path, log: Path, environ: dict[str, str]) -> None:
-    """In a fresh process: what the `trunkline` script does."""
+    """What the `trunkline` script does, in a new process."""
     os.setsid()
     os.chdir(folder)
-    os.environ.update(environ)
+    os.environ.update(environ, OMP_NUM_THREADS="1")
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method("fork", force=True)  # of the processes that load data, as in an ordinary process
     torch.set_num_threads(1)
     sys.argv = ["trunkline", *arguments]
     from trunkline.pipelines.cli import main
@@ -138,14 +158,21 @@ def run_command(arguments: list[str], folder: Path, log: Path, environ: dict[str
     main()
 
 
-def session_members(session: int) -> list[int]:
+def kill_sessions(sessions: list[int]) -> None:
+    """SIGKILL every process of these sessions, and wait until all are gone."""
+    while living := [pid for session in sessions for pid in members(session)]:
+        for pid in living:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def members(session: int) -> list[int]:
     """Living processes of a session."""
-    members = []
+    found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # ended meanwhile
-            continue
-        if int(fields[3]) == session and fields[0] not in "ZX":
-            members.append(int(stat.parent.name))
-    return members
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            state, _, _, number = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(number) == session and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found

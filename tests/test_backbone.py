@@ -321,3 +321,39 @@ def test_packed_documents_keep_their_borders(causal: bool, rope_theta: float | N
         (gradient,) = torch.autograd.grad(scalar(out[:, inside]), x, retain_graph=True)
         assert (gradient[:, ~inside] == 0).all()
         assert (gradient[:, inside].abs().amax(-1) > 0).all()
+
+
+@every()
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_block_computes_kept_tokens_alone(cfg: TransformerConfig, kept: str, checkpointing: bool) -> None:
+    model, keep = trunk(cfg).train(), KEPT[kept]
+    rows = torch.arange(7).expand(2, 7)[:, keep] if isinstance(keep, slice) else keep
+    x, kwargs = inputs(cfg)
+    if kwargs:  # each token sees its own part of the context
+        kwargs["context_mask"] = torch.rand(2, 1, 7, 5) < 0.6
+    _, want, _ = run_training_step(Rows(model, rows), x, **kwargs)
+    model.config = replace(cfg, activation_checkpointing=checkpointing)
+    seen: list[tuple[str, int, int]] = []
+    for name, module in model.named_modules():
+        if name.endswith(("mlp.fc1", "attn.proj", "cross_attn.q")):
+            module.register_forward_hook(lambda module, args, out, name=name: seen.append((name, *out.shape[:2])))
+    _, gradients, calls = run_training_step(model, x, keep=keep, **kwargs)
+    assert calls == cfg.depth * (1 + checkpointing)
+    assert {name: shape for name, *shape in seen} == {
+        name: [2, rows.shape[1] if name.startswith("blocks.1.") else 7] for name, *_ in seen
+    }
+    assert len({name for name, *_ in seen}) == cfg.depth * (4 if cfg.cross_attention else 2)
+    for got, expected in zip(gradients, want, strict=True):
+        assert_near(got, expected)
+
+
+class Rows(torch.nn.Module):
+    """Some tokens of a trunk's full forward."""
+
+    def __init__(self, model: Transformer, rows: Tensor) -> None:
+        super().__init__()
+        self.blocks, self.norm, self.model, self.rows = model.blocks, model.norm, [model], rows
+
+    def forward(self, x: Tensor, **kwargs: Any) -> TransformerOutput:
+        return TransformerOutput(self.model[0](x, **kwargs).x.take_along_dim(self.rows[..., None], dim=1))

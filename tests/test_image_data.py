@@ -183,7 +183,9 @@ def test_an_item_is_a_pure_function_of_seed_epoch_and_index(channels: int, folde
     again = make(**options).datasets["train"]
     for i in reversed(range(12)):
         torch.manual_seed(i), random.seed(i), np.random.seed(i)
+        states = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
         assert torch.equal(again[SampleKey(3, i)]["image"], expected[i])
+        assert states == (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())
     for seed, epoch in ((0, 4), (1, 3)):
         other = make(**options, seed=seed).datasets["train"][SampleKey(epoch, 5)]["image"]
         assert not torch.equal(other, expected[5])
@@ -212,6 +214,13 @@ def test_augmentation_that_is_off_changes_nothing() -> None:
         plain = evaluation(train.rows.image(i))  # type: ignore[attr-defined]
         assert all(torch.equal(train[SampleKey(epoch, i)]["image"], plain) for epoch in range(3))
     assert ImageData().augmentation == Augmentation()
+
+
+def test_a_crop_scale_of_one_takes_in_the_whole_picture(tmp_path: Path) -> None:
+    pixels = np.repeat(np.arange(8, dtype=np.uint8)[None] * 30, 8, axis=0).repeat(4, axis=1)  # 8 x 32
+    data = make(source=one_picture(tmp_path, pixels), augmentation=WHOLE, interpolation="nearest", **UNSPLIT)
+    row = data.datasets["train"][SampleKey(0, 0)]["image"][0, 3]
+    np.testing.assert_allclose(row, np.arange(8) * 30 / 127.5 - 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

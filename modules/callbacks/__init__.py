@@ -2,7 +2,7 @@
 
 from trunkline.modules.callbacks.attention_maps import AttentionMaps
 from trunkline.modules.callbacks.classification import ClassificationReport
-from trunkline.modules.callbacks.graceful_stop import GracefulStop
+from trunkline.modules.callbacks.graceful_stop import GracefulStop, LastCheckpoint
 from trunkline.modules.callbacks.throughput import ProgressBar, Throughput
 
-__all__ = ["AttentionMaps", "ClassificationReport", "GracefulStop", "ProgressBar", "Throughput"]
+__all__ = ["AttentionMaps", "ClassificationReport", "GracefulStop", "LastCheckpoint", "ProgressBar", "Throughput"]

@@ -1,5 +1,6 @@
 """However a run ends, by itself or by Ctrl-C or SIGTERM, its last step is in a checkpoint."""
 
+import re
 import shlex
 import signal
 import sys
@@ -12,12 +13,29 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 
-class GracefulStop(Callback):
-    """Save `checkpoints/last.ckpt` at the end of training, and at a signal.
+class LastCheckpoint(Callback):
+    """Save `checkpoints/last.ckpt` at the end of training.
 
-    At a signal the step is finished, and the run says how to resume and exits with 128 + the signal's number.
-    Lightning itself saves nothing on Ctrl-C, and exits with 0 on SIGTERM, which a scheduler takes for
-    success. A second signal ends the run at once.
+    Stands before any averaging of weights, which then replaces the weights that learn by their average.
+    """
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the last step's state."""
+        save_last(trainer)
+
+
+def save_last(trainer: L.Trainer) -> Path:
+    """Save the state as it is."""
+    path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    trainer.save_checkpoint(path)
+    return path
+
+
+class GracefulStop(Callback):
+    """At a signal, finish the step, save `checkpoints/last.ckpt` and say how to resume.
+
+    The run exits with 128 + the signal's number. Lightning itself saves nothing on Ctrl-C, and exits with 0
+    on SIGTERM, which a scheduler takes for success. A second signal ends the run at once.
 
     Args:
         signals: names of the signals to act on.
@@ -27,6 +45,11 @@ class GracefulStop(Callback):
         self.signals = [signal.Signals[name] for name in signals]
         self.received = 0
         self.previous: dict[int, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Stand after the callbacks whose state belongs to a step, such as an average of the weights."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = sorted(callbacks, key=lambda c: c is self)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen, from here on in place of Lightning's own handlers."""
@@ -52,23 +75,16 @@ class GracefulStop(Callback):
             return  # gradients of half a step are in no checkpoint
         if not trainer.strategy.reduce_boolean_decision(self.received > 0, all=False):
             return
-        path = self._save(trainer)
-        arguments = [a for a in sys.argv[1:] if a not in ("--resume", "auto", "--resume=auto")]
+        path = save_last(trainer)
+        arguments = re.sub(r" --resume[ =]('[^']*'|\S)+", "", shlex.join(["trunkline", *sys.argv[1:]]))
         rank_zero_info(
             f"stopped after step {trainer.global_step}; saved {path}\n"
-            f"resume with: trunkline {shlex.join(arguments)} --resume {trainer.default_root_dir}"
+            f"resume with: {arguments} --resume {shlex.quote(trainer.default_root_dir)}"
         )
         raise SystemExit(128 + (self.received or signal.SIGTERM))
 
-    @staticmethod
-    def _save(trainer: L.Trainer) -> Path:
-        path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        trainer.save_checkpoint(path)
-        return path
-
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last step's state, and give the signals back."""
-        self._save(trainer)
+        """Give the signals back."""
         self._stop_listening()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

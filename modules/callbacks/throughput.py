@@ -25,6 +25,7 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self.samples = 0
+        self.samples_a_step = 0
         self.started = 0.0
         self.flops: int | None = None
         self.peak: int | None = None
@@ -42,6 +43,7 @@ class Throughput(Callback):
         """Count, and log at the trainer's interval."""
         size = pl_module.batch_size(batch)
         self.samples += size * trainer.world_size
+        self.samples_a_step = size * trainer.world_size * trainer.accumulate_grad_batches
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % interval or trainer.fit_loop._should_accumulate():
             return
@@ -51,20 +53,14 @@ class Throughput(Callback):
         metrics = {
             f"throughput/{pl_module.unit}_per_sec": self.per_second,
             "throughput/flops_per_sec": self.per_second * self.flops,
-            "samples_seen": self._samples_seen(trainer, size),
+            "samples_seen": trainer.global_step * self.samples_a_step,
         }
         if self.peak:
             metrics["throughput/mfu"] = metrics["throughput/flops_per_sec"] / (self.peak * trainer.world_size)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-        self._log_by_samples(trainer, "train/", self._samples_seen(trainer, size))
-        self.seen = self._samples_seen(trainer, size)
+        self._log_by_samples(trainer, "train/")
         self.samples, self.started = 0, time.perf_counter()
-
-    @staticmethod
-    def _samples_seen(trainer: L.Trainer, batch_size: int) -> int:
-        """Samples trained on, a function of the step alone, so that it continues after a resume."""
-        return trainer.global_step * batch_size * trainer.world_size * trainer.accumulate_grad_batches
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
@@ -74,15 +70,22 @@ class Throughput(Callback):
         """Start it again where it stood."""
         self.started += time.perf_counter()
         if not trainer.sanity_checking:
-            self._log_by_samples(trainer, "val/", getattr(self, "seen", 0))
+            self._log_by_samples(trainer, "val/")
 
-    @staticmethod
-    def _log_by_samples(trainer: L.Trainer, prefix: str, samples: int) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """For a resume that begins with a validation, before any batch has shown its size."""
+        return {"samples_a_step": self.samples_a_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self.samples_a_step = state_dict["samples_a_step"]
+
+    def _log_by_samples(self, trainer: L.Trainer, prefix: str) -> None:
         writer = tensorboard(trainer)
         if writer is not None:
             for name, value in trainer.callback_metrics.items():
                 if name.startswith(prefix):
-                    writer.add_scalar(f"by_samples/{name}", value, samples)
+                    writer.add_scalar(f"by_samples/{name}", value, trainer.global_step * self.samples_a_step)
 
 
 def _compute_dtype(precision: Precision) -> Any:

@@ -1,0 +1,115 @@
+"""`trunkline benchmark`: its arithmetic under a clock of our own, and each case once, in small."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from tiny import batches, vit
+from torch import nn
+
+from trunkline.modules.networks import ViT
+from trunkline.pipelines import benchmark as module
+from trunkline.pipelines.benchmark import bare_loop, benchmark, compare
+
+KEYS = {"case", "peer", "ms", "peer_ms", "ratio", "range"}
+
+
+def sides(ours: list[float], theirs: list[float]) -> tuple[Callable[[], float], Callable[[], float], list[str]]:
+    """Two sides that take these seconds, and a record of their turns; the first two turns of each are a warm-up."""
+    turns: list[str] = []
+    seconds = {"ours": iter([1e6, 1e6, *ours]), "theirs": iter([1e-6, 1e-6, *theirs])}
+
+    def side(name: str) -> Callable[[], float]:
+        def run() -> float:
+            turns.append(name)
+            return next(seconds[name])
+
+        return run
+
+    return side("ours"), side("theirs"), turns
+
+
+def test_compare() -> None:
+    ours, theirs, turns = sides([1, 2, 4], [3, 3, 5])
+    row = compare("step", "peer", ours, theirs, rounds=3)
+    assert row == {"case": "step", "peer": "peer", "ms": 2000, "peer_ms": 3000, "ratio": 1.5, "range": (1.25, 3)}
+    pairs = [tuple(turns[i : i + 2]) for i in range(0, len(turns), 2)]
+    one, other = ("ours", "theirs"), ("theirs", "ours")  # whoever goes first may find the caches cold
+    assert pairs == [one, one, one, other, one]
+
+
+def test_the_median_of_the_ratios_is_not_the_ratio_of_the_medians() -> None:
+    ours, theirs, _ = sides([1, 10, 100, 100], [2, 10, 50, 400])
+    row = compare("", "", ours, theirs, rounds=4)
+    assert row["ratio"] == 1.5  # of 2, 1, 0.5 and 4
+    assert row["peer_ms"] / row["ms"] == pytest.approx(30 / 55)
+    assert row["range"] == (0.5, 4)
+
+
+def test_bare_loop_trains_and_returns_seconds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 16.0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    (batch,), network = batches(1), ViT(vit())
+    want = ViT(vit())
+    want.load_state_dict(network.state_dict())
+    optimizer = torch.optim.AdamW(want.parameters(), lr=1e-4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(want(batch["image"]), batch["label"]).backward()
+        optimizer.step()
+    assert bare_loop(network, batch["image"], batch["label"], steps=3)() == 2.0
+    torch.testing.assert_close(network.state_dict(), want.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny networks on both sides, for the images that the cases draw; nothing is compiled."""
+    config = vit(image_size=224, patch_size=112, in_chans=3, num_classes=1000)
+    overhead = vit(image_size=64, patch_size=32, in_chans=3)
+    monkeypatch.setattr(module, "ViTConfig", lambda **options: overhead if options else config)
+    monkeypatch.setattr(timm, "create_model", lambda name: ViT(config))
+    monkeypatch.setattr(module, "TransformerConfig", lambda **options: config.backbone)
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+
+
+CASES = {
+    "vit": [("ViT-Ti/16 fp32 eager", "timm fp32 eager")],
+    "vit_compiled": [("ViT-Ti/16 bf16 compiled", "timm fp32 eager"), ("timm's own, bf16 compiled", "timm fp32 eager")],
+    "muon": [("Muon step", "torch.optim.Muon")],
+    "overhead": [("trainer.fit", "bare loop")],
+}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("what", CASES)
+def test_case(what: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark(what, rounds=1, batch_size=2, output=str(tmp_path / "figures.json"))
+    rows, shown = json.loads((tmp_path / "figures.json").read_text()), capsys.readouterr().out
+    assert [(row["case"], row["peer"]) for row in rows] == CASES[what]
+    for row in rows:
+        assert row.keys() == KEYS
+        assert row["ms"] > 0
+        assert row["ratio"] == pytest.approx(row["peer_ms"] / row["ms"])  # of the one round
+        assert row["range"] == [row["ratio"], row["ratio"]]
+        assert f"{row['ratio']:.3f}" in shown
+
+
+def test_all_is_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    functions = {
+        "vit": "vit_eager",
+        "vit_compiled": "vit_compiled",
+        "muon": "muon_step",
+        "overhead": "trainer_overhead",
+    }
+    for name, function in functions.items():
+        row = {"case": name, "peer": "", "ms": 1.0, "peer_ms": 2.0, "ratio": 2.0, "range": (1.5, 2.5)}
+        monkeypatch.setattr(module, function, lambda rounds, size, row=row: [row | {"given": (rounds, size)}])
+    monkeypatch.setattr(module, "svm_accuracy", lambda: 0.5)
+    benchmark(rounds=3, batch_size=7, output=str(tmp_path / "figures.json"))
+    rows = json.loads((tmp_path / "figures.json").read_text())
+    assert {row["case"]: row["given"] for row in rows} == {name: [3, 7] for name in functions}
+    assert "test accuracy 0.5000" in capsys.readouterr().out

@@ -1,0 +1,199 @@
+"""What a user installs, and what the README and the Makefile promise."""
+
+import inspect
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trunkline.pipelines.cli import FUNCTIONS, TRAINING, main
+
+ROOT = Path(__file__).parents[1]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# --- the wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built from a copy: setuptools leaves folders in its source."""
+    copy, folder = tmp_path_factory.mktemp("source") / "checkout", tmp_path_factory.mktemp("wheel")
+    others = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "runs", "__pycache__")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=others)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
+    done = subprocess.run([*command, "--wheel-dir", folder, copy], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = folder.iterdir()
+    return zipfile.ZipFile(file)
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    folders = ("modules", "datamodules", "pipelines", "configs")
+    files = [f for name in folders for f in (ROOT / name).rglob("*") if f.suffix in (".py", ".yaml")]
+    want = {f"trunkline/{file.relative_to(ROOT).as_posix()}" for file in files}
+    want |= {"trunkline/__init__.py", "trunkline/py.typed"}
+    assert {"trunkline/modules/backbone/transformer.py", "trunkline/configs/vit/digits.yaml"} < want
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert names == want
+    for name in want - {"trunkline/__init__.py", "trunkline/py.typed"}:
+        assert wheel.read(name) == (ROOT / name.removeprefix("trunkline/")).read_bytes()
+
+
+def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
+    content = {
+        name.partition(".dist-info/")[2]: wheel.read(name).decode() for name in wheel.namelist() if "info" in name
+    }
+    assert content["entry_points.txt"].split() == [
+        "[console_scripts]",
+        "trunkline",
+        "=",
+        "trunkline.pipelines.cli:main",
+    ]
+    assert content["top_level.txt"].split() == ["trunkline"]
+    assert content["licenses/LICENSE"] == (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "\nRequires-Python: >=3.11\n" in content["METADATA"]
+
+
+@pytest.fixture(scope="module")
+def python(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Run `python ARGUMENTS` in an empty folder, where only the wheel's content can be imported as trunkline."""
+    site, empty = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("empty")
+    wheel.extractall(site)
+    guard = f"""
+import sys
+class Guard:  # before the finder of an editable installation
+    def find_spec(self, name, path=None, target=None):
+        from importlib.machinery import PathFinder
+        if name.partition(".")[0] == "trunkline":
+            return PathFinder.find_spec(name, path or [{str(site)!r}])
+sys.meta_path.insert(0, Guard())
+"""
+    (site / "sitecustomize.py").write_text(guard)
+
+    def run(*arguments: str) -> str:
+        environ = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=empty, env=environ, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert not any(empty.iterdir())
+        return done.stdout.replace(str(site), "SITE")
+
+    return run
+
+
+def test_installed_networks(python: Callable[..., str]) -> None:
+    code = """
+import importlib.util, sys, trunkline.modules.networks
+print({m.__file__.partition("/trunkline/")[0] for n, m in sys.modules.items() if n.partition(".")[0] == "trunkline"})
+print([importlib.util.find_spec(name) for name in ("modules", "datamodules", "pipelines", "configs")])
+"""
+    assert python("-c", code).splitlines() == ["{'SITE'}", "[None, None, None, None]"]
+
+
+def test_installed_command(python: Callable[..., str]) -> None:
+    printed = python("-m", "trunkline.pipelines.cli", "fit", "--config", "vit/digits", "--print_config")
+    assert "class_path: trunkline.modules.image_classifier.ImageClassifier" in printed
+    assert re.search(r"^    source: digits$", printed, re.M)
+    assert "trunkline.modules.callbacks.Throughput" in printed  # of defaults.yaml
+
+
+# --- the Makefile and the README
+
+
+def make_targets() -> dict[str, str]:
+    """Target -> its line of help."""
+    return dict(re.findall(r"^([\w-]+):.*?## (.+)$", MAKEFILE, re.M))
+
+
+def test_make_help_lists_every_target() -> None:
+    done = subprocess.run(["make", "-C", ROOT, "--no-print-directory"], capture_output=True, text=True, check=True)
+    listed = dict(re.findall(r"^  make (\S+) +(.+)$", done.stdout, re.M))
+    assert listed == make_targets()
+    assert listed.keys() == set(re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.M)[1].split())  # type: ignore[index]
+    assert len(done.stdout.splitlines()) == len(listed)
+
+
+def commands(program: str) -> list[list[str]]:
+    """Arguments of the commands of a program in the README's shell blocks and inline code."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
+    spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", README)
+    lines = [line for block in blocks for line in block.splitlines()] + spans
+    words = [shlex.split(line, comments=True) for line in lines if line.split()[:1] == [program]]
+    return [w[1:] for w in words if w[1:]]
+
+
+def test_make_commands_of_the_readme() -> None:
+    found = commands("make")
+    assert {"train-vit", "test", "help", "tensorboard"} <= {target for target, *_ in found}
+    for target, *options in found:
+        assert target in make_targets()
+        assert all(option.startswith("ARGS=") for option in options)
+    run = {target: re.search(rf"^{target}:.*\n\t(.+)", MAKEFILE, re.M)[1] for target in ("train-vit", "benchmark")}  # type: ignore[index]
+    assert run == {
+        "train-vit": "$(BIN)/trunkline fit --config vit/digits $(ARGS)",
+        "benchmark": "$(BIN)/trunkline benchmark $(ARGS)",
+    }
+
+
+def training_commands() -> list[str]:
+    written = [c for c in commands("trunkline") if c[0] in TRAINING]
+    options = [shlex.split(c[1].removeprefix("ARGS=")) for c in commands("make") if c[0] == "train-vit" and c[1:]]
+    return sorted({shlex.join(c) for c in [*written, *(["fit", "--config", "vit/digits", *o] for o in options)]})
+
+
+@pytest.mark.parametrize("command", training_commands())
+def test_training_commands_of_the_readme(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Configs, flags and values are known: jsonargparse takes all of them before it prints."""
+    arguments = shlex.split(command)
+    if "--config" not in arguments:  # that of the checkpoint's run, which is not there
+        arguments[1:1] = ["--config", "vit/digits"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["trunkline"])
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, *(["--print_config"] if "--print_config" not in arguments else [])])
+    assert end.value.code in (0, None)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for flag, value in re.findall(r"--([\w.]+)[ =](\S+)", command):
+        if flag != "config":
+            found = printed
+            for key in flag.split("."):
+                found = found[key] if key in found else found["init_args"][key]
+            assert str(found) == value or float(found) == float(value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_commands_of_the_readme() -> None:
+    found = [c for c in commands("trunkline") if c[0] not in TRAINING]
+    assert "predict" in [c[0] for c in found]
+    for name, *options in found:
+        known = inspect.signature(FUNCTIONS[name][0]()).parameters
+        flags = [word.removeprefix("--").partition("=")[0] for word in options if word.startswith("--")]
+        assert set(flags) <= known.keys()
+        needed = {key for key, parameter in known.items() if parameter.default is parameter.empty}
+        assert needed <= set(flags)
+
+
+def test_flags_named_in_the_readme() -> None:
+    from trunkline.modules.image_classifier import ImageClassifier
+
+    named = re.findall(r"`--model\.(\w+) [A-Z_]+`", README)
+    assert {"init_from", "freeze_blocks"} <= set(named) <= inspect.signature(ImageClassifier).parameters.keys()
+
+
+def test_files_named_in_the_readme() -> None:
+    for folder, names in re.findall(r"`configs/(\w+)/` holds (.+?)[;.]", README, re.S):
+        assert set(re.findall(r"`(\w+)`", names)) == {file.stem for file in (ROOT / "configs" / folder).glob("*.yaml")}
+    assert all((ROOT / link).exists() for link in re.findall(r"\]\((?!http)([^)#]+)\)", README))
