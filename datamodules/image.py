@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
+from torchvision.transforms import Compose, v2
 
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule, preserved_generators, seed_generators
@@ -62,28 +64,30 @@ class Preprocessing:
         """Resize, centre crop, normalise."""
         from timm.data import create_transform
 
-        return create_transform(**self._common(), is_training=False, crop_pct=self.crop_pct)
+        resize_and_crop = create_transform(**self._common(), is_training=False, crop_pct=self.crop_pct).transforms[:-2]
+        return Compose([*resize_and_crop, self.normalise])
 
     def training(self, augmentation: Augmentation) -> Transform:
         """Random crop and the other augmentations, normalise."""
         from timm.data import create_transform
 
-        whole = augmentation.crop_scale == (1.0, 1.0)
-        first, second, third = create_transform(
-            **self._common(),
-            is_training=True,
-            scale=augmentation.crop_scale,
-            ratio=augmentation.crop_ratio,
-            hflip=augmentation.hflip,
-            color_jitter=None,  # type: ignore[arg-type]
-            auto_augment=augmentation.rand_augment,
-            re_prob=augmentation.erasing,
-            re_mode="pixel",
-            separate=True,
+        crop_and_flip, policy, (_, _, *erasing) = (
+            stage.transforms
+            for stage in create_transform(
+                **self._common(),
+                is_training=True,
+                scale=augmentation.crop_scale,
+                ratio=augmentation.crop_ratio,
+                hflip=augmentation.hflip,
+                color_jitter=None,  # type: ignore[arg-type]
+                auto_augment=augmentation.rand_augment,
+                re_prob=augmentation.erasing,
+                re_mode="pixel",
+                separate=True,
+            )
         )
-        if whole:
-            flip = v2.RandomHorizontalFlip(augmentation.hflip)
-            first = v2.Compose([v2.Resize(self.size, v2.InterpolationMode(self.interpolation)), flip])
+        if augmentation.crop_scale == (1.0, 1.0):  # timm's crop would still choose a ratio
+            crop_and_flip[0] = v2.Resize(self.size, v2.InterpolationMode(self.interpolation))
         if augmentation.rotate or augmentation.translate or augmentation.zoom:
             affine = v2.RandomAffine(
                 augmentation.rotate,
@@ -91,8 +95,14 @@ class Preprocessing:
                 scale=(1 - augmentation.zoom, 1 + augmentation.zoom),
                 interpolation=v2.InterpolationMode.BILINEAR,
             )
-            first = v2.Compose([first, affine])
-        return v2.Compose([first, second, third])
+            crop_and_flip.append(affine)
+        return Compose([*crop_and_flip, *policy, self.normalise, *erasing])
+
+    def normalise(self, image: Image.Image) -> Tensor:
+        """8-bit picture -> (C, height, width) float32: what timm's two last steps do, at a tenth of their time."""
+        pixels = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, self.channels)
+        mean, std = (255 * np.asarray(values, dtype=np.float32) for values in (self.mean, self.std))
+        return torch.from_numpy(np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1)))
 
     def _common(self) -> dict[str, Any]:
         return {

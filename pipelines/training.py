@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -92,6 +93,12 @@ class TrainingCLI(LightningCLI):
             default=None,
             help="'auto' (newest valid checkpoint of this recipe, or a new run), a run's folder, or a checkpoint.",
         )
+        parser.add_argument(
+            "--threads",
+            type=int | None,
+            default=None,
+            help="CPU threads of each process; else PyTorch's choice. Networks of toy size want 1.",
+        )
         parser.add_argument("--compile", type=bool, default=False, help="torch.compile the network.")
         parser.add_argument(
             "--test_with",
@@ -108,6 +115,8 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder."""
         config = self.config[self.subcommand]
+        if config.threads:
+            torch.set_num_threads(config.threads)
         if self.subcommand != "fit":
             return
         config.name = config.name or self.recipe or "run"
@@ -140,14 +149,22 @@ class TrainingCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train, test, and say where everything is."""
         self.trainer.fit(**kwargs, ckpt_path=self.checkpoint, weights_only=True)
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        best = self.best_checkpoint()
         metrics: dict[str, Any] = {k: v for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         test_with = self._get(self.config, "test_with")
         if test_with != "none" and self.datamodule.test_dataloader():
             path = best if test_with == "best" and best else None
             kwargs["ckpt_path"], kwargs["weights_only"] = path, True
             metrics |= self.trainer.test(**kwargs, verbose=False)[0]
-        self.summarise(metrics, best)
+        last = self.run_dir / "checkpoints" / "last.ckpt"
+        self.summarise(metrics, best if test_with == "best" and best else str(last))
+
+    def best_checkpoint(self) -> str:
+        """File of the best validation metric, or the last one where nothing is monitored."""
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.monitor not in (None, "step"):
+                return callback.best_model_path
+        return ""
 
     def validate(self, **kwargs: Any) -> None:
         """Evaluate on the validation split."""

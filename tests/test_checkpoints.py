@@ -170,9 +170,10 @@ def test_sigkill_while_saving(tmp_path: Path) -> None:
     chance, path, last, left_over = random.Random(0), tmp_path / "last.ckpt", -1, 0
     save(path, 0)
     for _ in range(8):
-        process = CONTEXT.Process(target=save_for_ever, args=(str(tmp_path), last + 1))
+        before = path.stat().st_mtime_ns
+        process = CONTEXT.Process(target=save_for_ever, args=(str(tmp_path), last + 1), daemon=True)
         process.start()
-        while number_in(path) <= last + 1:
+        while path.stat().st_mtime_ns == before:
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.05))
         process.kill()

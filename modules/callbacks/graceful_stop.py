@@ -27,7 +27,7 @@ class LastCheckpoint(Callback):
 def save_last(trainer: L.Trainer) -> Path:
     """Save the state as it is."""
     path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-    trainer.save_checkpoint(path)
+    trainer.save_checkpoint(path, weights_only=False)
     return path
 
 
