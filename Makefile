@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-train-vit: $(READY) ## train a Vision Transformer on the digits, offline, in about a minute
+train-vit: $(READY) ## train a Vision Transformer on the digits, offline, in a minute or two
 	$(BIN)/trunkline fit --config vit/digits $(ARGS)
 
 test: $(READY) ## the fast tests, without a network
