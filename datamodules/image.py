@@ -165,7 +165,7 @@ class LabelledImages(Dataset[dict[str, Any]]):
             "label": int(self.rows.labels[row]),
             "index": key.index,
             "valid": valid,
-            "skipped": int(skipped > 0),
+            "skipped": int(skipped > 0 and key.valid),
         }
 
 

@@ -21,6 +21,11 @@ from trunkline.modules.checkpoints import load_checkpoint
 from trunkline.modules.networks.base import Network, config_from_dict
 from trunkline.modules.optim import OptimizerConfig, build_optimizer, lr_multiplier
 
+DIVERGED = (
+    "Lower --model.optimizer.lr, lengthen --model.optimizer.warmup, set --trainer.gradient_clip_val 1, or with "
+    "16-mixed precision use bf16-mixed; then --resume auto"
+)
+
 
 class TrunklineModule(L.LightningModule):
     """Base of the LightningModules, one for each objective.
@@ -87,7 +92,12 @@ class TrunklineModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The configured optimiser, with its schedule stepped once an optimiser step."""
         optimizer = build_optimizer(self.network, self.optimizer_config)
-        total = self.trainer.estimated_stepping_batches
+        try:
+            total = self.trainer.estimated_stepping_batches
+        except TrunklineError:
+            raise
+        except ValueError as error:  # options of the trainer that do not fit the data
+            raise TrunklineError(f"--trainer: {error}") from error
         lr_multiplier(0, total, self.optimizer_config)  # an impossible schedule is reported before the first step
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_multiplier(step, total, self.optimizer_config)
@@ -116,6 +126,9 @@ class TrunklineModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Never let diverged weights replace good ones, and say what the checkpoint is of."""
         self.check_finite()
+        for name, p in self.network.named_parameters():
+            if not torch.isfinite(p).all():
+                raise TrunklineError(f"the weight {name} is not finite; nothing was saved. {DIVERGED}")
         checkpoint["objective"] = type(self).__name__
         settle_progress(self.trainer, checkpoint["loops"]["fit_loop"])
 
@@ -132,8 +145,7 @@ class TrunklineModule(L.LightningModule):
         if not math.isfinite(self.loss_sum):
             raise TrunklineError(
                 f"the loss is not finite by step {self.trainer.global_step} (epoch {self.current_epoch}); the last "
-                "checkpoint is from before that. Lower --model.optimizer.lr, lengthen --model.optimizer.warmup, set "
-                "--trainer.gradient_clip_val 1, or with 16-mixed precision use bf16-mixed; then --resume auto"
+                f"checkpoint is from before that. {DIVERGED}"
             )
 
     def is_logging_step(self) -> bool:

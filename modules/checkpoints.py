@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -83,7 +84,8 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # on other files torch raises nearly anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        refused = re.search("WeightsUnpickler error: *(.*)", str(error))
+        reason = (refused[1] if refused else str(error).partition("\n")[0]) or type(error).__name__
         raise TrunklineError(
             f"{path} is no checkpoint of plain data: {reason}; it is refused, because loading anything else could run "
             "code"

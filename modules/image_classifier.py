@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from trunkline import TrunklineError
@@ -67,6 +67,7 @@ class ImageClassifier(TrunklineModule):
         self.prepare_network(init_from, freeze_blocks)
         self.label_smoothing = label_smoothing
         self.mix = Mixup(mixup, cutmix, prob=mix_prob, label_smoothing=0.0, num_classes=config.num_classes)
+        self.skipped = torch.nn.ModuleDict({stage: SumMetric() for stage in ("fit", "val", "test")})
         self.metrics = torch.nn.ModuleDict({stage: self._make_metrics() for stage in ("val", "test")})
 
     def _make_metrics(self) -> torch.nn.ModuleDict:
@@ -104,9 +105,14 @@ class ImageClassifier(TrunklineModule):
             image, target = self.mix(image.clone(), target)  # (B, num_classes) soft targets
         loss = F.cross_entropy(self.network(image), target, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
-        if "skipped" in batch and self.is_logging_step():
-            self.log("train/skipped_images", batch["skipped"].sum().float(), reduce_fx="sum")
+        self.count_skipped(batch, "fit")
         return loss
+
+    def count_skipped(self, batch: dict[str, Tensor], stage: str) -> None:
+        """Log the unreadable images of this epoch over all processes."""
+        metric: Any = self.skipped[stage]
+        metric.update(batch.get("skipped", 0))
+        self.log(f"{'train' if stage == 'fit' else stage}/skipped_images", metric, on_step=False, on_epoch=True)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Count one batch towards `val/loss`, `val/acc` and `val/acc_top5`; returns it for callbacks."""
@@ -125,6 +131,7 @@ class ImageClassifier(TrunklineModule):
             metrics[name].update(logits, label)
         for name, metric in metrics.items():
             self.log(f"{stage}/{name}", metric, prog_bar=name == "acc")
+        self.count_skipped(batch, stage)
         return {"image": batch["image"][valid], "label": label, "prediction": logits.argmax(dim=-1)}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

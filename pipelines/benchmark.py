@@ -46,8 +46,9 @@ def benchmark(
         what: `vit`: training step of ViT-Ti/16 at 224 pixels, float32 eager, against timm's model in the
             same loop. `vit_compiled`: the same with bfloat16 and torch.compile, against timm's float32
             eager. `muon`: an optimiser step on the digits recipe's network, against torch's Muon, which goes
-            matrix by matrix. `overhead`: `trainer.fit` as shipped, against a bare loop of the same module,
-            optimiser and batches. `svm`: test accuracy of an RBF SVM on the splits of vit/digits.
+            matrix by matrix. `overhead`: `trainer.fit` with progress bar, throughput, TensorBoard and signal
+            handling, against a bare loop of the same network and batch size. `svm`: test accuracy of an RBF
+            SVM on the splits of vit/digits.
         rounds: turns that each side takes.
         batch_size: images a step.
         output: a JSON file for the figures.

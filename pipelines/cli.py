@@ -5,7 +5,9 @@ import re
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Callable
+from typing import Any
 
 from trunkline import TrunklineError, __version__
 
@@ -48,7 +50,11 @@ def main(arguments: list[str] | None = None) -> None:
         elif command in FUNCTIONS:
             from jsonargparse import auto_cli
 
-            auto_cli(FUNCTIONS[command][0](), args=arguments[1:], prog=f"trunkline {command}")
+            from trunkline.pipelines.parser import Parser
+
+            sys.argv[1:] = arguments
+            options: dict[str, Any] = {"as_positional": False, "parser_class": Parser}
+            auto_cli(FUNCTIONS[command][0](), args=arguments[1:], prog=f"trunkline {command}", **options)
         elif command == "--version":
             print(f"trunkline {__version__}")
         elif command in ("-h", "--help", "help"):
@@ -57,9 +63,21 @@ def main(arguments: list[str] | None = None) -> None:
             from trunkline.pipelines.configs import nearest
 
             raise TrunklineError(f"there is no command '{command}'{nearest(command, [*TRAINING, *FUNCTIONS])}")
-    except TrunklineError as error:
-        report(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        own = own_error(error)
+        if own is None:
+            raise
+        report(own)
         raise SystemExit(2) from None
+
+
+def own_error(error: BaseException | None) -> TrunklineError | None:
+    """The error of our own that others were raised from, if any."""
+    while error is not None and not isinstance(error, TrunklineError):
+        error = error.__cause__
+    return error
 
 
 def usage() -> str:
@@ -74,12 +92,20 @@ def usage() -> str:
 
 
 def report(error: TrunklineError) -> None:
-    """Print the message alone: of an error that came out of a worker process, without the worker's traceback."""
+    """Print the message alone: of an error that came out of a worker process, without the worker's traceback.
+
+    Processes that find the same fault at the same time leave the message to the first one.
+    """
     message = re.split(r"TrunklineError: ", str(error))[-1].strip()
     width = min(shutil.get_terminal_size().columns, 120)
     text = textwrap.fill(f"error: {message}", width, break_long_words=False, break_on_hyphens=False)
-    if os.environ.get("LOCAL_RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:
-        print(f"\n{text}", file=sys.stderr)
+    rank = int(os.environ.get("LOCAL_RANK", "0")) if "MASTER_ADDR" in os.environ else 0
+    if rank:
+        first = os.getppid()
+        time.sleep(1)
+        if os.getppid() != first:
+            return
+    print(f"\n{text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+import yaml
+
 from trunkline import TrunklineError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULTS = CONFIGS / "defaults.yaml"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
     """A question that names what was probably meant, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
@@ -25,13 +27,19 @@ def find_config(name: str) -> Path:
     """The file of a path or a short name; a file of the user's own comes first.
 
     Raises:
-        TrunklineError: if there is neither; suggests the nearest packaged name.
+        TrunklineError: if there is neither, suggesting the nearest packaged name, or if it is no YAML of sections.
     """
     for path in (Path(name), CONFIGS / f"{name}.yaml"):
         if path.is_file():
+            try:
+                content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise TrunklineError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+            if not isinstance(content, dict):
+                raise TrunklineError(f"{path} has no sections such as `model:`, `data:` and `trainer:`")
             return path
     raise TrunklineError(
-        f"there is no config '{name}'{nearest(name, config_names())} Packaged: {', '.join(config_names())}"
+        f"there is no config '{name}'{nearest(name, config_names()) or ';'} packaged are {', '.join(config_names())}"
     )
 
 
@@ -47,6 +55,6 @@ def resolve_configs(arguments: list[str]) -> tuple[list[str], str | None]:
                 packaged = CONFIGS in path.resolve().parents
                 recipe = str(path.resolve().relative_to(CONFIGS).with_suffix("")) if packaged else path.stem
             argument = str(path) if is_config else f"--config={path}"
-        is_config = argument == "--config"
+        is_config = argument in ("--config", "-c")
         resolved.append(argument)
     return resolved, recipe

@@ -88,8 +88,10 @@ def load_classifier(checkpoint: str) -> tuple[ImageClassifier, Preprocessing, li
         TrunklineError: if it is damaged, or of another objective.
     """
     content = load_checkpoint(checkpoint)
-    data = content.get("ImageData")
-    if content.get("objective") != ImageClassifier.__name__ or data is None:
+    data: Any = content.get("ImageData")
+    if content.get("objective") == ImageClassifier.__name__ and data is None:
+        raise TrunklineError(f"{checkpoint} was trained without ImageData, so how to prepare an image is not known")
+    if content.get("objective") != ImageClassifier.__name__:
         raise TrunklineError(
             f"{checkpoint} is no checkpoint of an image classifier, but of {content.get('objective', 'something else')}"
         )

@@ -1,59 +1,29 @@
 """`trunkline fit | validate | test`: a LightningCLI that composes recipes and machines."""
 
-import re
-import shlex
+import logging
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
 from trunkline import TrunklineError
-from trunkline.datamodules import ImageData
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.modules.base import TrunklineModule
-from trunkline.modules.checkpoints import SafeCheckpointIO
-from trunkline.modules.image_classifier import ImageClassifier
-from trunkline.pipelines.configs import DEFAULTS, nearest, resolve_configs
+from trunkline.modules.checkpoints import SafeCheckpointIO, find_fault
+from trunkline.pipelines.configs import DEFAULTS, resolve_configs
+from trunkline.pipelines.parser import Parser
 from trunkline.pipelines.runs import choose_run
-
-# Importing a class makes its short name known: `class_path: ImageClassifier`.
-OBJECTIVES = (ImageClassifier,)
-DATA = (ImageData,)
-
-
-class Parser(LightningArgumentParser):
-    """Reports bad input as an error with a suggestion, where argparse would print a page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise instead of exiting."""
-        cause: BaseException | None = ex
-        while cause is not None:  # what our own constructors raised says it best
-            if isinstance(cause, TrunklineError):
-                raise cause
-            cause = cause.__cause__ or cause.__context__
-        unknown = re.search(r"(?:Key|Unrecognized arguments:|Unexpected key|Option) '?-*([\w.]+)", message)
-        hint = nearest(unknown[1], self.known_keys()) if unknown else ""
-        raise TrunklineError(f"{message.strip()}{hint}") from ex
-
-    def known_keys(self) -> list[str]:
-        """Every option and config key, dotted."""
-        keys = [a.dest for a in self._actions]
-        for group, classes in (("model", OBJECTIVES), ("data", DATA)):
-            for cls in classes:
-                inner = LightningArgumentParser(exit_on_error=False)
-                inner.add_class_arguments(cls)
-                names = [a.dest for a in inner._actions]
-                keys += [f"{group}.{n}" for n in names] + [f"{group}.init_args.{n}" for n in names]
-        return keys
 
 
 class TrainingCLI(LightningCLI):
@@ -113,11 +83,14 @@ class TrainingCLI(LightningCLI):
         """Lightning would let a checkpoint's hyperparameters win over the flags; here flags win last."""
 
     def before_instantiate_classes(self) -> None:
-        """Choose the run's folder."""
+        """Choose the run's folder, or make sure that there is something to evaluate."""
         config = self.config[self.subcommand]
         if config.threads:
             torch.set_num_threads(config.threads)
         if self.subcommand != "fit":
+            fault = find_fault(Path(config.ckpt_path)) if config.ckpt_path else "nothing to evaluate; name a checkpoint"
+            if fault is not None:
+                raise TrunklineError(f"--ckpt_path: {fault}")
             return
         config.name = config.name or self.recipe or "run"
         self.run_dir, self.checkpoint, faults = choose_run(Path(config.run_dir), config.name, config.resume)
@@ -138,8 +111,11 @@ class TrainingCLI(LightningCLI):
                 kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="", default_hp_metric=False)
         else:
             kwargs["logger"], self.save_config_callback = False, None
-            kwargs["callbacks"] = [c for c in trainer.get("callbacks") or [] if not isinstance(c, ModelCheckpoint)]
-        return super().instantiate_trainer(**kwargs)
+            kwargs["callbacks"] = without(trainer.get("callbacks") or [], ModelCheckpoint, WeightAveraging)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:
+            raise TrunklineError(f"--trainer: {error}") from error
 
     def after_instantiate_classes(self) -> None:
         """Compile in place, which leaves the names of the weights as they are."""
@@ -153,6 +129,9 @@ class TrainingCLI(LightningCLI):
         metrics: dict[str, Any] = {k: v for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         test_with = self._get(self.config, "test_with")
         if test_with != "none" and self.datamodule.test_dataloader():
+            # A weight average, if left on, puts the weights that learn in place of a loaded checkpoint's own.
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            callbacks[:] = without(callbacks, WeightAveraging)
             path = best if test_with == "best" and best else None
             kwargs["ckpt_path"], kwargs["weights_only"] = path, True
             metrics |= self.trainer.test(**kwargs, verbose=False)[0]
@@ -189,6 +168,11 @@ class TrainingCLI(LightningCLI):
         Console(soft_wrap=True).print(table)
 
 
+def without(callbacks: list[Callback], *kinds: type[Callback]) -> list[Callback]:
+    """The callbacks that are of none of these kinds."""
+    return [callback for callback in callbacks if not isinstance(callback, kinds)]
+
+
 def run_training(arguments: list[str]) -> None:
     """Run one of the training commands.
 
@@ -200,31 +184,42 @@ def run_training(arguments: list[str]) -> None:
     """
     quieten()
     arguments, recipe = resolve_configs(arguments)
-    if arguments[0] != "fit" and "--config" not in arguments:
+    if arguments[0] != "fit" and not {"--config", "-c", "--help", "-h"} & set(arguments):
         arguments = use_run_config(arguments)
     # Lightning starts the other processes of a run with the same command line.
     sys.argv[1:] = arguments
-    TrainingCLI(arguments, recipe)
+    try:
+        TrainingCLI(arguments, recipe)
+    except MisconfigurationException as error:  # Lightning's word for asking too much
+        raise TrunklineError(str(error)) from error
 
 
 def use_run_config(arguments: list[str]) -> list[str]:
     """Without a `--config`, a checkpoint is evaluated with the config that its run saved."""
-    match = re.search(r"--ckpt_path[ =](\S+)", " ".join(map(shlex.quote, arguments)))
-    if match is None:
+    values = [a.partition("=")[2] or b for a, b in pairwise([*arguments, ""]) if a.partition("=")[0] == "--ckpt_path"]
+    if not values:
         raise TrunklineError(f"trunkline {arguments[0]} needs --ckpt_path, the checkpoint to evaluate")
-    config = Path(shlex.split(match[1])[0]).parent.parent / "config.yaml"
+    fault = find_fault(Path(values[-1]))
+    if fault is not None:
+        raise TrunklineError(f"--ckpt_path: {fault}")
+    config = Path(values[-1]).parent.parent / "config.yaml"
     if not config.is_file():
         raise TrunklineError(f"there is no {config}, the config that a run saves; name one with --config")
     return [arguments[0], "--config", str(config), *arguments[1:]]
 
 
 def quieten() -> None:
-    """Hide warnings that are not for the user: each is about something that is so on purpose."""
+    """Hide advertisements, and warnings about what is so on purpose."""
+    rank_zero_logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    rank_zero_logger.addFilter(lambda record: not record.getMessage().startswith("💡"))
     for pattern in (
+        ".*args parameter is intended to run from within Python.*",  # the list with short names replaced
         ".*does not have many workers.*",  # data in memory needs none
         ".*dataloader is not resumable.*",  # it is, by its own position
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run writes where it wrote before
         ".*smaller than the logging interval.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # an average has done its work
+        ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts
         ".*srun.* command is available on your system.*",
         ".*LeafSpec.*is deprecated.*",
     ):

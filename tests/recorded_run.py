@@ -69,6 +69,23 @@ class Recorder(Callback):
         self.write(trainer, "epoch", {"ended": trainer.current_epoch})
 
 
+class Poison(Callback):
+    """Make a batch's images infinite.
+
+    Args:
+        step: optimiser steps before it.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            batch["image"].fill_(float("inf"))
+
+
 class PlainData(ImageData):
     """The negative control: the same images from an ordinary shuffled DataLoader."""
 

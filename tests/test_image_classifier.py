@@ -90,7 +90,8 @@ class Rows(Dataset[Any]):
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         row = key.index
         valid = key.valid and row not in SKIPPED
-        return {"image": self.image[row], "label": self.label[row], "index": row, "valid": valid}
+        skipped = int(key.valid and row in SKIPPED)
+        return {"image": self.image[row], "label": self.label[row], "index": row, "valid": valid, "skipped": skipped}
 
 
 class RowsData(TrunklineDataModule):
@@ -113,7 +114,7 @@ def by_hand(stage: str, classes: int) -> dict[str, float]:
     label = data.label[rows].numpy()
     own = scores[range(len(rows)), label]
     rank = (scores > own[:, None]).sum(axis=1)  # classes that look likelier than the true one
-    counts = {"loss": -own.mean(), "acc": (rank == 0).mean()}
+    counts = {"loss": -own.mean(), "acc": (rank == 0).mean(), "skipped_images": len(SKIPPED)}
     return {f"{stage}/{name}": float(v) for name, v in (counts | {"acc_top5": (rank < 5).mean()}).items()}
 
 
@@ -125,7 +126,9 @@ def test_metrics_of_one_process(tmp_path: Path, stage: str) -> None:
     assert evaluate(tmp_path, 10, stage) == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize(("classes", "names"), [(5, {"loss", "acc"}), (6, {"loss", "acc", "acc_top5"})])
+@pytest.mark.parametrize(
+    ("classes", "names"), [(5, {"loss", "acc", "skipped_images"}), (6, {"loss", "acc", "acc_top5", "skipped_images"})]
+)
 def test_top5_needs_more_than_5_classes(tmp_path: Path, classes: int, names: set[str]) -> None:
     want = {key: value for key, value in by_hand("val", classes).items() if key.removeprefix("val/") in names}
     assert evaluate(tmp_path, classes) == pytest.approx(want, rel=1e-5)

@@ -180,7 +180,7 @@ def test_bad_checkpoint(grey_checkpoint: Path, images: Path, tmp_path: Path, mak
         ({"state_dict": {}}, "no checkpoint of an image classifier, but of something else"),
         ({"objective": "CausalLM", "ImageData": {}}, "no checkpoint of an image classifier, but of CausalLM"),
         (torch.zeros(3), "no checkpoint of a training run: it holds a Tensor"),
-        (Path("x"), "no checkpoint of plain data: Weights only load failed.*could run code"),
+        (Path("x"), "no checkpoint of plain data: Unsupported global.*could run code"),
         (b"any text\n", "no checkpoint of plain data: "),
         (b"}u\n", "no checkpoint of plain data: "),  # of which torch raises an IndexError
     ],

@@ -1,5 +1,6 @@
 """However a run ends, by itself or by Ctrl-C or SIGTERM, its last step is in a checkpoint."""
 
+import os
 import re
 import shlex
 import signal
@@ -62,7 +63,7 @@ class GracefulStop(Callback):
             raise KeyboardInterrupt
         self.received = number
         # Not through logging or print: a handler may interrupt either of them.
-        sys.stderr.write(f"\n{signal.Signals(number).name}: saving after this step (again to stop at once)\n")
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step (again to stop at once)\n".encode())
 
     def _stop_listening(self) -> None:
         for number, handler in self.previous.items():

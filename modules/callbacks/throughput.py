@@ -1,4 +1,4 @@
-"""Speed of training: samples and FLOP/s a second, utilisation, and curves over samples seen."""
+"""Speed of training: samples and FLOP a second, utilisation, and curves over samples seen."""
 
 import time
 from typing import Any
@@ -16,7 +16,7 @@ class Throughput(Callback):
     """Log `throughput/*` each time the trainer logs, and the main curves again over samples seen.
 
     Unlike Lightning's `ThroughputMonitor` it never makes the host wait for the device: over a whole
-    logging interval the two are in step anyway. Time spent in validation and checkpoints is left out.
+    logging interval the two are in step anyway. Time spent in validation is left out.
 
     Logged: `throughput/<unit>_per_sec` (images, …) over all processes, `throughput/flops_per_sec` (model
     FLOP/s, a backward pass counted as two forward passes), `throughput/mfu` where the device's peak is known,
