@@ -11,13 +11,14 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer
-from trunkline.modules.checkpoints import load_checkpoint
+from trunkline.modules.checkpoints import follow_folder, load_checkpoint
 from trunkline.modules.networks.base import Network, config_from_dict
 from trunkline.modules.optim import OptimizerConfig, build_optimizer, lr_multiplier
 
@@ -166,6 +167,10 @@ class TrunklineModule(L.LightningModule):
         Raises:
             TrunklineError: naming the first difference.
         """
+        for callback in self.trainer.checkpoint_callbacks:
+            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            if isinstance(callback, ModelCheckpoint) and state:
+                follow_folder(state, str(callback.dirpath))
         saved, own = checkpoint["state_dict"], self.state_dict()
         shape = {key: tuple(value.shape) for key, value in own.items()}
         different = [k for k in {**own, **saved} if k not in saved or shape.get(k) != tuple(saved[k].shape)]

@@ -119,6 +119,25 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, faults
 
 
+def follow_folder(state: dict[str, Any], folder: str) -> None:
+    """Let a checkpoint callback find its files in a run's folder that was moved, or is reached by another path.
+
+    Args:
+        state: of a `ModelCheckpoint`, changed in place.
+        folder: where it writes now.
+    """
+    before, best = state["dirpath"], state["best_model_path"]
+    if before == folder or (best and not Path(folder, Path(best).name).exists()):
+        return
+
+    def moved(path: str) -> str:
+        return str(Path(folder, Path(path).name)) if path else path
+
+    paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+    kept = {moved(path): score for path, score in state["best_k_models"].items()}
+    state.update({name: moved(state[name]) for name in paths}, best_k_models=kept, dirpath=folder)
+
+
 def _replace(path: Path, temporary: Path, digests: str) -> None:
     """Put a written file and its digests in their places, durably."""
     digest_temporary = temporary.with_suffix(DIGEST_SUFFIX)

@@ -1,5 +1,6 @@
 """Checkpoints are whole or refused, and the newest valid one is found."""
 
+import copy
 import errno
 import hashlib
 import os
@@ -22,7 +23,7 @@ from recorded_run import CONTEXT
 from trunkline import TrunklineError
 from trunkline.datamodules import ImageData
 from trunkline.modules.base import network_from_checkpoint
-from trunkline.modules.checkpoints import SafeCheckpointIO, load_checkpoint, newest_valid
+from trunkline.modules.checkpoints import SafeCheckpointIO, follow_folder, load_checkpoint, newest_valid
 from trunkline.modules.image_classifier import ImageClassifier
 from trunkline.modules.networks import ViT
 from trunkline.pipelines.runs import choose_run
@@ -278,6 +279,21 @@ def test_checkpoint_of_a_fit_is_plain_data(tmp_path: Path) -> None:
     image = torch.randn(2, 1, 8, 8)
     torch.testing.assert_close(rebuilt.eval()(image), model.network.eval()(image), rtol=0, atol=0)
     assert rebuilt(image).abs().max() > 0
+
+
+def test_follow_folder(tmp_path: Path) -> None:
+    """In a moved folder a checkpoint callback finds its files again; in an unrelated one it starts anew."""
+    old, new = "runs/a/checkpoints", str(tmp_path)
+    paths = {"best_model_path": f"{old}/best.ckpt", "kth_best_model_path": f"{old}/best.ckpt", "last_model_path": ""}
+    state: dict[str, Any] = {"dirpath": old, **paths, "best_k_models": {f"{old}/best.ckpt": 0.5}, "kth_value": 0.5}
+    before = copy.deepcopy(state)
+    follow_folder(state, new)
+    assert state == before
+    save(tmp_path / "best.ckpt")
+    follow_folder(state, new)
+    here = f"{new}/best.ckpt"
+    paths = {"best_model_path": here, "kth_best_model_path": here, "last_model_path": ""}
+    assert state == {"dirpath": new, **paths, "best_k_models": {here: 0.5}, "kth_value": 0.5}
 
 
 @pytest.fixture
