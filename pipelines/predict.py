@@ -44,7 +44,10 @@ def predict(
     files = image_files(images)
     # Lightning replaces the batch sampler of a prediction by one of its own, which keeps the sampler.
     keys = [SampleKey(0, n) for n in range(len(files))]
-    loader = DataLoader(ImageFiles(files, preprocessing), batch_size, sampler=keys, num_workers=num_workers)
+    # By keyword alone: Lightning builds the loader again from these, and an earlier error may have left it recording.
+    loader = DataLoader(
+        dataset=ImageFiles(files, preprocessing), batch_size=batch_size, sampler=keys, num_workers=num_workers
+    )
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,

@@ -212,7 +212,7 @@ def test_kill_with_plain_loader_is_noticed(tmp_path_factory: pytest.TempPathFact
         assert_same_run(killed, whole)
 
 
-ACCUMULATING: dict[str, Any] = {"max_epochs": 2, "accumulate_grad_batches": 3, "val_check_interval": 5}
+ACCUMULATING: dict[str, Any] = {"max_epochs": 2, "accumulate_grad_batches": 2, "val_check_interval": 5}
 BY_STEPS: dict[str, Any] = {"max_epochs": None, "max_steps": 20, "val_check_interval": 1.0}
 
 
@@ -234,10 +234,11 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]],
 @pytest.mark.parametrize(
     ("trainer", "point", "trained", "validated"),
     [
-        (ACCUMULATING, "batch4", 3, 4),  # gradients of one batch of three are under way: they are computed again
-        (ACCUMULATING, "validation5", 3, 4),  # of two
+        (ACCUMULATING, "batch3", 2, 4),  # the gradients of one batch of two are under way: they are computed again
+        (ACCUMULATING, "validation5", 4, 4),  # the same
         (ACCUMULATING, "batch13", 13, 17),  # the end of an epoch, without validation
         (ACCUMULATING, "batch14", 13, 17),  # gradients are under way at the beginning of an epoch
+        (ACCUMULATING, "batch23", 23, 22),  # a validation is due within an epoch
         (BY_STEPS, "batch12", 12, 12),  # nothing special
         (BY_STEPS, "batch13", 13, 12),  # a validation is due
         (BY_STEPS, "validation13", 13, 13),  # it is done
@@ -268,6 +269,7 @@ def test_save_points(
             counts["epoch_loop.batch_progress"],
             counts["epoch_loop.state_dict"],
         ]
+        assert len(set(counts["epoch_loop.val_loop.batch_progress"]["total"].values())) == 1  # none looks half done
     assert differences(*states) == []
 
 
