@@ -1,5 +1,6 @@
 """Data of the house: one LightningDataModule a modality, on shared sources and a resumable order."""
 
 from trunkline.datamodules.image import Augmentation, ImageData
+from trunkline.datamodules.text import TextData
 
-__all__ = ["Augmentation", "ImageData"]
+__all__ = ["Augmentation", "ImageData", "TextData"]

@@ -182,6 +182,18 @@ class TrunklineModule(L.LightningModule):
                 f"{shapes[0]} in the checkpoint, {shapes[1]} here; use the config.yaml of the run that wrote it"
             )
 
+    def mean_over_processes(self, total: Tensor, count: Tensor) -> Tensor:
+        """A loss whose gradients, averaged over processes, are those of the mean over all their targets.
+
+        Args:
+            total: sum of this process's losses.
+            count: how many they are.
+        """
+        count = count.float()
+        if self.trainer.world_size > 1:
+            count = self.trainer.strategy.reduce(count, reduce_op="mean")  # type: ignore[assignment]
+        return total / count.clamp(min=1e-8)
+
     def batch_size(self, batch: dict[str, Tensor]) -> int:
         """Samples in this process's batch."""
         return len(next(iter(batch.values())))

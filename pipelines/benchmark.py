@@ -1,14 +1,9 @@
-"""`trunkline benchmark`: speed side by side with peers, in one run on one machine.
-
-Absolute seconds depend on what else a machine does, so every figure is a ratio: the two sides take turns,
-and the median of the turns' ratios counts.
-"""
+"""`trunkline benchmark`: speed side by side with peers, in one run on one machine."""
 
 import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,25 +14,24 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from trunkline import TrunklineError
 from trunkline.datamodules import ImageData
 from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.image_classifier import ImageClassifier
 from trunkline.modules.networks import ViT, ViTConfig
 from trunkline.modules.optim import Muon, OptimizerConfig
-
-Side = Callable[[], float]
-"""Takes a turn and returns the seconds of one step."""
+from trunkline.pipelines.benchmark_text import gpt_compiled, gpt_eager
+from trunkline.pipelines.timing import Side, bare_loop, compare
 
 
 def benchmark(
-    what: Literal["all", "vit", "vit_compiled", "muon", "overhead", "svm"] = "all",
+    what: Literal["all", "vit", "vit_compiled", "gpt", "gpt_compiled", "muon", "overhead", "svm"] = "all",
     rounds: int = 10,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     output: str | None = None,
 ) -> None:
     """Measure Trunkline side by side with its peers.
@@ -45,15 +39,25 @@ def benchmark(
     Args:
         what: `vit`: training step of ViT-Ti/16 at 224 pixels, float32 eager, against timm's model in the
             same loop. `vit_compiled`: the same with bfloat16 and torch.compile, against timm's float32
-            eager. `muon`: an optimiser step on the digits recipe's network, against torch's Muon, which goes
-            matrix by matrix. `overhead`: `trainer.fit` with progress bar, throughput, TensorBoard and signal
-            handling, against a bare loop of the same network and batch size. `svm`: test accuracy of an RBF
-            SVM on the splits of vit/digits.
+            eager. `gpt` and `gpt_compiled`: likewise a GPT of 6 layers, width 384 and 256 tokens a row,
+            against transformers' GPT-2. `muon`: an optimiser step on the digits recipe's network, against
+            torch's Muon, which goes matrix by matrix. `overhead`: `trainer.fit` with progress bar,
+            throughput, TensorBoard and signal handling, against a bare loop of the same network and batch
+            size. `svm`: test accuracy of an RBF SVM on the splits of vit/digits.
         rounds: turns that each side takes.
-        batch_size: images a step.
+        batch_size: images or rows a step; None is 16 images, 8 rows.
         output: a JSON file for the figures.
     """
-    cases = {"vit": vit_eager, "vit_compiled": vit_compiled, "muon": muon_step, "overhead": trainer_overhead}
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise TrunklineError(f"--output {output}: there is no folder {Path(output).absolute().parent}; make it first")
+    cases = {
+        "vit": vit_eager,
+        "vit_compiled": vit_compiled,
+        "gpt": gpt_eager,
+        "gpt_compiled": gpt_compiled,
+        "muon": muon_step,
+        "overhead": trainer_overhead,
+    }
     if what in ("all", "svm"):
         print(f"RBF SVM on the digits: test accuracy {svm_accuracy():.4f}")
     chosen = {name: case for name, case in cases.items() if what in ("all", name)}
@@ -70,72 +74,35 @@ def benchmark(
         Path(output).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
-def compare(case: str, peer: str, ours: Side, theirs: Side, rounds: int) -> dict[str, Any]:
-    """Let two sides take turns after two to warm up; ratios above 1 say that ours is faster."""
-    for side in (ours, theirs) * 2:  # compilation, allocation and caches
-        side()
-    pairs = []
-    for turn in track(range(rounds), description=case, transient=True):
-        sides = (theirs, ours) if turn % 2 else (ours, theirs)
-        seconds = {side: side() for side in sides}
-        pairs.append((seconds[ours], seconds[theirs]))
-    ratios = sorted(b / a for a, b in pairs)
-    return {
-        "case": case,
-        "peer": peer,
-        "ms": 1e3 * statistics.median(a for a, _ in pairs),
-        "peer_ms": 1e3 * statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(ratios),
-        "range": (ratios[0], ratios[-1]),
-    }
-
-
-def bare_loop(network: nn.Module, image: Tensor, label: Tensor, bf16: bool = False, steps: int = 1) -> Side:
-    """Forward, backward and AdamW on one fixed batch."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-
-    def loop() -> float:
-        network.train()
-        start = time.perf_counter()
-        for _ in range(steps):
-            with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
-                loss = F.cross_entropy(network(image), label)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if image.is_cuda:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / steps
-
-    return loop
-
-
-def _vit_pair(batch_size: int) -> tuple[ViT, nn.Module, Tensor, Tensor]:
-    """Ours and timm's ViT-Ti/16, and a batch."""
+def _vit_loops(batch_size: int | None, bf16: bool = False, compiled: bool = False) -> tuple[Side, Side]:
+    """Training step of ours and of timm's ViT-Ti/16."""
     import timm
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    image, label = torch.randn(batch_size, 3, 224, 224), torch.randint(0, 1000, (batch_size,))
-    ours, theirs = ViT(ViTConfig()).to(device), timm.create_model("vit_tiny_patch16_224").to(device)
-    return ours, theirs, image.to(device), label.to(device)
+    size = batch_size or 16
+    image, label = torch.randn(size, 3, 224, 224, device=device), torch.randint(0, 1000, (size,), device=device)
+    loops = []
+    for network in (ViT(ViTConfig()).to(device), timm.create_model("vit_tiny_patch16_224").to(device)):
+        if compiled:
+            network.compile()
+        loops.append(bare_loop(network, partial(_classify, network, image, label), bf16))
+    return loops[0], loops[1]
 
 
-def vit_eager(rounds: int, batch_size: int) -> list[dict[str, Any]]:
+def _classify(network: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+    return F.cross_entropy(network(image), label)
+
+
+def vit_eager(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     """ViT-Ti/16 in float32, eager, on both sides."""
-    ours, theirs, image, label = _vit_pair(batch_size)
-    sides = bare_loop(ours, image, label), bare_loop(theirs, image, label)
-    return [compare("ViT-Ti/16 fp32 eager", "timm fp32 eager", *sides, rounds)]
+    return [compare("ViT-Ti/16 fp32 eager", "timm fp32 eager", *_vit_loops(batch_size), rounds)]
 
 
-def vit_compiled(rounds: int, batch_size: int) -> list[dict[str, Any]]:
+def vit_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     """ViT-Ti/16 in bfloat16 and compiled: ours, and timm's own, against timm in float32 eager."""
-    ours, theirs, image, label = _vit_pair(batch_size)
-    ours.compile()
-    compiled = _vit_pair(batch_size)[1]
-    compiled.compile()
-    peer = bare_loop(theirs, image, label)
-    fast = bare_loop(ours, image, label, bf16=True), bare_loop(compiled, image, label, bf16=True)
+    peer = _vit_loops(batch_size)[1]
+    fast = _vit_loops(batch_size, bf16=True, compiled=True)
     name = "timm fp32 eager"
     return [
         compare("ViT-Ti/16 bf16 compiled", name, fast[0], peer, rounds),
@@ -143,7 +110,7 @@ def vit_compiled(rounds: int, batch_size: int) -> list[dict[str, Any]]:
     ]
 
 
-def muon_step(rounds: int, batch_size: int) -> list[dict[str, Any]]:
+def muon_step(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     """One optimiser step over the trunk's matrices, all gradients given."""
     trunk = Transformer(TransformerConfig(dim=64, depth=4, num_heads=4))
     matrices = [m.weight for m in trunk.modules() if isinstance(m, nn.Linear)]
@@ -192,19 +159,17 @@ class StepClock(Callback):
             self.seconds = time.perf_counter() - self.start
 
 
-def trainer_overhead(rounds: int, batch_size: int) -> list[dict[str, Any]]:
+def trainer_overhead(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     """`trainer.fit` with the callbacks and the logger that recipes have by default, against a bare loop.
 
     The step takes 40 ms or more on 2 CPU cores.
     """
     from trunkline.modules.callbacks import GracefulStop, ProgressBar, Throughput
 
-    warmup, steps = 5, 50
+    warmup, steps, size = 5, 50, batch_size or 16
     network = ViTConfig(image_size=64, patch_size=8, num_classes=10, backbone=TransformerConfig(dim=192, depth=4))
     module = ImageClassifier(network, OptimizerConfig(schedule="constant", warmup=0))
-    batches = [
-        {"image": torch.randn(batch_size, 3, 64, 64), "label": torch.randint(0, 10, (batch_size,))} for _ in range(5)
-    ]
+    batches = [{"image": torch.randn(size, 3, 64, 64), "label": torch.randint(0, 10, (size,))} for _ in range(5)]
     data: Any = DataLoader([batches[i % 5] for i in range(steps + warmup)], batch_size=None)  # type: ignore[arg-type]
 
     def fit() -> float:
@@ -222,5 +187,6 @@ def trainer_overhead(rounds: int, batch_size: int) -> list[dict[str, Any]]:
             trainer.fit(module, data)
         return clock.seconds / steps
 
-    bare = bare_loop(module.network, batches[0]["image"], batches[0]["label"], steps=steps)
+    first = partial(_classify, module.network, **batches[0])
+    bare = bare_loop(module.network, first, steps=steps)
     return [compare("trainer.fit", "bare loop", fit, bare, rounds)]

@@ -32,7 +32,15 @@ def benchmark_command() -> Callable[..., None]:
     return benchmark
 
 
+def generate_command() -> Callable[..., None]:
+    """See `predict_command`."""
+    from trunkline.pipelines.generate import generate
+
+    return generate
+
+
 FUNCTIONS = {
+    "generate": (generate_command, "continue a text with a checkpoint"),
     "predict": (predict_command, "classify a folder of images with a checkpoint"),
     "benchmark": (benchmark_command, "measure speed side by side with peers"),
 }
@@ -47,6 +55,10 @@ def main(arguments: list[str] | None = None) -> None:
             from trunkline.pipelines.training import run_training
 
             run_training(arguments)
+        elif command == "prepare":
+            from trunkline.pipelines.prepare import run_prepare
+
+            run_prepare(arguments)
         elif command in FUNCTIONS:
             from jsonargparse import auto_cli
 

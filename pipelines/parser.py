@@ -14,14 +14,15 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import trunkline.modules.callbacks
 from trunkline import TrunklineError
-from trunkline.datamodules import ImageData
+from trunkline.datamodules import ImageData, TextData
+from trunkline.modules.causal_lm import CausalLM
 from trunkline.modules.image_classifier import ImageClassifier
 from trunkline.pipelines.cli import own_error
 from trunkline.pipelines.configs import nearest
 
 # Importing a class makes its short name known: `class_path: ImageClassifier`.
-OBJECTIVES = (ImageClassifier,)
-DATA = (ImageData,)
+OBJECTIVES = (CausalLM, ImageClassifier)
+DATA = (ImageData, TextData)
 
 
 class Parser(LightningArgumentParser):

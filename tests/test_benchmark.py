@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers
 from tiny import batches, vit
 from torch import nn
 
+from trunkline import TrunklineError
+from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import ViT
 from trunkline.pipelines import benchmark as module
-from trunkline.pipelines.benchmark import bare_loop, benchmark, compare
+from trunkline.pipelines import benchmark_text, timing
+from trunkline.pipelines.benchmark import benchmark
+from trunkline.pipelines.timing import bare_loop, compare
 
 KEYS = {"case", "peer", "ms", "peer_ms", "ratio", "range"}
 
@@ -52,7 +57,7 @@ def test_the_median_of_the_ratios_is_not_the_ratio_of_the_medians() -> None:
 
 def test_bare_loop_trains_and_returns_seconds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 16.0])
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
     (batch,), network = batches(1), ViT(vit())
     want = ViT(vit())
     want.load_state_dict(network.state_dict())
@@ -61,7 +66,11 @@ def test_bare_loop_trains_and_returns_seconds_a_step(monkeypatch: pytest.MonkeyP
         optimizer.zero_grad()
         nn.functional.cross_entropy(want(batch["image"]), batch["label"]).backward()
         optimizer.step()
-    assert bare_loop(network, batch["image"], batch["label"], steps=3)() == 2.0
+
+    def loss() -> torch.Tensor:
+        return nn.functional.cross_entropy(network(batch["image"]), batch["label"])
+
+    assert bare_loop(network, loss, steps=3)() == 2.0
     torch.testing.assert_close(network.state_dict(), want.state_dict(), rtol=1e-4, atol=1e-6)
 
 
@@ -74,11 +83,20 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", lambda name: ViT(config))
     monkeypatch.setattr(module, "TransformerConfig", lambda **options: config.backbone)
     monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(benchmark_text, "LENGTH", 8)
+    monkeypatch.setattr(benchmark_text, "TransformerConfig", lambda **_: TransformerConfig(16, 1, 2))
+    configure = transformers.GPT2Config
+    monkeypatch.setattr(transformers, "GPT2Config", lambda **_: configure(n_embd=16, n_layer=1, n_head=2))
 
 
 CASES = {
     "vit": [("ViT-Ti/16 fp32 eager", "timm fp32 eager")],
     "vit_compiled": [("ViT-Ti/16 bf16 compiled", "timm fp32 eager"), ("timm's own, bf16 compiled", "timm fp32 eager")],
+    "gpt": [("GPT fp32 eager", "transformers fp32 eager")],
+    "gpt_compiled": [
+        ("GPT bf16 compiled", "transformers fp32 eager"),
+        ("transformers' own, bf16 compiled", "transformers fp32 eager"),
+    ],
     "muon": [("Muon step", "torch.optim.Muon")],
     "overhead": [("trainer.fit", "bare loop")],
 }
@@ -102,6 +120,8 @@ def test_all_is_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     functions = {
         "vit": "vit_eager",
         "vit_compiled": "vit_compiled",
+        "gpt": "gpt_eager",
+        "gpt_compiled": "gpt_compiled",
         "muon": "muon_step",
         "overhead": "trainer_overhead",
     }
@@ -113,3 +133,8 @@ def test_all_is_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     rows = json.loads((tmp_path / "figures.json").read_text())
     assert {row["case"]: row["given"] for row in rows} == {name: [3, 7] for name in functions}
     assert "test accuracy 0.5000" in capsys.readouterr().out
+
+
+def test_no_folder_for_the_figures_is_found_before_measuring(tmp_path: Path) -> None:
+    with pytest.raises(TrunklineError, match=r"--output .*figures\.json: there is no folder .*nowhere; make it first"):
+        benchmark(output=str(tmp_path / "nowhere" / "figures.json"))

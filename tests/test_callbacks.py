@@ -115,14 +115,14 @@ class TestRun:
     def test_scalars_that_are_there(self, fitted: SimpleNamespace) -> None:
         train = {"train/loss", "train/lr", "train/grad_norm", "train/skipped_images"}
         main = train | {"val/loss", "val/acc", "val/acc_top5", "val/skipped_images"}
-        speed = {"throughput/images_per_sec", "throughput/flops_per_sec", "samples_seen", "epoch"}
+        speed = {"throughput/images_per_sec", "throughput/flops_per_sec", "images_seen", "epoch"}
         assert set(fitted.found.Tags()["scalars"]) == main | speed | {
-            f"by_samples/{name}" for name in main - {"train/skipped_images"}
+            f"by_images/{name}" for name in main - {"train/skipped_images"}
         }
 
     def test_speed(self, fitted: SimpleNamespace) -> None:
         per_image = fitted.model.flops_per_batch({"image": torch.zeros(BATCH, 1, 8, 8)}) / BATCH
-        assert scalars(fitted.found, "samples_seen") == {step: step * BATCH for step in LOGGED}
+        assert scalars(fitted.found, "images_seen") == {step: step * BATCH for step in LOGGED}
         # 2 seconds a step, whatever validations take
         speed = dict.fromkeys(LOGGED, BATCH / 2)
         assert scalars(fitted.found, "throughput/images_per_sec") == pytest.approx(speed)
@@ -140,7 +140,7 @@ class TestRun:
             assert len(values) == STEPS
             assert scalars(fitted.found, tag) == pytest.approx({step: values[step] for step in steps}, rel=1e-5)
             by_samples = {BATCH * (step + 1): values[step] for step in steps}
-            assert scalars(fitted.found, f"by_samples/{tag}") == pytest.approx(by_samples, rel=1e-5)
+            assert scalars(fitted.found, f"by_images/{tag}") == pytest.approx(by_samples, rel=1e-5)
 
     def test_validation_curves(self, fitted: SimpleNamespace) -> None:
         accuracies = []
@@ -152,7 +152,7 @@ class TestRun:
         assert accuracies[0] != accuracies[1]
         assert list(scalars(fitted.found, "val/acc").values()) == pytest.approx(accuracies)
         for name in ("val/acc", "val/loss"):
-            by_samples = scalars(fitted.found, f"by_samples/{name}")
+            by_samples = scalars(fitted.found, f"by_images/{name}")
             assert list(by_samples) == [step * BATCH for step in VALIDATIONS]
             assert list(by_samples.values()) == list(scalars(fitted.found, name).values())
 
@@ -218,5 +218,5 @@ def test_a_resume_that_begins_with_a_validation_knows_the_samples_seen(tmp_path:
     after.on_validation_end(trainer, None)  # type: ignore[arg-type]
     logger.finalize("success")
     found = events(tmp_path / "2")
-    assert found.Tags()["scalars"] == ["by_samples/val/acc"]
-    assert scalars(found, "by_samples/val/acc") == {2 * BATCH: 0.5}
+    assert found.Tags()["scalars"] == ["by_images/val/acc"]
+    assert scalars(found, "by_images/val/acc") == {2 * BATCH: 0.5}

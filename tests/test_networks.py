@@ -15,12 +15,17 @@ from torch import Tensor, nn
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer, TransformerConfig, sincos_positions_2d
-from trunkline.modules.networks import Network, ViT, ViTConfig
+from trunkline.modules.networks import GPT, GPTConfig, Network, ViT, ViTConfig
 
 
 def vit(trunk: dict[str, Any] | None = None, **changes: Any) -> ViTConfig:
     backbone = TransformerConfig(**{"dim": 32, "depth": 2, "num_heads": 4, **(trunk or {})})
     return ViTConfig(**{"image_size": 16, "patch_size": 4, "num_classes": 6, "backbone": backbone, **changes})
+
+
+def gpt(trunk: dict[str, Any] | None = None, **changes: Any) -> GPTConfig:
+    backbone = TransformerConfig(**{"dim": 32, "depth": 2, "num_heads": 4, **(trunk or {})})
+    return GPTConfig(**{"vocab_size": 19, "max_length": 9, "backbone": backbone, **changes})
 
 
 NETWORKS: dict[str, tuple[type[Network], Any, list[int], list[int]]] = {  # class, config, shapes of input and output
@@ -40,6 +45,17 @@ NETWORKS: dict[str, tuple[type[Network], Any, list[int], list[int]]] = {  # clas
         [2, 3, 16, 16],
         [2, 6],
     ),
+    "gpt-2": (GPT, gpt({"mlp": "gelu_tanh"}), [2, 9], [2, 9, 19]),
+    "gpt-free-head": (GPT, gpt(tie_embeddings=False), [2, 7], [2, 7, 19]),
+    "gpt-modern": (
+        GPT,
+        gpt(
+            {"mlp": "relu2", "norm": "rmsnorm", "num_kv_heads": 2, "qk_norm": True, "bias": False, "rope_theta": 1e4},
+            positions="none",
+        ),
+        [2, 9],
+        [2, 9, 19],
+    ),
 }
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
@@ -54,7 +70,8 @@ def randomise(network: nn.Module) -> Any:
 
 def build(name: str) -> tuple[Any, Tensor]:
     network_class, config, shape, _ = NETWORKS[name]
-    return randomise(network_class(config)), torch.randn(shape)
+    tokens = network_class is GPT
+    return randomise(network_class(config)), torch.randint(0, 19, shape) if tokens else torch.randn(shape)
 
 
 def loss_of(out: Tensor) -> Tensor:
@@ -114,7 +131,19 @@ def test_checkpointing_gives_the_same_gradients(name: str) -> None:
     assert all(torch.equal(got[key], want[key]) for key in want)
 
 
-@every_network
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name.startswith("gpt")])
+def test_attention_path_of_text(name: str) -> None:
+    network, x = build(name)
+    out = network.forward_features(x, return_attention=True)
+    assert_near(network.head(out.x), network(x))
+    assert network.forward_features(x).attention is None
+    tokens = x.shape[1]
+    assert [layer.shape for layer in out.attention] == [(2, 4, tokens, tokens)] * 2
+    assert_near(torch.stack(out.attention).sum(-1), torch.ones(2, 2, 4, tokens))
+    assert torch.stack(out.attention).triu(1).abs().max() == 0
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name.startswith("vit")])
 def test_attention_path(name: str) -> None:
     network, x = build(name)
     features = network.forward_features(x, return_attention=True)
@@ -138,7 +167,7 @@ def test_compile_keeps_the_state_dict(name: str) -> None:
 def test_bfloat16(name: str) -> None:
     network, x = build(name)
     want = network(x)
-    got = network.bfloat16()(x.bfloat16())
+    got = network.bfloat16()(x.bfloat16() if x.is_floating_point() else x)
     assert got.dtype == torch.bfloat16
     assert ((got.float() - want).norm() / want.norm()).item() < 0.05
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
+from trunkline.modules import optim
 from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.networks import Network, ViT, ViTConfig
 from trunkline.modules.optim import (
@@ -147,6 +148,23 @@ def with_singular_values(rows: int, columns: int) -> tuple[Tensor, Tensor, Tenso
     return (u * torch.logspace(-1, 1, rank, dtype=torch.float64)) @ v.T, u, v
 
 
+@pytest.fixture
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: False)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (64, 256)])
+def test_orthogonalize_in_bfloat16_is_near(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.randn(1, *shape)
+    got = []
+    for native in (True, False):
+        monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device, native=native: native)
+        got.append(orthogonalize(matrix))
+    assert got[0].dtype == torch.bfloat16
+    assert ((got[0] - got[1]).norm() / got[1].norm()).item() < 0.03
+
+
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6), (1, 5)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_orthogonalize_keeps_the_singular_vectors(shape: tuple[int, int], scale: float) -> None:
@@ -160,6 +178,7 @@ def test_orthogonalize_keeps_the_singular_vectors(shape: tuple[int, int], scale:
     assert (values < 1.3).all()
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_orthogonalize_batch_equals_one_by_one() -> None:
     batch = torch.randn(5, 12, 7) * torch.logspace(-3, 3, 5)[:, None, None]
     one_by_one = torch.cat([orthogonalize(batch[i : i + 1]) for i in range(5)])
@@ -190,6 +209,7 @@ def gradients(p: Tensor, steps: int = 5) -> Tensor:
     return torch.randn(steps, *p.shape)
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_muon_against_slow_reference() -> None:
     """Four matrices of two shapes in groups of different rates, and two fused projections."""
     lr = (0.02, 0.05, 0.1)

@@ -19,49 +19,40 @@ import pytest
 import torch
 import yaml
 from recorded_run import Run, kill_sessions
+from tasks import BATCHES, TASKS
 
-EPOCHS, BATCHES = 3, 13
+EPOCHS = 3
 
 
 def write_config(
-    folder: Path, data: str = "ImageData", exact: bool = False, keep: str | None = None, **trainer: Any
+    folder: Path,
+    task: str = "image",
+    data: str | None = None,
+    exact: bool = False,
+    keep: str | None = None,
+    **trainer: Any,
 ) -> Path:
-    """A tiny ViT on the digits with everything on that a resume could get wrong.
+    """A recipe of one of the `TASKS`.
 
     Args:
         folder: of the file and of the record.
-        data: the datamodule.
+        task: what is trained.
+        data: another datamodule than the task's.
         exact: leave dropout and mixup out, which depend on the number of processes.
         keep: see `Recorder`.
         **trainer: more of its options.
     """
     checkpoint = "lightning.pytorch.callbacks.ModelCheckpoint"
-    rate = 0.0 if exact else 0.2
-    backbone = {"dim": 16, "depth": 2, "num_heads": 2, "dropout": rate, "drop_path": rate}
     recorder = {"folder": str(folder), "pause": 0.0 if keep else 0.02, "keep": keep}
+    model, source = TASKS[task](folder, exact)
     # With its usual eps, AdamW makes steps of full size out of rounding errors.
     optimizer = {"name": "adamw", "lr": 0.01, "eps": 1e-3} if exact else {"name": "muon", "lr": 0.01}
+    model["init_args"]["optimizer"] = optimizer
+    source["init_args"]["batch_size"] = 20
+    source["class_path"] = data or source["class_path"]
     config = {
-        "model": {
-            "class_path": "ImageClassifier",
-            "init_args": {
-                "network": {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "backbone": backbone},
-                "optimizer": optimizer,
-                "mixup": rate,
-            },
-        },
-        "data": {
-            "class_path": data,
-            "init_args": {
-                "source": "digits",
-                "image_size": 8,
-                "channels": 1,
-                "val_fraction": 0.4,
-                "test_fraction": 0.45,
-                "batch_size": 20,
-                "augmentation": {"crop_scale": [0.5, 1.0], "hflip": 0.5, "rotate": 10, "translate": 0.1},
-            },
-        },
+        "model": model,
+        "data": source,
         "trainer": {
             "accelerator": "cpu",
             "max_epochs": EPOCHS,
@@ -172,9 +163,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
     """Folder of an uninterrupted run; each kind runs once."""
 
     @functools.cache
-    def train(processes: int, accumulate: int = 1) -> Path:
+    def train(processes: int, accumulate: int = 1, task: str = "image") -> Path:
         folder = tmp_path_factory.mktemp(f"uninterrupted{processes}")
-        run = Run(arguments(write_config(folder, accumulate_grad_batches=accumulate), processes), folder, processes)
+        config = write_config(folder, task, accumulate_grad_batches=accumulate)
+        run = Run(arguments(config, processes), folder, processes)
         assert run.wait() == [0] * processes, run.output()
         assert sum(what == "trained" for _, what, _ in record(folder)) == EPOCHS * BATCHES * processes
         return folder
@@ -183,21 +175,25 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 
 
 @pytest.mark.parametrize(
-    ("processes", "workers", "accumulate"),
+    ("task", "processes", "workers", "accumulate"),
     [
-        (1, 2, 1),
-        (2, 0, 2),
-        pytest.param(1, 0, 2, marks=pytest.mark.slow),
-        pytest.param(2, 2, 1, marks=pytest.mark.slow),
+        ("image", 1, 2, 1),
+        ("image", 2, 0, 2),
+        ("block", 1, 0, 1),
+        ("documents", 2, 0, 1),
+        pytest.param("image", 1, 0, 2, marks=pytest.mark.slow),
+        pytest.param("image", 2, 2, 1, marks=pytest.mark.slow),
+        pytest.param("block", 2, 2, 1, marks=pytest.mark.slow),
+        pytest.param("documents", 1, 2, 2, marks=pytest.mark.slow),
     ],
 )
 def test_kills(
-    processes: int, workers: int, accumulate: int, uninterrupted: Callable[..., Path], tmp_path: Path
+    task: str, processes: int, workers: int, accumulate: int, uninterrupted: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Three SIGKILLs; the number of workers changes nothing either: the reference has none."""
-    config = write_config(tmp_path, accumulate_grad_batches=accumulate)
+    config = write_config(tmp_path, task, accumulate_grad_batches=accumulate)
     kill_three_times(config, processes, workers, steps=EPOCHS * -(-BATCHES // accumulate))
-    assert_same_run(tmp_path, uninterrupted(processes, accumulate))
+    assert_same_run(tmp_path, uninterrupted(processes, accumulate, task))
 
 
 def test_kill_with_plain_loader_is_noticed(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -320,12 +316,13 @@ def assert_stopped_and_resume(output: str, folder: Path, processes: int) -> None
     assert [line["started_at"] for line in lines(folder) if "started_at" in line] == [0, step]
 
 
-def test_equal_losses_on_one_and_two_processes(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_equal_losses_on_one_and_two_processes(task: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """`batch_size` is over all processes: the mean of two processes' losses is the loss of one."""
     losses, indices = {}, {}
     for processes in (1, 2):
         folder = tmp_path_factory.mktemp(f"equal{processes}")
-        run = Run(arguments(write_config(folder, exact=True, max_epochs=2), processes), folder, processes)
+        run = Run(arguments(write_config(folder, task, exact=True, max_epochs=2), processes), folder, processes)
         assert run.wait() == [0] * processes, run.output()
         steps = [[line for line in lines(folder, rank) if "index" in line] for rank in range(processes)]
         losses[processes] = [sum(line["loss"] for line in step) / processes for step in zip(*steps, strict=True)]

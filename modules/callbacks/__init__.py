@@ -3,6 +3,16 @@
 from trunkline.modules.callbacks.attention_maps import AttentionMaps
 from trunkline.modules.callbacks.classification import ClassificationReport
 from trunkline.modules.callbacks.graceful_stop import GracefulStop, LastCheckpoint
+from trunkline.modules.callbacks.text import AttentionHeads, TextSamples
 from trunkline.modules.callbacks.throughput import ProgressBar, Throughput
 
-__all__ = ["AttentionMaps", "ClassificationReport", "GracefulStop", "LastCheckpoint", "ProgressBar", "Throughput"]
+__all__ = [
+    "AttentionHeads",
+    "AttentionMaps",
+    "ClassificationReport",
+    "GracefulStop",
+    "LastCheckpoint",
+    "ProgressBar",
+    "TextSamples",
+    "Throughput",
+]

@@ -20,7 +20,7 @@ class Throughput(Callback):
 
     Logged: `throughput/<unit>_per_sec` (images, …) over all processes, `throughput/flops_per_sec` (model
     FLOP/s, a backward pass counted as two forward passes), `throughput/mfu` where the device's peak is known,
-    `samples_seen`, and under `by_samples/` the losses and metrics with samples seen as the x-axis.
+    `<unit>_seen`, and under `by_<unit>/` the losses and metrics with images, tokens, … seen as the x-axis.
     """
 
     def __init__(self) -> None:
@@ -53,24 +53,26 @@ class Throughput(Callback):
         metrics = {
             f"throughput/{pl_module.unit}_per_sec": self.per_second,
             "throughput/flops_per_sec": self.per_second * self.flops,
-            "samples_seen": trainer.global_step * self.samples_a_step,
+            f"{pl_module.unit}_seen": trainer.global_step * self.samples_a_step,
         }
         if self.peak:
             metrics["throughput/mfu"] = metrics["throughput/flops_per_sec"] / (self.peak * trainer.world_size)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-        self._log_by_samples(trainer, "train/")
+        self._log_by_samples(trainer, pl_module, "train/")
         self.samples, self.started = 0, time.perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
         self.started -= time.perf_counter()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: TrunklineModule
+    ) -> None:
         """Start it again where it stood."""
         self.started += time.perf_counter()
         if not trainer.sanity_checking:
-            self._log_by_samples(trainer, "val/")
+            self._log_by_samples(trainer, pl_module, "val/")
 
     def state_dict(self) -> dict[str, Any]:
         """For a resume that begins with a validation, before any batch has shown its size."""
@@ -80,12 +82,12 @@ class Throughput(Callback):
         """See `state_dict`."""
         self.samples_a_step = state_dict["samples_a_step"]
 
-    def _log_by_samples(self, trainer: L.Trainer, prefix: str) -> None:
+    def _log_by_samples(self, trainer: L.Trainer, pl_module: TrunklineModule, prefix: str) -> None:
         writer = tensorboard(trainer)
         if writer is not None:
             for name, value in trainer.callback_metrics.items():
                 if name.startswith(prefix):
-                    writer.add_scalar(f"by_samples/{name}", value, trainer.global_step * self.samples_a_step)
+                    writer.add_scalar(f"by_{pl_module.unit}/{name}", value, trainer.global_step * self.samples_a_step)
 
 
 def _compute_dtype(precision: Precision) -> Any:

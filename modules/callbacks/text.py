@@ -1,0 +1,128 @@
+"""What TensorBoard shows of a language model: texts it writes, and where its heads look."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from trunkline import TrunklineError
+from trunkline.modules.callbacks.drawing import tensorboard
+from trunkline.modules.generation import GenerationConfig, generate
+
+
+class TextSamples(Callback):
+    """After each validation, continue fixed prompts (`val/samples`); at the end of training print the last texts.
+
+    The datamodule has the `tokenizer`. All processes generate, because sharded weights need them all.
+
+    Args:
+        prompts: how the texts begin.
+        max_new_tokens: tokens of each text after its prompt.
+        temperature: see `GenerationConfig`, as `top_p`.
+        top_p: see there.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 128,
+        temperature: float = 0.8,
+        top_p: float | None = 0.95,
+    ) -> None:
+        self.prompts = list(prompts)
+        self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        self.texts: list[str] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find a prompt without tokens before the first step."""
+        for prompt in self.prompts:
+            if not tokenizer_of(trainer, self).encode(prompt, add_special_tokens=False).ids:
+                raise TrunklineError(f"TextSamples: the prompt {prompt!r} has no tokens; give it some text")
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write."""
+        if trainer.sanity_checking:
+            return
+        tokenizer, network = tokenizer_of(trainer, self), pl_module.network
+        training = network.training
+        self.texts = []
+        for prompt in self.prompts:
+            ids = tokenizer.encode(prompt, add_special_tokens=False).ids[-network.config.max_length :]
+            (new,) = generate(network, torch.tensor([ids], device=pl_module.device), config=self.config)
+            self.texts.append(tokenizer.decode(ids + new))
+        network.train(training)
+        writer = tensorboard(trainer)
+        if writer is not None:
+            fenced = "\n\n".join(f"```\n{text}\n```" for text in self.texts)
+            writer.add_text("val/samples", fenced, trainer.global_step)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print."""
+        if trainer.is_global_zero:
+            for text in self.texts:
+                print(f"\n{text}\n" + "─" * 40)
+
+
+class AttentionHeads(Callback):
+    """After each validation, a picture of every head's attention over a sentence (`val/attention`).
+
+    Args:
+        sentence: a short one: each token gets a row and a column.
+        blocks: at most this many blocks, evenly spread from the first to the last.
+        heads: at most this many heads of each.
+    """
+
+    def __init__(self, sentence: str, blocks: int = 4, heads: int = 8) -> None:
+        self.sentence, self.blocks, self.heads = sentence, blocks, heads
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw."""
+        if trainer.sanity_checking:
+            return
+        tokenizer, network = tokenizer_of(trainer, self), pl_module.network
+        ids = tokenizer.encode(self.sentence).ids[: network.config.max_length]
+        tokens = torch.tensor([ids], device=pl_module.device)
+        training = network.training
+        network.eval()
+        attention = network.forward_features(tokens, return_attention=True).attention
+        network.train(training)
+        writer = tensorboard(trainer)
+        if writer is not None:
+            shown = torch.linspace(0, len(attention) - 1, min(self.blocks, len(attention))).round().int().unique()
+            maps = {int(n): attention[n][0, : self.heads].float().cpu() for n in shown}
+            labels = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+            writer.add_figure("val/attention", draw_heads(maps, labels), trainer.global_step)
+
+
+def draw_heads(maps: dict[int, Tensor], labels: list[str]) -> Figure:
+    """A row of (H, T, T) maps for each block; a row of a map is the token that looks."""
+    heads = len(next(iter(maps.values())))
+    side = max(1.6, 0.14 * len(labels))
+    figure = Figure(figsize=(side * heads + 1, side * len(maps) + 1), layout="constrained")
+    axes = figure.subplots(len(maps), heads, squeeze=False)
+    for row, (block, weights) in zip(axes, maps.items(), strict=True):
+        for head, (place, picture) in enumerate(zip(row, weights, strict=True)):
+            place.imshow(picture, cmap="viridis", vmin=0)
+            place.set(xticks=[], yticks=[])
+            place.set_title(f"block {block}, head {head}", fontsize=7)
+        row[0].set_yticks(range(len(labels)), labels, fontsize=6)
+    for place in axes[-1]:
+        place.set_xticks(range(len(labels)), labels, fontsize=6, rotation=90)
+    return figure
+
+
+def tokenizer_of(trainer: L.Trainer, callback: Callback) -> Any:
+    """The datamodule's tokenizer.
+
+    Raises:
+        TrunklineError: if the data has none.
+    """
+    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    if tokenizer is None:
+        raise TrunklineError(f"{type(callback).__name__} needs a datamodule with a tokenizer, such as TextData")
+    return tokenizer

@@ -1,0 +1,245 @@
+"""Parts of text generation: the options, the window of tokens that the network sees, the choice of a token.
+
+Needs torch alone. Shape legend: B rows, T tokens of the prompt, V vocabulary.
+"""
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import KVCache
+from trunkline.modules.networks import GPT
+
+
+@dataclass
+class GenerationConfig:
+    """How the next token is chosen. The filters apply in the order in which they stand here.
+
+    Raises:
+        TrunklineError: for a value out of range, or options that exclude each other.
+    """
+
+    max_new_tokens: int = 128
+    """Tokens after the prompt, at most."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens that stand in the text (arXiv:1909.05858)."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy: always the likeliest token."""
+    top_k: int | None = None
+    """Sample from the K likeliest tokens (arXiv:1805.04833)."""
+    top_p: float | None = None
+    """Sample from the likeliest tokens that together have this probability (arXiv:1904.09751)."""
+    min_p: float | None = None
+    """Sample from tokens with at least this share of the likeliest token's probability (arXiv:2407.01082)."""
+    num_beams: int = 1
+    """More than 1 is beam search: the likeliest of that many texts that are followed side by side."""
+    length_penalty: float = 1.0
+    """A beam's score is its log-likelihood / length ** this; above 0 favours longer texts."""
+    seed: int = 0
+    """Of sampling; row b draws from (seed, b) alone, whatever the other rows do."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TrunklineError(f"{name} must be at least 1, not {value}" + _OFF.get(name, ""))
+        for name, low in (("top_p", 0.0), ("min_p", -1e-12)):
+            value = getattr(self, name)
+            if value is not None and not low < value <= 1:
+                above = "above 0" if low == 0 else "at least 0"
+                raise TrunklineError(f"{name} must be {above} and at most 1, not {value}" + _OFF[name])
+        if not 0 <= self.temperature < math.inf:
+            raise TrunklineError(f"temperature must be at least 0, not {self.temperature}; 0 is greedy")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise TrunklineError(f"repetition_penalty must be above 0, not {self.repetition_penalty}; 1 is none")
+        if not math.isfinite(self.length_penalty):
+            raise TrunklineError(f"length_penalty must be a finite number, not {self.length_penalty}; 1 is the mean")
+        if not 0 <= self.seed < 2**63:
+            raise TrunklineError(f"seed must be at least 0 and below 2 ** 63, not {self.seed}")
+        drawn = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        drawn += ["temperature"] if self.temperature not in (0, 1) else []
+        if self.num_beams > 1 and drawn:
+            raise TrunklineError(
+                f"num_beams={self.num_beams} is beam search, which draws nothing: leave out {' and '.join(drawn)}, "
+                "or set num_beams=1"
+            )
+
+
+_OFF = dict.fromkeys(("top_k", "top_p", "min_p"), "; leave it out to take all tokens")
+
+
+class Window:
+    """The newest tokens of each row, and the network's cache of them.
+
+    A row that fills the network's `max_length` forgets its older half, and the cache is computed anew from
+    what is left. What a row sees depends on that row alone: never on how long its neighbours are.
+
+    Args:
+        network: in evaluation mode.
+        tokens: (B, T) prompts, padded on the left.
+        mask: (B, T) bool, False for padding; None without.
+        room: how many tokens will follow.
+    """
+
+    def __init__(self, network: GPT, tokens: Tensor, mask: Tensor | None, room: int) -> None:
+        self.network, self.limit = network, network.config.max_length
+        width = min(self.limit, tokens.shape[1] + room)
+        rows = len(tokens)
+        self.tokens = tokens.new_zeros(rows, width)
+        self.mask = torch.ones(rows, width, dtype=torch.bool, device=tokens.device)
+        weight = next(network.parameters())  # not of the embedding, which may be int8
+        self.cache = KVCache(network.config.backbone, rows, width, dtype=weight.dtype, device=weight.device)
+        self.fill(tokens, mask)
+
+    def fill(self, tokens: Tensor, mask: Tensor | None) -> None:
+        """Hold these (B, T) tokens and nothing before them; `logits` are then of the token after them."""
+        self.padded = mask is not None and not bool(mask.all())
+        self.mask.fill_(True)
+        if mask is not None:
+            self.mask[:, : mask.shape[1]] = mask
+        self.cache.length = 0
+        self._run(tokens)
+
+    def _run(self, tokens: Tensor) -> None:
+        start, end = self.cache.length, self.cache.length + tokens.shape[1]
+        self.tokens[:, start:end] = tokens
+        mask = self.mask[:, :end] if self.padded else None
+        keep = slice(-1, None) if tokens.shape[1] > 1 else None
+        self.logits = self.network(tokens, mask=mask, cache=self.cache, keep=keep)[:, -1]  # (B, V)
+
+    def append(self, tokens: Tensor) -> None:
+        """Add one token (B,) to each row."""
+        if self.cache.length == self.limit:
+            self.slide(tokens)
+        else:
+            self._run(tokens[:, None])
+
+    def slide(self, tokens: Tensor) -> None:
+        """Forget the older half of each row that is full, then add one token (B,) to each row."""
+        held = self.mask.sum(dim=1)  # padding is on the left, and the window is full
+        kept = torch.where(held == self.limit, self.limit // 2, held)
+        width = int(kept.max())
+        recent = torch.cat((self.tokens[:, self.limit - width :], tokens[:, None]), dim=1)
+        columns = torch.arange(width + 1, device=tokens.device)
+        self.fill(recent, columns >= width - kept[:, None])
+
+    def take(self, rows: Tensor) -> None:
+        """Let row b continue row `rows[b]`; fewer rows than before leave the others out."""
+        self.tokens, self.mask = self.tokens[rows], self.mask[rows]
+        if len(rows) == len(self.logits):
+            self.cache.reorder(rows)
+        else:
+            self.cache.keys, self.cache.values = self.cache.keys[:, rows], self.cache.values[:, rows]
+        self.logits = self.logits[rows]
+
+
+def filter_logits(logits: Tensor, config: GenerationConfig, seen: Tensor | None = None) -> Tensor:
+    """Apply penalty, temperature and filters; semantics and order are those of Hugging Face.
+
+    Args:
+        logits: (B, V) float32.
+        config: `temperature` 0 leaves the temperature and the filters after it out.
+        seen: (B, V) bool, True for tokens that stand in the row's text.
+
+    Returns:
+        (B, V), minus infinity where a token is left out.
+    """
+    if seen is not None and config.repetition_penalty != 1:
+        penalty = config.repetition_penalty
+        logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if config.temperature == 0:
+        return logits
+    if config.temperature != 1:
+        logits = logits / config.temperature
+    if config.top_k is not None and config.top_k < logits.shape[1]:
+        least = logits.topk(config.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if config.top_p is not None and config.top_p < 1:
+        ascending, order = logits.sort(dim=1)
+        out = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - config.top_p
+        out[:, -1] = False  # the likeliest stays
+        logits = logits.masked_fill(out.scatter(1, order, out), -math.inf)
+    if config.min_p is not None:
+        probability = logits.softmax(dim=1)
+        logits = logits.masked_fill(probability < config.min_p * probability.amax(dim=1, keepdim=True), -math.inf)
+    return logits
+
+
+def choose(logits: Tensor, draws: Tensor | None) -> Tensor:
+    """The likeliest token of each row of (B, V), or with uniform `draws` (B,) a sample of the softmax: (B,)."""
+    if draws is None:
+        return logits.argmax(dim=1)
+    total = logits.softmax(dim=1, dtype=draws.dtype).cumsum(dim=1)
+    aim = draws[:, None] * total[:, -1:]
+    # The first token whose running sum exceeds the aim: one that was left out adds nothing, so is never the first.
+    return torch.searchsorted(total, aim, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+@contextmanager
+def evaluating(network: GPT) -> Iterator[None]:
+    """Evaluation mode; afterwards the modules are in the mode in which they were."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def row_generator(seed: int, row: int) -> torch.Generator:
+    """Random numbers of one row: row 1 of seed 0 and row 0 of seed 1 have nothing in common."""
+    return torch.Generator().manual_seed(random.Random(f"{seed} {row}").getrandbits(63))
+
+
+def draw(generators: list[torch.Generator], device: torch.device) -> Tensor:
+    """A number from 0 to below 1 of each generator: (B,) float64, so that rare tokens have their chance too."""
+    numbers = [torch.rand((), dtype=torch.float64, generator=generator) for generator in generators]
+    return torch.stack(numbers).to(device, torch.float32 if device.type == "mps" else None)
+
+
+def tokens_seen(network: GPT, tokens: Tensor, mask: Tensor | None, config: GenerationConfig) -> Tensor | None:
+    """(B, V) bool, True for tokens in the prompt; None where nothing penalises them."""
+    if config.repetition_penalty == 1:
+        return None
+    seen = torch.zeros(len(tokens), network.config.vocab_size, dtype=torch.bool, device=tokens.device)
+    row, column = (torch.ones_like(tokens) if mask is None else mask).nonzero(as_tuple=True)
+    seen[row, tokens[row, column]] = True
+    return seen
+
+
+def check_prompts(network: GPT, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Prompts without the columns that are padding in all rows; `mask` is None where no padding is left.
+
+    Raises:
+        TrunklineError: see `stream`.
+    """
+    config = network.config
+    if mask is None:
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+    if tokens.ndim != 2 or not len(tokens) or mask.shape != tokens.shape or mask.dtype != torch.bool:
+        given = f"tokens {tuple(tokens.shape)} and a {mask.dtype} mask {tuple(mask.shape)}"
+        raise TrunklineError(f"prompts are (B, T) token ids and a boolean mask of the same shape, but got {given}")
+    if (mask[:, :-1] & ~mask[:, 1:]).any():
+        raise TrunklineError("the mask of prompts is False after True: pad shorter prompts on the left, not the right")
+    for row, length in enumerate(mask.sum(dim=1).tolist()):
+        if length == 0:
+            raise TrunklineError(f"prompt {row} has no token; begin it with the end-of-text token")
+        if length > config.max_length:
+            raise TrunklineError(
+                f"prompt {row} has {length} tokens, but the network can see {config.max_length}; shorten it"
+            )
+    filled = mask.any(dim=0)
+    tokens, mask = tokens[:, filled], mask[:, filled]
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
+        raise TrunklineError(
+            f"a prompt has token ids from {int(tokens.min())} to {int(tokens.max())}, but the network knows 0 to "
+            f"{config.vocab_size - 1}; use the tokenizer that it was trained with"
+        )
+    return tokens, None if mask.all() else mask

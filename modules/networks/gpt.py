@@ -1,0 +1,153 @@
+"""Causal language model: GPT-2 (Radford et al., 2019) and what came after it, by configuration."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, TransformerOutput
+from trunkline.modules.backbone.attention import Keep
+from trunkline.modules.networks.base import Network
+
+
+def gpt2_trunk() -> TransformerConfig:
+    """The trunk of GPT-2 124M."""
+    return TransformerConfig(dim=768, depth=12, num_heads=12, mlp="gelu_tanh", norm_eps=1e-5, causal=True)
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a causal language model; the defaults are GPT-2 124M."""
+
+    vocab_size: int = 50257
+    """Tokens V; more than the tokenizer has is allowed (a multiple of 64 multiplies faster on a GPU)."""
+    max_length: int = 1024
+    """Tokens that the network can see at once."""
+    positions: Literal["learned", "none"] = "learned"
+    """Absolute positions; `none` is for a rotary trunk."""
+    tie_embeddings: bool = True
+    """The output layer is the token embedding transposed (arXiv:1608.05859)."""
+    backbone: TransformerConfig = field(default_factory=gpt2_trunk)
+    """The trunk; `causal` is set in any case."""
+
+    def __post_init__(self) -> None:
+        if not self.backbone.causal:
+            self.backbone = replace(self.backbone, causal=True)
+
+
+class GPT(Network):
+    """Token embedding, positions, causal trunk, output layer.
+
+    Shape legend: B batch, T given tokens, S those and the ones in the cache, D width, V vocabulary.
+    """
+
+    config_class = GPTConfig
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        trunk = config.backbone
+        self.token_embed = nn.Embedding(config.vocab_size, trunk.dim)
+        self.pos_embed = nn.Embedding(config.max_length, trunk.dim) if config.positions == "learned" else None
+        self.dropout = nn.Dropout(trunk.dropout)
+        self.backbone = Transformer(trunk)
+        self.head = nn.Linear(trunk.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.token_embed.weight
+        for module in (self.token_embed, self.pos_embed, self.head):
+            if module is not None:
+                nn.init.trunc_normal_(module.weight, std=0.02)
+        with torch.no_grad():  # the residual stream's variance grows with depth: GPT-2 scales what is added to it
+            for block in self.backbone.blocks:
+                for linear in (block.attn.proj, block.mlp.fc2):
+                    linear.weight /= math.sqrt(2 * trunk.depth)
+
+    def output_modules(self) -> list[nn.Module]:
+        """The output layer, unless it is the embedding."""
+        return [] if self.config.tie_embeddings else [self.head]
+
+    def embed(self, tokens: Tensor, segments: Tensor | None, mask: Tensor | None, start: int) -> Tensor:
+        """(B, T) token ids from position `start` on -> (B, T, D); see `forward`."""
+        x = self.token_embed(tokens)
+        if self.pos_embed is not None:
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+            if segments is not None:
+                positions = positions_in_segment(segments)
+            elif mask is not None:  # padding on the left does not count
+                positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:]
+            x = x + self.pos_embed(positions)
+        return self.dropout(x)
+
+    def forward_features(
+        self,
+        tokens: Tensor,
+        segments: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        keep: Keep | None = None,
+        return_attention: bool = False,
+    ) -> TransformerOutput:
+        """States after the trunk, (B, T, D), and on request the attention weights; arguments as for `forward`.
+
+        Raises:
+            TrunklineError: if there are more tokens than positions.
+        """
+        start = cache.length if cache is not None else 0
+        if start + tokens.shape[1] > self.config.max_length:
+            raise TrunklineError(
+                f"{start + tokens.shape[1]} tokens are more than the {self.config.max_length} that the network can see; "
+                "shorten the text, or train with a larger max_length"
+            )
+        attend = mask
+        if segments is not None:
+            attend = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, T)
+        x = self.embed(tokens, segments, mask, start)
+        return self.backbone(x, mask=attend, cache=cache, keep=keep, return_attention=return_attention)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        segments: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        keep: Keep | None = None,
+        return_logits: bool = True,
+    ) -> Any:
+        """Logits of each next token.
+
+        Args:
+            tokens: (B, T) token ids.
+            segments: (B, T) number of the document within a packed row; a token sees its own document only,
+                whose positions count from 0.
+            mask: (B, S) bool, False for padding on the left.
+            cache: keys and values of the tokens before these.
+            keep: compute these positions only, such as `slice(-1, None)`; T becomes their number.
+            return_logits: False stops at the states, for a loss that never holds all logits.
+
+        Returns:
+            (B, T, V) logits, or (B, T, D) states.
+
+        Raises:
+            TrunklineError: if there are more tokens than positions.
+        """
+        x = self.forward_features(tokens, segments, mask=mask, cache=cache, keep=keep).x
+        return self.head(x) if return_logits else x
+
+    def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        """An empty cache for sequences of up to `max_length` tokens (default: all that the network can see)."""
+        weight = self.token_embed.weight
+        length = max_length or self.config.max_length
+        return KVCache(self.config.backbone, batch_size, length, dtype=weight.dtype, device=weight.device)
+
+
+def positions_in_segment(segments: Tensor) -> Tensor:
+    """(B, T) numbers of documents that follow one another in a row -> (B, T) positions within each."""
+    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return index - torch.where(begins, index, 0).cummax(dim=1).values

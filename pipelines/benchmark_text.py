@@ -1,0 +1,71 @@
+"""The cases of `trunkline benchmark` that are about text."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.losses import linear_cross_entropy
+from trunkline.modules.networks import GPT, GPTConfig
+from trunkline.pipelines.timing import Side, bare_loop, compare
+
+LENGTH = 256
+
+
+def transformers() -> Any:
+    """The library, which is a peer and no dependency."""
+    try:
+        import transformers as library
+    except ImportError as error:
+        raise TrunklineError("this case compares with transformers; say pip install 'trunkline[bench]'") from error
+    return library
+
+
+def _gpt_pair() -> tuple[GPT, nn.Module]:
+    """Ours and Hugging Face's GPT-2 of 6 layers and width 384, without dropout."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    trunk = TransformerConfig(dim=384, depth=6, num_heads=6, mlp="gelu_tanh", norm_eps=1e-5)
+    ours = GPT(GPTConfig(max_length=LENGTH, backbone=trunk))
+    sizes = {"n_embd": 384, "n_layer": 6, "n_head": 6, "n_positions": LENGTH}
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    library = transformers()
+    theirs = library.GPT2LMHeadModel(library.GPT2Config(**sizes, **off))
+    return ours.to(device), theirs.to(device)
+
+
+def _gpt_loops(batch_size: int, bf16: bool = False, compiled: bool = False) -> tuple[Side, Side]:
+    """Both sides' training step on (batch, 256) tokens."""
+    ours, theirs = _gpt_pair()
+    if compiled:
+        ours.compile()
+        theirs.compile()
+    row = torch.randint(0, 50257, (batch_size, LENGTH + 1), device=next(ours.parameters()).device)
+    tokens, targets = row[:, :-1].contiguous(), row[:, 1:].flatten()
+
+    def our_loss() -> Tensor:
+        states = ours(tokens, return_logits=False)
+        return linear_cross_entropy(states.flatten(0, 1), ours.head.weight, targets) / targets.numel()
+
+    return (
+        bare_loop(ours, our_loss, bf16),
+        bare_loop(theirs, lambda: theirs(input_ids=tokens, labels=tokens, use_cache=False).loss, bf16),
+    )
+
+
+def gpt_eager(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
+    """GPT of 6 layers and width 384 in float32, eager, on both sides."""
+    return [compare("GPT fp32 eager", "transformers fp32 eager", *_gpt_loops(batch_size or 8), rounds)]
+
+
+def gpt_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
+    """The same in bfloat16 and compiled: ours, and theirs, against theirs in float32 eager."""
+    peer = _gpt_loops(batch_size or 8)[1]
+    fast = _gpt_loops(batch_size or 8, bf16=True, compiled=True)
+    name = "transformers fp32 eager"
+    return [
+        compare("GPT bf16 compiled", name, fast[0], peer, rounds),
+        compare("transformers' own, bf16 compiled", name, fast[1], peer, rounds),
+    ]

@@ -1,0 +1,54 @@
+"""Timing side by side: absolute seconds depend on what else a machine does, so every figure is a ratio."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+Side = Callable[[], float]
+"""Takes a turn and returns the seconds of one step."""
+
+
+def compare(case: str, peer: str, ours: Side, theirs: Side, rounds: int) -> dict[str, Any]:
+    """Let two sides take turns after two to warm up; ratios above 1 say that ours is faster."""
+    for side in (ours, theirs) * 2:  # compilation, allocation and caches
+        side()
+    pairs = []
+    for turn in track(range(rounds), description=case, transient=True):
+        sides = (theirs, ours) if turn % 2 else (ours, theirs)
+        seconds = {side: side() for side in sides}
+        pairs.append((seconds[ours], seconds[theirs]))
+    ratios = sorted(b / a for a, b in pairs)
+    return {
+        "case": case,
+        "peer": peer,
+        "ms": 1e3 * statistics.median(a for a, _ in pairs),
+        "peer_ms": 1e3 * statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(ratios),
+        "range": (ratios[0], ratios[-1]),
+    }
+
+
+def bare_loop(network: nn.Module, loss: Callable[[], Tensor], bf16: bool = False, steps: int = 1) -> Side:
+    """Forward, backward and AdamW on one fixed batch, whose loss `loss` computes with the network."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    device = next(network.parameters()).device.type
+
+    def loop() -> float:
+        network.train()
+        start = time.perf_counter()
+        for _ in range(steps):
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                value = loss()
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / steps
+
+    return loop

@@ -1,0 +1,53 @@
+"""Small tasks of every objective, each with everything on that a resume could get wrong; 13 batches an epoch."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+BATCHES = 13
+
+
+def trunk(exact: bool) -> dict[str, Any]:
+    rate = 0.0 if exact else 0.2
+    return {"dim": 16, "depth": 2, "num_heads": 2, "dropout": rate, "drop_path": rate}
+
+
+def image(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    network = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "backbone": trunk(exact)}
+    model = {"class_path": "ImageClassifier", "init_args": {"network": network, "mixup": 0.0 if exact else 0.2}}
+    augmentation = {"crop_scale": [0.5, 1.0], "hflip": 0.5, "rotate": 10, "translate": 0.1}
+    fractions = {"val_fraction": 0.4, "test_fraction": 0.45}
+    data = {"source": "digits", "image_size": 8, "channels": 1, "augmentation": augmentation, **fractions}
+    return model, {"class_path": "ImageData", "init_args": data}
+
+
+def sentences(count: int) -> list[str]:
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcdefgh", k=chance.randint(1, 6))) for _ in range(50)]
+    return [" ".join(chance.choices(words, k=chance.randint(2, 12))) for _ in range(count)]
+
+
+def text_block(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    path = folder / "text.txt"
+    path.write_text("\n".join(sentences(400))[:7000])
+    return causal_lm(exact), text_data(folder, path, val_fraction=0.4)
+
+
+def text_documents(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    path = folder / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in sentences(275)))
+    return causal_lm(exact), text_data(folder, path, packing="documents", val_fraction=0.4)
+
+
+def causal_lm(exact: bool) -> dict[str, Any]:
+    network = {"max_length": 16, "backbone": trunk(exact)}
+    return {"class_path": "CausalLM", "init_args": {"network": network}}
+
+
+def text_data(folder: Path, path: Path, **options: Any) -> dict[str, Any]:
+    fields = {"path": str(path), "tokenizer": "chars", "max_length": 16, "cache_dir": str(folder / "cache")}
+    return {"class_path": "TextData", "init_args": {**fields, **options}}
+
+
+TASKS = {"image": image, "block": text_block, "documents": text_documents}
