@@ -6,13 +6,19 @@ ARGS ?=
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train-vit test test-all lint tensorboard benchmark clean
+.PHONY: help train-vit train-gpt train-bert test test-all lint tensorboard benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train-vit: $(READY) ## train a Vision Transformer on the digits, offline, in a minute or two
 	$(BIN)/trunkline fit --config vit/digits $(ARGS)
+
+train-gpt: $(READY) ## train a GPT on the King James Bible, offline, in about two minutes, and let it write
+	$(BIN)/trunkline fit --config gpt/demo $(ARGS)
+
+train-bert: $(READY) ## pre-train a BERT on the King James Bible, offline, in about two minutes
+	$(BIN)/trunkline fit --config bert/demo $(ARGS)
 
 test: $(READY) ## the fast tests, without a network
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -28,7 +34,7 @@ lint: $(READY) ## style and types
 tensorboard: $(READY) ## look at the runs in a browser
 	$(BIN)/tensorboard --logdir runs $(ARGS)
 
-benchmark: $(READY) ## measure speed side by side with timm
+benchmark: $(READY) ## measure speed side by side with timm and transformers
 	$(BIN)/trunkline benchmark $(ARGS)
 
 clean: ## remove the virtual environment and everything that tools left behind (runs/ stays)
@@ -39,5 +45,5 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Trunkline needs Python 3.11 or newer; say make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
 	@touch $@

@@ -1,6 +1,6 @@
 """How a stream of tokens becomes rows of one length: blocks of running text, or whole documents."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,16 +11,6 @@ from trunkline.datamodules.shards import TokenStream
 
 IGNORE = -100
 """Target where nothing is to be predicted, as `cross_entropy` has it."""
-
-
-class Rows(Protocol):
-    """Rows of T tokens."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-
-    def fill(self, key: SampleKey, row: dict[str, np.ndarray]) -> None:
-        """Write a row's tokens into `row`: `tokens` (T,) of 0, `targets` (T,) of -100, `segments` (T,) of 0."""
 
 
 class Blocks:
@@ -34,23 +24,28 @@ class Blocks:
         stream: n tokens; more than T for training.
         length: T.
         seed: of the offset; None for evaluation.
+        overlap: tokens that a row shares with the next: the last target, or 0 where none is needed.
     """
 
-    def __init__(self, stream: TokenStream, length: int, seed: int | None) -> None:
-        self.stream, self.length, self.seed = stream, length, seed
+    def __init__(self, stream: TokenStream, length: int, seed: int | None, overlap: int = 1) -> None:
+        self.stream, self.length, self.seed, self.overlap = stream, length, seed, overlap
 
     def __len__(self) -> int:
         """Number of rows: in training only full ones."""
-        targets = len(self.stream) - 1
-        return targets // self.length if self.seed is not None else -(-targets // self.length)
+        places = len(self.stream) - self.overlap
+        return places // self.length if self.seed is not None else -(-places // self.length)
 
-    def fill(self, key: SampleKey, row: dict[str, np.ndarray]) -> None:
-        """See `Rows`."""
+    def read(self, key: SampleKey) -> np.ndarray:
+        """The T + overlap tokens of a row, or what is left of them, on disk's type."""
         start = key.index * self.length
         if self.seed is not None:
             offset = int(np.random.default_rng((self.seed, key.epoch)).integers(self.length))
-            start = min(start + offset, len(self.stream) - 1 - self.length)
-        tokens = self.stream.read(start, min(start + self.length + 1, len(self.stream)))
+            start = min(start + offset, len(self.stream) - self.overlap - self.length)
+        return self.stream.read(start, min(start + self.length + self.overlap, len(self.stream)))
+
+    def fill(self, key: SampleKey, row: dict[str, np.ndarray]) -> None:
+        """Write a row into `row`: `tokens` (T,) of 0, `targets` (T,) of -100."""
+        tokens = self.read(key)
         size = len(tokens) - 1
         row["tokens"][:size], row["targets"][:size] = tokens[:-1], tokens[1:]
 
@@ -86,7 +81,7 @@ class Documents:
         return len(self.borders) - 1
 
     def fill(self, key: SampleKey, row: dict[str, np.ndarray]) -> None:
-        """See `Rows`."""
+        """Write a row into `row`: `tokens` (T,) of 0, `targets` (T,) of -100, `segments` (T,) of 0."""
         place = 0
         begin, end = self.borders[key.index : key.index + 2]
         for number, chunk in enumerate(range(begin, end), start=1):
@@ -136,7 +131,7 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
     """Rows by their free places."""
     free = 0  # bit f is set where room[f] is not empty: the lowest bit from `size` on is the best fit
     placed = []
-    for size in sorted_sizes(sizes, order[full:]):
+    for size in sizes[order[full:]].tolist():  # Python's integers, which the loop is fastest with
         fitting = free >> size
         if fitting:
             space = size + (fitting & -fitting).bit_length() - 1
@@ -153,11 +148,6 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
             free |= 1 << space
     rows[order[full:]] = placed
     return rows
-
-
-def sorted_sizes(sizes: np.ndarray, order: np.ndarray) -> list[int]:
-    """As Python's integers, which the loop is fastest with."""
-    return sizes[order].tolist()
 
 
 class PackedRows(Dataset[dict[str, Any]]):

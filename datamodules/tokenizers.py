@@ -13,8 +13,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from trunkline import TrunklineError
 
-# Said aloud, so that the library does not warn when a loader's workers are forked; those do not tokenise.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+# A forked process (a loader's worker) has none of the library's threads and would wait for them for ever. Left to
+# itself the library would print a page about it in each.
+if "TOKENIZERS_PARALLELISM" not in os.environ:
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<|unk|>"
 DEFAULT_VOCAB_SIZE = 8192
@@ -139,6 +142,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         TrunklineError: if there is none.
     """
     path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
+    if not path.exists() and (path.suffix == ".json" or name.startswith((".", "/", "~"))):
+        raise TrunklineError(f"--data.tokenizer {name}: there is no file {path}; mend the path")
     try:
         tokenizer = Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises bare `Exception`s

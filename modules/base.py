@@ -191,7 +191,7 @@ class TrunklineModule(L.LightningModule):
         """
         count = count.float()
         if self.trainer.world_size > 1:
-            count = self.trainer.strategy.reduce(count, reduce_op="mean")  # type: ignore[assignment]
+            count = self.trainer.strategy.reduce(count, reduce_op="mean")
         return total / count.clamp(min=1e-8)
 
     def batch_size(self, batch: dict[str, Tensor]) -> int:
@@ -202,12 +202,15 @@ class TrunklineModule(L.LightningModule):
         """Floating-point operations of a training step on this batch."""
         raise NotImplementedError(f"{type(self).__name__} does not count its operations")
 
-    def network_flops(self, *inputs: Tensor) -> int:
+    def network_flops(self, *inputs: Tensor, **options: Tensor) -> int:
         """Floating-point operations of one training step (forward and twice that backward) on such inputs."""
         with torch.device("meta"):
             network = type(self.network)(copy.deepcopy(self.network.config))
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                network(*(torch.empty_like(x, device="meta") for x in inputs))
+                network(
+                    *(torch.empty_like(x, device="meta") for x in inputs),
+                    **{name: torch.empty_like(x, device="meta") for name, x in options.items()},
+                )
         return 3 * counter.get_total_flops()
 
 
@@ -242,6 +245,21 @@ def settle_progress(trainer: L.Trainer, saved: dict[str, Any]) -> None:
             validation["current"].update(ready=1, started=1, processed=0, completed=0)
             validation["total"]["ready"] += 1
             validation["total"]["started"] += 1
+
+
+def check_text_sizes(trainer: L.Trainer, config: Any) -> None:
+    """Compare a network on text with the data.
+
+    Raises:
+        TrunklineError: if the data has longer rows or more tokens than the network takes.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    for name in ("vocab_size", "max_length"):
+        given, taken = getattr(data, name, 0), getattr(config, name)
+        if given > taken:
+            raise TrunklineError(
+                f"the data has {name}={given}, but the network takes {taken}; set --model.network.{name} {given}"
+            )
 
 
 def as_config(config_class: type[Any], value: Any) -> Any:

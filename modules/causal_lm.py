@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from trunkline import TrunklineError
-from trunkline.modules.base import TrunklineModule, as_config
+from trunkline.modules.base import TrunklineModule, as_config, check_text_sizes
 from trunkline.modules.losses import IGNORE, linear_cross_entropy, token_losses
 from trunkline.modules.networks import GPT, GPTConfig
 from trunkline.modules.optim import OptimizerConfig
@@ -65,19 +64,8 @@ class CausalLM(TrunklineModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Compare the network with the data before the first step.
-
-        Raises:
-            TrunklineError: if the data has longer rows or more tokens than the network takes.
-        """
-        data: Any = getattr(self.trainer, "datamodule", None)
-        config = self.network.config
-        for name, flag in (("vocab_size", "vocab_size"), ("max_length", "max_length")):
-            given, taken = getattr(data, name, 0), getattr(config, name)
-            if given > taken:
-                raise TrunklineError(
-                    f"the data has {name}={given}, but the network takes {taken}; set --model.network.{flag} {given}"
-                )
+        """Compare the network with the data before the first step; see `check_text_sizes`."""
+        check_text_sizes(self.trainer, self.network.config)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, V) logits."""

@@ -56,9 +56,7 @@ def stream(
     """
     config = config or GenerationConfig()
     if config.num_beams > 1:
-        raise TrunklineError(
-            f"num_beams={config.num_beams} cannot stream: a beam is known at the end; call beam_search"
-        )
+        raise TrunklineError(f"num_beams={config.num_beams} gives no text before the end: call beam_search")
     tokens, mask = check_prompts(network, tokens, mask)
     if ended is None:
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)

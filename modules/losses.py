@@ -87,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = torch.empty_like(x) if needs_x else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
+        grad_bias = torch.zeros_like(weight[:, 0], dtype=wide) if needs_bias else None
         total = torch.zeros((), dtype=wide, device=x.device)
         with torch.autocast(x.device.type, enabled=False):  # the types are chosen already
             for part in _chunks(len(x), len(weight), chunk):

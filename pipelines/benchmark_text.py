@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.losses import linear_cross_entropy
-from trunkline.modules.networks import GPT, GPTConfig
+from trunkline.modules.networks import BERT, GPT, BERTConfig, GPTConfig
 from trunkline.pipelines.timing import Side, bare_loop, compare
 
 LENGTH = 256
+MASKED_LENGTH = 128
 
 
 def transformers() -> Any:
@@ -69,3 +70,43 @@ def gpt_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
         compare("GPT bf16 compiled", name, fast[0], peer, rounds),
         compare("transformers' own, bf16 compiled", name, fast[1], peer, rounds),
     ]
+
+
+def _bert_loops(batch_size: int, bf16: bool = False, compiled: bool = False) -> tuple[Side, Side]:
+    """Both sides' training step of BERT-mini (4 layers, width 256) on (batch, 128) tokens, 15% of them masked."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    trunk = TransformerConfig(dim=256, depth=4, num_heads=4, norm_eps=1e-12, norm_first=False, final_norm=False)
+    ours = BERT(BERTConfig(backbone=trunk)).to(device)
+    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    library = transformers()
+    theirs = library.BertForMaskedLM(library.BertConfig(**sizes, **off)).to(device)
+    if compiled:
+        ours.compile()
+        theirs.compile()
+    tokens = torch.randint(0, 30522, (batch_size, MASKED_LENGTH), device=device)
+    count = round(0.15 * MASKED_LENGTH)
+    positions = torch.rand(tokens.shape, device=device).argsort(dim=1)[:, :count].sort(dim=1).values
+    labels = torch.full_like(tokens, -100).scatter(1, positions, tokens.gather(1, positions))
+    targets = tokens.gather(1, positions).flatten()
+
+    def our_loss() -> Tensor:
+        states = ours(tokens, keep=positions, return_logits=False)
+        states = ours.masked_head(states).flatten(0, 1)
+        return linear_cross_entropy(states, ours.head.weight, targets, ours.head.bias) / targets.numel()
+
+    return bare_loop(ours, our_loss, bf16), bare_loop(
+        theirs, lambda: theirs(input_ids=tokens, labels=labels).loss, bf16
+    )
+
+
+def bert_eager(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
+    """BERT-mini in float32, eager, on both sides."""
+    return [compare("BERT-mini fp32 eager", "transformers fp32 eager", *_bert_loops(batch_size or 32), rounds)]
+
+
+def bert_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
+    """The same in bfloat16 and compiled, on both sides."""
+    loops = _bert_loops(batch_size or 32, bf16=True, compiled=True)
+    return [compare("BERT-mini bf16 compiled", "transformers bf16 compiled", *loops, rounds)]

@@ -167,7 +167,10 @@ def load(checkpoint: str, tokenizer: str | None) -> tuple[GPT, Tokenizer]:
         words = Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare ones
         raise TrunklineError(f"{source} is no tokenizer of the tokenizers library: {error}") from error
-    config = config_from_dict(GPTConfig, content["hyper_parameters"]["network"])
+    shape = content.get("hyper_parameters", {}).get("network")
+    if shape is None:
+        raise TrunklineError(f"{checkpoint} is no checkpoint of a Trunkline run: it names no network")
+    config = config_from_dict(GPTConfig, shape)
     if words.get_vocab_size() > config.vocab_size:
         raise TrunklineError(
             f"{source} has {words.get_vocab_size()} tokens, but the network of {checkpoint} knows {config.vocab_size}; "

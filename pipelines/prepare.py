@@ -39,6 +39,7 @@ def run_prepare(arguments: list[str]) -> None:
         print(f"{type(data).__name__} keeps nothing of its own on disk; its data can be read")
         return
     Console(soft_wrap=True).print(summary(data, time.perf_counter() - start))
+    print(data.preparation.folder)  # a table would wrap it
 
 
 def make_parser() -> Parser:
@@ -62,7 +63,7 @@ def own_arguments(arguments: list[str]) -> list[str]:
     kept: list[str] = []
     dropping = False
     for argument in arguments:
-        if argument.startswith("-"):
+        if argument.startswith("-") and not argument[1:2].isdigit():
             name = argument.lstrip("-").partition("=")[0].partition(".")[0]
             foreign = argument.startswith("--") and name in (*SECTIONS, *FLAGS)
             dropping = foreign and "=" not in argument
@@ -79,7 +80,6 @@ def summary(data: TextData, seconds: float) -> Table:
     """What was prepared."""
     index = data.preparation.prepare()
     table = Table(show_header=False, title="prepared")
-    table.add_row("folder", str(data.preparation.folder))
     for split, entry in index["splits"].items():
         text = f"{entry['tokens']:,} tokens, {entry['documents']:,} documents, {entry['bytes'] / 1e6:,.1f} MB of text"
         table.add_row(split, text)

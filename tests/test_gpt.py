@@ -114,5 +114,5 @@ def test_more_tokens_than_positions(cached: int) -> None:
     cache = net.make_cache(1)
     if cached:
         net(tokens(1, cached), cache=cache)
-    with pytest.raises(TrunklineError, match=r"10 tokens are more than the 9 that the network can see"):
+    with pytest.raises(TrunklineError, match=r"10 tokens are more than the 9 the network can see"):
         net(tokens(1, 10 - cached), cache=cache)

@@ -160,7 +160,7 @@ def test_documents_spread_evenly_over_splits_at_any_length() -> None:
 
 # --- tables
 
-ROWS = ["one", "two\nlines, \"quoted\"", "", "drei ü"]
+ROWS = ["one", 'two\nlines, "quoted"', "", "drei ü"]
 
 
 def write_csv(path: Path) -> Path:
@@ -231,7 +231,11 @@ def test_an_unreachable_hub_name_says_both(monkeypatch: pytest.MonkeyPatch) -> N
         ("a.txt", "abé".encode()[:-1], ["a.txt ends in the middle of a UTF-8 character"]),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', ["a.jsonl:3 is no JSON", "one JSON object"]),
         ("a.jsonl", b'["a", "b"]\n', ["a.jsonl:1 is no JSON object but list"]),
-        ("a.jsonl", b'{"text": "a"}\n{"body": "b", "id": 1}', ["a.jsonl:2 has no 'text'; it has body, id", "--data.text_"]),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"body": "b", "id": 1}',
+            ["a.jsonl:2 has no 'text'; it has body, id", "--data.text_"],
+        ),
         ("a.jsonl", b'{"text": null}', ["a.jsonl:1: 'text' is no text but null"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": 7}', ["a.jsonl:2: 'text' is no text but int"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', ["a.jsonl, byte 24:"]),

@@ -12,6 +12,7 @@ from torch import Tensor
 from trunkline import TrunklineError
 from trunkline.modules.callbacks.drawing import tensorboard
 from trunkline.modules.generation import GenerationConfig, generate
+from trunkline.modules.networks import BERT, GPT
 
 
 class TextSamples(Callback):
@@ -48,13 +49,12 @@ class TextSamples(Callback):
         if trainer.sanity_checking:
             return
         tokenizer, network = tokenizer_of(trainer, self), pl_module.network
-        training = network.training
+        assert isinstance(network, GPT)
         self.texts = []
         for prompt in self.prompts:
             ids = tokenizer.encode(prompt, add_special_tokens=False).ids[-network.config.max_length :]
             (new,) = generate(network, torch.tensor([ids], device=pl_module.device), config=self.config)
             self.texts.append(tokenizer.decode(ids + new))
-        network.train(training)
         writer = tensorboard(trainer)
         if writer is not None:
             fenced = "\n\n".join(f"```\n{text}\n```" for text in self.texts)
@@ -85,12 +85,14 @@ class AttentionHeads(Callback):
         if trainer.sanity_checking:
             return
         tokenizer, network = tokenizer_of(trainer, self), pl_module.network
+        assert isinstance(network, GPT | BERT)
         ids = tokenizer.encode(self.sentence).ids[: network.config.max_length]
         tokens = torch.tensor([ids], device=pl_module.device)
         training = network.training
         network.eval()
         attention = network.forward_features(tokens, return_attention=True).attention
         network.train(training)
+        assert attention is not None
         writer = tensorboard(trainer)
         if writer is not None:
             shown = torch.linspace(0, len(attention) - 1, min(self.blocks, len(attention))).round().int().unique()

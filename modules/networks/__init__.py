@@ -1,7 +1,8 @@
 """Plain torch networks, each a short composition on the trunk. Needs torch alone."""
 
 from trunkline.modules.networks.base import Network
+from trunkline.modules.networks.bert import BERT, BERTConfig
 from trunkline.modules.networks.gpt import GPT, GPTConfig
 from trunkline.modules.networks.vit import ViT, ViTConfig
 
-__all__ = ["GPT", "GPTConfig", "Network", "ViT", "ViTConfig"]
+__all__ = ["BERT", "GPT", "BERTConfig", "GPTConfig", "Network", "ViT", "ViTConfig"]

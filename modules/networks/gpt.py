@@ -62,8 +62,8 @@ class GPT(Network):
                 nn.init.trunc_normal_(module.weight, std=0.02)
         with torch.no_grad():  # the residual stream's variance grows with depth: GPT-2 scales what is added to it
             for block in self.backbone.blocks:
-                for linear in (block.attn.proj, block.mlp.fc2):
-                    linear.weight /= math.sqrt(2 * trunk.depth)
+                for linear in (block.get_submodule("attn.proj"), block.get_submodule("mlp.fc2")):
+                    linear.get_parameter("weight").div_(math.sqrt(2 * trunk.depth))
 
     def output_modules(self) -> list[nn.Module]:
         """The output layer, unless it is the embedding."""
@@ -99,7 +99,7 @@ class GPT(Network):
         start = cache.length if cache is not None else 0
         if start + tokens.shape[1] > self.config.max_length:
             raise TrunklineError(
-                f"{start + tokens.shape[1]} tokens are more than the {self.config.max_length} that the network can see; "
+                f"{start + tokens.shape[1]} tokens are more than the {self.config.max_length} the network can see; "
                 "shorten the text, or train with a larger max_length"
             )
         attend = mask

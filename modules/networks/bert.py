@@ -1,0 +1,174 @@
+"""Masked language model: BERT (Devlin et al., 2019, arXiv:1810.04805) and its descendants, by configuration."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import Transformer, TransformerConfig, TransformerOutput
+from trunkline.modules.backbone.attention import Keep, make_norm
+from trunkline.modules.backbone.transformer import init_linear
+from trunkline.modules.networks.base import Network
+
+
+def bert_trunk() -> TransformerConfig:
+    """The trunk of BERT-base."""
+    return TransformerConfig(
+        dim=768, depth=12, num_heads=12, norm_eps=1e-12, norm_first=False, final_norm=False, dropout=0.1
+    )
+
+
+@dataclass
+class BERTConfig:
+    """Shape of a masked language model; the defaults are BERT-base, uncased.
+
+    Raises:
+        TrunklineError: for a causal trunk.
+    """
+
+    vocab_size: int = 30522
+    """Tokens V; more than the tokenizer has is allowed."""
+    max_length: int = 512
+    """Tokens the network can see at once."""
+    positions: Literal["learned", "none"] = "learned"
+    """Absolute positions; `none` is for a rotary trunk."""
+    num_segments: int = 2
+    """Kinds of text within a row, such as the two of a pair, each with an embedding; 0 is none."""
+    next_sentence: bool = False
+    """A second output on the first token: does the second text follow the first?"""
+    backbone: TransformerConfig = field(default_factory=bert_trunk)
+    """The trunk."""
+
+    def __post_init__(self) -> None:
+        if self.backbone.causal:
+            raise TrunklineError("BERT looks both ways: its trunk cannot be causal; leave causal out, or train a GPT")
+
+
+class MaskedHead(nn.Module):
+    """What the tied output layer reads: a dense layer, GELU and a norm over the trunk's states."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.dim, config.dim)
+        self.norm = make_norm(config, config.dim)
+        init_linear(self.dense)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.norm(F.gelu(self.dense(x)))
+
+
+class Pooler(nn.Module):
+    """A dense layer and tanh over the first token's state, (B, D)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        init_linear(self.dense)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, D)."""
+        return torch.tanh(self.dense(x))
+
+
+class BERT(Network):
+    """Token, position and segment embeddings, trunk, and a head that names masked tokens.
+
+    Shape legend: B batch, T tokens, N chosen tokens, D width, V vocabulary.
+    """
+
+    config_class = BERTConfig
+
+    def __init__(self, config: BERTConfig) -> None:
+        super().__init__()
+        self.config = config
+        trunk = config.backbone
+        self.token_embed = nn.Embedding(config.vocab_size, trunk.dim)
+        self.pos_embed = nn.Embedding(config.max_length, trunk.dim) if config.positions == "learned" else None
+        self.segment_embed = nn.Embedding(config.num_segments, trunk.dim) if config.num_segments else None
+        self.embed_norm = make_norm(trunk, trunk.dim) if not trunk.norm_first else nn.Identity()
+        self.dropout = nn.Dropout(trunk.dropout)
+        self.backbone = Transformer(trunk)
+        self.masked_head = MaskedHead(trunk)
+        self.head = nn.Linear(trunk.dim, config.vocab_size)
+        self.head.weight = self.token_embed.weight
+        self.pooler = Pooler(trunk.dim) if config.next_sentence else None
+        self.next_head = nn.Linear(trunk.dim, 2) if config.next_sentence else None
+        nn.init.zeros_(self.head.bias)
+        for embedding in (self.token_embed, self.pos_embed, self.segment_embed):
+            if embedding is not None:
+                nn.init.trunc_normal_(embedding.weight, std=0.02)
+        if self.next_head is not None:
+            init_linear(self.next_head)
+
+    def output_modules(self) -> list[nn.Module]:
+        """The heads."""
+        return [m for m in (self.masked_head, self.head, self.pooler, self.next_head) if m is not None]
+
+    def embed(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
+        """(B, T) token ids and segments (all 0 if None) -> (B, T, D).
+
+        Raises:
+            TrunklineError: if there are more tokens than positions.
+        """
+        length = tokens.shape[1]
+        if length > self.config.max_length:
+            raise TrunklineError(
+                f"{length} tokens are more than the {self.config.max_length} the network can see; "
+                "shorten the text, or train with a larger max_length"
+            )
+        x = self.token_embed(tokens)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed.weight[:length]
+        if self.segment_embed is not None:
+            x = x + (self.segment_embed.weight[0] if segments is None else self.segment_embed(segments))
+        return self.dropout(self.embed_norm(x))
+
+    def forward_features(
+        self,
+        tokens: Tensor,
+        segments: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        keep: Keep | None = None,
+        return_attention: bool = False,
+    ) -> TransformerOutput:
+        """States after the trunk, (B, T, D), and on request the attention weights; arguments as for `forward`."""
+        x = self.embed(tokens, segments)
+        return self.backbone(x, mask=mask, keep=keep, return_attention=return_attention)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        segments: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        keep: Keep | None = None,
+        return_logits: bool = True,
+    ) -> Any:
+        """Logits of the tokens that stand at each position, masked or not.
+
+        Args:
+            tokens: (B, T) token ids.
+            segments: (B, T) number of the text within the row, 0 or 1 for a pair.
+            mask: (B, T) bool, False for padding.
+            keep: compute these positions only, such as the masked ones (B, N); T becomes their number.
+            return_logits: False stops at the trunk's states, for `masked_head`, a chunked loss and `next_sentence`.
+
+        Returns:
+            (B, T, V) logits, or (B, T, D) states.
+
+        Raises:
+            TrunklineError: if there are more tokens than positions.
+        """
+        x = self.forward_features(tokens, segments, mask=mask, keep=keep).x
+        return self.head(self.masked_head(x)) if return_logits else x
+
+    def next_sentence(self, first: Tensor) -> Tensor:
+        """State (B, D) of the first token -> (B, 2) logits; class 1: the second text follows the first."""
+        assert self.pooler is not None
+        assert self.next_head is not None
+        return self.next_head(self.pooler(first))
