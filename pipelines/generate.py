@@ -15,7 +15,7 @@ from trunkline.modules.causal_lm import CausalLM
 from trunkline.modules.checkpoints import load_checkpoint
 from trunkline.modules.generation import GenerationConfig, beam_search
 from trunkline.modules.generation import stream as next_tokens
-from trunkline.modules.int8 import quantise
+from trunkline.modules.low_precision import to_bfloat16, to_int8
 from trunkline.modules.networks import GPT, GPTConfig
 from trunkline.modules.networks.base import config_from_dict
 
@@ -221,9 +221,8 @@ def encode(prompts: list[str], words: Tokenizer, end: int | None, limit: int) ->
 
 def prepared(network: GPT, dtype: str, device: torch.device) -> GPT:
     """The network on its device, in the number format of that name."""
-    if dtype == "bfloat16":
-        network = network.bfloat16()
-    return quantise(network.to(device)) if dtype == "int8" else network.to(device)
+    convert = {"float32": lambda same: same, "bfloat16": to_bfloat16, "int8": to_int8}[dtype]
+    return convert(network.to(device))
 
 
 def left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation import logits_process
 
 from trunkline import TrunklineError
+from trunkline.modules import low_precision
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.decoding import GenerationConfig, choose, draw, filter_logits, row_generator
 from trunkline.modules.generation import beam_search, generate, stream
-from trunkline.modules.int8 import Int8Linear, quantise, round_rows
+from trunkline.modules.low_precision import Int8Linear, RowLinear, round_rows, to_bfloat16, to_int8
 from trunkline.modules.networks import GPT, GPTConfig
 from trunkline.modules.networks.convert import gpt_config_from_transformers, gpt_from_transformers
 
@@ -263,31 +264,31 @@ def test_a_sample_is_the_first_token_whose_running_sum_exceeds_the_draw() -> Non
         assert choose(logits, torch.tensor([number], dtype=torch.float64)).item() == token
 
 
-# --- int8
+# --- bfloat16 and int8
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", TRUNKS)
-@pytest.mark.parametrize("portable", [False, True])
-def test_int8_is_close_to_float(kind: str, tied: bool, portable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if portable:
-        monkeypatch.setattr("trunkline.modules.int8.pack", lambda *_: None)
+@pytest.mark.parametrize("few", [0, 1000])
+def test_int8_is_close_to_float(kind: str, tied: bool, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By PyTorch's kernel and by restored matrices."""
+    monkeypatch.setattr(low_precision, "FEW_ROWS", few)
     network = gpt(kind, tie_embeddings=tied)
-    small = quantise(copy.deepcopy(network))
+    small = to_int8(copy.deepcopy(network))
     tokens = torch.tensor(prompts(9, 9))
     with torch.no_grad():
-        want, got = network(tokens), small(tokens)
-        last = small(tokens, keep=slice(-1, None))[:, -1]
-    assert ((got - want).norm() / want.norm()).item() < (0.05 if portable else 0.08)
-    assert ((last - want[:, -1]).norm() / want[:, -1].norm()).item() < 0.1
+        want, got = network(tokens), small(tokens).float()
+        last = small(tokens, keep=slice(-1, None))[:, -1].float()
+    assert ((got - want).norm() / want.norm()).item() < 0.05
+    assert ((last - want[:, -1]).norm() / want[:, -1].norm()).item() < 0.07
     for (name, module), old in zip(small.named_modules(), network.modules(), strict=True):
         if isinstance(module, Int8Linear):
             assert isinstance(old.weight, Tensor)
-            step = old.weight.abs().amax(dim=1, keepdim=True) / 127
-            assert ((module.weight - old.weight).abs() <= step / 2 + 1e-6).all(), name
+            values, scale = round_rows(old.weight)
+            assert torch.equal(module.values, values), name
+            assert ((values * scale[:, None] - old.weight).abs() <= scale[:, None] / 2 + 1e-7).all(), name
     rows = generate(small, tokens, config=GREEDY)
     assert [len(row) for row in rows] == [12, 12]
-    assert small.make_cache(1).keys.dtype == torch.float32
 
 
 def test_int8_weighs_a_quarter() -> None:
@@ -296,14 +297,18 @@ def test_int8_weighs_a_quarter() -> None:
     assert values.nbytes + scale.nbytes < 0.27 * layer.weight.nbytes
 
 
-def test_bfloat16() -> None:
+@pytest.mark.parametrize("rows", [1, 9])
+def test_bfloat16(rows: int) -> None:
     network = gpt(scale=0.1)
-    tokens = torch.tensor(prompts(9, 9))
-    small = copy.deepcopy(network).bfloat16()
-    assert [len(row) for row in generate(small, tokens, config=GREEDY)] == [12, 12]
+    tokens = torch.tensor(prompts(9))[:, :rows]
+    small = to_bfloat16(copy.deepcopy(network))
+    assert [len(row) for row in generate(small, tokens, config=GREEDY)] == [12]
     with torch.no_grad():
         want = network(tokens)
         assert ((small(tokens).float() - want).norm() / want.norm()).item() < 0.03
+    layers = [m for m in small.modules() if isinstance(m, RowLinear)]
+    assert len(layers) == sum(isinstance(m, torch.nn.Linear) for m in network.modules())
+    assert all(layer.weight.dtype == torch.bfloat16 for layer in layers)
 
 
 # --- errors

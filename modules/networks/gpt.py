@@ -140,7 +140,7 @@ class GPT(Network):
 
     def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for sequences of up to `max_length` tokens (default: all that the network can see)."""
-        weight = self.token_embed.weight
+        weight = next(self.backbone.parameters())  # the embedding may be of another type
         length = max_length or self.config.max_length
         return KVCache(self.config.backbone, batch_size, length, dtype=weight.dtype, device=weight.device)
 

@@ -1,0 +1,365 @@
+"""What the datamodules of tasks on text share: rows with their places, splits, tokenizer, padding."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from trunkline import TrunklineError
+from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.masking import NAMES
+from trunkline.datamodules.text_files import LONGEST_LINE, broken_text, kind, opened
+from trunkline.datamodules.text_sources import HUB_NAME, split_of
+from trunkline.datamodules.tokenizers import TRAINED, end_of_text_id, load_tokenizer, size_of
+
+TABLES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+class Row(NamedTuple):
+    """A row and where it stands."""
+
+    number: int
+    """Decides the split."""
+    place: str
+    """For messages: file and line, or row."""
+    cells: Mapping[str, Any]
+
+
+@dataclass
+class Source:
+    """Names a source of rows: a path or hub name, the flag that gave it, and what a hub needs."""
+
+    name: str
+    flag: str
+    hub_config: str | None = None
+    hub_split: str = "train"
+    revision: str | None = None
+
+    def files(self, suffixes: Sequence[str]) -> list[Path]:
+        """The local files of this name, all those in a folder; none for a hub name.
+
+        Raises:
+            TrunklineError: if there is no such file, or one of another kind.
+        """
+        path = Path(self.name)
+        if not path.exists():
+            if path.suffix in suffixes or not HUB_NAME.fullmatch(self.name.partition(":")[0]):
+                raise TrunklineError(f"--data.{self.flag} {self.name}: there is no such file or folder; mend the path")
+            return []
+        files = [path]
+        if path.is_dir():
+            files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
+        wrong = [file for file in files if file.suffix not in suffixes]
+        if wrong or not files:
+            found = f"{wrong[0]} is none" if wrong else f"the folder {path} is empty"
+            raise TrunklineError(f"--data.{self.flag} needs {', '.join(suffixes)} files, but {found}; mend the path")
+        return files
+
+    def rows(self) -> Iterator[Row]:
+        """All rows of a table.
+
+        Raises:
+            TrunklineError: naming the file and row that is broken.
+        """
+        files = self.files(TABLES)
+        pairs = chain.from_iterable(read_table(file) for file in files) if files else self.hub_rows()
+        for number, (place, cells) in enumerate(pairs):
+            yield Row(number, place, cells)
+
+    def hub_rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Rows of a hub dataset, streamed, with names for its numbered classes.
+
+        `owner/name:validation` means another split than `hub_split`.
+        """
+        name, _, split = self.name.partition(":")
+        split = split or self.hub_split
+        try:
+            import datasets
+
+            data = datasets.load_dataset(name, self.hub_config, split=split, revision=self.revision, streaming=True)
+            features = data.features or {}
+            for number, row in enumerate(data):
+                yield f"{name} ({split}), row {number}", {k: named(v, features.get(k)) for k, v in row.items()}
+        except Exception as error:  # `datasets` raises many kinds for missing, broken and unreachable data
+            cause = error.__cause__ or error
+            raise TrunklineError(
+                f"cannot read --data.{self.flag} {self.name}: there is no such file or folder here, and as a hub name: "
+                f"{type(cause).__name__}: {cause}; give a local path, or the name of a hub dataset that can be reached"
+            ) from error
+
+
+def named(value: Any, feature: Any) -> Any:
+    """A hub dataset's class, or list of classes, by name instead of number."""
+    if isinstance(value, list):
+        return [named(v, getattr(feature, "feature", None)) for v in value]
+    names = getattr(feature, "names", None)
+    return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def read_table(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, cells) of each row of a JSON-lines, CSV or Parquet file."""
+    readers = {".csv": read_csv, ".parquet": read_parquet}
+    return readers.get(file.suffix, read_json_lines)(file)
+
+
+def read_json_lines(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, cells) of each line."""
+    with opened(file) as stream:
+        for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), start=1):
+            if not line.strip():
+                continue
+            place = f"{file}:{number}"
+            try:
+                cells = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise broken_text(file) from error
+            except ValueError as error:
+                raise TrunklineError(f"{place} is no JSON ({error}); each line must be one JSON object") from error
+            if not isinstance(cells, dict):
+                raise TrunklineError(f"{place} is no JSON object but {kind(cells)}; each line must be one")
+            yield place, cells
+
+
+def read_csv(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, cells) of each row."""
+    csv.field_size_limit(LONGEST_LINE)
+    opened(file).close()
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        table = csv.DictReader(stream)
+        try:
+            for row in table:
+                yield f"{file}:{table.line_num}", row
+        except UnicodeDecodeError as error:
+            raise broken_text(file) from error
+        except csv.Error as error:
+            raise TrunklineError(f"{file}:{table.line_num} is no CSV ({error}); mend this line") from error
+
+
+def read_parquet(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, cells) of each row."""
+    import pyarrow
+    from pyarrow import parquet
+
+    opened(file).close()
+    try:
+        with parquet.ParquetFile(file) as table:
+            rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(batch_size=1024))
+            for number, row in enumerate(rows):
+                yield f"{file}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise TrunklineError(f"{file} is no Parquet file, or a broken one: {error}; write it anew") from error
+
+
+def cell(row: Row, column: str, flag: str) -> Any:
+    """One value of a row.
+
+    Raises:
+        TrunklineError: if there is no such column.
+    """
+    if column not in row.cells:
+        names = ", ".join(map(str, row.cells))
+        raise TrunklineError(f"{row.place} has no '{column}'; it has {names}; set --data.{flag}")
+    return row.cells[column]
+
+
+def text_cell(row: Row, column: str, flag: str) -> str:
+    """One value of a row that must be a text."""
+    value = cell(row, column, flag)
+    if not isinstance(value, str):
+        raise TrunklineError(f"{row.place}: '{column}' is no text but {kind(value)}; mend the row or set --data.{flag}")
+    return value
+
+
+def class_name(value: Any, place: str, column: str, flag: str) -> str:
+    """The name of a class that is given by name or by number.
+
+    Raises:
+        TrunklineError: for anything else.
+    """
+    if not isinstance(value, str | int) or value == "":
+        what = "empty" if value == "" else f"no name or whole number but {kind(value)}"
+        raise TrunklineError(f"{place}: '{column}' is {what}; mend the row or set --data.{flag}")
+    return str(value)
+
+
+def in_order(names: set[str]) -> list[str]:
+    """Numbers by size, else names by alphabet."""
+    numbers = all(name.removeprefix("-").isdecimal() for name in names)
+    return sorted(names, key=int) if numbers else sorted(names)
+
+
+@dataclass
+class Frame:
+    """The special tokens around texts: `[CLS] a [SEP] b [SEP]`, or without a [CLS] `a <|endoftext|> b <|endoftext|>`."""
+
+    first: list[int]
+    """`[CLS]`, or nothing."""
+    end: int
+    pad: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Frame":
+        """As a tokenizer has them.
+
+        Raises:
+            TrunklineError: if it has none that ends a text.
+        """
+        found = {}
+        for role, names in NAMES.items():
+            ids = [tokenizer.token_to_id(name) for name in names if tokenizer.token_to_id(name) is not None]
+            found[role] = ids[0] if ids else None
+        first, end = found["cls"], found["sep"]
+        if first is None or end is None:
+            first, end = None, end_of_text_id(tokenizer)
+        return cls([] if first is None else [first], end, end if found["pad"] is None else found["pad"])
+
+
+class Ragged:
+    """Arrays of different lengths in one."""
+
+    def __init__(self, parts: Sequence[Any], dtype: Any) -> None:
+        self.values = np.concatenate([np.zeros(0, dtype), *(np.asarray(part, dtype) for part in parts)])
+        self.ends = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.values[self.ends[index] : self.ends[index + 1]]
+
+
+def padded(values: Any, length: int, fill: int) -> np.ndarray:
+    """(n,) -> (length,) int64."""
+    result = np.full(length, fill, np.int64)
+    result[: len(values)] = values
+    return result
+
+
+class TaskTextData(TrunklineDataModule):
+    """Base of the labelled text datamodules: splits, tokenizer, what a checkpoint keeps.
+
+    A subclass fills `datasets` and `class_names` in `setup` from `splits`.
+
+    Args:
+        sources: where the rows are, by `path`, `val_path` and `test_path`; None is absent.
+        fractions: val and test -> share of `path`'s rows.
+        tokenizer: see `load_tokenizer`; none is trained here, because a network is fine-tuned with the one that it
+            was pre-trained with.
+        vocab_size: what the network gets; None takes the tokenizer's own.
+        max_length: T, tokens of a row.
+        loading: arguments of `TrunklineDataModule`.
+    """
+
+    in_memory = True
+
+    def __init__(
+        self,
+        sources: dict[str, Source | None],
+        fractions: dict[str, float],
+        tokenizer: str,
+        vocab_size: int | None,
+        max_length: int,
+        loading: tuple[int, int | None, int | None, int],
+    ) -> None:
+        super().__init__(*loading)
+        if tokenizer in TRAINED:
+            raise TrunklineError(
+                f"--data.tokenizer {tokenizer}: labelled data trains no tokenizer; give the checkpoint (.ckpt) that the "
+                "network starts from, a tokenizer.json or a hub name"
+            )
+        if max_length < 5:
+            raise TrunklineError(f"--data.max_length {max_length} leaves no room for text beside the special tokens")
+        self.sources = sources
+        self.fractions = {s: 0.0 if sources[f"{s}_path"] else fraction for s, fraction in fractions.items()}
+        for split, fraction in self.fractions.items():
+            if not 0 <= fraction < 1 or sum(self.fractions.values()) >= 1:
+                raise TrunklineError(
+                    f"--data.{split}_fraction {fraction} leaves nothing for training; choose shares from 0 up that sum "
+                    "to less than 1"
+                )
+        self.tokenizer_name, self.declared_size, self.max_length = tokenizer, vocab_size, max_length
+        self.class_names: list[str] = []
+        """After `setup`."""
+
+    def rows(self, source: Source) -> Iterator[Row]:
+        """Rows of a source; a subclass adds formats."""
+        return source.rows()
+
+    @cached_property
+    def splits(self) -> dict[str, list[Row]]:
+        """Rows of each split; by their number alone.
+
+        Raises:
+            TrunklineError: if a source cannot be read, or a split comes out empty.
+        """
+        shares = {"train": 1 - sum(self.fractions.values()), **{s: f for s, f in self.fractions.items() if f}}
+        splits: dict[str, list[Row]] = {split: [] for split in shares}
+        path = self.sources["path"]
+        assert path is not None
+        for row in self.rows(path):
+            splits[split_of(row.number, shares)].append(row)
+        for split in ("val", "test"):
+            source = self.sources[f"{split}_path"]
+            if source is not None:
+                splits[split] = list(self.rows(source))
+        for split, rows in splits.items():
+            if not rows:
+                raise TrunklineError(
+                    f"the {split} split of --data.path {path.name} comes out empty; give more rows, or name a file of "
+                    f"its own with --data.{split if split != 'train' else 'val'}_path"
+                )
+        return splits
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Read at the first use."""
+        return load_tokenizer(self.tokenizer_name)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding that a network needs: as declared, else the tokenizer's size.
+
+        Raises:
+            TrunklineError: if that is declared too small.
+        """
+        own = size_of(self.tokenizer)
+        if self.declared_size and self.declared_size < own:
+            raise TrunklineError(
+                f"--data.vocab_size {self.declared_size} is smaller than the {own} tokens of the tokenizer "
+                f"{self.tokenizer_name}; set it to at least {own}, or leave it out"
+            )
+        return self.declared_size or own
+
+    def literal_tokenizer(self) -> Tokenizer:
+        """A copy to which a special token's name within a text is text."""
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tokenizer as JSON and the names of the classes, so that a checkpoint can be used by itself."""
+        return {"tokenizer": self.tokenizer.to_str(), "class_names": self.class_names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare a checkpoint's tokenizer and classes with these.
+
+        Raises:
+            TrunklineError: if they differ, for then the ids mean other words or classes.
+        """
+        if state_dict["tokenizer"] != self.tokenizer.to_str():
+            raise TrunklineError(
+                f"the checkpoint was trained with another tokenizer than --data.tokenizer {self.tokenizer_name}; "
+                "give that checkpoint as --data.tokenizer"
+            )
+        if state_dict["class_names"] != self.class_names:
+            raise TrunklineError(
+                f"the checkpoint knows the classes {', '.join(state_dict['class_names'])}, but the data has "
+                f"{', '.join(self.class_names)}; give the data of that run"
+            )

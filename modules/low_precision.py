@@ -1,0 +1,111 @@
+"""Networks with small weights, to generate with: at batch 1 the time goes into reading the weights."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trunkline.modules.networks import GPT
+
+FEW_ROWS = 8
+"""Below that many rows, PyTorch's int8 kernel beats restoring the matrix."""
+KERNEL_WIDTH = 32
+"""The kernel reads past the end of narrower or ragged rows."""
+
+
+def to_bfloat16(network: GPT) -> GPT:
+    """Give a network bfloat16 weights, in place; for inference only. Returns it."""
+    network.bfloat16().eval().requires_grad_(False)
+    _replace_linears(network, RowLinear)
+    return network
+
+
+def to_int8(network: GPT) -> GPT:
+    """Give linear layers and the token embedding int8 weights, in place; for inference only.
+
+    Weights alone are rounded, each row of a matrix to 255 steps, a few per cent of error in the logits; all else
+    becomes bfloat16.
+
+    Args:
+        network: on its device.
+
+    Returns:
+        The same network.
+    """
+    network.float().eval().requires_grad_(False)
+    embedding = Int8Embedding(network.token_embed.weight)
+    _replace_linears(network, Int8Linear)
+    network.token_embed = embedding  # type: ignore[assignment]
+    return network.bfloat16()
+
+
+def _replace_linears(network: nn.Module, kind: type["RowLinear | Int8Linear"]) -> None:
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, kind(child.weight, child.bias))
+
+
+class RowLinear(nn.Module):
+    """A linear layer that multiplies a single row as a vector, for which a CPU has the faster bfloat16 kernel."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight, self.bias, self.out_features = weight, bias, len(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        if x.device.type != "cpu" or x.numel() > x.shape[-1]:
+            return F.linear(x, self.weight, self.bias)
+        out = torch.mv(self.weight, x.flatten())
+        return (out if self.bias is None else out.add_(self.bias)).view(*x.shape[:-1], -1)
+
+
+def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) matrix -> (N, K) int8 values and (N,) scales, whose product is nearest to it."""
+    scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose (N, K) weight is int8."""
+
+    values: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        values, scale = round_rows(weight)
+        self.register_buffer("values", values)
+        self.register_buffer("scale", scale)
+        self.bias, self.out_features = bias, len(weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """The (N, K) matrix, restored."""
+        return self.values * self.scale[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        rows = x.reshape(-1, x.shape[-1])
+        if x.device.type == "cpu" and len(rows) < FEW_ROWS and rows.shape[1] % KERNEL_WIDTH == 0:
+            out = torch._weight_int8pack_mm(rows, self.values, self.scale)
+        else:
+            out = F.linear(rows, self.values.to(x.dtype)) * self.scale
+        return (out if self.bias is None else out + self.bias).view(*x.shape[:-1], -1)
+
+
+class Int8Embedding(nn.Module):
+    """An embedding whose (V, D) table is int8."""
+
+    values: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        values, scale = round_rows(weight)
+        self.register_buffer("values", values)
+        self.register_buffer("scale", scale)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D)."""
+        return self.values[tokens] * self.scale[tokens][..., None]

@@ -1,0 +1,138 @@
+"""A task's output on the trunk of a language model: classes of texts, classes of tokens, borders of answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone.attention import Keep
+from trunkline.modules.backbone.transformer import init_linear
+from trunkline.modules.networks.base import Network, config_from_dict
+from trunkline.modules.networks.bert import BERT, BERTConfig
+from trunkline.modules.networks.gpt import GPT, GPTConfig
+
+
+@dataclass
+class TextHeadConfig:
+    """Shape of a body, which is either a BERT or a GPT, and of the output on it.
+
+    Raises:
+        TrunklineError: for no body or two, or a pooling that cannot work.
+    """
+
+    bert: BERTConfig | None = None
+    """The body, if it is a BERT."""
+    gpt: GPTConfig | None = None
+    """The body, if it is a GPT."""
+    num_outputs: int = 2
+    """Classes of a text or of a token; 2 for the start and the end of an answer."""
+    pool: Literal["cls", "mean", "last", "none"] = "cls"
+    """What is read: the first token, the mean over all, the last one that is no padding, or each token."""
+    dropout: float = 0.1
+    """Probability for what the output layer reads."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bert, Mapping):  # as checkpoints and config.json hold it
+            self.bert = config_from_dict(BERTConfig, self.bert)
+        if isinstance(self.gpt, Mapping):
+            self.gpt = config_from_dict(GPTConfig, self.gpt)
+        if (self.bert is None) == (self.gpt is None):
+            raise TrunklineError(
+                f"the network needs one body, not {'none' if self.bert is None else 'two'}; set either "
+                "--model.network.bert or --model.network.gpt"
+            )
+        if self.gpt is not None and self.pool == "cls":
+            raise TrunklineError("the first token of a GPT sees no other; set --model.network.pool to last or mean")
+        if self.num_outputs < 1 or not 0 <= self.dropout < 1:
+            raise TrunklineError(
+                f"num_outputs={self.num_outputs} must be at least 1, and dropout={self.dropout} from 0 up to below 1"
+            )
+
+    @property
+    def body(self) -> BERTConfig | GPTConfig:
+        """The configuration of the body."""
+        body = self.bert or self.gpt
+        assert body is not None
+        return body
+
+    @property
+    def body_flag(self) -> str:
+        """The flag that sets it."""
+        return "--model.network." + ("bert" if self.bert is not None else "gpt")
+
+
+class TextHead(Network):
+    """A BERT or GPT without its own output layers, pooling, dropout, and a linear layer.
+
+    Shape legend: B batch, T tokens, D width, K outputs.
+    """
+
+    config_class = TextHeadConfig
+
+    def __init__(self, config: TextHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.body = without_heads(BERT(config.bert) if config.bert is not None else GPT(config.body))  # type: ignore[arg-type]
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.body.backbone.dim, config.num_outputs)
+        init_linear(self.head)
+
+    def output_modules(self) -> list[nn.Module]:
+        """The linear layer, and its dropout."""
+        return [self.dropout, self.head]
+
+    def states(self, tokens: Tensor, segments: Tensor | None, mask: Tensor | None) -> Tensor:
+        """What the output layer reads, (B, D) or (B, T, D); arguments as for `forward`.
+
+        The last block computes no more than that.
+        """
+        pool = self.config.pool
+        keep: Keep | None = None
+        if pool == "cls":
+            keep = slice(0, 1)
+        elif pool == "last":
+            keep = slice(-1, None) if mask is None else last_position(mask)
+        if isinstance(self.body, BERT):
+            x = self.body(tokens, segments, mask=mask, keep=keep, return_logits=False)
+        else:  # padding on the right needs no mask where nobody looks to the right
+            x = self.body(tokens, keep=keep, return_logits=False)
+        if pool == "none":
+            return x
+        if pool == "mean" and mask is not None:
+            weight = mask[..., None].to(x.dtype)  # (B, T, 1)
+            return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        return x.mean(dim=1)  # of the one that was kept, or of all
+
+    def forward(self, tokens: Tensor, segments: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+        """Outputs of texts, or with `pool="none"` of their tokens.
+
+        Args:
+            tokens: (B, T) token ids.
+            segments: (B, T) number of the text within the row, 0 or 1 for a pair; a GPT has no use for it.
+            mask: (B, T) bool, False for padding, which is on the right.
+
+        Returns:
+            (B, K), or (B, T, K).
+
+        Raises:
+            TrunklineError: if there are more tokens than positions.
+        """
+        return self.head(self.dropout(self.states(tokens, segments, mask)))
+
+
+def without_heads(body: BERT | GPT) -> BERT | GPT:
+    """Take a language model's own output layers away, in place: parameters without a gradient stop DDP."""
+    body.head = nn.Identity()  # type: ignore[assignment]
+    if isinstance(body, BERT):
+        body.masked_head = nn.Identity()  # type: ignore[assignment]
+        body.pooler = body.next_head = None
+    return body
+
+
+def last_position(mask: Tensor) -> Tensor:
+    """(B, T) bool -> (B, 1) position of each row's last True."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return (mask * places).amax(dim=1, keepdim=True)

@@ -1,0 +1,224 @@
+"""Classification of texts and of pairs of texts; and what all tasks on text share."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from trunkline import TrunklineError
+from trunkline.modules.base import (
+    TrunklineModule,
+    as_config,
+    check_text_sizes,
+    load_matching,
+    network_from_checkpoint,
+)
+from trunkline.modules.checkpoints import load_checkpoint
+from trunkline.modules.networks.base import CONFIG_FILE, Network
+from trunkline.modules.networks.bert import BERT
+from trunkline.modules.networks.gpt import GPT
+from trunkline.modules.networks.text_head import TextHead, TextHeadConfig, without_heads
+from trunkline.modules.optim import OptimizerConfig
+
+FREE = {"dropout", "drop_path", "activation_checkpointing", "next_sentence", "tie_embeddings"}
+"""Fields of a body's configuration in which it may differ from the one that it starts from."""
+
+
+class TextTask(TrunklineModule):
+    """Base of the tasks on a `TextHead`; starts from a pre-trained BERT or GPT, or from another task.
+
+    A subclass makes `network` and calls `prepare_network`; batches hold `tokens` (B, T), `mask` (B, T), False
+    for padding, and with pairs `segments` (B, T).
+    """
+
+    network: TextHead
+    unit = "texts"
+
+    def prepare_network(self, init_from: str | None, freeze_blocks: int) -> None:
+        """As usual, but `init_from` may also hold the body alone: what `MaskedLM` or `CausalLM` trained.
+
+        Raises:
+            TrunklineError: if it holds another kind of network, or one of other sizes; names the flag.
+        """
+        if init_from is not None:
+            source = read_network(init_from, type(self.network.body))
+            config = self.network.config
+            own, target = (self.network, config) if isinstance(source, TextHead) else (self.network.body, config.body)
+            body = source.config.body if isinstance(source, TextHead) else source.config
+            if type(body) is not type(config.body):
+                kind = "gpt" if config.bert is not None else "bert"
+                raise TrunklineError(
+                    f"init_from {init_from} holds a {kind.upper()}; set --model.network.{kind} instead of "
+                    f"{config.body_flag}"
+                )
+            check_same_sizes(body, config.body, init_from, config.body_flag)
+            if target is config.body:
+                source = without_heads(source)
+            load_matching(own, source, init_from)
+        super().prepare_network(None, freeze_blocks)
+
+    def setup(self, stage: str) -> None:
+        """Compare the network with the data before the first step.
+
+        Raises:
+            TrunklineError: if the data has longer rows, more tokens or another number of classes.
+        """
+        config = self.network.config
+        try:
+            check_text_sizes(self.trainer, config.body)
+        except TrunklineError as error:
+            raise TrunklineError(str(error).replace("--model.network", config.body_flag)) from error
+        names = self.class_names()
+        if names and len(names) != config.num_outputs:
+            raise TrunklineError(
+                f"the data has {len(names)} classes ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}), but the "
+                f"network has {config.num_outputs} outputs; set --model.network.num_outputs {len(names)}"
+            )
+
+    def class_names(self) -> list[str]:
+        """Names of the classes, if the data knows them."""
+        return getattr(getattr(self._trainer, "datamodule", None), "class_names", None) or []
+
+    def outputs(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, K) or (B, T, K) outputs on a batch, in float32 or wider."""
+        return self.network(batch["tokens"], batch.get("segments"), mask=batch.get("mask")).float()
+
+    def forward(self, tokens: Tensor, segments: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """See `TextHead.forward`."""
+        return self.network(tokens, segments, mask=mask)
+
+    def flops_per_batch(self, batch: dict[str, Tensor]) -> int:
+        """Floating-point operations of a training step on this batch."""
+        return self.network_flops(batch["tokens"], mask=batch["mask"])
+
+
+class TextClassifier(TextTask):
+    """Cross-entropy on texts, or pairs of texts, with one label each.
+
+    Batches: those of `TextTask` with `label` (B,) class numbers; in evaluation also `valid` (B,), False where a
+    sample is not to be counted.
+
+    Logged in evaluation: `loss`, `acc`, and `f1`, the mean of the classes' F1 scores.
+
+    Args:
+        network: shape of body and output.
+        optimizer: how it learns.
+        label_smoothing: share of the target spread evenly over all classes (arXiv:1512.00567).
+        init_from: a checkpoint of `MaskedLM`, `CausalLM` or a task on text; or a folder that `save_pretrained` wrote.
+        freeze_blocks: see `TrunklineModule.prepare_network`.
+        seed: see `TrunklineModule`.
+    """
+
+    def __init__(
+        self,
+        network: TextHeadConfig,
+        optimizer: OptimizerConfig | None = None,
+        label_smoothing: float = 0.0,
+        init_from: str | None = None,
+        freeze_blocks: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, seed)
+        config = as_config(TextHeadConfig, network)
+        self.keep_hyperparameters(
+            network=config,
+            optimizer=self.optimizer_config,
+            label_smoothing=label_smoothing,
+            init_from=init_from,
+            freeze_blocks=freeze_blocks,
+            seed=seed,
+        )
+        if config.num_outputs < 2 or config.pool == "none":
+            raise TrunklineError(
+                f"classification of texts needs --model.network.num_outputs of 2 or more, not {config.num_outputs}, "
+                f"and a --model.network.pool of cls, mean or last, not {config.pool}"
+            )
+        self.network = TextHead(config)
+        self.prepare_network(init_from, freeze_blocks)
+        self.label_smoothing = label_smoothing
+        self.metrics = torch.nn.ModuleDict({stage: self._make_metrics() for stage in ("val", "test")})
+
+    def _make_metrics(self) -> torch.nn.ModuleDict:
+        classes = self.network.config.num_outputs
+        return torch.nn.ModuleDict(
+            {
+                "loss": MeanMetric(),
+                "acc": MulticlassAccuracy(classes, average="micro"),
+                "f1": MulticlassF1Score(classes, average="macro"),
+            }
+        )
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss on one batch."""
+        loss = F.cross_entropy(self.outputs(batch), batch["label"], label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Count one batch towards the validation metrics; returns `label` and `prediction` (B,) for callbacks."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Count one batch towards the test metrics."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
+        valid = batch["valid"]
+        logits, label = self.outputs(batch)[valid], batch["label"][valid]
+        metrics: Any = self.metrics[stage]
+        metrics["loss"].update(F.cross_entropy(logits, label, reduction="none"))
+        for name in ("acc", "f1"):
+            metrics[name].update(logits, label)
+        for name, metric in metrics.items():
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "acc")
+        return {"label": label, "prediction": logits.argmax(dim=-1)}
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """`index` (B,) and `probability` (B, K) of the valid samples."""
+        valid = batch["valid"]
+        return {"index": batch["index"][valid], "probability": self.outputs(batch)[valid].softmax(dim=-1)}
+
+
+def read_network(name: str, body: type[Network]) -> Any:
+    """The network of a checkpoint, a folder or a hub name: a `TextHead`, or a language model.
+
+    Args:
+        name: of it.
+        body: class that a hub name is taken for.
+    """
+    known: list[type[Network]] = [TextHead, BERT, GPT]
+    if Path(name).is_file():
+        fields = set(load_checkpoint(name).get("hyper_parameters", {}).get("network") or ())
+        fits = [c for c in known if fields == {field.name for field in dataclasses.fields(c.config_class)}]
+        if not fits:
+            raise TrunklineError(
+                f"init_from {name} is no checkpoint of a language model or a task on text; give one of MaskedLM, "
+                "CausalLM or such a task"
+            )
+        return network_from_checkpoint(fits[0], name)
+    config = Path(name, CONFIG_FILE)
+    kind = json.loads(config.read_text(encoding="utf-8")).get("network") if config.is_file() else None
+    return next((c for c in known if c.__name__ == kind), body).from_pretrained(name)
+
+
+def check_same_sizes(there: Any, here: Any, name: str, flag: str) -> None:
+    """Compare two configurations of a body, of which weights tell a part only (the number of heads, say, not).
+
+    Raises:
+        TrunklineError: naming the first difference and the flag.
+    """
+    for field in dataclasses.fields(here):
+        found, own = getattr(there, field.name), getattr(here, field.name)
+        if dataclasses.is_dataclass(own):
+            check_same_sizes(found, own, name, f"{flag}.{field.name}")
+        elif found != own and field.name not in FREE:
+            raise TrunklineError(
+                f"init_from {name} was trained with {field.name}={found}, but the network has {own}; set "
+                f"{flag}.{field.name} {'null' if found is None else found}"
+            )
