@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
@@ -82,10 +83,10 @@ class SquadData(TaskTextData):
         seed: int = 0,
     ) -> None:
         paths = {"path": path, "val_path": val_path, "test_path": test_path}
-        sources = {f: Source(name, f, hub_config, hub_split, revision) if name else None for f, name in paths.items()}
+        hub = (hub_config, hub_split, revision)
         fractions = {"val": val_fraction, "test": test_fraction}
         loading = (batch_size, eval_batch_size, num_workers, seed)
-        super().__init__(sources, fractions, tokenizer, vocab_size, max_length, loading)
+        super().__init__(paths, hub, fractions, tokenizer, vocab_size, max_length, loading)
         if doc_stride < 1 or max_question_length < 1 or max_length < max_question_length + 4:
             raise TrunklineError(
                 f"--data.max_length {max_length} must be at least 4 more than --data.max_question_length "
@@ -122,7 +123,8 @@ class SquadData(TaskTextData):
 
     def _windows(self, questions: list[Question]) -> "Windows":
         """Tokenise, each context once, and place the windows."""
-        tokenizer, frame = self.literal_tokenizer(), Frame.of(self.tokenizer)
+        tokenizer, frame = Tokenizer.from_str(self.tokenizer.to_str()), Frame.of(self.tokenizer)
+        tokenizer.encode_special_tokens = True  # a special token's name within a text is text
         contexts = list(dict.fromkeys(question.context for question in questions))
         encoded = tokenizer.encode_batch(contexts, add_special_tokens=False)
         texts = {
@@ -142,7 +144,7 @@ class SquadData(TaskTextData):
                     f"--data.max_length to at least {self.max_length + longest - room}, or leave this question out"
                 )
             for begin, stop in windows_of(len(offsets), room, min(self.doc_stride, room - longest + 1)):
-                inside = [(s, e) for s, e in spans[:1] if begin <= s and e < stop]
+                inside = [(s, e) for s, e in spans if begin <= s and e < stop]
                 windows.append((number, begin, stop, *(inside[0] if inside else (-1, -1))))
         return Windows([texts[q.context] for q in questions], prompts, windows, frame, self.max_length)
 
@@ -260,10 +262,12 @@ def numbered(rows: Iterator[Row]) -> Iterator[Row]:
             )
         context, answers = row.cells["context"], row.cells["answers"]
         if isinstance(answers, Mapping):
-            pairs = zip(answers.get("text", ()), answers.get("answer_start", ()), strict=True)
-            answers = [{"text": text, "answer_start": start} for text, start in pairs]
+            texts, starts = answers.get("text"), answers.get("answer_start")
+            if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+                raise TrunklineError(f"{row.place}: 'answers' needs two lists of one length, text and answer_start")
+            answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
         entry = {"id": row.cells["id"], "question": row.cells["question"], "answers": answers}
-        yield Row(numbers.setdefault(context, len(numbers)), row.place, {"context": context, "qas": [entry]})
+        yield Row(numbers.setdefault(str(context), len(numbers)), row.place, {"context": context, "qas": [entry]})
 
 
 def questions_of(row: Row) -> Iterator[Question]:
@@ -278,8 +282,10 @@ def questions_of(row: Row) -> Iterator[Question]:
     for entry in row.cells.get("qas", ()):
         name = entry.get("id", "?") if isinstance(entry, Mapping) else "?"
         try:
-            text, golds = entry["question"], entry.get("answers") or []
-            answers = [] if entry.get("is_impossible") else [(g["text"], int(g["answer_start"])) for g in golds]
+            text, golds = as_text(entry["question"]), entry.get("answers") or []
+            answers = (
+                [] if entry.get("is_impossible") else [(as_text(g["text"]), int(g["answer_start"])) for g in golds]
+            )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise TrunklineError(
                 f"{row.place}, question {name}: {type(error).__name__}: {error}; each question needs id, question and "
@@ -293,3 +299,10 @@ def questions_of(row: Row) -> Iterator[Question]:
                     f"context, but {found!r}; mend answer_start"
                 )
         yield Question(str(name), text, context, [a for a, _ in answers], [s for _, s in answers])
+
+
+def as_text(value: Any) -> str:
+    """A value that must be a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{kind(value)} is no text")
+    return value

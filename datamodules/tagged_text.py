@@ -84,10 +84,10 @@ class TaggedTextData(TaskTextData):
         seed: int = 0,
     ) -> None:
         paths = {"path": path, "val_path": val_path, "test_path": test_path}
-        sources = {f: Source(name, f, hub_config, hub_split, revision) if name else None for f, name in paths.items()}
+        hub = (hub_config, hub_split, revision)
         fractions = {"val": val_fraction, "test": test_fraction}
         loading = (batch_size, eval_batch_size, num_workers, seed)
-        super().__init__(sources, fractions, tokenizer, vocab_size, max_length, loading)
+        super().__init__(paths, hub, fractions, tokenizer, vocab_size, max_length, loading)
         self.tokens_column, self.tags_column = tokens_column, tags_column
 
     def rows(self, source: Source) -> Iterator[Row]:

@@ -38,9 +38,9 @@ class Source:
 
     name: str
     flag: str
-    hub_config: str | None = None
-    hub_split: str = "train"
-    revision: str | None = None
+    hub_config: str | None
+    hub_split: str
+    revision: str | None
 
     def files(self, suffixes: Sequence[str]) -> list[Path]:
         """The local files of this name, all those in a folder; none for a hub name.
@@ -105,8 +105,7 @@ def named(value: Any, feature: Any) -> Any:
 
 def read_table(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(place, cells) of each row of a JSON-lines, CSV or Parquet file."""
-    readers = {".csv": read_csv, ".parquet": read_parquet}
-    return readers.get(file.suffix, read_json_lines)(file)
+    return {".csv": read_csv, ".parquet": read_parquet}.get(file.suffix, read_json_lines)(file)
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -197,7 +196,7 @@ def in_order(names: set[str]) -> list[str]:
 
 @dataclass
 class Frame:
-    """The special tokens around texts: `[CLS] a [SEP] b [SEP]`, or without a [CLS] `a <|endoftext|> b <|endoftext|>`."""
+    """The special tokens around texts: `[CLS] a [SEP] b [SEP]`, or without [CLS] `a <|endoftext|> b <|endoftext|>`."""
 
     first: list[int]
     """`[CLS]`, or nothing."""
@@ -248,7 +247,8 @@ class TaskTextData(TrunklineDataModule):
     A subclass fills `datasets` and `class_names` in `setup` from `splits`.
 
     Args:
-        sources: where the rows are, by `path`, `val_path` and `test_path`; None is absent.
+        paths: where the rows are, by `path`, `val_path` and `test_path`; None is absent.
+        hub: configuration, split and revision of a hub dataset.
         fractions: val and test -> share of `path`'s rows.
         tokenizer: see `load_tokenizer`; none is trained here, because a network is fine-tuned with the one that it
             was pre-trained with.
@@ -261,7 +261,8 @@ class TaskTextData(TrunklineDataModule):
 
     def __init__(
         self,
-        sources: dict[str, Source | None],
+        paths: dict[str, str | None],
+        hub: tuple[str | None, str, str | None],
         fractions: dict[str, float],
         tokenizer: str,
         vocab_size: int | None,
@@ -271,13 +272,13 @@ class TaskTextData(TrunklineDataModule):
         super().__init__(*loading)
         if tokenizer in TRAINED:
             raise TrunklineError(
-                f"--data.tokenizer {tokenizer}: labelled data trains no tokenizer; give the checkpoint (.ckpt) that the "
+                f"--data.tokenizer {tokenizer}: labelled data trains none; give the checkpoint (.ckpt) that the "
                 "network starts from, a tokenizer.json or a hub name"
             )
         if max_length < 5:
             raise TrunklineError(f"--data.max_length {max_length} leaves no room for text beside the special tokens")
-        self.sources = sources
-        self.fractions = {s: 0.0 if sources[f"{s}_path"] else fraction for s, fraction in fractions.items()}
+        self.sources = {flag: Source(name, flag, *hub) for flag, name in paths.items() if name}
+        self.fractions = {s: 0.0 if f"{s}_path" in self.sources else fraction for s, fraction in fractions.items()}
         for split, fraction in self.fractions.items():
             if not 0 <= fraction < 1 or sum(self.fractions.values()) >= 1:
                 raise TrunklineError(
@@ -301,19 +302,17 @@ class TaskTextData(TrunklineDataModule):
         """
         shares = {"train": 1 - sum(self.fractions.values()), **{s: f for s, f in self.fractions.items() if f}}
         splits: dict[str, list[Row]] = {split: [] for split in shares}
-        path = self.sources["path"]
-        assert path is not None
-        for row in self.rows(path):
+        for row in self.rows(self.sources["path"]):
             splits[split_of(row.number, shares)].append(row)
         for split in ("val", "test"):
-            source = self.sources[f"{split}_path"]
-            if source is not None:
-                splits[split] = list(self.rows(source))
+            if f"{split}_path" in self.sources:
+                splits[split] = list(self.rows(self.sources[f"{split}_path"]))
         for split, rows in splits.items():
             if not rows:
+                own = "val_path" if split == "train" else f"{split}_path"
                 raise TrunklineError(
-                    f"the {split} split of --data.path {path.name} comes out empty; give more rows, or name a file of "
-                    f"its own with --data.{split if split != 'train' else 'val'}_path"
+                    f"the {split} split of --data.path {self.sources['path'].name} comes out empty; give more rows, or "
+                    f"name a file of its own with --data.{own}"
                 )
         return splits
 
@@ -336,12 +335,6 @@ class TaskTextData(TrunklineDataModule):
                 f"{self.tokenizer_name}; set it to at least {own}, or leave it out"
             )
         return self.declared_size or own
-
-    def literal_tokenizer(self) -> Tokenizer:
-        """A copy to which a special token's name within a text is text."""
-        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
-        tokenizer.encode_special_tokens = True
-        return tokenizer
 
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer as JSON and the names of the classes, so that a checkpoint can be used by itself."""

@@ -38,7 +38,7 @@ def to_int8(network: GPT) -> GPT:
     return network.bfloat16()
 
 
-def _replace_linears(network: nn.Module, kind: type["RowLinear | Int8Linear"]) -> None:
+def _replace_linears(network: nn.Module, kind: "type[RowLinear] | type[Int8Linear]") -> None:
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
@@ -48,7 +48,7 @@ def _replace_linears(network: nn.Module, kind: type["RowLinear | Int8Linear"]) -
 class RowLinear(nn.Module):
     """A linear layer that multiplies a single row as a vector, for which a CPU has the faster bfloat16 kernel."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight, self.bias, self.out_features = weight, bias, len(weight)
 

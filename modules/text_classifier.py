@@ -202,8 +202,10 @@ def read_network(name: str, body: type[Network]) -> Any:
                 "CausalLM or such a task"
             )
         return network_from_checkpoint(fits[0], name)
-    config = Path(name, CONFIG_FILE)
-    kind = json.loads(config.read_text(encoding="utf-8")).get("network") if config.is_file() else None
+    try:
+        kind = json.loads(Path(name, CONFIG_FILE).read_text(encoding="utf-8"))["network"]
+    except (OSError, ValueError, KeyError, TypeError):  # `from_pretrained` says what is wrong
+        kind = None
     return next((c for c in known if c.__name__ == kind), body).from_pretrained(name)
 
 

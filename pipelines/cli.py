@@ -39,7 +39,23 @@ def generate_command() -> Callable[..., None]:
     return generate
 
 
+def fill_mask_command() -> Callable[..., None]:
+    """See `predict_command`."""
+    from trunkline.pipelines.fill_mask import fill_mask
+
+    return fill_mask
+
+
+def embed_command() -> Callable[..., None]:
+    """See `predict_command`."""
+    from trunkline.pipelines.embed import embed
+
+    return embed
+
+
 FUNCTIONS = {
+    "embed": (embed_command, "write embeddings of texts with a checkpoint"),
+    "fill-mask": (fill_mask_command, "name the masked words of a sentence with a checkpoint"),
     "generate": (generate_command, "continue a text with a checkpoint"),
     "predict": (predict_command, "classify a folder of images with a checkpoint"),
     "benchmark": (benchmark_command, "measure speed side by side with peers"),
@@ -65,6 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
             from trunkline.pipelines.parser import Parser
 
             sys.argv[1:] = arguments
+            if command == "fill-mask" and arguments[1:] and not arguments[1].startswith("-"):
+                arguments = [command, "--sentence", *arguments[1:]]
             options: dict[str, Any] = {"as_positional": False, "parser_class": Parser}
             auto_cli(FUNCTIONS[command][0](), args=arguments[1:], prog=f"trunkline {command}", **options)
         elif command == "--version":

@@ -3,21 +3,18 @@
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from trunkline import TrunklineError
-from trunkline.modules.causal_lm import CausalLM
-from trunkline.modules.checkpoints import load_checkpoint
 from trunkline.modules.generation import GenerationConfig, beam_search
 from trunkline.modules.generation import stream as next_tokens
 from trunkline.modules.low_precision import to_bfloat16, to_int8
-from trunkline.modules.networks import GPT, GPTConfig
-from trunkline.modules.networks.base import config_from_dict
+from trunkline.modules.networks import GPT
+from trunkline.pipelines.text_checkpoint import find_device, load_language_model
 
 END_TOKENS = ("<|endoftext|>", "[SEP]", "</s>", "<eos>")
 """Names of the end-of-text token; the first that the tokenizer has counts."""
@@ -83,7 +80,8 @@ def generate(
     stops = [stop] if isinstance(stop, str) else stop or []
     check_options(prompts, stops, num_samples, config)
     place = find_device(device)
-    network, words = load(checkpoint, tokenizer)
+    network, words = load_language_model(checkpoint, ("CausalLM",), tokenizer)
+    assert isinstance(network, GPT)
     end = next((i for name in END_TOKENS if (i := words.token_to_id(name)) is not None), None)
     rows = encode(prompts, words, end, network.config.max_length)
     texts = [Text(words, row, stops) for row in rows for _ in range(num_samples)]
@@ -126,72 +124,6 @@ def check_options(prompts: list[str], stops: list[str], num_samples: int, config
         )
     if 1 < config.num_beams < num_samples:
         raise TrunklineError(f"--num_samples {num_samples} needs at least as many beams: --num_beams {num_samples}")
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name; `auto` is an accelerator, where there is one.
-
-    Raises:
-        TrunklineError: if there is no such device here.
-    """
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise TrunklineError(f"--device {name} cannot be used here: {reason}; try --device cpu") from error
-
-
-def load(checkpoint: str, tokenizer: str | None) -> tuple[GPT, Tokenizer]:
-    """Network and tokenizer of a training checkpoint.
-
-    Args:
-        checkpoint: the file.
-        tokenizer: a tokenizer.json in place of the checkpoint's own.
-
-    Raises:
-        TrunklineError: if it is damaged, of another objective, or without a tokenizer, or if they do not fit.
-    """
-    content: Any = load_checkpoint(checkpoint)
-    if content.get("objective") != CausalLM.__name__:
-        raise TrunklineError(
-            f"{checkpoint} is no checkpoint of a causal language model, but of "
-            f"{content.get('objective', 'something else')}"
-        )
-    text = content.get("TextData", {}).get("tokenizer") if tokenizer is None else read(tokenizer)
-    if text is None:
-        raise TrunklineError(f"{checkpoint} holds no tokenizer; name its file with --tokenizer tokenizer.json")
-    source = "--tokenizer " + tokenizer if tokenizer else f"the tokenizer in {checkpoint}"
-    try:
-        words = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare ones
-        raise TrunklineError(f"{source} is no tokenizer of the tokenizers library: {error}") from error
-    shape = content.get("hyper_parameters", {}).get("network")
-    if shape is None:
-        raise TrunklineError(f"{checkpoint} is no checkpoint of a Trunkline run: it names no network")
-    config = config_from_dict(GPTConfig, shape)
-    if words.get_vocab_size() > config.vocab_size:
-        raise TrunklineError(
-            f"{source} has {words.get_vocab_size()} tokens, but the network of {checkpoint} knows {config.vocab_size}; "
-            "use the tokenizer that it was trained with"
-        )
-    network = GPT(config)
-    weights = {k.removeprefix("network."): v for k, v in content["state_dict"].items() if k.startswith("network.")}
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).split("\n")[1:2] or [str(error)]
-        raise TrunklineError(f"the weights in {checkpoint} do not fit its configuration: {first[0].strip()}") from error
-    return network.eval(), words
-
-
-def read(path: str) -> str:
-    """A text file."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrunklineError(f"cannot read --tokenizer {path}: {error}; name a tokenizer.json") from error
 
 
 def encode(prompts: list[str], words: Tokenizer, end: int | None, limit: int) -> list[list[int]]:

@@ -14,15 +14,16 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import trunkline.modules.callbacks
 from trunkline import TrunklineError
-from trunkline.datamodules import ImageData, TextData
+from trunkline.datamodules import ImageData, MaskedTextData, TextData
 from trunkline.modules.causal_lm import CausalLM
 from trunkline.modules.image_classifier import ImageClassifier
+from trunkline.modules.masked_lm import MaskedLM
 from trunkline.pipelines.cli import own_error
 from trunkline.pipelines.configs import nearest
 
 # Importing a class makes its short name known: `class_path: ImageClassifier`.
-OBJECTIVES = (CausalLM, ImageClassifier)
-DATA = (ImageData, TextData)
+OBJECTIVES = (CausalLM, ImageClassifier, MaskedLM)
+DATA = (ImageData, MaskedTextData, TextData)
 
 
 class Parser(LightningArgumentParser):

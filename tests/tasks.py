@@ -36,7 +36,7 @@ def text_block(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any
 
 def text_documents(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     path = folder / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in sentences(275)))
+    path.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in sentences(230)))
     return causal_lm(exact), text_data(folder, path, packing="documents", val_fraction=0.4)
 
 
@@ -50,4 +50,28 @@ def text_data(folder: Path, path: Path, **options: Any) -> dict[str, Any]:
     return {"class_path": "TextData", "init_args": {**fields, **options}}
 
 
-TASKS = {"image": image, "block": text_block, "documents": text_documents}
+def masked_lm(exact: bool, data: dict[str, Any], pairs: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    network = {"max_length": 16, "next_sentence": pairs, "backbone": {**trunk(exact), "norm_first": False}}
+    data["init_args"] |= {"tokenizer": "wordpiece", "vocab_size": 100, "next_sentence": pairs}
+    return {"class_path": "MaskedLM", "init_args": {"network": network}}, {**data, "class_path": "MaskedTextData"}
+
+
+def masked(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    path = folder / "text.txt"
+    path.write_text("\n".join(sentences(900))[:23500])
+    return masked_lm(exact, text_data(folder, path, val_fraction=0.4), pairs=False)
+
+
+def masked_pairs(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    path = folder / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in sentences(425)))
+    return masked_lm(exact, text_data(folder, path, val_fraction=0.4), pairs=True)
+
+
+TASKS = {
+    "image": image,
+    "block": text_block,
+    "documents": text_documents,
+    "masked": masked,
+    "masked_pairs": masked_pairs,
+}

@@ -33,7 +33,7 @@ def strangers(folder: str, allowed: set[str]) -> list[str]:
 LIBRARIES = {*sys.stdlib_module_names, "torch", "safetensors", "huggingface_hub", "trunkline.TrunklineError"}
 FLOOR_1 = LIBRARIES | {"trunkline.modules.backbone"}
 FLOOR_2 = FLOOR_1 | {"trunkline.modules.networks", "trunkline.modules.decoding"}
-PURE = tuple(f"modules/{name}.py" for name in ("optim", "losses", "decoding", "generation", "low_precision"))
+PURE = tuple(f"modules/{name}.py" for name in ("optim", "losses", "decoding", "filling", "generation", "low_precision"))
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ def test_an_empty_prompt_needs_an_end_token(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(objective="ImageClassifier"), "is no checkpoint of a causal .*, but of ImageClassifier"),
+        (lambda c: c.update(objective="ImageClassifier"), "is no checkpoint of CausalLM, but of ImageClassifier"),
         (lambda c: c.pop("objective"), "but of something else"),
         (lambda c: c.pop("TextData"), "holds no tokenizer; name its file with --tokenizer tokenizer.json"),
         (lambda c: c.update(TextData={"tokenizer": "{}"}), "the tokenizer in .* is no tokenizer of the tokenizers lib"),

@@ -92,6 +92,13 @@ def test_tied_and_free_output_layer() -> None:
     assert all(p is not tied.head.weight for g in decayed for p in g["params"])  # an embedding after all
 
 
+@pytest.mark.parametrize(("tied", "deviation"), [(True, 0.02), (False, 0.5)])
+def test_a_free_embedding_starts_large(tied: bool, deviation: float) -> None:
+    net = GPT(gpt(vocab_size=2000, tie_embeddings=tied))
+    assert net.token_embed.weight.std().item() == pytest.approx(deviation, rel=0.1)
+    assert net.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_gpt2_has_124_million_parameters() -> None:
     with torch.device("meta"):
         assert sum(p.numel() for p in GPT(GPTConfig()).parameters()) == 124_439_808

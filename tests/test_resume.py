@@ -181,6 +181,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         ("image", 2, 0, 2),
         ("block", 1, 0, 1),
         ("documents", 2, 0, 1),
+        ("masked_pairs", 2, 0, 1),
+        pytest.param("masked", 1, 2, 1, marks=pytest.mark.slow),
         pytest.param("image", 1, 0, 2, marks=pytest.mark.slow),
         pytest.param("image", 2, 2, 1, marks=pytest.mark.slow),
         pytest.param("block", 2, 2, 1, marks=pytest.mark.slow),

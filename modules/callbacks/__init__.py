@@ -3,13 +3,14 @@
 from trunkline.modules.callbacks.attention_maps import AttentionMaps
 from trunkline.modules.callbacks.classification import ClassificationReport
 from trunkline.modules.callbacks.graceful_stop import GracefulStop, LastCheckpoint
-from trunkline.modules.callbacks.text import AttentionHeads, TextSamples
+from trunkline.modules.callbacks.text import AttentionHeads, FilledMasks, TextSamples
 from trunkline.modules.callbacks.throughput import ProgressBar, Throughput
 
 __all__ = [
     "AttentionHeads",
     "AttentionMaps",
     "ClassificationReport",
+    "FilledMasks",
     "GracefulStop",
     "LastCheckpoint",
     "ProgressBar",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.modules.callbacks.drawing import tensorboard
+from trunkline.modules.filling import fill_masks
 from trunkline.modules.generation import GenerationConfig, generate
 from trunkline.modules.networks import BERT, GPT
 
@@ -65,6 +66,45 @@ class TextSamples(Callback):
         if trainer.is_global_zero:
             for text in self.texts:
                 print(f"\n{text}\n" + "─" * 40)
+
+
+class FilledMasks(Callback):
+    """After each validation, the likeliest words for the masks of fixed sentences (`val/filled`).
+
+    The datamodule has the `tokenizer`. All processes compute, because sharded weights need them all.
+
+    Args:
+        sentences: with `[MASK]` in each.
+        count: words shown for each mask.
+    """
+
+    def __init__(self, sentences: Sequence[str], count: int = 5) -> None:
+        self.sentences, self.count = list(sentences), count
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find a sentence without a mask before the first step."""
+        mask = tokenizer_of(trainer, self).token_to_id("[MASK]")
+        for sentence in self.sentences:
+            if mask is None or mask not in tokenizer_of(trainer, self).encode(sentence).ids:
+                raise TrunklineError(f"FilledMasks: the sentence {sentence!r} has no [MASK] for the tokenizer")
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write."""
+        if trainer.sanity_checking:
+            return
+        tokenizer, network = tokenizer_of(trainer, self), pl_module.network
+        assert isinstance(network, BERT)
+        lines = ["| sentence | likeliest |", "|---|---|"]
+        for sentence in self.sentences:
+            ids = tokenizer.encode(f"[CLS] {sentence} [SEP]", add_special_tokens=False).ids[: network.config.max_length]
+            tokens = torch.tensor(ids, device=pl_module.device)
+            for filling in fill_masks(network, tokens, tokenizer.token_to_id("[MASK]"), self.count):
+                found = zip(filling.tokens, filling.probabilities, strict=True)
+                words = ", ".join(f"{tokenizer.decode([token])} ({p:.2f})" for token, p in found)
+                lines.append(f"| {sentence} | {words} |")
+        writer = tensorboard(trainer)
+        if writer is not None:
+            writer.add_text("val/filled", "\n".join(lines), trainer.global_step)
 
 
 class AttentionHeads(Callback):

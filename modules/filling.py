@@ -1,0 +1,34 @@
+"""Fill the masked places of texts with a masked language model. Needs torch alone."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trunkline.modules.networks import BERT
+
+
+class Filling(NamedTuple):
+    """The likeliest tokens of one masked place."""
+
+    position: int
+    """Of the place in its row."""
+    tokens: list[int]
+    """Ids, the likeliest first."""
+    probabilities: list[float]
+
+
+@torch.inference_mode()
+def fill_masks(network: BERT, tokens: Tensor, mask_id: int, count: int = 5) -> list[Filling]:
+    """The `count` likeliest tokens at each place of a row (T,) where `mask_id` stands.
+
+    Each place is filled as if the others stayed masked.
+    """
+    positions = (tokens == mask_id).nonzero()[:, 0]
+    training = network.training
+    network.eval()
+    logits = network(tokens[None], keep=positions[None])[0].float()  # (N, V)
+    network.train(training)
+    best = logits.softmax(dim=-1).topk(min(count, logits.shape[1]))
+    rows = zip(positions.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
+    return [Filling(*row) for row in rows]
