@@ -57,7 +57,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
         if not known:
             raise TrunklineError(
                 f"the tokenizer has no {' or '.join(names)} token, which masked language modelling needs; set "
-                "--data.tokenizer wordpiece or another one that has it"
+                "--data.tokenizer wordpiece, masked_bpe or another one that has it"
             )
         found[role] = known[0]
     return found
@@ -134,5 +134,6 @@ def continuations(names: list[str]) -> np.ndarray:
     if any(name.startswith("##") for name in names):
         return np.array([name.startswith("##") for name in names])
     if any(name.startswith(("Ġ", "▁")) for name in names):  # byte-level BPE, SentencePiece
-        return np.array([bool(re.match(r"\w", name)) for name in names])
+        spaces = ("Ġ", "Ċ", "ĉ", "▁")  # space, newline and tab, which are letters to a regular expression
+        return np.array([not name.startswith(spaces) and bool(re.match(r"\w", name)) for name in names])
     return np.zeros(len(names), bool)

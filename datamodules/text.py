@@ -31,9 +31,9 @@ class TextData(TrunklineDataModule):
         path: `kjv`, `asv`, `pydoc`, `wordnet`; a file (.txt and the like: one document; .jsonl, .json, .csv, .parquet:
             a row is a document) or a folder of files of one kind; else a Hugging Face hub name.
         text_column: of tables.
-        tokenizer: `chars`, `bpe` (byte-level) or `wordpiece`, trained on the training split; else a
-            tokenizer.json or a hub name.
-        vocab_size: what the network gets; None takes the tokenizer's own. A `bpe` or `wordpiece` is
+        tokenizer: `chars`, `bpe` (byte-level), `masked_bpe` (the same with `[MASK]` and its like) or `wordpiece`,
+            trained on the training split; else a tokenizer.json, a training checkpoint or a hub name.
+        vocab_size: what the network gets; None takes the tokenizer's own. All but `chars` are
             trained to it (None: 8192), other tokenizers are padded to it.
         max_length: T, tokens of a row.
         packing: `block` (running text) or `documents` (whole ones, which do not see each other).

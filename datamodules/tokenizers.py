@@ -3,14 +3,15 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from trunkline import TrunklineError
 
@@ -62,14 +63,19 @@ def train_chars(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+MASKING_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, special: Sequence[str | AddedToken] = (END_OF_TEXT,)
+) -> Tokenizer:
     """Byte-level BPE as in GPT-2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -83,11 +89,10 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     # Each character counts twice, at the beginning of a word and within.
-    limit = (vocab_size - len(special)) // 2
+    limit = (vocab_size - len(MASKING_TOKENS)) // 2
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=special, limit_alphabet=min(1000, limit), show_progress=False
+        vocab_size=vocab_size, special_tokens=MASKING_TOKENS, limit_alphabet=min(1000, limit), show_progress=False
     )
     tokenizer.train_from_iterator(first_bytes(texts), trainer)
     return tokenizer
@@ -96,9 +101,13 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 TRAINED: dict[str, Callable[[Iterable[str], int], Tokenizer]] = {
     "chars": train_chars,
     "bpe": train_bpe,
+    # A mask takes the space before it: what it hides has one.
+    "masked_bpe": partial(
+        train_bpe, special=[*MASKING_TOKENS[:-1], AddedToken(MASKING_TOKENS[-1], lstrip=True, special=True)]
+    ),
     "wordpiece": train_wordpiece,
 }
-SMALLEST = {"chars": 0, "bpe": 257, "wordpiece": 64}
+SMALLEST = {"chars": 0, "bpe": 257, "masked_bpe": 261, "wordpiece": 64}
 
 
 def first_bytes(texts: Iterable[str]) -> Iterator[str]:

@@ -14,16 +14,19 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import trunkline.modules.callbacks
 from trunkline import TrunklineError
-from trunkline.datamodules import ImageData, MaskedTextData, TextData
+from trunkline.datamodules import ImageData, LabelledTextData, MaskedTextData, SquadData, TaggedTextData, TextData
 from trunkline.modules.causal_lm import CausalLM
 from trunkline.modules.image_classifier import ImageClassifier
 from trunkline.modules.masked_lm import MaskedLM
+from trunkline.modules.question_answering import QuestionAnswering
+from trunkline.modules.text_classifier import TextClassifier
+from trunkline.modules.token_classifier import TokenClassifier
 from trunkline.pipelines.cli import own_error
 from trunkline.pipelines.configs import nearest
 
 # Importing a class makes its short name known: `class_path: ImageClassifier`.
-OBJECTIVES = (CausalLM, ImageClassifier, MaskedLM)
-DATA = (ImageData, MaskedTextData, TextData)
+OBJECTIVES = (CausalLM, ImageClassifier, MaskedLM, QuestionAnswering, TextClassifier, TokenClassifier)
+DATA = (ImageData, LabelledTextData, MaskedTextData, SquadData, TaggedTextData, TextData)
 
 
 class Parser(LightningArgumentParser):

@@ -252,7 +252,7 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrunklineError, match=message):
         ready("some/set", tmp_path, val_path="some/set:validation", **hub)
     with pytest.raises(
-        TrunklineError, match="cannot read --data.path nobody/none: .*FileNotFoundError: no such dataset"
+        TrunklineError, match=r"cannot read --data\.path nobody/none: .*FileNotFoundError: no such dataset"
     ):
         ready("nobody/none", tmp_path)
 
