@@ -6,7 +6,7 @@ ARGS ?=
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train-vit train-gpt train-bert test test-all lint tensorboard benchmark clean
+.PHONY: help train-vit train-gpt train-bert finetune-bert test test-all lint tensorboard benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,8 +17,15 @@ train-vit: $(READY) ## train a Vision Transformer on the digits, offline, in a m
 train-gpt: $(READY) ## train a GPT on the King James Bible, offline, in about two minutes, and let it write
 	$(BIN)/trunkline fit --config gpt/demo $(ARGS)
 
-train-bert: $(READY) ## pre-train a BERT on the King James Bible, offline, in about two minutes
+train-bert: $(READY) ## pre-train a BERT on names in 14 languages, offline, in about two minutes
 	$(BIN)/trunkline fit --config bert/demo $(ARGS)
+
+finetune-bert: $(READY) ## what the pre-training is worth: name the language, against from scratch and n-grams
+	@ls runs/bert/demo/*/checkpoints/last.ckpt >/dev/null 2>&1 || $(MAKE) train-bert
+	$(BIN)/trunkline benchmark --what ngram
+	@start=$$(ls -t runs/bert/demo/*/checkpoints/last.ckpt | head -1) && set -x && \
+	$(BIN)/trunkline fit --config bert/classify_demo --name bert/from_scratch --data.tokenizer $$start $(ARGS) && \
+	$(BIN)/trunkline fit --config bert/classify_demo --model.init_from $$start --data.tokenizer $$start $(ARGS)
 
 test: $(READY) ## the fast tests, without a network
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

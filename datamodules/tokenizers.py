@@ -66,9 +66,7 @@ def train_chars(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 MASKING_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def train_bpe(
-    texts: Iterable[str], vocab_size: int, special: Sequence[str | AddedToken] = (END_OF_TEXT,)
-) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str | AddedToken] = (END_OF_TEXT,)) -> Tokenizer:
     """Byte-level BPE as in GPT-2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -19,17 +19,39 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from trunkline import TrunklineError
-from trunkline.datamodules import ImageData
+from trunkline.datamodules import ImageData, LabelledTextData
 from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.image_classifier import ImageClassifier
 from trunkline.modules.networks import ViT, ViTConfig
 from trunkline.modules.optim import Muon, OptimizerConfig
-from trunkline.pipelines.benchmark_text import gpt_compiled, gpt_eager
+from trunkline.pipelines.benchmark_finetune import ngram_accuracy
+from trunkline.pipelines.benchmark_text import (
+    bert_compiled,
+    bert_eager,
+    generation,
+    gpt_compiled,
+    gpt_eager,
+    tokenization,
+)
 from trunkline.pipelines.timing import Side, bare_loop, compare
 
 
 def benchmark(
-    what: Literal["all", "vit", "vit_compiled", "gpt", "gpt_compiled", "muon", "overhead", "svm"] = "all",
+    what: Literal[
+        "all",
+        "vit",
+        "vit_compiled",
+        "gpt",
+        "gpt_compiled",
+        "bert",
+        "bert_compiled",
+        "generation",
+        "tokenization",
+        "muon",
+        "overhead",
+        "svm",
+        "ngram",
+    ] = "all",
     rounds: int = 10,
     batch_size: int | None = None,
     output: str | None = None,
@@ -40,12 +62,15 @@ def benchmark(
         what: `vit`: training step of ViT-Ti/16 at 224 pixels, float32 eager, against timm's model in the
             same loop. `vit_compiled`: the same with bfloat16 and torch.compile, against timm's float32
             eager. `gpt` and `gpt_compiled`: likewise a GPT of 6 layers, width 384 and 256 tokens a row,
-            against transformers' GPT-2. `muon`: an optimiser step on the digits recipe's network, against
-            torch's Muon, which goes matrix by matrix. `overhead`: `trainer.fit` with progress bar,
-            throughput, TensorBoard and signal handling, against a bare loop of the same network and batch
-            size. `svm`: test accuracy of an RBF SVM on the splits of vit/digits.
+            against transformers' GPT-2. `bert` and `bert_compiled`: likewise BERT-mini on 128 tokens a row, 15%
+            of them hidden; compiled on both sides. `generation`: a token of GPT-2 124M, batch 1.
+            `tokenization`: byte-level BPE against the bare library. `muon`: an optimiser step on the digits
+            recipe's network, against torch's Muon, which goes matrix by matrix. `overhead`: `trainer.fit` with
+            progress bar, throughput, TensorBoard and signal handling, against a bare loop of the same network
+            and batch size. `svm`: test accuracy of an RBF SVM on the splits of vit/digits. `ngram`: of a logistic
+            regression over characters' n-grams on those of bert/classify_demo.
         rounds: turns that each side takes.
-        batch_size: images or rows a step; None is 16 images, 8 rows.
+        batch_size: images or rows a step; None is 16 images, 8 rows of a GPT, 32 of BERT, 1 in generation.
         output: a JSON file for the figures.
     """
     if output is not None and not Path(output).absolute().parent.is_dir():
@@ -55,11 +80,18 @@ def benchmark(
         "vit_compiled": vit_compiled,
         "gpt": gpt_eager,
         "gpt_compiled": gpt_compiled,
+        "bert": bert_eager,
+        "bert_compiled": bert_compiled,
+        "generation": generation,
+        "tokenization": tokenization,
         "muon": muon_step,
         "overhead": trainer_overhead,
     }
     if what in ("all", "svm"):
         print(f"RBF SVM on the digits: test accuracy {svm_accuracy():.4f}")
+    if what in ("all", "ngram"):
+        data = LabelledTextData("emoji", tokenizer="", train_rows=1000, val_fraction=0.1, test_fraction=0.1)
+        print(f"n-grams and logistic regression on bert/classify_demo: test accuracy {ngram_accuracy(data):.4f}")
     chosen = {name: case for name, case in cases.items() if what in ("all", name)}
     rows = [row for case in chosen.values() for row in case(rounds, batch_size)]
     if not rows:

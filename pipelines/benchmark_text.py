@@ -1,14 +1,22 @@
 """The cases of `trunkline benchmark` that are about text."""
 
+import copy
+import time
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
+from trunkline.datamodules.text_sources import open_source
+from trunkline.datamodules.tokenizers import TextEncoder, train_tokenizer
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.generation import GenerationConfig, generate
 from trunkline.modules.losses import linear_cross_entropy
+from trunkline.modules.low_precision import to_bfloat16, to_int8
 from trunkline.modules.networks import BERT, GPT, BERTConfig, GPTConfig
+from trunkline.modules.networks.convert import gpt_config_from_transformers, gpt_from_transformers
 from trunkline.pipelines.timing import Side, bare_loop, compare
 
 LENGTH = 256
@@ -110,3 +118,52 @@ def bert_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     """The same in bfloat16 and compiled, on both sides."""
     loops = _bert_loops(batch_size or 32, bf16=True, compiled=True)
     return [compare("BERT-mini bf16 compiled", "transformers bf16 compiled", *loops, rounds)]
+
+
+def generation(rounds: int, batch_size: int | None, new: int = 64) -> list[dict[str, Any]]:
+    """A greedy token of GPT-2 124M after a prompt of 16, in float32, bfloat16 and int8 against theirs in float32."""
+    library = transformers()
+    torch.manual_seed(0)
+    theirs: Any = library.GPT2LMHeadModel(library.GPT2Config(bos_token_id=None, eos_token_id=None)).eval()
+    ours = GPT(gpt_config_from_transformers(theirs.config.to_dict())).eval()
+    ours.load_state_dict(gpt_from_transformers(theirs.state_dict()))
+    tokens = torch.randint(0, theirs.config.vocab_size, (batch_size or 1, 16))
+    config = GenerationConfig(new, temperature=0)
+
+    def our_turn(network: GPT) -> float:
+        start = time.perf_counter()
+        generate(network, tokens, config=config)
+        return (time.perf_counter() - start) / new
+
+    def their_turn() -> float:
+        start = time.perf_counter()
+        theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False)
+        return (time.perf_counter() - start) / new
+
+    formats = {"fp32": ours, "bf16": to_bfloat16(copy.deepcopy(ours)), "int8": to_int8(copy.deepcopy(ours))}
+    return [
+        compare(f"GPT-2 124M token, {name}", "transformers fp32", partial(our_turn, network), their_turn, rounds)
+        for name, network in formats.items()
+    ]
+
+
+def tokenization(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
+    """Byte-level BPE of 8,192 tokens over the King James Bible, from an empty memory, against the bare library."""
+    texts = [piece.text for piece in open_source("kjv", "text").pieces({"train": 1.0})]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    tokenizer = train_tokenizer("bpe", texts, 8192)
+
+    def our_turn() -> float:
+        start = time.perf_counter()
+        TextEncoder(tokenizer).encode(texts)
+        return time.perf_counter() - start
+
+    def their_turn() -> float:
+        start = time.perf_counter()
+        sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts))
+        return time.perf_counter() - start
+
+    row = compare(f"BPE of {megabytes:.1f} MB", "tokenizers' encode_batch_fast", our_turn, their_turn, rounds)
+    print(f"byte-level BPE: {megabytes / row['ms'] * 1e3:.1f} MB a second; the library alone: "
+          f"{megabytes / row['peer_ms'] * 1e3:.1f}")  # fmt: skip
+    return [row]

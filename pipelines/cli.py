@@ -16,6 +16,7 @@ TRAINING = {
     "validate": "evaluate a checkpoint on the validation split",
     "test": "evaluate a checkpoint on the test split",
 }
+PREPARATION = {"prepare": "tokenise a recipe's text ahead of its run"}
 
 
 def predict_command() -> Callable[..., None]:
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
             from trunkline.pipelines.training import run_training
 
             run_training(arguments)
-        elif command == "prepare":
+        elif command in PREPARATION:
             from trunkline.pipelines.prepare import run_prepare
 
             run_prepare(arguments)
@@ -92,7 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             from trunkline.pipelines.configs import nearest
 
-            raise TrunklineError(f"there is no command '{command}'{nearest(command, [*TRAINING, *FUNCTIONS])}")
+            raise TrunklineError(
+                f"there is no command '{command}'{nearest(command, [*TRAINING, *PREPARATION, *FUNCTIONS])}"
+            )
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
@@ -112,7 +115,7 @@ def own_error(error: BaseException | None) -> TrunklineError | None:
 
 def usage() -> str:
     """The commands, a line each."""
-    commands = {**TRAINING, **{name: text for name, (_, text) in FUNCTIONS.items()}}
+    commands = {**TRAINING, **PREPARATION, **{name: text for name, (_, text) in FUNCTIONS.items()}}
     lines = "\n".join(f"  {name:<10} {text}" for name, text in commands.items())
     return (
         "usage: trunkline COMMAND [options]\n\n"

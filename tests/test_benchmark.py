@@ -84,9 +84,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TransformerConfig", lambda **options: config.backbone)
     monkeypatch.setattr(nn.Module, "compile", lambda self: None)
     monkeypatch.setattr(benchmark_text, "LENGTH", 8)
+    monkeypatch.setattr(benchmark_text, "MASKED_LENGTH", 8)
+    masked = transformers.BertConfig
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    monkeypatch.setattr(transformers, "BertConfig", lambda **_: masked(**tiny))
     monkeypatch.setattr(benchmark_text, "TransformerConfig", lambda **_: TransformerConfig(16, 1, 2))
     configure = transformers.GPT2Config
-    monkeypatch.setattr(transformers, "GPT2Config", lambda **_: configure(n_embd=16, n_layer=1, n_head=2))
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    monkeypatch.setattr(transformers, "GPT2Config", lambda **_: configure(n_embd=16, n_layer=1, n_head=2, **ends))
 
 
 CASES = {
@@ -97,6 +102,10 @@ CASES = {
         ("GPT bf16 compiled", "transformers fp32 eager"),
         ("transformers' own, bf16 compiled", "transformers fp32 eager"),
     ],
+    "bert": [("BERT-mini fp32 eager", "transformers fp32 eager")],
+    "bert_compiled": [("BERT-mini bf16 compiled", "transformers bf16 compiled")],
+    "generation": [(f"GPT-2 124M token, {name}", "transformers fp32") for name in ("fp32", "bf16", "int8")],
+    "tokenization": [("BPE of 3.9 MB", "tokenizers' encode_batch_fast")],
     "muon": [("Muon step", "torch.optim.Muon")],
     "overhead": [("trainer.fit", "bare loop")],
 }
@@ -122,6 +131,10 @@ def test_all_is_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
         "vit_compiled": "vit_compiled",
         "gpt": "gpt_eager",
         "gpt_compiled": "gpt_compiled",
+        "bert": "bert_eager",
+        "bert_compiled": "bert_compiled",
+        "generation": "generation",
+        "tokenization": "tokenization",
         "muon": "muon_step",
         "overhead": "trainer_overhead",
     }
@@ -129,10 +142,13 @@ def test_all_is_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
         row = {"case": name, "peer": "", "ms": 1.0, "peer_ms": 2.0, "ratio": 2.0, "range": (1.5, 2.5)}
         monkeypatch.setattr(module, function, lambda rounds, size, row=row: [row | {"given": (rounds, size)}])
     monkeypatch.setattr(module, "svm_accuracy", lambda: 0.5)
+    monkeypatch.setattr(module, "ngram_accuracy", lambda data: data.train_rows / 4000)
     benchmark(rounds=3, batch_size=7, output=str(tmp_path / "figures.json"))
     rows = json.loads((tmp_path / "figures.json").read_text())
     assert {row["case"]: row["given"] for row in rows} == {name: [3, 7] for name in functions}
-    assert "test accuracy 0.5000" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "test accuracy 0.5000" in shown
+    assert "test accuracy 0.2500" in shown
 
 
 def test_no_folder_for_the_figures_is_found_before_measuring(tmp_path: Path) -> None:

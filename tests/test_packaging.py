@@ -133,21 +133,30 @@ def commands(program: str) -> list[list[str]]:
     return [w[1:] for w in words if w[1:]]
 
 
+WRITTEN = {
+    "train-vit": "fit --config vit/digits",
+    "train-gpt": "fit --config gpt/demo",
+    "train-bert": "fit --config bert/demo",
+    "benchmark": "benchmark",
+}
+
+
 def test_make_commands_of_the_readme() -> None:
     found = commands("make")
-    assert {"train-vit", "test", "help", "tensorboard"} <= {target for target, *_ in found}
+    assert {"train-vit", "train-gpt", "train-bert", "finetune-bert", "test", "help", "tensorboard"} <= {
+        target for target, *_ in found
+    }
     for target, *options in found:
         assert target in make_targets()
         assert all(option.startswith("ARGS=") for option in options)
-    run = {target: re.search(rf"^{target}:.*\n\t(.+)", MAKEFILE, re.M)[1] for target in ("train-vit", "benchmark")}  # type: ignore[index]
-    assert run == {
-        "train-vit": "$(BIN)/trunkline fit --config vit/digits $(ARGS)",
-        "benchmark": "$(BIN)/trunkline benchmark $(ARGS)",
-    }
+    run = {target: re.search(rf"^{target}:.*\n\t(.+)", MAKEFILE, re.M)[1] for target in WRITTEN}  # type: ignore[index]
+    assert run == {target: f"$(BIN)/trunkline {command} $(ARGS)" for target, command in WRITTEN.items()}
 
 
 def training_commands() -> list[str]:
-    written = [c for c in commands("trunkline") if c[0] in TRAINING]
+    """`prepare` takes the configs and flags of `fit`."""
+    written = [["fit", *c[1:]] if c[0] == "prepare" else c for c in commands("trunkline")]
+    written = [c for c in written if c[0] in TRAINING]
     options = [shlex.split(c[1].removeprefix("ARGS=")) for c in commands("make") if c[0] == "train-vit" and c[1:]]
     return sorted({shlex.join(c) for c in [*written, *(["fit", "--config", "vit/digits", *o] for o in options)]})
 
@@ -176,9 +185,11 @@ def test_training_commands_of_the_readme(
 
 
 def test_other_commands_of_the_readme() -> None:
-    found = [c for c in commands("trunkline") if c[0] not in TRAINING]
-    assert "predict" in [c[0] for c in found]
+    found = [c for c in commands("trunkline") if c[0] not in (*TRAINING, "prepare")]
+    assert {"predict", "generate", "fill-mask", "embed"} <= {c[0] for c in found}
     for name, *options in found:
+        if name == "fill-mask" and not options[0].startswith("-"):
+            options.insert(0, "--sentence")
         known = inspect.signature(FUNCTIONS[name][0]()).parameters
         flags = [word.removeprefix("--").partition("=")[0] for word in options if word.startswith("--")]
         assert set(flags) <= known.keys()

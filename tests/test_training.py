@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
+from tokenizers import Tokenizer, models
 
-from trunkline.modules.image_classifier import ImageClassifier
 from trunkline.pipelines.cli import main
 from trunkline.pipelines.configs import CONFIGS, config_names, find_config, resolve_configs
 from trunkline.pipelines.training import TrainingCLI
@@ -38,20 +38,39 @@ def test_header_states_command_time_and_result(name: str) -> None:
     assert len(rest) >= 2
 
 
+def assert_agrees(config: Any, given: dict[str, Any]) -> None:
+    """What a recipe says of the network is what the network is."""
+    for name, value in given.items():
+        found = getattr(config, name)
+        if isinstance(value, dict):
+            assert_agrees(found, value)
+        else:
+            assert found == pytest.approx(value)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_instantiates(recipe: str) -> None:
-    arguments, name = resolve_configs(
-        ["fit", "--config", recipe, "--config", "trainer/cpu", "--trainer.precision", "32"]
-    )
-    cli = Dry(arguments, name)
+def test_recipe_instantiates(recipe: str, tmp_path: Path) -> None:
+    arguments = ["fit", "--config", recipe, "--config", "trainer/cpu", "--trainer.precision", "32"]
     own = yaml.safe_load(find_config(recipe).read_text())
-    assert isinstance(cli.model, ImageClassifier)
-    assert cli.model.network.config.backbone.dim == own["model"]["init_args"]["network"]["backbone"]["dim"]
+    if own["data"]["class_path"] != "ImageData":  # neither a file of the user's own, a hub nor a checkpoint is read
+        arguments += ["--data.vocab_size", str(own["data"]["init_args"].get("vocab_size", 4096))]
+    if own["data"]["init_args"].get("tokenizer") == "last.ckpt":
+        words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}, "[UNK]"))
+        words.save(str(tmp_path / "tokenizer.json"))
+        arguments += ["--data.tokenizer", str(tmp_path / "tokenizer.json")]
+    cli = Dry(*resolve_configs(arguments))
+    assert type(cli.model).__name__ == own["model"]["class_path"]
+    assert type(cli.datamodule).__name__ == own["data"]["class_path"]
+    assert_agrees(cli.model.network.config, own["model"]["init_args"]["network"])
+    if own["data"]["class_path"] in ("TextData", "MaskedTextData"):
+        assert cli.model.network.config.vocab_size == cli.datamodule.vocab_size
     assert cli.datamodule.batch_size == own["data"]["init_args"]["batch_size"]
-    assert cli.trainer.max_epochs == own["trainer"]["max_epochs"]
+    for name in ("max_epochs", "max_steps"):
+        if name in own["trainer"]:
+            assert getattr(cli.trainer, name) == own["trainer"][name]
     kinds = [type(callback).__name__ for callback in cli.trainer.callbacks]
     defaults = yaml.safe_load((CONFIGS / "defaults.yaml").read_text())["trainer"]["callbacks"]
-    for callback in [*defaults, *own["trainer"]["callbacks+"]]:  # appended, not replaced
+    for callback in [*defaults, *own["trainer"].get("callbacks+", [])]:  # appended, not replaced
         assert callback["class_path"].rpartition(".")[2] in kinds
 
 

@@ -1,0 +1,124 @@
+"""What TensorBoard shows of a language model, read back from its event files."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trunkline import TrunklineError
+from trunkline.datamodules import MaskedTextData, TextData
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.callbacks import AttentionHeads, FilledMasks, TextSamples, Throughput
+from trunkline.modules.callbacks.text import draw_heads
+from trunkline.modules.causal_lm import CausalLM
+from trunkline.modules.filling import fill_masks
+from trunkline.modules.generation import generate
+from trunkline.modules.masked_lm import MaskedLM
+from trunkline.modules.networks import BERTConfig, GPTConfig
+from trunkline.modules.optim import OptimizerConfig
+
+TEXT = "the cat sat on the mat and the dog sat on the cat. " * 60
+
+
+def run(folder: Path, masked: bool, *callbacks: Any) -> SimpleNamespace:
+    (folder / "text.txt").write_text(TEXT)
+    fields: dict[str, Any] = {"path": str(folder / "text.txt"), "max_length": 16, "cache_dir": str(folder / "cache")}
+    backbone = TransformerConfig(dim=16, depth=3, num_heads=2)
+    optimizer = OptimizerConfig(lr=0.01)
+    model: CausalLM | MaskedLM
+    data: TextData
+    if masked:
+        data = MaskedTextData(**fields, vocab_size=70, batch_size=4)
+        model = MaskedLM(BERTConfig(data.vocab_size, 16, backbone=backbone), optimizer)
+    else:
+        data = TextData(**fields, tokenizer="chars", batch_size=4)
+        model = CausalLM(GPTConfig(data.vocab_size, 16, backbone=backbone), optimizer)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        use_distributed_sampler=False,
+        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=1,
+        max_steps=8,
+        val_check_interval=4,
+        log_every_n_steps=4,
+        callbacks=[*callbacks, Throughput()],
+    )
+    trainer.fit(model, datamodule=data)
+    found = EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    return SimpleNamespace(model=model, data=data, found=found)
+
+
+def texts(found: EventAccumulator, tag: str) -> dict[int, str]:
+    return {e.step: e.tensor_proto.string_val[0].decode() for e in found.Tensors(f"{tag}/text_summary")}
+
+
+def test_gpt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = TextSamples(["the c", "dog"], max_new_tokens=20)
+    done = run(tmp_path, False, samples, AttentionHeads("the cat sat", blocks=2, heads=1))
+    shown = texts(done.found, "val/samples")
+    assert list(shown) == [4, 8]
+    ids = done.data.tokenizer.encode("the c").ids
+    (new,) = generate(done.model.network, torch.tensor([ids]), config=samples.config)  # the weights have not changed
+    text = done.data.tokenizer.decode(ids + new)
+    assert text.startswith("the c")
+    assert f"```\n{text}\n```" in shown[8]
+    assert samples.texts[0] == text
+    assert text in capsys.readouterr().out
+    assert done.model.network.training
+    assert [e.step for e in done.found.Images("val/attention")] == [4, 8]
+    tokens_seen = {e.step: e.value for e in done.found.Scalars("tokens_seen")}
+    assert tokens_seen == {4: 4 * 4 * 16, 8: 8 * 4 * 16}
+    by_tokens = {e.step: e.value for e in done.found.Scalars("by_tokens/val/bpb")}
+    assert list(by_tokens) == [256, 512]
+    assert list(by_tokens.values()) == [e.value for e in done.found.Scalars("val/bpb")]
+    assert {"throughput/tokens_per_sec", "throughput/flops_per_sec", "val/ppl"} <= set(done.found.Tags()["scalars"])
+
+
+def test_bert(tmp_path: Path) -> None:
+    done = run(tmp_path, True, FilledMasks(["the [MASK] sat on"], count=3), AttentionHeads("the cat sat"))
+    words = done.data.tokenizer
+    ids = words.encode("[CLS] the [MASK] sat on [SEP]", add_special_tokens=False).ids
+    (filling,) = fill_masks(done.model.network, torch.tensor(ids), words.token_to_id("[MASK]"), 3)
+    row = ", ".join(
+        f"{words.decode([t])} ({p:.2f})" for t, p in zip(filling.tokens, filling.probabilities, strict=True)
+    )
+    assert texts(done.found, "val/filled")[8].splitlines()[2:] == [f"| the [MASK] sat on | {row} |"]
+    assert done.model.network.training
+    assert [e.step for e in done.found.Images("val/attention")] == [4, 8]
+
+
+def test_heads_are_drawn_where_they_look() -> None:
+    weights = torch.eye(3).expand(2, 3, 3)
+    figure = draw_heads({0: weights, 5: weights.flip(-1)}, ["a", "b", "c"])
+    axes = figure.axes
+    assert [a.get_title() for a in axes] == [f"block {b}, head {h}" for b in (0, 5) for h in (0, 1)]
+    assert axes[0].images[0].get_array().tolist() == torch.eye(3).tolist()
+    assert axes[3].images[0].get_array().tolist() == torch.eye(3).flip(-1).tolist()
+    assert [t.get_text() for t in axes[0].get_yticklabels()] == ["a", "b", "c"]
+    assert [t.get_text() for t in axes[2].get_xticklabels()] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("masked", "callback", "message"),
+    [
+        (False, TextSamples([""]), "TextSamples: the prompt '' has no tokens"),
+        (True, FilledMasks(["the cat"]), r"FilledMasks: the sentence 'the cat' has no \[MASK\]"),
+    ],
+)
+def test_bad_texts_are_found_before_the_first_step(masked: bool, callback: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TrunklineError, match=message):
+        run(tmp_path, masked, callback)
+
+
+def test_data_without_a_tokenizer() -> None:
+    with pytest.raises(TrunklineError, match="TextSamples needs a datamodule with a tokenizer"):
+        TextSamples(["a"]).setup(SimpleNamespace(datamodule=None), None, "fit")  # type: ignore[arg-type]
