@@ -82,7 +82,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str | Add
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """WordPiece of lower-case text as in BERT."""
+    """WordPiece of lower-case text as in BERT; the library's trainer breaks ties by chance, so keep its file."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

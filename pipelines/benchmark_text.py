@@ -21,6 +21,7 @@ from trunkline.pipelines.timing import Side, bare_loop, compare
 
 LENGTH = 256
 MASKED_LENGTH = 128
+NEW_TOKENS = 64
 
 
 def transformers() -> Any:
@@ -120,7 +121,7 @@ def bert_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     return [compare("BERT-mini bf16 compiled", "transformers bf16 compiled", *loops, rounds)]
 
 
-def generation(rounds: int, batch_size: int | None, new: int = 64) -> list[dict[str, Any]]:
+def generation(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     """A greedy token of GPT-2 124M after a prompt of 16, in float32, bfloat16 and int8 against theirs in float32."""
     library = transformers()
     torch.manual_seed(0)
@@ -128,6 +129,7 @@ def generation(rounds: int, batch_size: int | None, new: int = 64) -> list[dict[
     ours = GPT(gpt_config_from_transformers(theirs.config.to_dict())).eval()
     ours.load_state_dict(gpt_from_transformers(theirs.state_dict()))
     tokens = torch.randint(0, theirs.config.vocab_size, (batch_size or 1, 16))
+    new = NEW_TOKENS
     config = GenerationConfig(new, temperature=0)
 
     def our_turn(network: GPT) -> float:

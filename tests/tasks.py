@@ -52,19 +52,19 @@ def text_data(folder: Path, path: Path, **options: Any) -> dict[str, Any]:
 
 def masked_lm(exact: bool, data: dict[str, Any], pairs: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     network = {"max_length": 16, "next_sentence": pairs, "backbone": {**trunk(exact), "norm_first": False}}
-    data["init_args"] |= {"tokenizer": "wordpiece", "vocab_size": 100, "next_sentence": pairs}
+    data["init_args"] |= {"tokenizer": "masked_bpe", "vocab_size": 300, "next_sentence": pairs}
     return {"class_path": "MaskedLM", "init_args": {"network": network}}, {**data, "class_path": "MaskedTextData"}
 
 
 def masked(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     path = folder / "text.txt"
-    path.write_text("\n".join(sentences(900))[:23500])
+    path.write_text("\n".join(sentences(900))[:12000])
     return masked_lm(exact, text_data(folder, path, val_fraction=0.4), pairs=False)
 
 
 def masked_pairs(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     path = folder / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in sentences(425)))
+    path.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in sentences(282)))
     return masked_lm(exact, text_data(folder, path, val_fraction=0.4), pairs=True)
 
 

@@ -85,6 +85,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", lambda self: None)
     monkeypatch.setattr(benchmark_text, "LENGTH", 8)
     monkeypatch.setattr(benchmark_text, "MASKED_LENGTH", 8)
+    monkeypatch.setattr(benchmark_text, "NEW_TOKENS", 2)
     masked = transformers.BertConfig
     tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     monkeypatch.setattr(transformers, "BertConfig", lambda **_: masked(**tiny))
@@ -105,7 +106,7 @@ CASES = {
     "bert": [("BERT-mini fp32 eager", "transformers fp32 eager")],
     "bert_compiled": [("BERT-mini bf16 compiled", "transformers bf16 compiled")],
     "generation": [(f"GPT-2 124M token, {name}", "transformers fp32") for name in ("fp32", "bf16", "int8")],
-    "tokenization": [("BPE of 3.9 MB", "tokenizers' encode_batch_fast")],
+    "tokenization": [("BPE of 4.2 MB", "tokenizers' encode_batch_fast")],
     "muon": [("Muon step", "torch.optim.Muon")],
     "overhead": [("trainer.fit", "bare loop")],
 }
