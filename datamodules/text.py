@@ -160,7 +160,7 @@ class TextData(TrunklineDataModule):
         if self.declared_size and self.declared_size < own:
             raise TrunklineError(
                 f"--data.vocab_size {self.declared_size} is smaller than the {own} tokens of the tokenizer "
-                f"{self.tokenizer_name}; set it to at least {own}, or leave it out"
+                f"{self.tokenizer_name}; set it to at least {own}, or to null"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -262,6 +262,24 @@ def check_text_sizes(trainer: L.Trainer, config: Any) -> None:
             )
 
 
+def check_tokenizer(module: TrunklineModule) -> None:
+    """Compare the data's tokenizer with that of the checkpoint whose weights a run starts from.
+
+    Raises:
+        TrunklineError: if they differ, for then the ids mean other words.
+    """
+    source = module.hparams.get("init_from")
+    tokenizer = getattr(getattr(module.trainer, "datamodule", None), "tokenizer", None)
+    if tokenizer is None or source is None or not Path(source).is_file():
+        return
+    states = [s["tokenizer"] for s in load_checkpoint(source).values() if isinstance(s, dict) and s.get("tokenizer")]
+    if states and states[0] != tokenizer.to_str():
+        raise TrunklineError(
+            f"init_from {source} was trained with another tokenizer than the data's, so that its ids mean other "
+            f"words; set --data.tokenizer {source}"
+        )
+
+
 def as_config(config_class: type[Any], value: Any) -> Any:
     """A configuration from a dataclass, a plain mapping, or None for the defaults."""
     if isinstance(value, config_class):

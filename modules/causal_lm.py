@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from trunkline.modules.base import TrunklineModule, as_config, check_text_sizes
+from trunkline.modules.base import TrunklineModule, as_config, check_text_sizes, check_tokenizer
 from trunkline.modules.losses import IGNORE, linear_cross_entropy, token_losses
 from trunkline.modules.networks import GPT, GPTConfig
 from trunkline.modules.optim import OptimizerConfig
@@ -64,8 +64,9 @@ class CausalLM(TrunklineModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Compare the network with the data before the first step; see `check_text_sizes`."""
+        """Compare the network with the data before the first step; see `check_text_sizes`, `check_tokenizer`."""
         check_text_sizes(self.trainer, self.network.config)
+        check_tokenizer(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, V) logits."""

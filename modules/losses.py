@@ -103,6 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight += grad.T @ x[part]
                 if grad_bias is not None:
                     grad_bias += grad.sum(dim=0)
+                del logits, grad  # before the next ones are made
         ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total

@@ -16,6 +16,7 @@ from trunkline.modules.base import (
     TrunklineModule,
     as_config,
     check_text_sizes,
+    check_tokenizer,
     load_matching,
     network_from_checkpoint,
 )
@@ -70,6 +71,7 @@ class TextTask(TrunklineModule):
             TrunklineError: if the data has longer rows, more tokens or another number of classes.
         """
         config = self.network.config
+        check_tokenizer(self)
         try:
             check_text_sizes(self.trainer, config.body)
         except TrunklineError as error:

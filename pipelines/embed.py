@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from trunkline import TrunklineError
-from trunkline.datamodules.masking import NAMES
+from trunkline.datamodules.masking import special_ids
 from trunkline.datamodules.text_files import reader_of
 from trunkline.modules.networks import BERT, GPT, TextHead, TextHeadConfig
 from trunkline.pipelines.text_checkpoint import find_device, load_language_model
@@ -96,14 +96,13 @@ def encoded(text: str, number: int, body: BERT | GPT, words: Tokenizer) -> list[
     """
     ids = words.encode(text, add_special_tokens=False).ids
     if isinstance(body, BERT):
-        first, last = (
-            next(i for name in NAMES[role] if (i := words.token_to_id(name)) is not None) for role in ("cls", "sep")
-        )
-        ids = [first, *ids, last]
+        special = special_ids(words)
+        ids = [special["cls"], *ids, special["sep"]]
     limit = body.config.max_length
     if not 0 < len(ids) <= limit:
         raise TrunklineError(
-            f"--texts: text {number} has {len(ids)} tokens, but the network sees from 1 to {limit}; cut or remove it"
+            f"--texts: text {number} ({text[:30]!r}…) has {len(ids)} tokens, but the network sees from 1 to {limit}; "
+            "cut or remove it"
         )
     return ids
 

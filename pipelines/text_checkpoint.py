@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
+from trunkline.datamodules.tokenizers import size_of
 from trunkline.modules.checkpoints import load_checkpoint
 from trunkline.modules.networks import BERT, GPT
 from trunkline.modules.networks.base import config_from_dict
@@ -38,9 +39,9 @@ def load_language_model(
         raise TrunklineError(f"{checkpoint} is no checkpoint of a Trunkline run: it names no network")
     kind = LANGUAGE_MODELS[objective]
     config: Any = config_from_dict(kind.config_class, shape)
-    if words.get_vocab_size() > config.vocab_size:
+    if size_of(words) > config.vocab_size:
         raise TrunklineError(
-            f"{source} has {words.get_vocab_size()} tokens, but the network of {checkpoint} knows {config.vocab_size}; "
+            f"{source} has {size_of(words)} tokens, but the network of {checkpoint} knows {config.vocab_size}; "
             "use the tokenizer that it was trained with"
         )
     network = kind(config)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.causal_lm import CausalLM
+from trunkline.modules.checkpoints import SafeCheckpointIO
 from trunkline.modules.networks import GPTConfig
 from trunkline.modules.optim import OptimizerConfig
 
@@ -150,3 +151,28 @@ def test_operations_of_a_step() -> None:
     attention = 2 * 2 * 2 * 8 * 16  # depth, scores and sum, a product and a sum, keys, width
     assert made.flops_per_batch(batch) == 3 * 4 * 8 * (2 * matrices + attention + 2 * 11 * 16)
     assert made.batch_size(batch) == 32
+
+
+class Words:
+    """Enough of a tokenizer."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def to_str(self) -> str:
+        return self.name
+
+
+@pytest.mark.parametrize("tokenizer", ["same", "other"])
+def test_start_from_weights_with_another_tokenizer(tokenizer: str, tmp_path: Path) -> None:
+    source = model()
+    content: dict[str, Any] = {"objective": "CausalLM", "state_dict": source.state_dict()}
+    content |= {"hyper_parameters": dict(source.hparams), "TextData": {"tokenizer": "same"}}
+    SafeCheckpointIO().save_checkpoint(content, tmp_path / "a.ckpt")
+    made = model(init_from=str(tmp_path / "a.ckpt"))
+    made._trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=Words(tokenizer)))  # type: ignore[assignment]
+    if tokenizer == "same":
+        made.setup("fit")
+    else:
+        with pytest.raises(TrunklineError, match=r"a\.ckpt was trained with another tokenizer .*set --data\.tokenizer"):
+            made.setup("fit")

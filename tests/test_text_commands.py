@@ -118,7 +118,11 @@ def test_nearest_in_blocks() -> None:
     ("content", "output", "message"),
     [
         ("", "out.parquet", "holds no text; give one text a line"),
-        ("the " * 7, "out.parquet", "text 1 has 9 tokens, but the network sees from 1 to 8; cut or remove it"),
+        (
+            "the " * 7,
+            "out.parquet",
+            r"text 1 \('the the .*\) has 9 tokens, but the network sees from 1 to 8",
+        ),
         ("the", "out.csv", "must be a .parquet file in a folder that exists"),
         ("the", "nowhere/out.parquet", "must be a .parquet file in a folder that exists"),
     ],

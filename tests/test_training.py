@@ -36,6 +36,7 @@ def test_header_states_command_time_and_result(name: str) -> None:
     assert f"--config {name}" in first
     assert any(line.startswith("# Measured: ") for line in rest)
     assert len(rest) >= 2
+    assert not any("TODO" in line for line in rest)
 
 
 def assert_agrees(config: Any, given: dict[str, Any]) -> None:
