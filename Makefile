@@ -14,7 +14,7 @@ help: ## list the targets
 train-vit: $(READY) ## train a Vision Transformer on the digits, offline, in a minute or two
 	$(BIN)/trunkline fit --config vit/digits $(ARGS)
 
-train-gpt: $(READY) ## train a GPT on the King James Bible, offline, in about two minutes, and let it write
+train-gpt: $(READY) ## train a GPT on the King James Bible, offline, in two or three minutes, and let it write
 	$(BIN)/trunkline fit --config gpt/demo $(ARGS)
 
 train-bert: $(READY) ## pre-train a BERT on names in 14 languages, offline, in about two minutes
