@@ -98,7 +98,7 @@ class SquadData(TaskTextData):
 
     def rows(self, source: Source) -> Iterator[Row]:
         """Paragraphs of a source."""
-        files = source.files(TABLES)
+        files = source.files(tuple(TABLES))
         if not files or files[0].suffix != ".json":
             yield from numbered(source.rows())
             return

@@ -1,10 +1,8 @@
 """What the datamodules of tasks on text share: rows with their places, splits, tokenizer, padding."""
 
-import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +13,9 @@ from tokenizers import Tokenizer
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.masking import NAMES
-from trunkline.datamodules.text_files import LONGEST_LINE, broken_text, kind, opened
+from trunkline.datamodules.text_files import TABLES, kind, read_table
 from trunkline.datamodules.text_sources import HUB_NAME, split_of
 from trunkline.datamodules.tokenizers import TRAINED, end_of_text_id, load_tokenizer, size_of
-
-TABLES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 class Row(NamedTuple):
@@ -68,7 +64,7 @@ class Source:
         Raises:
             TrunklineError: naming the file and row that is broken.
         """
-        files = self.files(TABLES)
+        files = self.files(tuple(TABLES))
         pairs = chain.from_iterable(read_table(file) for file in files) if files else self.hub_rows()
         for number, (place, cells) in enumerate(pairs):
             yield Row(number, place, cells)
@@ -101,59 +97,6 @@ def named(value: Any, feature: Any) -> Any:
         return [named(v, getattr(feature, "feature", None)) for v in value]
     names = getattr(feature, "names", None)
     return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
-
-
-def read_table(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, cells) of each row of a JSON-lines, CSV or Parquet file."""
-    return {".csv": read_csv, ".parquet": read_parquet}.get(file.suffix, read_json_lines)(file)
-
-
-def read_json_lines(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, cells) of each line."""
-    with opened(file) as stream:
-        for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), start=1):
-            if not line.strip():
-                continue
-            place = f"{file}:{number}"
-            try:
-                cells = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise broken_text(file) from error
-            except ValueError as error:
-                raise TrunklineError(f"{place} is no JSON ({error}); each line must be one JSON object") from error
-            if not isinstance(cells, dict):
-                raise TrunklineError(f"{place} is no JSON object but {kind(cells)}; each line must be one")
-            yield place, cells
-
-
-def read_csv(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, cells) of each row."""
-    csv.field_size_limit(LONGEST_LINE)
-    opened(file).close()
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        table = csv.DictReader(stream)
-        try:
-            for row in table:
-                yield f"{file}:{table.line_num}", row
-        except UnicodeDecodeError as error:
-            raise broken_text(file) from error
-        except csv.Error as error:
-            raise TrunklineError(f"{file}:{table.line_num} is no CSV ({error}); mend this line") from error
-
-
-def read_parquet(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, cells) of each row."""
-    import pyarrow
-    from pyarrow import parquet
-
-    opened(file).close()
-    try:
-        with parquet.ParquetFile(file) as table:
-            rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(batch_size=1024))
-            for number, row in enumerate(rows):
-                yield f"{file}, row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise TrunklineError(f"{file} is no Parquet file, or a broken one: {error}; write it anew") from error
 
 
 def cell(row: Row, column: str, flag: str) -> Any:

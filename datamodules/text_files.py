@@ -7,7 +7,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -108,70 +108,93 @@ def opened(file: Path) -> Any:
         raise TrunklineError(f"cannot read {file}: {error.strerror}; check the path and its permissions") from error
 
 
-def read_json_lines(files: list[Path], column: str) -> Iterator[str]:
-    """The column of each line."""
-    for file in files:
-        with opened(file) as stream:
-            try:
-                for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), start=1):
-                    if line.strip():
-                        yield json_text(file, number, line, column)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise TrunklineError(f"{file} is no gzip file, or a broken one: {error}; pack it anew") from error
+Rows = Iterator[tuple[str, Mapping[str, Any]]]
+"""(place, cells) of each row of a table; the place is for messages."""
 
 
-def json_text(file: Path, number: int, line: bytes, column: str) -> str:
-    """The column of one line of JSON."""
+def read_json_lines(file: Path, column: str | None = None) -> Rows:
+    """Each line; see `read_table`."""
+    with opened(file) as stream:
+        try:
+            for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), start=1):
+                if line.strip():
+                    yield f"{file}:{number}", json_object(file, number, line)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise TrunklineError(f"{file} is no gzip file, or a broken one: {error}; pack it anew") from error
+
+
+def json_object(file: Path, number: int, line: bytes) -> dict[str, Any]:
+    """The object in one line of JSON."""
     place = f"{file}:{number}"
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        cells = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise broken_text(file) from error
     except ValueError as error:
         raise TrunklineError(f"{place} is no JSON ({error}); each line must be one JSON object") from error
-    if not isinstance(row, dict):
-        raise TrunklineError(f"{place} is no JSON object but {kind(row)}; each line must be one, {{{column!r}: …}}")
-    if column not in row:
-        raise TrunklineError(f"{place} has no '{column}'; it has {', '.join(row)}; set --data.text_column")
-    return checked(row[column], place, column)
+    if not isinstance(cells, dict):
+        raise TrunklineError(f"{place} is no JSON object but {kind(cells)}; each line must be one")
+    return cells
 
 
-def read_csv(files: list[Path], column: str) -> Iterator[str]:
-    """The column of each row."""
+def read_csv(file: Path, column: str | None = None) -> Rows:
+    """Each row; see `read_table`."""
     csv.field_size_limit(LONGEST_LINE)
-    for file in files:
-        opened(file).close()
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            table = csv.DictReader(stream)
-            try:
-                if column not in (table.fieldnames or []):
-                    raise no_column(file, column, table.fieldnames or [])
-                for row in table:
-                    yield checked(row[column], f"{file}:{table.line_num}", column)
-            except UnicodeDecodeError as error:
-                raise broken_text(file) from error
-            except csv.Error as error:
-                raise TrunklineError(f"{file}:{table.line_num} is no CSV ({error}); mend this line") from error
+    opened(file).close()
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        table = csv.DictReader(stream)
+        try:
+            if column is not None and column not in (table.fieldnames or []):
+                raise no_column(file, column, table.fieldnames or [])
+            for cells in table:
+                yield f"{file}:{table.line_num}", cells
+        except UnicodeDecodeError as error:
+            raise broken_text(file) from error
+        except csv.Error as error:
+            raise TrunklineError(f"{file}:{table.line_num} is no CSV ({error}); mend this line") from error
 
 
-def read_parquet(files: list[Path], column: str) -> Iterator[str]:
-    """The column of each row."""
+def read_parquet(file: Path, column: str | None = None) -> Rows:
+    """Each row; see `read_table`."""
     import pyarrow
     from pyarrow import parquet
 
+    opened(file).close()
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            if column is not None and column not in table.schema_arrow.names:
+                raise no_column(file, column, table.schema_arrow.names)
+            for batch in table.iter_batches(batch_size=256, columns=None if column is None else [column]):
+                for cells in batch.to_pylist():
+                    yield f"{file}, row {number}", cells
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise TrunklineError(f"{file} is no Parquet file, or a broken one: {error}; write it anew") from error
+
+
+def read_table(file: Path, column: str | None = None) -> Rows:
+    """The rows of a table, in bounded memory.
+
+    Args:
+        file: JSON lines (also packed), CSV or Parquet.
+        column: the only one that is wanted; where a format knows its columns, nothing else is read.
+
+    Raises:
+        TrunklineError: naming the file and row that is broken, or a column that is not there.
+    """
+    reader = reader_of(file)
+    assert reader is not None
+    return reader(file, column)
+
+
+def read_column(files: list[Path], column: str) -> Iterator[str]:
+    """The texts in one column of tables."""
     for file in files:
-        opened(file).close()
-        number = 0
-        try:
-            with parquet.ParquetFile(file) as table:
-                if column not in table.schema_arrow.names:
-                    raise no_column(file, column, table.schema_arrow.names)
-                for batch in table.iter_batches(batch_size=256, columns=[column]):
-                    for value in batch.column(0).to_pylist():
-                        yield checked(value, f"{file}, row {number}", column)
-                        number += 1
-        except (pyarrow.ArrowException, OSError) as error:
-            raise TrunklineError(f"{file} is no Parquet file, or a broken one: {error}; write it anew") from error
+        for place, cells in read_table(file, column):
+            if column not in cells:
+                raise TrunklineError(f"{place} has no '{column}'; it has {', '.join(cells)}; set --data.text_column")
+            yield checked(cells[column], place, column)
 
 
 def no_column(file: Path, column: str, columns: Any) -> TrunklineError:
@@ -193,8 +216,8 @@ def checked(value: Any, place: str, column: str) -> str:
     return value
 
 
-Reader = Callable[[list[Path], str], Iterator[str]]
-READERS: dict[str, Reader] = {
+Reader = Callable[[Path, str | None], Rows]
+TABLES: dict[str, Reader] = {
     ".jsonl": read_json_lines,
     ".json": read_json_lines,
     ".csv": read_csv,
@@ -203,9 +226,13 @@ READERS: dict[str, Reader] = {
 
 
 def reader_of(file: Path) -> Reader | None:
-    """The function that reads a table's rows; None for plain text."""
+    """The function that reads a table's rows; None for plain text.
+
+    Raises:
+        TrunklineError: for packed text.
+    """
     if file.suffix == ".gz":
         if file.with_suffix("").suffix not in (".jsonl", ".json"):
             raise TrunklineError(f"{file} is packed; only .jsonl.gz is read so: unpack it with gunzip")
         return read_json_lines
-    return READERS.get(file.suffix.lower())
+    return TABLES.get(file.suffix.lower())

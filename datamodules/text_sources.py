@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from trunkline import TrunklineError
-from trunkline.datamodules.text_files import READERS, checked, no_column, read_span, reader_of, spans
+from trunkline.datamodules.text_files import TABLES, checked, no_column, read_column, read_span, reader_of, spans
 
 FEW_FILES = 100
 """From this number of text files on, whole files go to the splits."""
@@ -139,7 +139,7 @@ def local_source(path: Path, column: str) -> TextSource:
             )
     if reader is None:
         return TextFiles(files, ["text"])
-    return Rows(files, [reader.__name__, column], partial(reader, files, column))
+    return Rows(files, [reader.__name__, column], partial(read_column, files, column))
 
 
 def package_file(package: str, name: str) -> Path:
@@ -263,7 +263,7 @@ def open_source(
         return OFFLINE[name]()
     if Path(name).exists():
         return local_source(Path(name), column)
-    if Path(name).suffix in (*READERS, ".txt", ".md", ".gz") or not HUB_NAME.fullmatch(name):
+    if Path(name).suffix in (*TABLES, ".txt", ".md", ".gz") or not HUB_NAME.fullmatch(name):
         raise TrunklineError(
             f"--data.{flag} {name}: there is no such file or folder here, and it is no name of a hub dataset "
             "(`owner/name`); mend the path"

@@ -22,6 +22,8 @@ if "TOKENIZERS_PARALLELISM" not in os.environ:
     os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<|unk|>"
+END_TOKENS = (END_OF_TEXT, "[SEP]", "</s>", "<eos>")
+"""Names of the token that ends a document; the first that a tokenizer has counts."""
 DEFAULT_VOCAB_SIZE = 8192
 TRAINING_BYTES = 100_000_000
 """Text that BPE and WordPiece learn from: more changes little and takes memory."""
@@ -36,7 +38,7 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     Raises:
         TrunklineError: if the vocabulary has none.
     """
-    for token in (END_OF_TEXT, "[SEP]", "</s>", "<eos>"):
+    for token in END_TOKENS:
         number = tokenizer.token_to_id(token)
         if number is not None:
             return number

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from trunkline import TrunklineError
 from trunkline.datamodules.masking import special_ids
-from trunkline.datamodules.text_files import reader_of
+from trunkline.datamodules.text_files import read_column, reader_of
 from trunkline.modules.networks import BERT, GPT, TextHead, TextHeadConfig
 from trunkline.pipelines.text_checkpoint import find_device, load_language_model
 
@@ -77,9 +77,8 @@ def read_texts(file: Path, column: str) -> list[str]:
     Raises:
         TrunklineError: if there are none, naming the file or row.
     """
-    reader = reader_of(file)
     try:
-        rows = list(reader([file], column)) if reader else file.read_text(encoding="utf-8").splitlines()
+        rows = list(read_column([file], column)) if reader_of(file) else file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise TrunklineError(f"cannot read --texts {file}: {error}; give a text file or a table") from error
     rows = [row for row in rows if row.strip()]

@@ -10,14 +10,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from trunkline import TrunklineError
+from trunkline.datamodules.tokenizers import END_TOKENS
 from trunkline.modules.generation import GenerationConfig, beam_search
 from trunkline.modules.generation import stream as next_tokens
 from trunkline.modules.low_precision import to_bfloat16, to_int8
 from trunkline.modules.networks import GPT
 from trunkline.pipelines.text_checkpoint import find_device, load_language_model
 
-END_TOKENS = ("<|endoftext|>", "[SEP]", "</s>", "<eos>")
-"""Names of the end-of-text token; the first that the tokenizer has counts."""
 HALF = "\ufffd"
 """Stands for bytes that are no whole character."""
 
