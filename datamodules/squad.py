@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
 from trunkline.datamodules.samplers import SampleKey
-from trunkline.datamodules.task_text import TABLES, Frame, Row, Source, TaskTextData, padded
-from trunkline.datamodules.text_files import broken_text, kind, opened
+from trunkline.datamodules.task_text import Frame, Row, Source, TaskTextData, padded
+from trunkline.datamodules.text_files import TABLES, broken_text, kind, opened
 
 
 class Question(NamedTuple):
