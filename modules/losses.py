@@ -1,6 +1,6 @@
 """Losses: pure functions of tensors. Needs torch alone.
 
-Shape legend: N tokens, D width, V vocabulary.
+Shape legend: N tokens, D width, V vocabulary; of pairs B own ones, G those of all processes, E numbers of an embedding.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
 """A target that is not counted, as everywhere in PyTorch."""
@@ -24,6 +25,7 @@ def linear_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    keys: tuple[Tensor, Tensor] | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of `x @ weight.T + bias`, without ever holding all (N, V) logits.
@@ -39,6 +41,8 @@ def linear_cross_entropy(
         bias: (V,) of the output layer.
         label_smoothing: share of the target spread evenly over the vocabulary (arXiv:1512.00567).
         z_loss: factor of the squared log-partition, which keeps logits from drifting (arXiv:2204.02311).
+        keys: (N,) and (V,); a class with the key of a token's target, but not the target itself, is no wrong answer
+            to that token: it is left out. Not with label smoothing.
         chunk: tokens at a time; None chooses by the vocabulary.
 
     Returns:
@@ -48,7 +52,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _LinearCrossEntropy.apply(x, weight, bias, target, label_smoothing, z_loss, chunk)
+    return _LinearCrossEntropy.apply(x, weight, bias, target, label_smoothing, z_loss, keys, chunk)
 
 
 @torch.no_grad()
@@ -81,6 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target: Tensor,
         smoothing: float,
         z_loss: float,
+        keys: tuple[Tensor, Tensor] | None,
         chunk: int | None,
     ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -92,6 +97,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):  # the types are chosen already
             for part in _chunks(len(x), len(weight), chunk):
                 logits = F.linear(x[part], weight, bias).to(wide)  # (n, V)
+                if keys is not None:
+                    logits.masked_fill_(_others_of_key(keys[0][part], keys[1], target[part]), -torch.inf)
                 losses, grad = _losses_and_gradient(logits, target[part], smoothing, z_loss)
                 total += losses
                 grad = grad.to(x.dtype)
@@ -116,8 +123,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_x is None else grad_x * outer.to(grad_x.dtype),
             None if grad_weight is None else (grad_weight * outer).to(ctx.dtypes[0]),
             None if grad_bias is None else (grad_bias * outer).to(ctx.dtypes[1]),
-            *(None,) * 4,
+            *(None,) * 5,
         )
+
+
+def _others_of_key(own: Tensor, keys: Tensor, target: Tensor) -> Tensor:
+    """(n, V), True where a class has a row's key and is not its target; of (n,), (V,) and (n,)."""
+    return (own[:, None] == keys).scatter_(1, target.clamp(min=0)[:, None], False)
 
 
 def _losses_and_gradient(logits: Tensor, target: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor]:
@@ -137,3 +149,68 @@ def _losses_and_gradient(logits: Tensor, target: Tensor, smoothing: float, z_los
         grad -= smoothing / logits.shape[1]
     grad.scatter_add_(1, picked, torch.full_like(partition, smoothing - 1))
     return losses.mul_(counted).sum(), grad.mul_(counted)
+
+
+def infonce_loss(
+    image: Tensor,
+    text: Tensor,
+    images: Tensor,
+    texts: Tensor,
+    factor: Tensor,
+    start: int = 0,
+    keys: Tensor | None = None,
+) -> Tensor:
+    """Sum over own pairs of CLIP's symmetric loss (arXiv:2103.00020): each image names its text among all, and back.
+
+    Args:
+        image: (B, E) own embeddings of length 1.
+        text: (B, E) likewise.
+        images: (G, E) those of all processes, the own ones from row `start` on.
+        texts: (G, E) likewise.
+        factor: of the cosines, the inverse temperature.
+        start: see `images`.
+        keys: (G,) of the texts; pairs of equal key are not held against each other.
+
+    Returns:
+        A scalar; over all processes' sums divided by G it is the mean, of which ln G is the level of chance.
+    """
+    target = torch.arange(start, start + len(image), device=image.device)
+    both = None if keys is None else (keys[target], keys)
+    with torch.autocast(image.device.type, enabled=False):  # cosines times 100 are too coarse in bfloat16
+        to_texts = linear_cross_entropy(factor * image, texts, target, keys=both)
+        to_images = linear_cross_entropy(factor * text, images, target, keys=both)
+    return (to_texts + to_images) / 2
+
+
+def sigmoid_loss(
+    image: Tensor, texts: Tensor, factor: Tensor, bias: Tensor, start: int = 0, keys: Tensor | None = None
+) -> Tensor:
+    """Sum over own images of SigLIP's loss (arXiv:2303.15343): does a text belong to an image, for each text.
+
+    Args:
+        image: (B, E) own embeddings of length 1.
+        texts: (G, E) those of all processes, the own ones from row `start` on.
+        factor: of the cosines.
+        bias: added to them.
+        start: see `texts`.
+        keys: (G,) of the texts; pairs of equal key are not held against each other.
+
+    Returns:
+        A scalar; the sum over all processes divided by G is the paper's.
+    """
+    target = torch.arange(start, start + len(image), device=image.device)
+
+    def part_loss(image: Tensor, target: Tensor, texts: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
+        logits = factor * (image @ texts.T) + bias  # (b, G)
+        sign = torch.ones_like(logits).scatter_(1, target[:, None], -1.0)
+        losses = F.softplus(sign * logits)
+        if keys is not None:
+            losses = losses.masked_fill(_others_of_key(keys[target], keys, target), 0.0)
+        return losses.sum()
+
+    with torch.autocast(image.device.type, enabled=False):
+        parts = [
+            checkpoint(part_loss, image[part], target[part], texts, factor, bias, use_reentrant=False)
+            for part in _chunks(len(image), len(texts), None)
+        ]
+    return torch.stack(parts).sum()

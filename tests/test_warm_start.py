@@ -39,7 +39,7 @@ def test_frozen_parts_do_not_drop_and_the_others_do(rate: str) -> None:
         return {name: module.training for name, module in model.network.named_modules()}
 
     assert all(modes(0).values())
-    frozen = ("patch_embed", "dropout", "backbone.blocks.0")
+    frozen = ("patch_embed", "embed_norm", "dropout", "backbone.blocks.0")
     assert {name for name, training in modes(1).items() if not training} == {
         name for name in modes(1) if name.startswith(frozen)
     }

@@ -2,8 +2,21 @@
 
 from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.bert import BERT, BERTConfig
+from trunkline.modules.networks.clip import CLIP, CLIPConfig
 from trunkline.modules.networks.gpt import GPT, GPTConfig
 from trunkline.modules.networks.text_head import TextHead, TextHeadConfig
 from trunkline.modules.networks.vit import ViT, ViTConfig
 
-__all__ = ["BERT", "GPT", "BERTConfig", "GPTConfig", "Network", "TextHead", "TextHeadConfig", "ViT", "ViTConfig"]
+__all__ = [
+    "BERT",
+    "CLIP",
+    "GPT",
+    "BERTConfig",
+    "CLIPConfig",
+    "GPTConfig",
+    "Network",
+    "TextHead",
+    "TextHeadConfig",
+    "ViT",
+    "ViTConfig",
+]

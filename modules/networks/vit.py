@@ -14,6 +14,7 @@ from trunkline.modules.backbone import (
     resize_positions,
     sincos_positions_2d,
 )
+from trunkline.modules.backbone.attention import make_norm
 from trunkline.modules.networks.base import Network
 
 
@@ -35,6 +36,8 @@ class ViTConfig:
     """Absolute positions of the patches; `none` is for a rotary trunk."""
     num_registers: int = 0
     """Extra tokens that are read by no head (arXiv:2309.16588)."""
+    embed_norm: bool = False
+    """Normalise the tokens before the trunk, as CLIP does."""
     backbone: TransformerConfig = field(default_factory=TransformerConfig)
     """The trunk."""
 
@@ -76,6 +79,7 @@ class ViT(Network):
             self.register_buffer("pos_embed", sincos_positions_2d(grid, dim)[None], persistent=False)
         else:
             self.pos_embed = None
+        self.embed_norm = make_norm(config.backbone, dim) if config.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(config.backbone.dropout)
         self.backbone = Transformer(config.backbone)
         self.attn_pool = AttentionPool(config.backbone) if config.pool == "map" else None
@@ -126,7 +130,7 @@ class ViT(Network):
         if self.pos_embed is not None:
             x = x + self.pos_embed
         tokens = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
-        return self.dropout(torch.cat((*tokens, x), dim=1) if tokens else x)
+        return self.dropout(self.embed_norm(torch.cat((*tokens, x), dim=1) if tokens else x))
 
     def forward_features(self, image: Tensor, return_attention: bool = False) -> ViTFeatures:
         """(B, C, height, width) -> states after the trunk."""

@@ -1,0 +1,151 @@
+"""Two towers, of images and of texts, that meet in one space: CLIP (Radford et al., 2021, arXiv:2103.00020)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trunkline import TrunklineError
+from trunkline.modules.networks.base import Network, config_from_dict
+from trunkline.modules.networks.bert import BERTConfig
+from trunkline.modules.networks.gpt import GPTConfig
+from trunkline.modules.networks.text_head import TextHead, TextHeadConfig
+from trunkline.modules.networks.vit import ViT, ViTConfig
+
+MAX_LOGIT_SCALE = math.log(100)
+"""Larger ones made the authors' training unstable."""
+
+
+@dataclass
+class CLIPConfig:
+    """Shape of the two towers and of the space that they share.
+
+    Raises:
+        TrunklineError: for no text tower or two, or towers that cannot share a trunk.
+    """
+
+    image: ViTConfig = field(default_factory=ViTConfig)
+    """The image tower; its head is the projection into the space, whatever `num_classes` says."""
+    bert: BERTConfig | None = None
+    """The text tower, if it looks both ways."""
+    gpt: GPTConfig | None = None
+    """The text tower, if it is causal, as CLIP's own."""
+    text_pool: Literal["last", "mean", "cls"] = "last"
+    """What a text's embedding is read from: its end-of-text token, the mean over all, or the first token."""
+    dim: int = 512
+    """Numbers E of an embedding."""
+    share_trunk: bool = False
+    """Both modalities run through the same blocks: the weights are there once."""
+    init_logit_scale: float = math.log(1 / 0.07)
+    """Logarithm of the factor on cosines at the start."""
+    init_logit_bias: float | None = None
+    """Summand of the logits at the start; None has none. SigLIP's loss needs one, such as -10 (arXiv:2303.15343)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bert, Mapping):  # as checkpoints and config.json hold it
+            self.bert = config_from_dict(BERTConfig, self.bert)
+        if isinstance(self.gpt, Mapping):
+            self.gpt = config_from_dict(GPTConfig, self.gpt)
+        text = self.text
+        if self.share_trunk and text.body.backbone != self.image.backbone:
+            raise TrunklineError(
+                f"share_trunk needs the same trunk twice; make --model.network.image.backbone and {text.body_flag}."
+                "backbone equal, causality included (a GPT's is causal, a ViT's is not: take --model.network.bert)"
+            )
+
+    @property
+    def vision(self) -> ViTConfig:
+        """The image tower with a head of `dim` outputs."""
+        return replace(self.image, num_classes=self.dim)
+
+    @property
+    def text(self) -> TextHeadConfig:
+        """The text tower with a head of `dim` outputs."""
+        return TextHeadConfig(self.bert, self.gpt, num_outputs=self.dim, pool=self.text_pool, dropout=0.0)
+
+
+class Embeddings(NamedTuple):
+    """What the towers make of pairs."""
+
+    image: Tensor
+    """(B, E), of length 1."""
+    text: Tensor
+    """(B, E), of length 1."""
+
+
+class LogitScale(nn.Module):
+    """Cosines to logits: a learnt factor and, for a sigmoid loss, a learnt summand."""
+
+    def __init__(self, scale: float, bias: float | None) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(scale))
+        self.logit_bias = nn.Parameter(torch.tensor(bias)) if bias is not None else None
+
+    @property
+    def factor(self) -> Tensor:
+        """The inverse temperature."""
+        return self.logit_scale.exp()
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep the factor from 1 to 100; to be called after each optimiser step."""
+        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    def forward(self, cosines: Tensor) -> Tensor:
+        """Any shape -> the same."""
+        logits = self.factor * cosines
+        return logits if self.logit_bias is None else logits + self.logit_bias
+
+
+class CLIP(Network):
+    """A ViT and a text trunk, each with a linear projection into the shared space.
+
+    Shape legend: B batch, T tokens, E numbers of an embedding.
+    """
+
+    config_class = CLIPConfig
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image = ViT(config.vision)
+        self.text = TextHead(config.text)
+        if config.share_trunk:
+            self.text.body.backbone = self.image.backbone
+        self.scale = LogitScale(config.init_logit_scale, config.init_logit_bias)
+        for head in (self.image.head, self.text.head):
+            assert isinstance(head, nn.Linear)
+            nn.init.normal_(head.weight, std=head.in_features**-0.5)
+
+    def output_modules(self) -> list[nn.Module]:
+        """Projections, pooling, and the scale."""
+        return [*self.image.output_modules(), *self.text.output_modules(), self.scale]
+
+    def adapt(self, source: "CLIP") -> None:
+        """Interpolate the source's positions to this network's image size."""
+        self.image.adapt(source.image)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """(B, C, height, width) -> (B, E) of length 1, in float32 or wider."""
+        return unit(self.image(image))
+
+    def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) and mask (B, T), False for padding -> (B, E) of length 1, in float32 or wider.
+
+        Raises:
+            TrunklineError: if there are more tokens than positions.
+        """
+        return unit(self.text(tokens, mask=mask))
+
+    def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Embeddings:
+        """Embeddings of images (B, C, height, width), and of texts as for `encode_text`."""
+        return Embeddings(self.encode_image(image), self.encode_text(tokens, mask))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1, in float32 at least: cosines are multiplied by up to 100."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

@@ -1,0 +1,88 @@
+"""A contrastive loss and its gradients on one or several processes, for tests/test_contrastive_distributed.py."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.contrastive_image_text import ContrastiveImageText
+from trunkline.modules.networks import CLIPConfig, GPTConfig, ViTConfig
+
+CASES: list[dict[str, Any]] = [
+    {"loss": loss, "same_captions": same, "chunk_size": chunk}
+    for loss in ("infonce", "sigmoid")
+    for same, chunk in (("negatives", None), ("ignored", None), ("ignored", 2))
+]
+PAIRS = 11
+
+
+def model(**options: Any) -> ContrastiveImageText:
+    torch.manual_seed(0)
+    trunk = TransformerConfig(dim=16, depth=2, num_heads=2)
+    image = ViTConfig(16, 8, pool="mean", backbone=trunk)
+    # A factor of 10 makes a task of it: near 1 all pairs would weigh the same.
+    config = CLIPConfig(image, gpt=GPTConfig(50, 6, backbone=trunk), dim=8, init_logit_scale=2.3, init_logit_bias=-3.0)
+    if options["loss"] == "infonce":
+        config.init_logit_bias = None
+    return ContrastiveImageText(config, **options)
+
+
+def pairs() -> dict[str, Tensor]:
+    """Three captions occur twice."""
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 50, (PAIRS, 6), generator=draw)
+    tokens[[3, 7, 9]] = tokens[[0, 1, 1]]
+    return {
+        "image": torch.randn(PAIRS, 3, 16, 16, generator=draw),
+        "tokens": tokens,
+        "mask": torch.arange(6) < torch.randint(3, 7, (PAIRS, 1), generator=draw),
+        "caption_key": torch.tensor([0, 1, 2, 0, 4, 5, 6, 1, 8, 1, 10]),
+    }
+
+
+class Step(nn.Module):
+    """The part of `training_step` that does not need a trainer."""
+
+    def __init__(self, module: ContrastiveImageText) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        embeddings = self.module.embed(batch, self.module.chunk_size)
+        return self.module.mean_over_pairs(*self.module.contrast(embeddings, batch["caption_key"]))
+
+
+def losses_and_gradients(counts: list[int] | None = None) -> list[dict[str, Tensor]]:
+    """Of all cases; with `counts`, the number of pairs of each process, of this process's share."""
+    results = []
+    for case in CASES:
+        step: nn.Module = Step(model(**case))
+        batch = pairs()
+        if counts is not None:
+            start = sum(counts[: dist.get_rank()])
+            batch = {name: value[start : start + counts[dist.get_rank()]] for name, value in batch.items()}
+            step = DistributedDataParallel(step)
+        loss = step(batch)
+        loss.backward()
+        if counts is not None:
+            dist.all_reduce(loss := loss.detach() / len(counts))
+        prefix = "module." * (1 + (counts is not None))
+        gradients = {name.removeprefix(prefix): p.grad for name, p in step.named_parameters()}
+        results.append({"loss": loss.detach(), **gradients})
+    return results
+
+
+def worker(rank: int, counts: list[int], port: int, folder: Path) -> None:
+    """One process; the first writes what came out."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=len(counts))
+    results = losses_and_gradients(counts)
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,116 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CLIPConfig as TheirConfig
+from transformers import CLIPModel
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks import CLIP, BERTConfig, CLIPConfig, GPTConfig, ViTConfig
+from trunkline.modules.networks.convert import clip_from_transformers
+
+END = 98
+
+
+def trunk(dim: int = 16, **options: object) -> TransformerConfig:
+    return TransformerConfig(**{"dim": dim, "depth": 2, "num_heads": 2, **options})  # type: ignore[arg-type]
+
+
+def two_towers(**options: object) -> CLIPConfig:
+    image = ViTConfig(16, 8, pool="mean", backbone=trunk())
+    return CLIPConfig(**{"image": image, "gpt": GPTConfig(99, 8, backbone=trunk(24)), "dim": 12, **options})  # type: ignore[arg-type]
+
+
+def shared_trunk(**options: object) -> CLIPConfig:
+    image = ViTConfig(16, 8, pool="mean", backbone=trunk())
+    text = BERTConfig(99, 8, num_segments=0, backbone=trunk())
+    return CLIPConfig(**{"image": image, "bert": text, "dim": 12, "share_trunk": True, **options})  # type: ignore[arg-type]
+
+
+def texts(lengths: list[int], width: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens that end with the end-of-text token, and their mask."""
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    tokens = torch.randint(1, 90, mask.shape)
+    tokens[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = END
+    return tokens.masked_fill(~mask, 0), mask
+
+
+def test_parity_with_transformers() -> None:
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text_config = {**tower, "vocab_size": 99, "max_position_embeddings": 8, "eos_token_id": END, "bos_token_id": 97}
+    vision_config = {**tower, "hidden_size": 48, "image_size": 16, "patch_size": 8}
+    theirs = CLIPModel(TheirConfig(text_config=text_config, vision_config=vision_config, projection_dim=20)).eval()
+    for p in theirs.parameters():  # zero biases and unit norms would hide a wrong place
+        torch.nn.init.normal_(p, std=0.2)
+    common = {"num_heads": 4, "depth": 2, "mlp": "quick_gelu", "norm_eps": 1e-5}
+    image = TransformerConfig(dim=48, mlp_dim=64, **common)  # type: ignore[arg-type]
+    text = TransformerConfig(dim=32, mlp_dim=64, **common)  # type: ignore[arg-type]
+    config = CLIPConfig(ViTConfig(16, 8, embed_norm=True, backbone=image), gpt=GPTConfig(99, 8, backbone=text), dim=20)
+    ours = CLIP(config).eval()
+    ours.load_state_dict(clip_from_transformers(theirs.state_dict()))
+    pixels = torch.randn(3, 3, 16, 16)
+    tokens, mask = texts([3, 8, 5])
+    want = theirs(input_ids=tokens, pixel_values=pixels, attention_mask=mask.long(), return_loss=True)
+    got = ours(pixels, tokens, mask)
+    torch.testing.assert_close(got.image, want.image_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got.text, want.text_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.scale(got.image @ got.text.T), want.logits_per_image, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [two_towers(), two_towers(text_pool="mean"), shared_trunk(text_pool="cls")])
+def test_embeddings(config: CLIPConfig) -> None:
+    torch.manual_seed(0)
+    network = CLIP(config)
+    tokens, mask = texts([4, 8])
+    found = network(torch.randn(2, 3, 16, 16), tokens, mask)
+    assert found.image.shape == found.text.shape == (2, 12)
+    torch.testing.assert_close(torch.stack([x.norm(dim=1) for x in found]), torch.ones(2, 2))
+    # Padding changes nothing, and neither does what else is in the batch.
+    short = network.encode_text(tokens[:1, :4], mask[:1, :4])
+    torch.testing.assert_close(found.text[:1], short, rtol=0, atol=1e-5)
+    (found.image[0] @ found.text[0]).backward()
+    assert {n for n, p in network.named_parameters() if p.grad is None} == {"scale.logit_scale"}
+
+
+def test_text_is_read_at_its_end() -> None:
+    torch.manual_seed(0)
+    network = CLIP(two_towers()).eval()
+    tokens, mask = texts([5])
+    states = network.text.body.forward_features(tokens).x
+    want = F.normalize(network.text.head(states[:, 4]), dim=-1)
+    torch.testing.assert_close(network.encode_text(tokens, mask), want, rtol=0, atol=1e-6)
+
+
+def test_shared_trunk_is_there_once(tmp_path: object) -> None:
+    torch.manual_seed(0)
+    network = CLIP(shared_trunk())
+    assert network.text.body.backbone is network.image.backbone
+    apart = CLIP(shared_trunk(share_trunk=False))
+    once = sum(p.numel() for p in network.image.backbone.parameters())
+    assert sum(p.numel() for p in apart.parameters()) - sum(p.numel() for p in network.parameters()) == once
+    network.save_pretrained(str(tmp_path))
+    again = CLIP.from_pretrained(str(tmp_path))
+    assert again.text.body.backbone is again.image.backbone
+    pixels, (tokens, mask) = torch.randn(2, 3, 16, 16), texts([4, 8])
+    torch.testing.assert_close(again.eval()(pixels, tokens, mask), network.eval()(pixels, tokens, mask))
+
+
+def test_scale() -> None:
+    network = CLIP(two_towers(init_logit_scale=4.0, init_logit_bias=-10.0))
+    torch.testing.assert_close(network.scale(torch.tensor([0.5])), torch.tensor([math.exp(4.0) * 0.5 - 10]))
+    for start, end in ((9.0, 100.0), (-3.0, 1.0)):
+        network.scale.logit_scale.data.fill_(start)
+        network.scale.clamp()
+        assert network.scale.factor.item() == pytest.approx(end)
+
+
+def test_impossible_towers() -> None:
+    with pytest.raises(TrunklineError, match=r"needs one body, not none; set either --model\.network\.bert"):
+        CLIPConfig()
+    with pytest.raises(TrunklineError, match=r"share_trunk needs the same trunk twice; make .*network\.gpt\.backbone"):
+        two_towers(share_trunk=True)
+    with pytest.raises(TrunklineError, match=r"9 tokens are more than the 8"):
+        CLIP(two_towers()).encode_text(torch.zeros(1, 9, dtype=torch.long))
