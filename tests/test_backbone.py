@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trunkline import TrunklineError
@@ -357,3 +358,32 @@ class Rows(torch.nn.Module):
 
     def forward(self, x: Tensor, **kwargs: Any) -> TransformerOutput:
         return TransformerOutput(self.model[0](x, **kwargs).x.take_along_dim(self.rows[..., None], dim=1))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_bfloat16_learns_without_the_fused_backward(
+    padded: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's is the slower one on a CPU; short rows take explicit weights, with the same gradients."""
+    fused, calls = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(0) or fused(*a, **k))
+    torch.manual_seed(0)
+    trunk = Transformer(TransformerConfig(dim=32, depth=2, num_heads=4, causal=causal))
+    x, mask = torch.randn(3, 9, 32), (torch.arange(9) < torch.tensor([[9], [4], [6]])) if padded else None
+    gradients = []
+    for bf16 in (False, True):
+        trunk.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = trunk(x, mask=mask).x
+        out.float().square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in trunk.parameters() if p.grad is not None]))
+        assert len(calls) == 2  # of float32
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert 0 < error < 0.02
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            trunk(x, mask=mask)
+        assert len(calls) == 4  # forward alone, it is the faster one
+        trunk(torch.randn(1, 513, 32))
+        assert len(calls) == 6  # long rows would take much memory

@@ -117,16 +117,29 @@ def explicit_attention(
     A query that may attend to nothing gets zeros, as it does there.
     """
     groups = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))  # (B, H, S, E)
-    scores = (q @ k.mT) / math.sqrt(q.shape[-1])  # (B, H, T, S)
-    if is_causal:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
+    k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))  # (B, H, S, E)
+    scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # (B, H, T, S)
+    if is_causal:  # each query sees itself at least
+        scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu(1)
+    elif mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1).to(v.dtype)
     if mask is not None:
         weights = weights * mask
     return F.dropout(weights, dropout_p) @ v, weights
+
+
+EXPLICIT_SCORES = 512 * 512
+"""Up to so many for a head, a CPU is faster in bfloat16 with explicit weights."""
+
+
+def learns_slowly(q: Tensor, k: Tensor) -> bool:
+    """Whether the fused backward pass is the slower one: PyTorch's for bfloat16 on a CPU is, on rows of 256 tokens by
+    half, on rows of 36 five times and more. Explicit weights take more memory, so rows beyond 512 tokens stay fused.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
+        return False
+    return q.shape[-2] * k.shape[-2] <= EXPLICIT_SCORES
 
 
 def _rotation_of(rotation: Rotation, keep: Keep) -> Rotation:
@@ -219,8 +232,9 @@ class Attention(nn.Module):
             q = rotate(q, rotation if keep is None else _rotation_of(rotation, keep))
         dropout_p = self.dropout if self.training else 0.0
         weights = None
-        if return_attention:
+        if return_attention or learns_slowly(q, k):
             out, weights = explicit_attention(q, k, v, mask, is_causal, dropout_p)
+            weights = weights if return_attention else None
         else:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, enable_gqa=self.gqa
