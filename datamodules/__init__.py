@@ -1,6 +1,7 @@
 """Data of the house: LightningDataModules by modality and task, on shared sources and a resumable order."""
 
 from trunkline.datamodules.image import Augmentation, ImageData
+from trunkline.datamodules.image_text import ImageTextData
 from trunkline.datamodules.labelled_text import LabelledTextData
 from trunkline.datamodules.masked_text import MaskedTextData
 from trunkline.datamodules.squad import SquadData
@@ -10,6 +11,7 @@ from trunkline.datamodules.text import TextData
 __all__ = [
     "Augmentation",
     "ImageData",
+    "ImageTextData",
     "LabelledTextData",
     "MaskedTextData",
     "SquadData",

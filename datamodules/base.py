@@ -67,7 +67,8 @@ class TrunklineDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed = num_workers, seed
         self.datasets: dict[str, Dataset[Any]] = {}
-        """Map-style datasets by split (train, val, test), indexed with `SampleKey`s."""
+        """Map-style datasets by split (train, val, test), indexed with `SampleKey`s; one that has a method `order` says
+        itself how an epoch is shuffled, see `ResumableBatchSampler`."""
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled full batches; resumes where the trainer's counters stand."""
@@ -92,6 +93,7 @@ class TrunklineDataModule(L.LightningDataModule):
             drop_last=train,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
+            order=getattr(dataset, "order", None),
         )
         workers = self.worker_count()
         return ResumableLoader(

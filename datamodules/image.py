@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,11 @@ class Augmentation:
 
 @dataclass
 class Preprocessing:
-    """How a picture becomes the network's input; a checkpoint keeps it, so that `predict` does the same."""
+    """How a picture becomes the network's input; a checkpoint keeps it, so that `predict` does the same.
+
+    Raises:
+        TrunklineError: for channels other than 1 and 3, or means and deviations of another number; one counts for all.
+    """
 
     image_size: int | tuple[int, int]
     channels: int
@@ -54,6 +59,14 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: str
     crop_pct: float
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise TrunklineError(f"--data.channels must be 1 (grey) or 3 (RGB), not {self.channels}")
+        for flag, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                raise TrunklineError(f"--data.{flag} has {len(values)} values for {self.channels} channel(s)")
+            setattr(self, flag, tuple(values) * (self.channels // len(values)))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -100,9 +113,20 @@ class Preprocessing:
 
     def normalise(self, image: Image.Image) -> Tensor:
         """8-bit picture -> (C, height, width) float32: what timm's two last steps do, at a tenth of their time."""
-        pixels = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, self.channels)
-        mean, std = (255 * np.asarray(values, dtype=np.float32) for values in (self.mean, self.std))
-        return torch.from_numpy(np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1)))
+        pixels = np.asarray(image).reshape(image.height, image.width, self.channels).transpose(2, 0, 1)
+        result = pixels.astype(np.float32, order="C")
+        result -= self._mean
+        result /= self._std
+        return torch.from_numpy(result)
+
+    @cached_property
+    def _mean(self) -> np.ndarray:
+        """(C, 1, 1) float32 of 0..255."""
+        return 255 * np.asarray(self.mean, dtype=np.float32)[:, None, None]
+
+    @cached_property
+    def _std(self) -> np.ndarray:
+        return 255 * np.asarray(self.std, dtype=np.float32)[:, None, None]
 
     def _common(self) -> dict[str, Any]:
         return {
@@ -113,28 +137,51 @@ class Preprocessing:
         }
 
 
-class LabelledImages(Dataset[dict[str, Any]]):
-    """Transformed rows. An item is a pure function of (seed, epoch, index).
+class TransformedImages(Dataset[dict[str, Any]]):
+    """Base of rows with a picture. An item is a pure function of (seed, epoch, index).
 
-    Items: `image` (C, height, width) float32, `label`, `index`, `valid` (False: a filler or a skipped
-    image, not to be counted), `skipped` (1 if the row's file could not be read).
+    Items: what `read` returns, its `image` transformed to (C, height, width) float32; `index`, `valid` (False: a filler
+    or a skipped row, not to be counted), `skipped` (1 if the row could not be read).
+
+    Args:
+        length: number of rows.
+        preprocessing: of the pictures.
+        augmentation: random changes in training; None is evaluation.
+        seed: of everything random in training.
+        skip_corrupt: replace rows that cannot be read by the next one, instead of stopping.
     """
 
     def __init__(
-        self, rows: ImageRows, preprocessing: Preprocessing, transform: Transform, seed: int | None, skip_corrupt: bool
+        self,
+        length: int,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation | None,
+        seed: int,
+        skip_corrupt: bool,
     ) -> None:
-        self.rows, self.preprocessing, self.transform = rows, preprocessing, transform
-        self.seed, self.skip_corrupt = seed, skip_corrupt
+        self.length, self.preprocessing, self.skip_corrupt = length, preprocessing, skip_corrupt
+        self.seed = None if augmentation is None else seed
+        self.transform = preprocessing.training(augmentation) if augmentation else preprocessing.evaluation()
 
     def __len__(self) -> int:
         """Number of rows."""
-        return len(self.rows.labels)
+        return self.length
+
+    def read(self, row: int) -> dict[str, Any]:
+        """`image`, the picture in the network's channels, and what else there is.
+
+        In training the global generators are seeded for the item.
+
+        Raises:
+            TrunklineError: if the row cannot be read.
+        """
+        raise NotImplementedError
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         """The item of a key.
 
         Raises:
-            TrunklineError: if the image cannot be read and `skip_corrupt` is off.
+            TrunklineError: if the row cannot be read and `skip_corrupt` is off.
         """
         return self.__getitems__([key])[0]
 
@@ -145,9 +192,11 @@ class LabelledImages(Dataset[dict[str, Any]]):
 
     def _item(self, key: SampleKey) -> dict[str, Any]:
         row, skipped = key.index, 0
+        if self.seed is not None:
+            seed_generators(self.seed, key.epoch, key.index)
         while True:
             try:
-                image = to_channels(self.rows.image(row), self.preprocessing.channels)
+                item = self.read(row)
                 break
             except TrunklineError as error:
                 if not self.skip_corrupt or skipped >= len(self):
@@ -155,18 +204,26 @@ class LabelledImages(Dataset[dict[str, Any]]):
                 # The next row stands in, so that every process keeps its batch size.
                 warnings.warn(f"skipped: {error}", stacklevel=2)
                 row, skipped = (row + 1) % len(self), skipped + 1
-        if self.seed is not None:
-            seed_generators(self.seed, key.epoch, key.index)
-        pixels = self.transform(image)
-        # A stand-in is fine to learn from, but counting it twice would bend a metric.
-        valid = key.valid and not (skipped and self.seed is None)
-        return {
-            "image": pixels,
-            "label": int(self.rows.labels[row]),
+        return item | {
+            "image": self.transform(item["image"]),
             "index": key.index,
-            "valid": valid,
+            # A stand-in is fine to learn from, but counting it twice would bend a metric.
+            "valid": key.valid and not (skipped and self.seed is None),
             "skipped": int(skipped > 0 and key.valid),
         }
+
+
+class LabelledImages(TransformedImages):
+    """Transformed rows with their `label`."""
+
+    def __init__(self, rows: ImageRows, *options: Any) -> None:
+        super().__init__(len(rows.labels), *options)
+        self.rows = rows
+
+    def read(self, row: int) -> dict[str, Any]:
+        """See `TransformedImages`."""
+        image = to_channels(self.rows.image(row), self.preprocessing.channels)
+        return {"image": image, "label": int(self.rows.labels[row])}
 
 
 class ImageFiles(Dataset[dict[str, Any]]):
@@ -244,19 +301,7 @@ class ImageData(TrunklineDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, seed)
-        if channels not in (1, 3):
-            raise TrunklineError(f"--data.channels must be 1 (grey) or 3 (RGB), not {channels}")
-        for flag, values in (("mean", mean), ("std", std)):
-            if len(values) not in (1, channels):
-                raise TrunklineError(f"--data.{flag} has {len(values)} values for {channels} channel(s)")
-        self.preprocessing = Preprocessing(
-            image_size,
-            channels,
-            tuple(mean) * (channels // len(mean)),
-            tuple(std) * (channels // len(std)),
-            interpolation,
-            crop_pct,
-        )
+        self.preprocessing = Preprocessing(image_size, channels, mean, std, interpolation, crop_pct)
         self.augmentation = augmentation or Augmentation()
         self.source, self.columns = source, (image_column, label_column)
         self.split_names = {"train": train_split, "val": val_split, "test": test_split}
@@ -276,13 +321,9 @@ class ImageData(TrunklineDataModule):
             return
         table = self._load()
         self.class_names = table.class_names
-        evaluation = self.preprocessing.evaluation()
         for split, rows in carve_splits(table.splits, self.fractions, self.split_seed).items():
-            train = split == "train"
-            transform = self.preprocessing.training(self.augmentation) if train else evaluation
-            self.datasets[split] = LabelledImages(
-                rows, self.preprocessing, transform, self.seed if train else None, self.skip_corrupt
-            )
+            augmentation = self.augmentation if split == "train" else None
+            self.datasets[split] = LabelledImages(rows, self.preprocessing, augmentation, self.seed, self.skip_corrupt)
 
     def _load(self) -> ImageTable:
         return load_image_table(self.source, *self.columns, self.split_names, self.cache_dir)

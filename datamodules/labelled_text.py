@@ -1,6 +1,6 @@
 """Texts, or pairs of texts, with one label each."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,7 @@ class LabelledTextData(TaskTextData):
         super().__init__(paths, hub, fractions, tokenizer, vocab_size, max_length, loading)
         self.text_column, self.pair_column, self.label_column = text_column, pair_column, label_column
         self.train_rows = train_rows
+        self.settings |= {"text_column": text_column, "pair_column": pair_column}
 
     def rows(self, source: Source) -> Iterator[Row]:
         """Rows of a source."""
@@ -149,12 +150,16 @@ class LabelledTextData(TaskTextData):
         """
         if self.datasets:
             return
-        frame, encoder = Frame.of(self.tokenizer), TextEncoder(self.tokenizer)
         for split, (rows, classes) in self.read().items():
-            texts = [list(self.texts(row)) for row in rows]
-            columns = [Ragged(encode(encoder, list(column)), np.uint32) for column in zip(*texts, strict=True)]
-            self.datasets[split] = LabelledRows(columns, classes, frame, self.max_length)
+            self.datasets[split] = self.dataset(rows, classes)
         del self.splits  # texts take more room than tokens
+
+    def dataset(self, rows: Sequence[Row], classes: np.ndarray) -> "LabelledRows":
+        """Tokenise rows; `classes` are (N,) numbers."""
+        frame, encoder = Frame.of(self.tokenizer), TextEncoder(self.tokenizer)
+        texts = [list(self.texts(row)) for row in rows]
+        columns = [Ragged(encode(encoder, list(column)), np.uint32) for column in zip(*texts, strict=True)]
+        return LabelledRows(columns, classes, frame, self.max_length)
 
 
 def encode(encoder: TextEncoder, texts: list[str]) -> list[np.ndarray]:
@@ -195,6 +200,9 @@ class LabelledRows(Dataset[dict[str, Any]]):
 
     def __init__(self, columns: list[Ragged], classes: np.ndarray, frame: Frame, length: int) -> None:
         self.columns, self.classes, self.frame, self.length = columns, classes, frame, length
+        self.room = length - len(frame.first) - len(columns)
+        self.cut = int((np.sum([np.diff(column.ends) for column in columns], axis=0) > self.room).sum())
+        """Rows that lose an end."""
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -202,8 +210,7 @@ class LabelledRows(Dataset[dict[str, Any]]):
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         """The item of a key."""
         frame, texts = self.frame, [column[key.index] for column in self.columns]
-        special = len(frame.first) + len(texts)
-        first, second = truncated(texts[0], texts[1] if len(texts) > 1 else None, self.length - special)
+        first, second = truncated(texts[0], texts[1] if len(texts) > 1 else None, self.room)
         row = np.concatenate([frame.first, first, [frame.end], *([] if second is None else [second, [frame.end]])])
         begin = len(frame.first) + len(first) + 1
         places = np.arange(self.length)

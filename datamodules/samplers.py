@@ -34,6 +34,8 @@ class ResumableBatchSampler:
             `valid=False` give each process the same number of samples.
         rank: this process.
         world_size: number of processes.
+        order: makes the (length,) row numbers of an epoch from its generator; None is a permutation. Files that are
+            best read in one go need another.
 
     Raises:
         TrunklineError: if the batch cannot be shared equally, or not one batch is full.
@@ -49,6 +51,7 @@ class ResumableBatchSampler:
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        order: Callable[[np.random.Generator], np.ndarray] | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise TrunklineError(
@@ -62,6 +65,7 @@ class ResumableBatchSampler:
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.shuffle, self.drop_last, self.rank, self.world_size = shuffle, drop_last, rank, world_size
+        self.order = order
         self.epoch = self.start = 0
 
     @property
@@ -82,7 +86,8 @@ class ResumableBatchSampler:
         start, self.start = self.start, 0
         order = np.arange(self.length)
         if self.shuffle:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+            generator = np.random.default_rng((self.seed, self.epoch))
+            order = self.order(generator) if self.order else generator.permutation(self.length)
         for batch in range(start, len(self)):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             fillers = -len(indices) % self.world_size

@@ -143,7 +143,8 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def load_digits_table() -> ImageTable:
@@ -174,7 +175,18 @@ def load_image_table(
     """
     if source == "digits":
         return load_digits_table()
-    available = _open_source(source, split_names, cache_dir)
+    chosen = choose_splits(open_source(source, split_names, cache_dir), source, split_names)
+    if isinstance(chosen["train"], Path):
+        return _read_folders(chosen)
+    return _read_tables(chosen, source, image_column, label_column)
+
+
+def choose_splits(available: dict[str, Any], source: str, split_names: dict[str, str | None]) -> dict[str, Any]:
+    """Our splits -> what a source has under the names given, or the usual ones.
+
+    Raises:
+        TrunklineError: if a split that is named, or training, is not among them.
+    """
     chosen = {}
     for split, name in split_names.items():
         found = [n for n in ([name] if name else SPLIT_NAMES[split]) if n in available]
@@ -184,9 +196,7 @@ def load_image_table(
             raise TrunklineError(
                 f"{source} has no split '{name or split}'; it has {', '.join(available)}; set --data.{split}_split"
             )
-    if isinstance(chosen["train"], Path):
-        return _read_folders(chosen)
-    return _read_tables(chosen, source, image_column, label_column)
+    return chosen
 
 
 def image_files(folder: str | Path) -> list[Path]:
@@ -207,8 +217,16 @@ def image_files(folder: str | Path) -> list[Path]:
     return sorted(files)
 
 
-def _open_source(source: str, split_names: dict[str, str | None], cache_dir: str | None) -> dict[str, Any]:
-    """All splits by the source's names: `datasets` tables, or the `Path`s of image folders."""
+def open_source(
+    source: str, split_names: dict[str, str | None], cache_dir: str | None, offline: str = "`digits`"
+) -> dict[str, Any]:
+    """All splits by the source's names: `datasets` tables, or the `Path`s of image folders.
+
+    The message for a source that cannot be read proposes `offline`.
+
+    Raises:
+        TrunklineError: if it is missing, broken or out of reach.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -236,8 +254,8 @@ def _open_source(source: str, split_names: dict[str, str | None], cache_dir: str
         missing = "" if path.exists() else "there is no such file or folder here, and as a hub name: "
         cause = error.__cause__ or error  # its own are often "an error occurred"
         raise TrunklineError(
-            f"cannot read --data.source {source}: {missing}{type(cause).__name__}: {cause}; give `digits`, a local "
-            "path that holds images or tables, or the name of a hub dataset that can be reached"
+            f"cannot read --data.source {source}: {missing}{type(cause).__name__}: {cause}; give {offline}, a "
+            "local path that holds images or tables, or the name of a hub dataset that can be reached"
         ) from error
 
 
@@ -271,20 +289,29 @@ def _read_folders(folders: dict[str, Path]) -> ImageTable:
 
 def _read_tables(tables: dict[str, Any], source: str, image_column: str, label_column: str) -> ImageTable:
     """Splits (ours -> `datasets` table)."""
-    for split, table in tables.items():
-        for flag, column in (("image_column", image_column), ("label_column", label_column)):
-            if column not in table.column_names:
-                raise TrunklineError(
-                    f"{source} ({split}) has no column '{column}'; it has {', '.join(table.column_names)}; "
-                    f"set --data.{flag}"
-                )
+    check_columns(tables, source, {"image_column": image_column, "label_column": label_column})
     class_names = _class_names(tables["train"], label_column)
     splits: dict[str, ImageRows] = {}
     for split, table in tables.items():
         title = f"{source} ({split})"
         labels = _class_numbers(table, label_column, class_names, title)
-        splits[split] = TableRows(_undecoded(table, image_column, title), image_column, labels, title)
+        splits[split] = TableRows(undecoded(table, image_column, title), image_column, labels, title)
     return ImageTable(class_names, splits)
+
+
+def check_columns(tables: dict[str, Any], source: str, columns: dict[str, str]) -> None:
+    """Look for columns (flag -> name) in splits of `datasets` tables.
+
+    Raises:
+        TrunklineError: for the first that one does not have.
+    """
+    for split, table in tables.items():
+        for flag, column in columns.items():
+            if column not in table.column_names:
+                raise TrunklineError(
+                    f"{source} ({split}) has no column '{column}'; it has {', '.join(table.column_names)}; "
+                    f"set --data.{flag}"
+                )
 
 
 def _class_names(table: Any, column: str) -> list[str]:
@@ -325,7 +352,7 @@ def _class_numbers(table: Any, column: str, class_names: list[str], title: str) 
     return labels
 
 
-def _undecoded(table: Any, column: str, title: str) -> Any:
+def undecoded(table: Any, column: str, title: str) -> Any:
     """The table with its image column as {bytes, path}, so that a broken file is ours to report."""
     import datasets
 

@@ -1,7 +1,7 @@
 """Questions with answers that stand in a text (SQuAD, arXiv:1606.05250 and arXiv:1806.03822)."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +93,7 @@ class SquadData(TaskTextData):
                 f"{max_question_length}, and that and --data.doc_stride {doc_stride} at least 1"
             )
         self.doc_stride, self.max_question_length = doc_stride, max_question_length
+        self.settings |= {"doc_stride": doc_stride, "max_question_length": max_question_length}
         self.questions: dict[str, list[Question]] = {}
         """By split, after `setup`."""
 
@@ -118,11 +119,19 @@ class SquadData(TaskTextData):
             return
         for split, rows in self.splits.items():
             self.questions[split] = [question for row in rows for question in questions_of(row)]
-            self.datasets[split] = self._windows(self.questions[split])
+            self.datasets[split] = self.dataset(self.questions[split])
         del self.splits
 
-    def _windows(self, questions: list[Question]) -> "Windows":
-        """Tokenise, each context once, and place the windows."""
+    def state_dict(self) -> dict[str, Any]:
+        """See `TaskTextData`; also whether a question may have no answer."""
+        return {**super().state_dict(), "unanswerable": any(not q.answers for q in self.questions.get("train", ()))}
+
+    def dataset(self, questions: list[Question]) -> "Windows":
+        """Tokenise, each context once, and place the windows.
+
+        Raises:
+            TrunklineError: if an answer is longer than a window.
+        """
         tokenizer, frame = Tokenizer.from_str(self.tokenizer.to_str()), Frame.of(self.tokenizer)
         tokenizer.encode_special_tokens = True  # a special token's name within a text is text
         contexts = list(dict.fromkeys(question.context for question in questions))
@@ -132,7 +141,9 @@ class SquadData(TaskTextData):
         }
         asked = tokenizer.encode_batch([question.text for question in questions], add_special_tokens=False)
         windows: list[tuple[int, int, int, int, int]] = []
-        prompts = [np.array(e.ids[: self.max_question_length], np.int64) for e in asked]
+        longest_prompt = self.max_question_length
+        cut = sum(len(e.ids) > longest_prompt for e in asked)
+        prompts = [np.array(e.ids[:longest_prompt], np.int64) for e in asked]
         for number, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
             offsets = texts[question.context][1]
             room = self.max_length - len(frame.first) - len(prompt) - 2
@@ -146,7 +157,7 @@ class SquadData(TaskTextData):
             for begin, stop in windows_of(len(offsets), room, min(self.doc_stride, room - longest + 1)):
                 inside = [(s, e) for s, e in spans if begin <= s and e < stop]
                 windows.append((number, begin, stop, *(inside[0] if inside else (-1, -1))))
-        return Windows([texts[q.context] for q in questions], prompts, windows, frame, self.max_length)
+        return Windows([texts[q.context] for q in questions], prompts, windows, frame, self.max_length, cut)
 
 
 class Windows(Dataset[dict[str, Any]]):
@@ -158,6 +169,7 @@ class Windows(Dataset[dict[str, Any]]):
         windows: question, first token, token after the last, first and last token of the answer or -1.
         frame: special tokens.
         length: T.
+        cut: questions that lost their end.
     """
 
     def __init__(
@@ -167,8 +179,9 @@ class Windows(Dataset[dict[str, Any]]):
         windows: list[tuple[int, int, int, int, int]],
         frame: Frame,
         length: int,
+        cut: int,
     ) -> None:
-        self.texts, self.prompts, self.frame, self.length = texts, prompts, frame, length
+        self.texts, self.prompts, self.frame, self.length, self.cut = texts, prompts, frame, length, cut
         self.windows = np.array(windows, np.int64).reshape(-1, 5)
 
     def __len__(self) -> int:
@@ -251,27 +264,35 @@ def read_squad(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield f"{file}, article {article}, paragraph {place}", paragraph
 
 
-def numbered(rows: Iterator[Row]) -> Iterator[Row]:
-    """Rows of SQuAD's flat form, as paragraphs of one question; those of one context have the same number."""
+def numbered(rows: Iterable[Row], needed: Sequence[str] = ("id", "question", "context", "answers")) -> Iterator[Row]:
+    """Rows of SQuAD's flat form, as paragraphs of one question; those of one context have the same number.
+
+    Args:
+        rows: of a table.
+        needed: columns; what is not needed is not read.
+
+    Raises:
+        TrunklineError: for a column that is not there, or answers of another form.
+    """
     numbers: dict[str, int] = {}
     for row in rows:
-        missing = [name for name in ("id", "question", "context", "answers") if name not in row.cells]
+        missing = [name for name in needed if name not in row.cells]
         if missing:
-            raise TrunklineError(
-                f"{row.place} has no '{missing[0]}'; question answering needs id, question, context and answers"
-            )
-        context, answers = row.cells["context"], row.cells["answers"]
+            listed = f"{', '.join(needed[:-1])} and {needed[-1]}"
+            raise TrunklineError(f"{row.place} has no '{missing[0]}'; question answering needs {listed}")
+        context, answers = row.cells["context"], row.cells["answers"] if "answers" in needed else None
         if isinstance(answers, Mapping):
             texts, starts = answers.get("text"), answers.get("answer_start")
             if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
                 raise TrunklineError(f"{row.place}: 'answers' needs two lists of one length, text and answer_start")
             answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
-        entry = {"id": row.cells["id"], "question": row.cells["question"], "answers": answers}
+        name = row.cells["id"] if "id" in needed else row.cells.get("id", row.number)
+        entry = {"id": name, "question": row.cells["question"], "answers": answers}
         yield Row(numbers.setdefault(str(context), len(numbers)), row.place, {"context": context, "qas": [entry]})
 
 
-def questions_of(row: Row) -> Iterator[Question]:
-    """The questions of a paragraph.
+def questions_of(row: Row, answered: bool = True) -> Iterator[Question]:
+    """The questions of a paragraph; with `answered` False, without the answers.
 
     Raises:
         TrunklineError: naming the question whose answer does not stand where it should.
@@ -283,9 +304,8 @@ def questions_of(row: Row) -> Iterator[Question]:
         name = entry.get("id", "?") if isinstance(entry, Mapping) else "?"
         try:
             text, golds = as_text(entry["question"]), entry.get("answers") or []
-            answers = (
-                [] if entry.get("is_impossible") else [(as_text(g["text"]), int(g["answer_start"])) for g in golds]
-            )
+            known = answered and not entry.get("is_impossible")
+            answers = [(as_text(g["text"]), int(g["answer_start"])) for g in golds] if known else []
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise TrunklineError(
                 f"{row.place}, question {name}: {type(error).__name__}: {error}; each question needs id, question and "

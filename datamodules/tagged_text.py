@@ -1,7 +1,7 @@
 """Sentences with a tag for each word."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ class TaggedTextData(TaskTextData):
         loading = (batch_size, eval_batch_size, num_workers, seed)
         super().__init__(paths, hub, fractions, tokenizer, vocab_size, max_length, loading)
         self.tokens_column, self.tags_column = tokens_column, tags_column
+        self.settings["tokens_column"] = tokens_column
 
     def rows(self, source: Source) -> Iterator[Row]:
         """Sentences of a source."""
@@ -123,11 +124,7 @@ class TaggedTextData(TaskTextData):
             raise TrunklineError(f"the training rows have fewer than two different tags ({self.class_names}); set "
                                  "--data.tags_column")  # fmt: skip
         numbers = {name: number for number, name in enumerate(self.class_names)}
-        words = WordEncoder(self.tokenizer)
-        frame = Frame.of(self.tokenizer)
-        room = self.max_length - len(frame.first) - 1
         for split, rows in self.splits.items():
-            ids, targets = [], []
             for row, own in zip(rows, tags[split], strict=True):
                 unknown = next((tag for tag in own if tag not in numbers), None)
                 if unknown is not None:
@@ -136,20 +133,32 @@ class TaggedTextData(TaskTextData):
                         f"{', '.join(self.class_names[:5])}{', …' if len(numbers) > 5 else ''}; mend the row, or give "
                         "training rows with this tag"
                     )
-                tokens, first = words.encode(self._words(row), row.place)
-                if len(first) != len(own):
-                    raise TrunklineError(f"{row.place} has {len(first)} words, but {len(own)} tags; mend the row")
-                if len(tokens) > room:
-                    raise TrunklineError(
-                        f"{row.place} has {len(tokens)} sub-words, but there is room for {room}; set --data.max_length "
-                        f"to at least {len(tokens) + self.max_length - room}, or cut this sentence in two"
-                    )
-                target = np.full(len(tokens), IGNORE)
-                target[first] = [numbers[tag] for tag in own]
-                ids.append(tokens)
-                targets.append(target)
-            self.datasets[split] = TaggedRows(ids, targets, frame, self.max_length)
+            self.datasets[split] = self.dataset(rows, [[numbers[tag] for tag in own] for own in tags[split]])
         del self.splits
+
+    def dataset(self, rows: Sequence[Row], tags: Sequence[Sequence[int]]) -> "TaggedRows":
+        """Tokenise rows, whose words have these tags.
+
+        Raises:
+            TrunklineError: if words and tags differ in number, or a sentence is too long.
+        """
+        words, frame = WordEncoder(self.tokenizer), Frame.of(self.tokenizer)
+        room = self.max_length - len(frame.first) - 1
+        ids, targets = [], []
+        for row, own in zip(rows, tags, strict=True):
+            tokens, first = words.encode(self._words(row), row.place)
+            if len(first) != len(own):
+                raise TrunklineError(f"{row.place} has {len(first)} words, but {len(own)} tags; mend the row")
+            if len(tokens) > room:
+                raise TrunklineError(
+                    f"{row.place} has {len(tokens)} sub-words, but there is room for {room}; set --data.max_length "
+                    f"to at least {len(tokens) + self.max_length - room}, or cut this sentence in two"
+                )
+            target = np.full(len(tokens), IGNORE)
+            target[first] = own
+            ids.append(tokens)
+            targets.append(target)
+        return TaggedRows(ids, targets, frame, self.max_length)
 
 
 class WordEncoder:
@@ -235,13 +244,13 @@ def listed(row: Row, column: str, flag: str, kinds: Any) -> list[Any]:
     return value
 
 
-def read_conll(file: Path, tokens: str, tags: str) -> Iterator[tuple[str, dict[str, list[str]]]]:
+def read_conll(file: Path, tokens: str, tags: str | None) -> Iterator[tuple[str, dict[str, list[str]]]]:
     """(file and first line, words and tags) of each sentence.
 
     Args:
         file: a word a line, its tag in the last column.
         tokens: name for the words.
-        tags: name for the tags.
+        tags: name for the tags; None reads the words alone.
 
     Raises:
         TrunklineError: for a line with one column.
@@ -256,10 +265,11 @@ def read_conll(file: Path, tokens: str, tags: str) -> Iterator[tuple[str, dict[s
                 raise broken_text(file) from error
             if not cells or cells[0] == "-DOCSTART-":
                 if words:
-                    yield f"{file}:{begin}", {tokens: [w for w, _ in words], tags: [t for _, t in words]}
+                    sentence = {tokens: [w for w, _ in words]}
+                    yield f"{file}:{begin}", sentence if tags is None else {**sentence, tags: [t for _, t in words]}
                     words = []
                 continue
-            if len(cells) < 2:
+            if len(cells) < 2 and tags is not None:
                 raise TrunklineError(
                     f"{file}:{number} has one column; each line must be a word and its tag, with a space or tab between"
                 )

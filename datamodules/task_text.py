@@ -1,6 +1,6 @@
 """What the datamodules of tasks on text share: rows with their places, splits, tokenizer, padding."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -14,8 +14,8 @@ from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.masking import NAMES
 from trunkline.datamodules.text_files import TABLES, kind, read_table
-from trunkline.datamodules.text_sources import HUB_NAME, split_of
-from trunkline.datamodules.tokenizers import TRAINED, end_of_text_id, load_tokenizer, size_of
+from trunkline.datamodules.text_sources import HUB_NAME, hub_rows, split_of
+from trunkline.datamodules.tokenizers import TRAINED, TokenizerState, end_of_text_id, load_tokenizer
 
 
 class Row(NamedTuple):
@@ -65,38 +65,12 @@ class Source:
             TrunklineError: naming the file and row that is broken.
         """
         files = self.files(tuple(TABLES))
-        pairs = chain.from_iterable(read_table(file) for file in files) if files else self.hub_rows()
+        name, _, split = self.name.partition(":")  # `owner/name:validation` means another split than `hub_split`
+        pairs: Iterable[tuple[str, Mapping[str, Any]]] = chain.from_iterable(map(read_table, files))
+        if not files:
+            pairs = hub_rows(name, self.hub_config, split or self.hub_split, self.revision, self.flag)
         for number, (place, cells) in enumerate(pairs):
             yield Row(number, place, cells)
-
-    def hub_rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Rows of a hub dataset, streamed, with names for its numbered classes.
-
-        `owner/name:validation` means another split than `hub_split`.
-        """
-        name, _, split = self.name.partition(":")
-        split = split or self.hub_split
-        try:
-            import datasets
-
-            data = datasets.load_dataset(name, self.hub_config, split=split, revision=self.revision, streaming=True)
-            features = data.features or {}
-            for number, row in enumerate(data):
-                yield f"{name} ({split}), row {number}", {k: named(v, features.get(k)) for k, v in row.items()}
-        except Exception as error:  # `datasets` raises many kinds for missing, broken and unreachable data
-            cause = error.__cause__ or error
-            raise TrunklineError(
-                f"cannot read --data.{self.flag} {self.name}: there is no such file or folder here, and as a hub name: "
-                f"{type(cause).__name__}: {cause}; give a local path, or the name of a hub dataset that can be reached"
-            ) from error
-
-
-def named(value: Any, feature: Any) -> Any:
-    """A hub dataset's class, or list of classes, by name instead of number."""
-    if isinstance(value, list):
-        return [named(v, getattr(feature, "feature", None)) for v in value]
-    names = getattr(feature, "names", None)
-    return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def cell(row: Row, column: str, flag: str) -> Any:
@@ -184,10 +158,11 @@ def padded(values: Any, length: int, fill: int) -> np.ndarray:
     return result
 
 
-class TaskTextData(TrunklineDataModule):
+class TaskTextData(TokenizerState, TrunklineDataModule):
     """Base of the labelled text datamodules: splits, tokenizer, what a checkpoint keeps.
 
-    A subclass fills `datasets` and `class_names` in `setup` from `splits`.
+    A subclass fills `datasets` and `class_names` in `setup` from `splits`, has a `dataset` that `predict` uses too, and
+    adds to `settings`.
 
     Args:
         paths: where the rows are, by `path`, `val_path` and `test_path`; None is absent.
@@ -229,6 +204,8 @@ class TaskTextData(TrunklineDataModule):
                     "to less than 1"
                 )
         self.tokenizer_name, self.declared_size, self.max_length = tokenizer, vocab_size, max_length
+        self.settings: dict[str, Any] = {"max_length": max_length}
+        """Arguments that decide how a text becomes a row."""
         self.class_names: list[str] = []
         """After `setup`."""
 
@@ -271,17 +248,12 @@ class TaskTextData(TrunklineDataModule):
         Raises:
             TrunklineError: if that is declared too small.
         """
-        own = size_of(self.tokenizer)
-        if self.declared_size and self.declared_size < own:
-            raise TrunklineError(
-                f"--data.vocab_size {self.declared_size} is smaller than the {own} tokens of the tokenizer "
-                f"{self.tokenizer_name}; set it to at least {own}, or to null"
-            )
-        return self.declared_size or own
+        self.check_size()
+        return super().vocab_size
 
     def state_dict(self) -> dict[str, Any]:
-        """The tokenizer as JSON and the names of the classes, so that a checkpoint can be used by itself."""
-        return {"tokenizer": self.tokenizer.to_str(), "class_names": self.class_names}
+        """All that `predict` needs: tokenizer, names of the classes, and how a text becomes a row."""
+        return {**super().state_dict(), "class_names": self.class_names, "settings": self.settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare a checkpoint's tokenizer and classes with these.
@@ -289,11 +261,7 @@ class TaskTextData(TrunklineDataModule):
         Raises:
             TrunklineError: if they differ, for then the ids mean other words or classes.
         """
-        if state_dict["tokenizer"] != self.tokenizer.to_str():
-            raise TrunklineError(
-                f"the checkpoint was trained with another tokenizer than --data.tokenizer {self.tokenizer_name}; "
-                "give that checkpoint as --data.tokenizer"
-            )
+        super().load_state_dict(state_dict)
         if state_dict["class_names"] != self.class_names:
             raise TrunklineError(
                 f"the checkpoint knows the classes {', '.join(state_dict['class_names'])}, but the data has "

@@ -13,10 +13,10 @@ from trunkline.datamodules.packing import Blocks, Documents, PackedRows
 from trunkline.datamodules.preparation import Preparation, default_cache
 from trunkline.datamodules.shards import TokenStream
 from trunkline.datamodules.text_sources import TextSource, open_source
-from trunkline.datamodules.tokenizers import check_vocab_size, size_of
+from trunkline.datamodules.tokenizers import TokenizerState, check_vocab_size
 
 
-class TextData(TrunklineDataModule):
+class TextData(TokenizerState, TrunklineDataModule):
     """Text from offline books, local files or a hub name, in rows of tokens.
 
     Batches: `tokens` (B, T) int64; `targets` (B, T) int64, the ids that follow, -100 where nothing is to be
@@ -28,8 +28,8 @@ class TextData(TrunklineDataModule):
     larger folders go whole to a split, by their number alone.
 
     Args:
-        path: `kjv`, `asv`, `pydoc`, `wordnet`; a file (.txt and the like: one document; .jsonl, .json, .csv, .parquet:
-            a row is a document) or a folder of files of one kind; else a Hugging Face hub name.
+        path: `kjv`, `asv`, `pydoc`, `wordnet`, `emoji`; a file (.txt and the like: one document; .jsonl, .json, .csv,
+            .parquet: a row is a document) or a folder of files of one kind; else a Hugging Face hub name.
         text_column: of tables.
         tokenizer: `chars`, `bpe` (byte-level), `masked_bpe` (the same with `[MASK]` and its like) or `wordpiece`,
             trained on the training split; else a tokenizer.json, a training checkpoint or a hub name.
@@ -118,14 +118,9 @@ class TextData(TrunklineDataModule):
         """
         return self.preparation.tokenizer
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding that a network needs: as declared, else the tokenizer's size."""
-        return self.declared_size or size_of(self.tokenizer)
-
     def prepare_data(self) -> None:
         """Tokenise once, before the other processes look."""
-        self._check_size()
+        self.check_size()
         self.preparation.prepare()
 
     def setup(self, stage: str) -> None:
@@ -155,27 +150,6 @@ class TextData(TrunklineDataModule):
             return PackedRows(Documents(stream, self.max_length))
         return PackedRows(Blocks(stream, self.max_length, self.seed if train else None))
 
-    def _check_size(self) -> None:
-        own = size_of(self.tokenizer)
-        if self.declared_size and self.declared_size < own:
-            raise TrunklineError(
-                f"--data.vocab_size {self.declared_size} is smaller than the {own} tokens of the tokenizer "
-                f"{self.tokenizer_name}; set it to at least {own}, or to null"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The tokenizer as JSON, so that a checkpoint can read and write text by itself."""
-        return {"tokenizer": self.tokenizer.to_str()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare a checkpoint's tokenizer with this one.
-
-        Raises:
-            TrunklineError: if they differ, for then the ids mean other words.
-        """
-        if state_dict["tokenizer"] != self.tokenizer.to_str():
-            raise TrunklineError(
-                f"the checkpoint was trained with another tokenizer than --data.tokenizer {self.tokenizer_name} on "
-                f"--data.path {self.paths['path']}; give the data and settings of that run, or save its tokenizer "
-                "(`tokenizer` in the checkpoint's state of the data) as tokenizer.json and name that"
-            )
+    def tokenizer_origin(self) -> str:
+        """See `TokenizerState`; a trained one depends on the text too."""
+        return f"{super().tokenizer_origin()} on --data.path {self.paths['path']}"

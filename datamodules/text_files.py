@@ -112,6 +112,20 @@ Rows = Iterator[tuple[str, Mapping[str, Any]]]
 """(place, cells) of each row of a table; the place is for messages."""
 
 
+def read_lines(file: Path, column: str) -> Rows:
+    """The lines of a text file, as a table of one column.
+
+    Raises:
+        TrunklineError: for what is no UTF-8 text.
+    """
+    with opened(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                yield f"{file}:{number}", {column: line.decode("utf-8-sig").rstrip("\r\n")}
+            except UnicodeDecodeError as error:
+                raise broken_text(file) from error
+
+
 def read_json_lines(file: Path, column: str | None = None) -> Rows:
     """Each line; see `read_table`."""
     with opened(file) as stream:
@@ -181,11 +195,16 @@ def read_table(file: Path, column: str | None = None) -> Rows:
         column: the only one that is wanted; where a format knows its columns, nothing else is read.
 
     Raises:
-        TrunklineError: naming the file and row that is broken, or a column that is not there.
+        TrunklineError: naming the file and row that is broken, a column that is not there, or a file without rows.
     """
     reader = reader_of(file)
     assert reader is not None
-    return reader(file, column)
+    empty = True
+    for row in reader(file, column):
+        empty = False
+        yield row
+    if empty:
+        raise TrunklineError(f"{file} has no row; give a file with rows, or remove it")
 
 
 def read_column(files: list[Path], column: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -97,26 +97,58 @@ def split_of(number: int, shares: dict[str, float]) -> str:
     return next((s for s, end in zip(shares, accumulate(shares.values()), strict=True) if place < end), [*shares][-1])
 
 
-def read_hub(name: str, column: str, config: str | None, split: str, revision: str | None, flag: str) -> Iterator[str]:
-    """The column of each row of a hub dataset, streamed."""
-    number = 0
+def hub_rows(
+    name: str, config: str | None, split: str, revision: str | None, flag: str, offers: Iterable[str] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, cells) of each row of a hub dataset, streamed, with names for its numbered classes.
+
+    Args:
+        name: of the dataset.
+        config: its configuration, as the next two.
+        split: of it.
+        revision: its commit or branch.
+        flag: that gave the name, for messages.
+        offers: what else may be given, for messages.
+
+    Raises:
+        TrunklineError: if it cannot be reached, or breaks off; names the last row that was read.
+    """
+    place = ""
     try:
         import datasets
 
-        for row in datasets.load_dataset(name, config, split=split, revision=revision, streaming=True):
-            if column not in row:
-                raise no_column(Path(name), column, row)
-            yield checked(row[column], f"{name} ({split}), row {number}", column)
-            number += 1
-    except TrunklineError:
-        raise
+        data = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+        features = getattr(data, "features", None) or {}
+        for number, row in enumerate(data):
+            place = f"{name} ({split}), row {number}"
+            yield place, {column: named(value, features.get(column)) for column, value in row.items()}
     except Exception as error:  # `datasets` raises many kinds for missing, broken and unreachable data
         cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {cause}"
+        if place:
+            raise TrunklineError(
+                f"--data.{flag} {name} broke off after {place}: {reason}; try again, or name a copy on disk"
+            ) from error
         raise TrunklineError(
-            f"cannot read --data.{flag} {name}: there is no such file or folder here, and as a hub name: "
-            f"{type(cause).__name__}: {cause}; give {', '.join(OFFLINE)}, a local path, or the name of a hub dataset "
-            "that can be reached"
+            f"cannot read --data.{flag} {name}: there is no such file or folder here, and as a hub name: {reason}; "
+            f"give {', '.join([*offers, 'a local path'])}, or the name of a hub dataset that can be reached"
         ) from error
+
+
+def named(value: Any, feature: Any) -> Any:
+    """A hub dataset's class, or list of classes, by name instead of number."""
+    if isinstance(value, list):
+        return [named(v, getattr(feature, "feature", None)) for v in value]
+    names = getattr(feature, "names", None)
+    return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def read_hub(name: str, column: str, config: str | None, split: str, revision: str | None, flag: str) -> Iterator[str]:
+    """The column of each row of a hub dataset, streamed."""
+    for place, cells in hub_rows(name, config, split, revision, flag, OFFLINE):
+        if column not in cells:
+            raise no_column(Path(name), column, cells)
+        yield checked(cells[column], place, column)
 
 
 def local_source(path: Path, column: str) -> TextSource:

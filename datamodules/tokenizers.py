@@ -53,6 +53,59 @@ def size_of(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+class TokenizerState:
+    """Mixin of datamodules with a tokenizer, before `TrunklineDataModule`: its size, and what a checkpoint keeps.
+
+    The datamodule sets `tokenizer_name` and `declared_size`, what the flags say, and has `tokenizer`.
+    """
+
+    tokenizer_name: str
+    declared_size: int | None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer."""
+        raise NotImplementedError(f"{type(self).__name__} has no tokenizer")
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding that a network needs: as declared, else the tokenizer's size; see `check_size`."""
+        return self.declared_size or size_of(self.tokenizer)
+
+    def check_size(self) -> None:
+        """Refuse a declared size that the tokenizer exceeds.
+
+        Raises:
+            TrunklineError: naming both.
+        """
+        own = size_of(self.tokenizer)
+        if self.declared_size and self.declared_size < own:
+            raise TrunklineError(
+                f"--data.vocab_size {self.declared_size} is smaller than the {own} tokens of the tokenizer "
+                f"{self.tokenizer_name}; set it to at least {own}, or to null"
+            )
+
+    def tokenizer_origin(self) -> str:
+        """Where it comes from, for messages."""
+        return f"--data.tokenizer {self.tokenizer_name}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tokenizer as JSON, so that a checkpoint can read and write text by itself."""
+        return {"tokenizer": self.tokenizer.to_str()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare a checkpoint's tokenizer with this one.
+
+        Raises:
+            TrunklineError: if they differ, for then the ids mean other words.
+        """
+        if state_dict["tokenizer"] != self.tokenizer.to_str():
+            raise TrunklineError(
+                f"the checkpoint was trained with another tokenizer than {self.tokenizer_origin()}; give that "
+                "checkpoint as --data.tokenizer"
+            )
+
+
 def train_chars(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Every character of the texts, in Unicode's order; what they lack becomes `<|unk|>`."""
     characters: set[str] = set()
@@ -142,48 +195,48 @@ def check_vocab_size(name: str, vocab_size: int | None) -> None:
         raise TrunklineError(f"--data.vocab_size {vocab_size} is too small for {name}; set it to at least {smallest}")
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, flag: str = "--data.tokenizer") -> Tokenizer:
     """Read a tokenizer that somebody trained.
 
     Args:
         name: a `tokenizer.json`, a folder that holds one, a training checkpoint (.ckpt), or a hub name.
+        flag: that gave the name, for messages.
 
     Raises:
         TrunklineError: if there is none.
     """
     path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
     if not path.exists() and (path.suffix in (".json", ".ckpt") or name.startswith((".", "/", "~"))):
-        raise TrunklineError(f"--data.tokenizer {name}: there is no file {path}; mend the path")
+        raise TrunklineError(f"{flag} {name}: there is no file {path}; mend the path")
     try:
         if path.suffix == ".ckpt":
-            tokenizer = Tokenizer.from_str(tokenizer_of_checkpoint(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            text = tokenizer_of_checkpoint(content)
+            if text is None:
+                raise TrunklineError(f"{flag} {name}: this checkpoint keeps no tokenizer; give one of a run on text")
+            tokenizer = Tokenizer.from_str(text)
         else:
             tokenizer = Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(name)
     except TrunklineError:
         raise
     except Exception as error:  # the library raises bare `Exception`s
         missing = "" if path.exists() else "there is no such file here, and as a hub name: "
+        offers = [*TRAINED, ""] if flag == "--data.tokenizer" else []
         raise TrunklineError(
-            f"cannot read --data.tokenizer {name}: {missing}{' '.join(str(error).split())}; give "
-            f"{', '.join(TRAINED)}, the path of a tokenizer.json, or the name of a hub model that has one"
+            f"cannot read {flag} {name}: {missing}{' '.join(str(error).split())}; give {', '.join(offers)}the path of "
+            "a tokenizer.json, or the name of a hub model that has one"
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def tokenizer_of_checkpoint(path: Path) -> str:
-    """The JSON that a run on text keeps among the state of its data.
-
-    Raises:
-        TrunklineError: if there is none.
-    """
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    states = content.values() if isinstance(content, dict) else ()
-    for state in states:
+def tokenizer_of_checkpoint(content: Any) -> str | None:
+    """The JSON that a run on text keeps among the state of its data; None if there is none."""
+    for state in content.values() if isinstance(content, dict) else ():
         if isinstance(state, dict) and isinstance(state.get("tokenizer"), str):
             return state["tokenizer"]
-    raise TrunklineError(f"--data.tokenizer {path}: this checkpoint keeps no tokenizer; give one of a run on text")
+    return None
 
 
 def treats_words_alone(tokenizer: Tokenizer) -> bool:

@@ -1,6 +1,7 @@
 """Contrastive learning of images and texts, exact on any number of processes."""
 
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -108,7 +109,7 @@ class ContrastiveImageText(TrunklineModule):
         if init_image_from is not None:
             self.start_image_from(init_image_from)
         if init_text_from is not None:
-            start_from(self.network.text, init_text_from)
+            start_from(self.network.text, init_text_from, "init_text_from")
         for tower, blocks in ((self.network.image, freeze_image_blocks), (self.network.text, freeze_text_blocks)):
             self.frozen += freeze(tower, blocks) if blocks > 0 else []
         self.train()
@@ -130,10 +131,13 @@ class ContrastiveImageText(TrunklineModule):
         Raises:
             TrunklineError: if it holds something else, or other sizes.
         """
-        file = name.endswith(".ckpt")
-        load_matching(
-            self.network.image, network_from_checkpoint(ViT, name) if file else ViT.from_pretrained(name), name
-        )
+        try:
+            source = network_from_checkpoint(ViT, name) if Path(name).is_file() else ViT.from_pretrained(name)
+            load_matching(self.network.image, source, name)
+        except TrunklineError as error:
+            raise TrunklineError(
+                f"--model.init_image_from {name} does not fit --model.network.image: {error}"
+            ) from error
 
     def setup(self, stage: str) -> None:
         """Compare the network with the data before the first step; see `check_text_sizes`, `check_tokenizer`."""
@@ -187,7 +191,7 @@ class ContrastiveImageText(TrunklineModule):
                 self.held = []
             self.held.append({name: batch[name] for name in ("image", "tokens", "mask", "caption_key")})
             if self.trainer.fit_loop.epoch_loop._should_accumulate():
-                return 0.0 * torch.stack([p.sum() for p in self.network.parameters() if p.requires_grad]).sum()
+                return 0.0 * next(p for p in self.network.parameters() if p.requires_grad).sum()
             chunk = chunk or len(batch["image"])
             batch = {name: torch.cat([held[name] for held in self.held]) for name in self.held[0]}
             self.held = []

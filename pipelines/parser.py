@@ -14,8 +14,17 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import trunkline.modules.callbacks
 from trunkline import TrunklineError
-from trunkline.datamodules import ImageData, LabelledTextData, MaskedTextData, SquadData, TaggedTextData, TextData
+from trunkline.datamodules import (
+    ImageData,
+    ImageTextData,
+    LabelledTextData,
+    MaskedTextData,
+    SquadData,
+    TaggedTextData,
+    TextData,
+)
 from trunkline.modules.causal_lm import CausalLM
+from trunkline.modules.contrastive_image_text import ContrastiveImageText
 from trunkline.modules.image_classifier import ImageClassifier
 from trunkline.modules.masked_lm import MaskedLM
 from trunkline.modules.question_answering import QuestionAnswering
@@ -25,8 +34,16 @@ from trunkline.pipelines.cli import own_error
 from trunkline.pipelines.configs import nearest
 
 # Importing a class makes its short name known: `class_path: ImageClassifier`.
-OBJECTIVES = (CausalLM, ImageClassifier, MaskedLM, QuestionAnswering, TextClassifier, TokenClassifier)
-DATA = (ImageData, LabelledTextData, MaskedTextData, SquadData, TaggedTextData, TextData)
+OBJECTIVES = (
+    CausalLM,
+    ContrastiveImageText,
+    ImageClassifier,
+    MaskedLM,
+    QuestionAnswering,
+    TextClassifier,
+    TokenClassifier,
+)
+DATA = (ImageData, ImageTextData, LabelledTextData, MaskedTextData, SquadData, TaggedTextData, TextData)
 
 
 class Parser(LightningArgumentParser):
