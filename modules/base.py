@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
@@ -22,6 +22,7 @@ from trunkline.modules.checkpoints import follow_folder, load_checkpoint
 from trunkline.modules.networks.base import Network, config_from_dict
 from trunkline.modules.optim import OptimizerConfig, build_optimizer, lr_multiplier
 
+N = TypeVar("N", bound=Network)
 DIVERGED = (
     "Lower --model.optimizer.lr, lengthen --model.optimizer.warmup, set --trainer.gradient_clip_val 1, or with "
     "16-mixed precision use bf16-mixed; then --resume auto"
@@ -72,15 +73,7 @@ class TrunklineModule(L.LightningModule):
                 source = type(self.network).from_pretrained(init_from)
             load_matching(self.network, source, init_from)
         if freeze_blocks > 0:
-            learning = [*self.network.output_modules()]
-            for trunk in (m for m in self.network.modules() if isinstance(m, Transformer)):
-                if freeze_blocks < len(trunk.blocks):
-                    learning += [*trunk.blocks[freeze_blocks:], trunk.norm]
-            kept = {p for module in learning for p in module.parameters()}
-            for p in self.network.parameters():
-                p.requires_grad_(p in kept)
-            inside = {m for module in learning for m in module.modules()}  # their dropout has no parameters
-            self.frozen = [m for m in self.network.modules() if m not in inside and kept.isdisjoint(m.parameters())]
+            self.frozen = freeze(self.network, freeze_blocks)
         self.train()
 
     def train(self, mode: bool = True) -> "TrunklineModule":
@@ -247,8 +240,26 @@ def settle_progress(trainer: L.Trainer, saved: dict[str, Any]) -> None:
             validation["total"]["started"] += 1
 
 
-def check_text_sizes(trainer: L.Trainer, config: Any) -> None:
+def freeze(network: Network, blocks: int) -> list[torch.nn.Module]:
+    """Let only the output modules and the blocks from number `blocks` on learn; returns what stands still."""
+    learning = [*network.output_modules()]
+    for trunk in (m for m in network.modules() if isinstance(m, Transformer)):
+        if blocks < len(trunk.blocks):
+            learning += [*trunk.blocks[blocks:], trunk.norm]
+    kept = {p for module in learning for p in module.parameters()}
+    for p in network.parameters():
+        p.requires_grad_(p in kept)
+    inside = {m for module in learning for m in module.modules()}  # their dropout has no parameters
+    return [m for m in network.modules() if m not in inside and kept.isdisjoint(m.parameters())]
+
+
+def check_text_sizes(trainer: L.Trainer, config: Any, group: str = "--model.network") -> None:
     """Compare a network on text with the data.
+
+    Args:
+        trainer: has the data.
+        config: of the network.
+        group: of the flags that set it.
 
     Raises:
         TrunklineError: if the data has longer rows or more tokens than the network takes.
@@ -258,26 +269,42 @@ def check_text_sizes(trainer: L.Trainer, config: Any) -> None:
         given, taken = getattr(data, name, 0), getattr(config, name)
         if given > taken:
             raise TrunklineError(
-                f"the data has {name}={given}, but the network takes {taken}; set --model.network.{name} {given}"
+                f"the data has {name}={given}, but the network takes {taken}; set {group}.{name} {given}"
             )
 
 
-def check_tokenizer(module: TrunklineModule) -> None:
+def check_tokenizer(module: TrunklineModule, argument: str = "init_from") -> None:
     """Compare the data's tokenizer with that of the checkpoint whose weights a run starts from.
+
+    Args:
+        module: with its trainer.
+        argument: of the module that names the checkpoint.
 
     Raises:
         TrunklineError: if they differ, for then the ids mean other words.
     """
-    source = module.hparams.get("init_from")
+    source = module.hparams.get(argument)
     tokenizer = getattr(getattr(module.trainer, "datamodule", None), "tokenizer", None)
     if tokenizer is None or source is None or not Path(source).is_file():
         return
     states = [s["tokenizer"] for s in load_checkpoint(source).values() if isinstance(s, dict) and s.get("tokenizer")]
     if states and states[0] != tokenizer.to_str():
         raise TrunklineError(
-            f"init_from {source} was trained with another tokenizer than the data's, so that its ids mean other "
+            f"{argument} {source} was trained with another tokenizer than the data's, so that its ids mean other "
             f"words; set --data.tokenizer {source}"
         )
+
+
+def check_loss_options(label_smoothing: float, z_loss: float = 0.0) -> None:
+    """Refuse what no loss can be made with.
+
+    Raises:
+        TrunklineError: naming the flag.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise TrunklineError(f"--model.label_smoothing must be from 0 up to below 1, not {label_smoothing}")
+    if z_loss < 0:
+        raise TrunklineError(f"--model.z_loss must be 0 or more, not {z_loss}")
 
 
 def as_config(config_class: type[Any], value: Any) -> Any:
@@ -296,20 +323,28 @@ def as_plain(value: Any) -> Any:
     return [as_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def network_from_checkpoint(network_class: type[Network], path: str | Path) -> Network:
+def network_from_checkpoint(network_class: type[N], path: str | Path) -> N:
     """The network inside a training checkpoint (with averaged weights, where the run kept an average).
 
     Raises:
         TrunklineError: if the file is damaged, or holds no such network.
     """
-    checkpoint = load_checkpoint(path)
+    return network_of(network_class, load_checkpoint(path), path)
+
+
+def network_of(network_class: type[N], checkpoint: dict[str, Any], path: str | Path) -> N:
+    """See `network_from_checkpoint`; of a checkpoint that is read already."""
     config = checkpoint.get("hyper_parameters", {}).get("network")
     if config is None:
         raise TrunklineError(f"{path} is no checkpoint of a Trunkline run: it names no network")
     network = network_class(config_from_dict(network_class.config_class, config))
     prefix = "network."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    network.load_state_dict(weights)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).split("\n")[1:2] or [str(error)]
+        raise TrunklineError(f"the weights in {path} do not fit its configuration: {first[0].strip()}") from error
     return network
 
 

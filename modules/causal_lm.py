@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from trunkline.modules.base import TrunklineModule, as_config, check_text_sizes, check_tokenizer
+from trunkline.modules.base import TrunklineModule, as_config, check_loss_options, check_text_sizes, check_tokenizer
 from trunkline.modules.losses import IGNORE, linear_cross_entropy, token_losses
 from trunkline.modules.networks import GPT, GPTConfig
 from trunkline.modules.optim import OptimizerConfig
@@ -56,6 +56,7 @@ class CausalLM(TrunklineModule):
             freeze_blocks=freeze_blocks,
             seed=seed,
         )
+        check_loss_options(label_smoothing, z_loss)
         self.network = GPT(config)
         self.prepare_network(init_from, freeze_blocks)
         self.label_smoothing, self.z_loss = label_smoothing, z_loss

@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from trunkline import TrunklineError
-from trunkline.modules.base import TrunklineModule, as_config
+from trunkline.modules.base import TrunklineModule, as_config, check_loss_options
 from trunkline.modules.networks import ViT, ViTConfig
 from trunkline.modules.optim import OptimizerConfig
 
@@ -61,6 +61,7 @@ class ImageClassifier(TrunklineModule):
             freeze_blocks=freeze_blocks,
             seed=seed,
         )
+        check_loss_options(label_smoothing)
         if config.num_classes < 2:
             raise TrunklineError(f"classification needs at least 2 classes, not num_classes={config.num_classes}")
         self.network = ViT(config)
@@ -89,6 +90,15 @@ class ImageClassifier(TrunklineModule):
                 f"the data has {len(names)} classes ({', '.join(names[:3])}, …), but the network has "
                 f"{self.network.config.num_classes} outputs; set --model.network.num_classes {len(names)}"
             )
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.network.config.num_classes
+
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, D) pooled features of `image`, as the output layer reads them."""
+        return self.network.forward_head(self.network.forward_features(batch["image"]), pre_logits=True)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, height, width) -> (B, num_classes) logits."""

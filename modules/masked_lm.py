@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from trunkline.modules.base import TrunklineModule, as_config, check_text_sizes, check_tokenizer
+from trunkline.modules.base import TrunklineModule, as_config, check_loss_options, check_text_sizes, check_tokenizer
 from trunkline.modules.losses import IGNORE, linear_cross_entropy, token_losses
 from trunkline.modules.networks import BERT, BERTConfig
 from trunkline.modules.optim import OptimizerConfig
@@ -55,6 +55,7 @@ class MaskedLM(TrunklineModule):
             freeze_blocks=freeze_blocks,
             seed=seed,
         )
+        check_loss_options(label_smoothing)
         self.network = BERT(config)
         self.prepare_network(init_from, freeze_blocks)
         self.label_smoothing = label_smoothing

@@ -57,3 +57,18 @@ def retrieval_metrics(image: Tensor, text: Tensor, image_keys: Tensor, text_keys
         metrics |= {f"{name}_R@{k}": (ranks <= k).float().mean() for k in RECALL_AT}
         metrics[f"{name}_median_rank"] = ranks.float().quantile(0.5)
     return metrics
+
+
+def chance_ranks(query_keys: Tensor, gallery_keys: Tensor) -> Tensor:
+    """(G,) float64 probabilities that of a random order's first 1, 2, … G answers one is right, over all queries.
+
+    Args:
+        query_keys: see `retrieval_ranks`.
+        gallery_keys: see there.
+    """
+    keys, counts = gallery_keys.unique(return_counts=True)
+    rights, queries = counts[torch.searchsorted(keys, query_keys)].unique(return_counts=True)
+    total, place = len(gallery_keys), torch.arange(len(gallery_keys), device=keys.device)
+    # Of the next answer being wrong too, if all before it were.
+    wrong = (total - rights[:, None] - place).clamp(min=0).double() / (total - place)
+    return queries.double() @ (1 - wrong.cumprod(dim=1)) / queries.sum()

@@ -15,6 +15,7 @@ from trunkline import TrunklineError
 from trunkline.modules.base import (
     TrunklineModule,
     as_config,
+    check_loss_options,
     check_text_sizes,
     check_tokenizer,
     load_matching,
@@ -45,23 +46,10 @@ class TextTask(TrunklineModule):
         """As usual, but `init_from` may also hold the body alone: what `MaskedLM` or `CausalLM` trained.
 
         Raises:
-            TrunklineError: if it holds another kind of network, or one of other sizes; names the flag.
+            TrunklineError: as `start_from` has it.
         """
         if init_from is not None:
-            source = read_network(init_from, type(self.network.body))
-            config = self.network.config
-            own, target = (self.network, config) if isinstance(source, TextHead) else (self.network.body, config.body)
-            body = source.config.body if isinstance(source, TextHead) else source.config
-            if type(body) is not type(config.body):
-                kind = "gpt" if config.bert is not None else "bert"
-                raise TrunklineError(
-                    f"init_from {init_from} holds a {kind.upper()}; set --model.network.{kind} instead of "
-                    f"{config.body_flag}"
-                )
-            check_same_sizes(body, config.body, init_from, config.body_flag)
-            if target is config.body:
-                source = without_heads(source)
-            load_matching(own, source, init_from)
+            start_from(self.network, init_from)
         super().prepare_network(None, freeze_blocks)
 
     def setup(self, stage: str) -> None:
@@ -72,10 +60,7 @@ class TextTask(TrunklineModule):
         """
         config = self.network.config
         check_tokenizer(self)
-        try:
-            check_text_sizes(self.trainer, config.body)
-        except TrunklineError as error:
-            raise TrunklineError(str(error).replace("--model.network", config.body_flag)) from error
+        check_text_sizes(self.trainer, config.body, config.body_flag)
         names = self.class_names()
         if names and len(names) != config.num_outputs:
             raise TrunklineError(
@@ -86,6 +71,15 @@ class TextTask(TrunklineModule):
     def class_names(self) -> list[str]:
         """Names of the classes, if the data knows them."""
         return getattr(getattr(self._trainer, "datamodule", None), "class_names", None) or []
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.network.config.num_outputs
+
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, D) or (B, T, D): what the output layer reads of a batch."""
+        return self.network.states(batch["tokens"], batch.get("segments"), batch.get("mask"))
 
     def outputs(self, batch: dict[str, Tensor]) -> Tensor:
         """(B, K) or (B, T, K) outputs on a batch, in float32 or wider."""
@@ -136,6 +130,7 @@ class TextClassifier(TextTask):
             freeze_blocks=freeze_blocks,
             seed=seed,
         )
+        check_loss_options(label_smoothing)
         if config.num_outputs < 2 or config.pool == "none":
             raise TrunklineError(
                 f"classification of texts needs --model.network.num_outputs of 2 or more, not {config.num_outputs}, "
@@ -163,7 +158,7 @@ class TextClassifier(TextTask):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Count one batch towards the validation metrics; returns `label` and `prediction` (B,) for callbacks."""
+        """Count one batch towards the validation metrics; returns it with `prediction` (B,) for callbacks."""
         return self._evaluate(batch, "val")
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -179,12 +174,38 @@ class TextClassifier(TextTask):
             metrics[name].update(logits, label)
         for name, metric in metrics.items():
             self.log(f"{stage}/{name}", metric, prog_bar=name == "acc")
-        return {"label": label, "prediction": logits.argmax(dim=-1)}
+        inputs = {name: value[valid] for name, value in batch.items() if name in ("tokens", "segments", "mask")}
+        return {**inputs, "label": label, "prediction": logits.argmax(dim=-1)}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """`index` (B,) and `probability` (B, K) of the valid samples."""
         valid = batch["valid"]
         return {"index": batch["index"][valid], "probability": self.outputs(batch)[valid].softmax(dim=-1)}
+
+
+def start_from(network: TextHead, name: str, argument: str = "init_from") -> None:
+    """Copy the weights of a checkpoint, a folder or a hub name: a `TextHead`'s, or only those of its body.
+
+    Args:
+        network: to change.
+        name: see `read_network`.
+        argument: that gave it, for messages.
+
+    Raises:
+        TrunklineError: if it holds another kind of network, or one of other sizes; names the flag.
+    """
+    source, config = read_network(name, type(network.body)), network.config
+    own, target = (network, config) if isinstance(source, TextHead) else (network.body, config.body)
+    body = source.config.body if isinstance(source, TextHead) else source.config
+    if type(body) is not type(config.body):
+        kind = "gpt" if config.bert is not None else "bert"
+        raise TrunklineError(
+            f"{argument} {name} holds a {kind.upper()}; set --model.network.{kind} instead of {config.body_flag}"
+        )
+    check_same_sizes(body, config.body, name, config.body_flag)
+    if target is config.body:
+        source = without_heads(source)
+    load_matching(own, source, name)
 
 
 def read_network(name: str, body: type[Network]) -> Any:

@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from trunkline import TrunklineError
-from trunkline.modules.base import as_config
+from trunkline.modules.base import as_config, check_loss_options
 from trunkline.modules.losses import IGNORE
 from trunkline.modules.networks.text_head import TextHead, TextHeadConfig
 from trunkline.modules.optim import OptimizerConfig
@@ -54,6 +54,7 @@ class TokenClassifier(TextTask):
             freeze_blocks=freeze_blocks,
             seed=seed,
         )
+        check_loss_options(label_smoothing)
         if config.num_outputs < 2 or config.pool != "none":
             raise TrunklineError(
                 f"tagging needs --model.network.num_outputs of 2 or more, not {config.num_outputs}, and "
@@ -112,9 +113,11 @@ class TokenClassifier(TextTask):
         return {"label": labels, "prediction": words.argmax(dim=-1)}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """`index` (B,) and `prediction` (B, T), the likeliest tag of each token, of the valid samples."""
-        valid = batch["valid"]
-        return {"index": batch["index"][valid], "prediction": self.outputs(batch)[valid].argmax(dim=-1)}
+        """`index` of its sample, `prediction`, the likeliest tag, and `probability`, each (N,), of the valid words."""
+        words = (batch["targets"] != IGNORE) & batch["valid"][:, None]
+        probability, prediction = self.outputs(batch)[words].softmax(dim=-1).max(dim=-1)
+        index = batch["index"][:, None].expand_as(words)[words]
+        return {"index": index, "prediction": prediction, "probability": probability}
 
 
 class EntityF1(Metric):

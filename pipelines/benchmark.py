@@ -28,6 +28,7 @@ from trunkline.pipelines.benchmark_finetune import ngram_accuracy
 from trunkline.pipelines.benchmark_text import (
     bert_compiled,
     bert_eager,
+    bert_memory,
     generation,
     gpt_compiled,
     gpt_eager,
@@ -45,6 +46,7 @@ def benchmark(
         "gpt_compiled",
         "bert",
         "bert_compiled",
+        "bert_memory",
         "generation",
         "tokenization",
         "muon",
@@ -63,12 +65,12 @@ def benchmark(
             same loop. `vit_compiled`: the same with bfloat16 and torch.compile, against timm's float32
             eager. `gpt` and `gpt_compiled`: likewise a GPT of 6 layers, width 384 and 256 tokens a row,
             against transformers' GPT-2. `bert` and `bert_compiled`: likewise BERT-mini on 128 tokens a row, 15%
-            of them hidden; compiled on both sides. `generation`: a token of GPT-2 124M, batch 1.
-            `tokenization`: byte-level BPE against the bare library. `muon`: an optimiser step on the digits
-            recipe's network, against torch's Muon, which goes matrix by matrix. `overhead`: `trainer.fit` with
-            progress bar, throughput, TensorBoard and signal handling, against a bare loop of the same network
-            and batch size. `svm`: test accuracy of an RBF SVM on the splits of vit/digits. `ngram`: of a logistic
-            regression over characters' n-grams on those of bert/classify_demo.
+            of them hidden; compiled on both sides. `bert_memory`: peak memory of such a step in float32, eager.
+            `generation`: a token of GPT-2 124M, batch 1. `tokenization`: byte-level BPE against the bare library.
+            `muon`: an optimiser step on the digits recipe's network, against torch's Muon, which goes matrix by
+            matrix. `overhead`: `trainer.fit` with progress bar, throughput, TensorBoard and signal handling, against a
+            bare loop of the same network and batch size. `svm`: test accuracy of an RBF SVM on the splits of
+            vit/digits. `ngram`: of a logistic regression over characters' n-grams on those of bert/classify_demo.
         rounds: turns that each side takes.
         batch_size: images or rows a step; None is 16 images, 8 rows of a GPT, 32 of BERT, 1 in generation.
         output: a JSON file for the figures.
@@ -92,6 +94,9 @@ def benchmark(
     if what in ("all", "ngram"):
         data = LabelledTextData("emoji", tokenizer="", train_rows=1000, val_fraction=0.1, test_fraction=0.1)
         print(f"n-grams and logistic regression on bert/classify_demo: test accuracy {ngram_accuracy(data):.4f}")
+    if what in ("all", "bert_memory"):
+        ours, theirs = bert_memory(batch_size)
+        print(f"BERT-mini fp32 eager, peak memory of a training step: {ours:.0f} MiB; transformers: {theirs:.0f} MiB")
     chosen = {name: case for name, case in cases.items() if what in ("all", name)}
     rows = [row for case in chosen.values() for row in case(rounds, batch_size)]
     if not rows:

@@ -17,6 +17,7 @@ from trunkline.modules.losses import linear_cross_entropy
 from trunkline.modules.low_precision import to_bfloat16, to_int8
 from trunkline.modules.networks import BERT, GPT, BERTConfig, GPTConfig
 from trunkline.modules.networks.convert import gpt_config_from_transformers, gpt_from_transformers
+from trunkline.pipelines.memory import peak_memory
 from trunkline.pipelines.timing import Side, bare_loop, compare
 
 LENGTH = 256
@@ -119,6 +120,16 @@ def bert_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     """The same in bfloat16 and compiled, on both sides."""
     loops = _bert_loops(batch_size or 32, bf16=True, compiled=True)
     return [compare("BERT-mini bf16 compiled", "transformers bf16 compiled", *loops, rounds)]
+
+
+def bert_memory(batch_size: int | None) -> tuple[float, float]:
+    """MiB that the first training step of BERT-mini takes at its peak, optimiser's state and all: ours, theirs."""
+    ours, theirs = (peak_memory(partial(_bert_step, side, batch_size or 32)) / 2**20 for side in (0, 1))
+    return ours, theirs
+
+
+def _bert_step(side: int, batch_size: int) -> Side:
+    return _bert_loops(batch_size)[side]
 
 
 def generation(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:

@@ -1,11 +1,27 @@
 """Run folders: `runs/<recipe>/<time>/` with the resolved config, checkpoints and event files."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from trunkline import TrunklineError
 from trunkline.modules.checkpoints import find_fault, newest_valid
+
+RUN = "TRUNKLINE_RUN"
+"""Variable with the name of a new run's folder."""
+
+
+@contextmanager
+def forgotten_run() -> Iterator[None]:
+    """Let a new run's name, which processes inherit by the environment, end with this run."""
+    inherited = RUN in os.environ
+    try:
+        yield
+    finally:
+        if not inherited:
+            os.environ.pop(RUN, None)
 
 
 def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path | None, list[str]]:
@@ -48,13 +64,13 @@ def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path 
 
 def _new_run(folder: Path) -> Path:
     """A new folder's name, the same in all processes of a run."""
-    if "TRUNKLINE_RUN" not in os.environ:
+    if RUN not in os.environ:
         # Processes that Lightning starts inherit the variable; those that a cluster starts share a job's id.
         multiple = int(os.environ.get("SLURM_NTASKS", os.environ.get("WORLD_SIZE", "1"))) > 1
         job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
         now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        os.environ["TRUNKLINE_RUN"] = f"job-{job}" if multiple and job else _unused(folder, now)
-    return folder / os.environ["TRUNKLINE_RUN"]
+        os.environ[RUN] = f"job-{job}" if multiple and job else _unused(folder, now)
+    return folder / os.environ[RUN]
 
 
 def _unused(folder: Path, name: str) -> str:

@@ -1,16 +1,15 @@
 """Networks and tokenizers out of training checkpoints, and the device that they run on."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
-from trunkline.datamodules.tokenizers import size_of
+from trunkline.datamodules.tokenizers import load_tokenizer, size_of, tokenizer_of_checkpoint
+from trunkline.modules.base import network_of
 from trunkline.modules.checkpoints import load_checkpoint
 from trunkline.modules.networks import BERT, GPT
-from trunkline.modules.networks.base import config_from_dict
 
 LANGUAGE_MODELS: dict[str, type[GPT | BERT]] = {"CausalLM": GPT, "MaskedLM": BERT}
 """Objectives, and the networks in their checkpoints."""
@@ -24,7 +23,7 @@ def load_language_model(
     Args:
         checkpoint: the file.
         objectives: those of `LANGUAGE_MODELS` that will do.
-        tokenizer: a tokenizer.json in place of the checkpoint's own.
+        tokenizer: of `load_tokenizer`, in place of the checkpoint's own.
 
     Raises:
         TrunklineError: if it is damaged, of another objective, or without a tokenizer, or if they do not fit.
@@ -34,42 +33,28 @@ def load_language_model(
     if objective not in objectives:
         raise TrunklineError(f"{checkpoint} is no checkpoint of {' or '.join(objectives)}, but of {objective}")
     words, source = _tokenizer(content, checkpoint, tokenizer)
-    shape = content.get("hyper_parameters", {}).get("network")
-    if shape is None:
-        raise TrunklineError(f"{checkpoint} is no checkpoint of a Trunkline run: it names no network")
-    kind = LANGUAGE_MODELS[objective]
-    config: Any = config_from_dict(kind.config_class, shape)
-    if size_of(words) > config.vocab_size:
+    network = network_of(LANGUAGE_MODELS[objective], content, checkpoint)
+    if size_of(words) > network.config.vocab_size:
         raise TrunklineError(
-            f"{source} has {size_of(words)} tokens, but the network of {checkpoint} knows {config.vocab_size}; "
+            f"{source} has {size_of(words)} tokens, but the network of {checkpoint} knows {network.config.vocab_size}; "
             "use the tokenizer that it was trained with"
         )
-    network = kind(config)
-    weights = {k.removeprefix("network."): v for k, v in content["state_dict"].items() if k.startswith("network.")}
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).split("\n")[1:2] or [str(error)]
-        raise TrunklineError(f"the weights in {checkpoint} do not fit its configuration: {first[0].strip()}") from error
     return network.eval(), words
 
 
 def _tokenizer(content: dict[str, Any], checkpoint: str, name: str | None) -> tuple[Tokenizer, str]:
     """The tokenizer, and where it is from, for messages."""
-    if name is None:  # the datamodule's state has it
-        states = [s["tokenizer"] for s in content.values() if isinstance(s, dict) and s.get("tokenizer")]
-        if not states:
-            raise TrunklineError(f"{checkpoint} holds no tokenizer; name its file with --tokenizer tokenizer.json")
-        text, source = states[0], f"the tokenizer in {checkpoint}"
-    else:
-        try:
-            text, source = Path(name).read_text(encoding="utf-8"), f"--tokenizer {name}"
-        except (OSError, UnicodeDecodeError) as error:
-            raise TrunklineError(f"cannot read --tokenizer {name}: {error}; name a tokenizer.json") from error
+    if name is not None:
+        return load_tokenizer(name, "--tokenizer"), f"--tokenizer {name}"
+    text = tokenizer_of_checkpoint(content)
+    if text is None:
+        raise TrunklineError(f"{checkpoint} holds no tokenizer; name its file with --tokenizer tokenizer.json")
     try:
-        return Tokenizer.from_str(text), source
+        return Tokenizer.from_str(text), f"the tokenizer in {checkpoint}"
     except Exception as error:  # the library raises bare ones
-        raise TrunklineError(f"{source} is no tokenizer of the tokenizers library: {error}") from error
+        raise TrunklineError(
+            f"the tokenizer in {checkpoint} is no tokenizer of the tokenizers library: {error}"
+        ) from error
 
 
 def find_device(name: str) -> torch.device:

@@ -23,7 +23,7 @@ from trunkline.modules.base import TrunklineModule
 from trunkline.modules.checkpoints import SafeCheckpointIO, find_fault
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.parser import Parser
-from trunkline.pipelines.runs import choose_run
+from trunkline.pipelines.runs import choose_run, forgotten_run
 
 
 class TrainingCLI(LightningCLI):
@@ -191,7 +191,8 @@ def run_training(arguments: list[str]) -> None:
     # Lightning starts the other processes of a run with the same command line.
     sys.argv[1:] = arguments
     try:
-        TrainingCLI(arguments, recipe)
+        with forgotten_run():
+            TrainingCLI(arguments, recipe)
     except MisconfigurationException as error:  # Lightning's word for asking too much
         raise TrunklineError(str(error)) from error
 

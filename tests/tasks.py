@@ -5,6 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from trunkline.datamodules.tokenizers import train_tokenizer
+
 BATCHES = 13
 
 
@@ -68,10 +70,23 @@ def masked_pairs(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, A
     return masked_lm(exact, text_data(folder, path, val_fraction=0.4), pairs=True)
 
 
+def classify(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    texts = sentences(450)
+    rows = [{"text": text, "label": "abc"[len(text.split()) % 3]} for text in texts]
+    (folder / "labelled.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train_tokenizer("masked_bpe", texts, 300).save(str(folder / "tokenizer.json"))
+    body = {"vocab_size": 300, "max_length": 16, "backbone": {**trunk(exact), "norm_first": False}}
+    network = {"num_outputs": 3, "pool": "mean", "dropout": 0.0 if exact else 0.2, "bert": body}
+    data = {"path": str(folder / "labelled.jsonl"), "tokenizer": str(folder / "tokenizer.json"), "max_length": 16}
+    model = {"class_path": "TextClassifier", "init_args": {"network": network}}
+    return model, {"class_path": "LabelledTextData", "init_args": {**data, "val_fraction": 0.4}}
+
+
 TASKS = {
     "image": image,
     "block": text_block,
     "documents": text_documents,
     "masked": masked,
     "masked_pairs": masked_pairs,
+    "classify": classify,
 }

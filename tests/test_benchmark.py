@@ -143,6 +143,7 @@ def test_all_is_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
         row = {"case": name, "peer": "", "ms": 1.0, "peer_ms": 2.0, "ratio": 2.0, "range": (1.5, 2.5)}
         monkeypatch.setattr(module, function, lambda rounds, size, row=row: [row | {"given": (rounds, size)}])
     monkeypatch.setattr(module, "svm_accuracy", lambda: 0.5)
+    monkeypatch.setattr(module, "bert_memory", lambda size: (size + 5.2, 1e3))
     monkeypatch.setattr(module, "ngram_accuracy", lambda data: data.train_rows / 4000)
     benchmark(rounds=3, batch_size=7, output=str(tmp_path / "figures.json"))
     rows = json.loads((tmp_path / "figures.json").read_text())
@@ -150,6 +151,15 @@ def test_all_is_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     shown = capsys.readouterr().out
     assert "test accuracy 0.5000" in shown
     assert "test accuracy 0.2500" in shown
+    assert "peak memory of a training step: 12 MiB; transformers: 1000 MiB" in shown
+
+
+def test_the_memory_of_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(benchmark_text, "peak_memory", lambda prepare: asked.append(prepare) or len(asked) << 20)
+    assert benchmark_text.bert_memory(None) == (1, 2)
+    monkeypatch.setattr(benchmark_text, "_bert_loops", lambda size: [f"ours {size}", f"theirs {size}"])
+    assert [prepare() for prepare in asked] == ["ours 32", "theirs 32"]
 
 
 def test_no_folder_for_the_figures_is_found_before_measuring(tmp_path: Path) -> None:

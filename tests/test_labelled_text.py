@@ -271,7 +271,8 @@ def test_missing_files(tmp_path: Path) -> None:
 def test_checkpoints_remember_tokenizer_and_classes(tmp_path: Path, tokenizer: Tokenizer) -> None:
     made = ready(write(tmp_path / "t.jsonl", rows()), tmp_path)
     state = made.state_dict()
-    assert state == {"tokenizer": tokenizer.to_str(), "class_names": ["no", "yes"]}
+    settings = {"max_length": 8, "text_column": "text", "pair_column": None}
+    assert state == {"tokenizer": tokenizer.to_str(), "class_names": ["no", "yes"], "settings": settings}
     made.load_state_dict(state)
     with pytest.raises(TrunklineError, match=r"another tokenizer than --data\.tokenizer .*give that checkpoint"):
         made.load_state_dict({**state, "tokenizer": "{}"})

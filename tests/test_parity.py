@@ -1,4 +1,4 @@
-"""Parity with independent references: torch's own layers, timm, and plain float64 loops."""
+"""Parity of the trunk and its embeddings with torch's own layers, timm, and plain float64 loops."""
 
 import math
 from collections.abc import Callable
@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
+from parity import assert_near, randomise
 from timm.layers import AttentionPoolLatent, resample_abs_pos_embed
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import (
@@ -26,25 +25,6 @@ from trunkline.modules.backbone import (
 )
 from trunkline.modules.backbone.attention import Attention, rotate, rotation_table
 from trunkline.modules.backbone.transformer import Block
-from trunkline.modules.networks import BERT, GPT, BERTConfig, ViT, ViTConfig
-from trunkline.modules.networks.convert import (
-    bert_from_transformers,
-    gpt_config_from_transformers,
-    gpt_from_transformers,
-    vit_from_timm,
-)
-
-
-def randomise(module: nn.Module, scale: float = 0.2) -> Any:
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn_like(p), alpha=scale)
-    return module
-
-
-def assert_near(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-
 
 # --- torch.nn.Transformer*Layer ---
 
@@ -262,7 +242,7 @@ def test_resized_positions(old: tuple[int, int], new: tuple[int, int], dtype: to
     assert_near(got, want, 1e-6)
 
 
-# --- patches, pooling and the ViT ---
+# --- patches and pooling ---
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
@@ -287,176 +267,3 @@ def test_attention_pool_against_timm(masked: bool) -> None:
     x = torch.randn(3, 6, 32)
     mask = (torch.arange(6) < torch.tensor([[6], [2], [4]]))[:, None, None] if masked else None
     assert_near(ours(x, mask), theirs(x, attn_mask=mask))
-
-
-VITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # timm's arguments, and ours
-    "cls": ({}, {}),
-    "registers": ({"reg_tokens": 4}, {"num_registers": 4}),
-    "no_embed_class": ({"no_embed_class": True}, {}),
-    "no_embed_class-registers": ({"no_embed_class": True, "reg_tokens": 4}, {"num_registers": 4}),
-    "map": ({"global_pool": "map", "class_token": False}, {"pool": "map"}),
-    "wide": ({"img_size": (32, 80)}, {"image_size": (32, 80)}),
-    "features": ({"num_classes": 0, "in_chans": 1}, {"num_classes": 0, "in_chans": 1}),
-    "qk_norm": ({"qk_norm": True}, {"qk_norm": True}),
-}
-
-
-def vit_pair(name: str, image_size: int | tuple[int, int] = 64, depth: int = 2) -> tuple[nn.Module, ViT, Tensor]:
-    """ViT-Ti/16 of timm with random weights and biases, ours after conversion, and two images."""
-    theirs, ours = (dict(changes) for changes in VITS[name])
-    theirs = {"img_size": image_size, "num_classes": 10, "depth": depth, **theirs}
-    peer = timm.create_model("vit_tiny_patch16_224", pretrained=False, **theirs).eval()
-    randomise(peer, 0.05)
-    trunk = TransformerConfig(192, depth, 3, qk_norm=ours.pop("qk_norm", False))
-    vit = ViT(ViTConfig(**{"image_size": image_size, "num_classes": 10, "backbone": trunk, **ours})).eval()
-    vit.load_state_dict(vit_from_timm(peer.state_dict(), math.prod(vit.patch_embed.grid)))
-    return peer, vit, torch.randn(2, vit.config.in_chans, *vit.config.size)
-
-
-@pytest.mark.parametrize("name", VITS)
-@torch.no_grad()
-def test_vit_against_timm(name: str) -> None:
-    peer, vit, image = vit_pair(name)
-    want = peer(image)
-    assert 0.2 < want.std() < 20
-    assert_near(vit(image), want)
-
-
-@torch.no_grad()
-def test_vit_tiny_in_full_against_timm() -> None:
-    peer, vit, image = vit_pair("cls", image_size=224, depth=12)
-    assert sum(p.numel() for p in vit.parameters()) == sum(p.numel() for p in peer.parameters()) - 192  # cls position
-    assert_near(vit(image), peer(image))
-
-
-def test_vit_gradients_against_timm() -> None:
-    peer, vit, image = vit_pair("cls")
-    images = [image.clone().requires_grad_() for _ in range(2)]
-    for model, x in zip((peer, vit), images, strict=True):
-        F.cross_entropy(model(x), torch.tensor([3, 7])).backward()
-    assert images[0].grad is not None
-    assert images[1].grad is not None
-    assert_near(images[1].grad, images[0].grad)
-    gradients = {name: p.grad for name, p in peer.named_parameters()}
-    want = vit_from_timm(gradients, math.prod(vit.patch_embed.grid))
-    want["cls_token"] = gradients["cls_token"]  # the converter adds its position
-    for name, p in vit.named_parameters():
-        assert p.grad is not None
-        assert_near(p.grad, want[name])
-
-
-# --- GPT-2
-
-
-def gpt2_pair(**options: Any) -> tuple[Any, GPT, Tensor]:
-    """A small GPT-2 of transformers with random weights, biases and norms, ours after conversion, and two texts."""
-    sizes = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 3, "n_head": 4}
-    peer: Any = GPT2LMHeadModel(GPT2Config(**{**sizes, "bos_token_id": None, "eos_token_id": None, **options}))
-    randomise(peer.eval(), 0.1)
-    gpt = GPT(gpt_config_from_transformers(peer.config.to_dict())).eval()
-    gpt.load_state_dict(gpt_from_transformers(peer.state_dict()))
-    return peer, gpt, torch.randint(0, 50, (2, 16))
-
-
-GPT2S: dict[str, dict[str, Any]] = {
-    "usual": {},
-    "wide": {"n_inner": 40, "activation_function": "relu", "layer_norm_epsilon": 1e-3},
-    "untied": {"tie_word_embeddings": False, "activation_function": "gelu"},
-}
-
-
-@pytest.mark.parametrize("name", GPT2S)
-@torch.no_grad()
-def test_gpt_against_transformers(name: str) -> None:
-    peer, gpt, tokens = gpt2_pair(**GPT2S[name])
-    want = peer(tokens).logits
-    assert 0.2 < want.std() < 20
-    assert_near(gpt(tokens), want)
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    mask[1, :5] = False
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    want = peer(tokens, attention_mask=mask.long(), position_ids=positions).logits
-    assert_near(gpt(tokens, mask=mask)[mask], want[mask])
-
-
-def test_gpt_gradients_against_transformers() -> None:
-    peer, gpt, tokens = gpt2_pair(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
-    for model in (lambda x: peer(x).logits, gpt):
-        F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    want = gpt_from_transformers({name: p.grad for name, p in peer.named_parameters()})
-    for name, p in gpt.named_parameters():
-        assert p.grad is not None
-        assert_near(p.grad, want[name])
-
-
-@torch.no_grad()
-def test_gpt_from_the_names_in_files() -> None:
-    """Files of GPT-2 lack the prefix and the tied head; old ones hold causal masks."""
-    peer, gpt, tokens = gpt2_pair()
-    bare = GPT2Model(peer.config)
-    bare.load_state_dict(peer.transformer.state_dict())
-    mask = torch.ones(1, 1, 16, 16).tril()
-    weights = {**bare.state_dict(), "h.0.attn.bias": mask, "h.0.attn.masked_bias": torch.tensor(-1e4)}
-    gpt.load_state_dict(gpt_from_transformers(weights))
-    assert_near(gpt(tokens), peer(tokens).logits)
-
-
-@pytest.mark.parametrize(
-    "option",
-    [{"activation_function": "tanh"}, {"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}],
-)
-def test_gpt2_with_options_of_its_own(option: dict[str, Any]) -> None:
-    ((name, value),) = option.items()
-    with pytest.raises(TrunklineError, match=f"a GPT-2 with {name}={value} cannot be converted"):
-        gpt_config_from_transformers(GPT2Config(**option).to_dict())
-
-
-# --- BERT
-
-
-def bert_pair(next_sentence: bool) -> tuple[Any, BERT, dict[str, Tensor]]:
-    """A small BERT of transformers with random weights, ours after conversion, and two padded pairs of texts.
-
-    Without token 0, whose embedding gets no gradient there.
-    """
-    sizes = {"vocab_size": 50, "max_position_embeddings": 16, "hidden_size": 32, "num_hidden_layers": 3}
-    more = {"num_attention_heads": 4, "intermediate_size": 40, "hidden_dropout_prob": 0.0}
-    kind = BertForPreTraining if next_sentence else BertForMaskedLM
-    peer: Any = kind(BertConfig(**sizes, **more, attention_probs_dropout_prob=0.0))
-    randomise(peer.eval(), 0.1)
-    trunk = {"dim": 32, "depth": 3, "num_heads": 4, "mlp_dim": 40, "norm_eps": 1e-12}
-    backbone = TransformerConfig(**trunk, norm_first=False, final_norm=False)
-    bert = BERT(BERTConfig(50, 16, next_sentence=next_sentence, backbone=backbone)).eval()
-    bert.load_state_dict(bert_from_transformers(peer.state_dict()))
-    tokens, segments = torch.randint(1, 50, (2, 14)), (torch.arange(14) > 6).long().expand(2, 14)
-    mask = torch.arange(14) < torch.tensor([[14], [9]])
-    return peer, bert, {"tokens": tokens, "segments": segments, "mask": mask}
-
-
-@pytest.mark.parametrize("next_sentence", [False, True])
-@torch.no_grad()
-def test_bert_against_transformers(next_sentence: bool) -> None:
-    peer, bert, batch = bert_pair(next_sentence)
-    mask = batch["mask"]
-    theirs = peer(batch["tokens"], attention_mask=mask.long(), token_type_ids=batch["segments"])
-    want = theirs.prediction_logits if next_sentence else theirs.logits
-    assert 0.2 < want.std() < 20
-    assert_near(bert(**batch)[mask], want[mask])
-    keep = torch.tensor([[3, 7], [0, 8]])
-    assert_near(bert(**batch, keep=keep), torch.stack([want[0, [3, 7]], want[1, [0, 8]]]))
-    if next_sentence:
-        states = bert(**batch, keep=slice(0, 1), return_logits=False)
-        assert_near(bert.next_sentence(states[:, 0]).flip(1), theirs.seq_relationship_logits)
-
-
-def test_bert_gradients_against_transformers() -> None:
-    peer, bert, batch = bert_pair(next_sentence=False)
-    labels = torch.randint(0, 50, (2, 14)).masked_fill(~batch["mask"], -100)
-    theirs = {"attention_mask": batch["mask"].long(), "token_type_ids": batch["segments"], "labels": labels}
-    peer(batch["tokens"], **theirs).loss.backward()
-    F.cross_entropy(bert(**batch).flatten(0, 1), labels.flatten()).backward()
-    grads = {name: p.grad for name, p in peer.named_parameters()}
-    want = bert_from_transformers(grads)
-    for name, p in bert.named_parameters():
-        assert p.grad is not None
-        assert_near(p.grad, want[name])

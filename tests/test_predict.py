@@ -147,9 +147,30 @@ def test_no_images(grey_checkpoint: Path, tmp_path: Path) -> None:
 def test_corrupt_image_is_named(grey_checkpoint: Path, images: Path, tmp_path: Path) -> None:
     whole = (images / "a/2.png").read_bytes()
     (images / "a/2.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(TrunklineError, match=r"cannot read the image .*images/a/2\.png: "):
+    message = r"cannot read the image .*images/a/2\.png: .*; replace or remove it, or give --skip_corrupt true$"
+    with pytest.raises(TrunklineError, match=message):
         run(grey_checkpoint, images, tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_corrupt_images_are_skipped(grey_checkpoint: Path, images: Path, tmp_path: Path, ending: str) -> None:
+    want = run(grey_checkpoint, images, tmp_path / f"all.{ending}")
+    (images / "a/2.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"skipped: cannot read the image .*a/2\.png"):
+        found = run(grey_checkpoint, images, tmp_path / f"out.{ending}", skip_corrupt=True, batch_size=3)
+    broken = NAMES.index("a/2.png")
+    assert found.path.tolist() == want.path.tolist()
+    assert found.isna().to_numpy().tolist() == [[False] + [n == broken] * 2 for n in range(len(NAMES))]
+    pd.testing.assert_frame_equal(found.drop(broken), want.drop(broken))
+
+
+def test_nothing_but_corrupt_images(grey_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="skipped"):
+        found = run(grey_checkpoint, tmp_path / "in", tmp_path / "out.csv", skip_corrupt=True)
+    assert found.isna().to_numpy().tolist() == [[False, True, True]]
 
 
 def damaged(path: Path) -> None:

@@ -147,7 +147,7 @@ def kill_three_times(config: Path, processes: int, workers: int, steps: int) -> 
     folder, chance = config.parent, random.Random(f"{processes} {workers}")
     for kill in range(3):
         run = Run(arguments(config, processes, workers, resume=kill > 0), folder, processes)
-        wait_for(run, folder, chance.randrange(2 + kill * steps // 3, (kill + 1) * steps // 3))
+        wait_for(run, folder, chance.randrange(3 + kill * steps // 3, (kill + 1) * steps // 3))  # 2 is saved
         time.sleep(chance.uniform(0, 0.08))
         run.signal(signal.SIGKILL)
         assert run.wait() == [-signal.SIGKILL] * processes
@@ -179,14 +179,16 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
     [
         ("image", 1, 2, 1),
         ("image", 2, 0, 2),
-        ("block", 1, 0, 1),
+        ("classify", 1, 0, 1),
         ("documents", 2, 0, 1),
         ("masked_pairs", 2, 0, 1),
+        pytest.param("block", 1, 0, 1, marks=pytest.mark.slow),
         pytest.param("masked", 1, 2, 1, marks=pytest.mark.slow),
         pytest.param("image", 1, 0, 2, marks=pytest.mark.slow),
         pytest.param("image", 2, 2, 1, marks=pytest.mark.slow),
         pytest.param("block", 2, 2, 1, marks=pytest.mark.slow),
         pytest.param("documents", 1, 2, 2, marks=pytest.mark.slow),
+        pytest.param("classify", 2, 2, 2, marks=pytest.mark.slow),
     ],
 )
 def test_kills(
@@ -318,7 +320,7 @@ def assert_stopped_and_resume(output: str, folder: Path, processes: int) -> None
     assert [line["started_at"] for line in lines(folder) if "started_at" in line] == [0, step]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [pytest.param(t, marks=[pytest.mark.slow] * (t == "masked")) for t in TASKS])
 def test_equal_losses_on_one_and_two_processes(task: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """`batch_size` is over all processes: the mean of two processes' losses is the loss of one."""
     losses, indices = {}, {}

@@ -1,5 +1,6 @@
-"""What TensorBoard shows of a language model, read back from its event files."""
+"""What TensorBoard shows of a language model and of a task on text, read back from its event files."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,21 +9,43 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trunkline import TrunklineError
-from trunkline.datamodules import MaskedTextData, TextData
+from trunkline.datamodules import LabelledTextData, MaskedTextData, TaggedTextData, TextData
+from trunkline.datamodules.samplers import SampleKey
+from trunkline.datamodules.tokenizers import train_tokenizer
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.callbacks import AttentionHeads, FilledMasks, TextSamples, Throughput
+from trunkline.modules.callbacks import AttentionHeads, ClassificationReport, FilledMasks, TextSamples, Throughput
 from trunkline.modules.callbacks.text import draw_heads
 from trunkline.modules.causal_lm import CausalLM
 from trunkline.modules.filling import fill_masks
 from trunkline.modules.generation import generate
 from trunkline.modules.masked_lm import MaskedLM
-from trunkline.modules.networks import BERTConfig, GPTConfig
+from trunkline.modules.networks import BERTConfig, GPTConfig, TextHeadConfig
 from trunkline.modules.optim import OptimizerConfig
+from trunkline.modules.text_classifier import TextClassifier
+from trunkline.modules.token_classifier import TokenClassifier
 
 TEXT = "the cat sat on the mat and the dog sat on the cat. " * 60
+
+
+def trainer(folder: Path, steps: int, interval: int, *callbacks: Any) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        use_distributed_sampler=False,
+        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=1,
+        max_steps=steps,
+        val_check_interval=interval,
+        log_every_n_steps=interval,
+        callbacks=list(callbacks),
+    )
 
 
 def run(folder: Path, masked: bool, *callbacks: Any) -> SimpleNamespace:
@@ -38,21 +61,7 @@ def run(folder: Path, masked: bool, *callbacks: Any) -> SimpleNamespace:
     else:
         data = TextData(**fields, tokenizer="chars", batch_size=4)
         model = CausalLM(GPTConfig(data.vocab_size, 16, backbone=backbone), optimizer)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        use_distributed_sampler=False,
-        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=1,
-        max_steps=8,
-        val_check_interval=4,
-        log_every_n_steps=4,
-        callbacks=[*callbacks, Throughput()],
-    )
-    trainer.fit(model, datamodule=data)
+    trainer(folder, 8, 4, *callbacks, Throughput()).fit(model, datamodule=data)
     found = EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
     return SimpleNamespace(model=model, data=data, found=found)
 
@@ -122,3 +131,60 @@ def test_bad_texts_are_found_before_the_first_step(masked: bool, callback: Any, 
 def test_data_without_a_tokenizer() -> None:
     with pytest.raises(TrunklineError, match="TextSamples needs a datamodule with a tokenizer"):
         TextSamples(["a"]).setup(SimpleNamespace(datamodule=None), None, "fit")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("gpt", [False, True])
+def test_text_classifier(gpt: bool, tmp_path: Path) -> None:
+    """The matrix and the features are those of an independent pass over the validation rows."""
+    words = [f"{animal} {verb}" for animal in ("cat", "dog", "cow") for verb in ("sat", "ran", "saw")]
+    rows = [{"text": f"the {w}", "label": w[:3]} for w in words] * 4
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train_tokenizer("chars" if gpt else "wordpiece", [r["text"] for r in rows], 80).save(str(tmp_path / "t.json"))
+    data = LabelledTextData(
+        str(tmp_path / "t.jsonl"), str(tmp_path / "t.json"), max_length=16, val_fraction=0.3, batch_size=4
+    )
+    sizes: dict[str, Any] = {"vocab_size": data.vocab_size, "max_length": 16}
+    backbone = TransformerConfig(dim=16, depth=3, num_heads=2, dropout=0.2)
+    body = {"gpt": GPTConfig(**sizes, backbone=backbone)} if gpt else {"bert": BERTConfig(**sizes, backbone=backbone)}
+    model = TextClassifier(
+        TextHeadConfig(**body, num_outputs=3, pool="last" if gpt else "cls"), OptimizerConfig(lr=0.1)
+    )
+    report = ClassificationReport(images=2, projected=5)
+    fitted = trainer(tmp_path, 5, 5, report, AttentionHeads("the cat sat", blocks=2, heads=1))
+    fitted.fit(model, datamodule=data)
+    found = EventAccumulator(str(tmp_path), {"images": 0}).Reload()
+    assert set(found.Tags()["images"]) == {"val/confusion", "val/attention"}
+    assert [e.step for e in found.Images("val/confusion")] == [5]
+    assert model.network.training
+    val = [data.datasets["val"][SampleKey(0, n)] for n in range(len(data.datasets["val"]))]  # type: ignore[arg-type]
+    tokens, mask = (torch.stack([row[name] for row in val]) for name in ("tokens", "mask"))
+    with torch.no_grad():
+        features = model.eval().network.states(tokens, torch.zeros_like(tokens), mask)
+        best = model.network.head(features).argmax(dim=1)
+    assert report.matrix is not None
+    want = confusion_matrix([row["label"] for row in val], best, labels=range(3))
+    assert want.sum() == len(val) > 5
+    assert report.matrix.compute().tolist() == want.tolist()
+    (folder,) = {file.parent for file in tmp_path.rglob("tensors.tsv")}
+    shown = [list(map(float, line.split("\t"))) for line in (folder / "tensors.tsv").read_text().splitlines()]
+    torch.testing.assert_close(torch.tensor(shown), features[:5], rtol=1e-4, atol=1e-4)
+    lines = (folder / "metadata.tsv").read_text().splitlines()
+    assert lines[0] == "label\ttext"
+    assert all(line.partition("\t")[2].startswith("the ") for line in lines[1:])
+    assert [line.partition("\t")[0] for line in lines[1:]] == [data.class_names[row["label"]] for row in val[:5]]
+
+
+def test_tagger_has_a_matrix_alone(tmp_path: Path) -> None:
+    (tmp_path / "t.conll").write_text("anna B\nran O\n\nbo B\nsaw O\nanna B\n\n" * 6)
+    (tmp_path / "v.conll").write_text("anna B\nran O\n\n" * 3 + "bo B\n\n" * 2)
+    train_tokenizer("wordpiece", ["anna ran bo saw"], 80).save(str(tmp_path / "t.json"))
+    paths = {"path": str(tmp_path / "t.conll"), "val_path": str(tmp_path / "v.conll")}
+    data = TaggedTextData(**paths, tokenizer=str(tmp_path / "t.json"), max_length=16, batch_size=4)
+    body = BERTConfig(data.vocab_size, 16, backbone=TransformerConfig(dim=16, depth=1, num_heads=2))
+    model = TokenClassifier(TextHeadConfig(bert=body, pool="none"), OptimizerConfig(lr=0.01))
+    report = ClassificationReport()
+    trainer(tmp_path, 1, 1, report).fit(model, datamodule=data)
+    assert report.matrix is not None
+    assert report.matrix.compute().sum(dim=1).tolist() == [5, 3]
+    assert EventAccumulator(str(tmp_path), {"images": 0}).Reload().Tags()["images"] == ["val/confusion"]
+    assert not list(tmp_path.rglob("tensors.tsv"))

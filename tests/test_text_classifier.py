@@ -1,6 +1,7 @@
 """TextClassifier: loss and metrics against scikit-learn, sizes against the data, and learning."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,21 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import f1_score
 from tiny import trainer
+from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader, Dataset
 
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.causal_lm import CausalLM
+from trunkline.modules.image_classifier import ImageClassifier
+from trunkline.modules.masked_lm import MaskedLM
 from trunkline.modules.networks import BERTConfig, GPTConfig
 from trunkline.modules.networks.text_head import TextHeadConfig
 from trunkline.modules.optim import OptimizerConfig
 from trunkline.modules.text_classifier import TextClassifier
+from trunkline.modules.token_classifier import TokenClassifier
 
 V, T, ROWS, CLASSES = 30, 6, 23, 4
 
@@ -132,6 +138,34 @@ def test_sizes_are_compared_with_the_data(change: dict[str, Any], message: str, 
         setattr(data, name, value)
     with pytest.raises(TrunklineError, match=message):
         trainer(tmp_path, max_steps=1).fit(model(), datamodule=data)
+
+
+def test_weights_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    """The ids of a pre-trained body mean the words of its own tokenizer."""
+    data, own = RowsData(), model()
+    content = {"hyper_parameters": dict(own.hparams), "state_dict": own.state_dict()}
+    for size, name in ((3, "own"), (4, "other")):
+        words = Tokenizer(models.WordLevel({str(n): n for n in range(size)}, "0"))
+        torch.save({**content, "MaskedTextData": {"tokenizer": words.to_str()}}, tmp_path / f"{name}.ckpt")
+        data.tokenizer = words
+    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(
+        model(init_from=str(tmp_path / "other.ckpt")), datamodule=data
+    )
+    message = r"init_from .*own\.ckpt was trained with another tokenizer than the data's.*set --data\.tokenizer .*own"
+    with pytest.raises(TrunklineError, match=message):
+        trainer(tmp_path, max_steps=1).fit(model(init_from=str(tmp_path / "own.ckpt")), datamodule=data)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0])
+def test_impossible_label_smoothing(value: float) -> None:
+    tasks = partial(TextClassifier, network()), partial(TokenClassifier, network("none"))
+    for objective in (*tasks, CausalLM, MaskedLM, ImageClassifier):
+        with pytest.raises(
+            TrunklineError, match=rf"--model\.label_smoothing must be from 0 up to below 1, not {value}"
+        ):
+            objective(label_smoothing=value)
+    with pytest.raises(TrunklineError, match=r"--model\.z_loss must be 0 or more, not -1"):
+        CausalLM(z_loss=-1.0)
 
 
 @pytest.mark.parametrize("options", [{"num_outputs": 1}, {"pool": "none"}])

@@ -136,3 +136,8 @@ def test_embed_bad_input(content: str, output: str, message: str, checkpoint: st
 def test_embed_missing_file(checkpoint: str, tmp_path: Path) -> None:
     with pytest.raises(TrunklineError, match=r"cannot read --texts .*nowhere\.txt"):
         embed(checkpoint, str(tmp_path / "nowhere.txt"), str(tmp_path / "out.parquet"), device="cpu")
+
+
+def test_a_language_model_knows_no_images(checkpoint: str, tmp_path: Path) -> None:
+    with pytest.raises(TrunklineError, match="knows texts alone; leave --images out, or give the checkpoint of a CLIP"):
+        embed(checkpoint, images=str(tmp_path), output=str(tmp_path / "out.parquet"), device="cpu")

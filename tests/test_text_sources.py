@@ -225,6 +225,19 @@ def test_an_unreachable_hub_name_says_both(monkeypatch: pytest.MonkeyPatch) -> N
     assert "ConnectionError: no network" in message
 
 
+def test_a_connection_that_breaks_names_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Any:
+        yield from ({"text": "a"}, {"text": "b"})
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    message = fault("owner/name")
+    assert message == (
+        "--data.path owner/name broke off after owner/name (train), row 1: ConnectionError: reset by peer; try again, "
+        "or name a copy on disk"
+    )
+
+
 # --- faults
 
 
@@ -253,6 +266,8 @@ def test_an_unreachable_hub_name_says_both(monkeypatch: pytest.MonkeyPatch) -> N
         ("a.csv", b"id,text\n1,x\n2\n", ["a.csv:3: 'text' is no text but null"]),
         ("a.csv", b"id,text\n1,\xff\n", ["a.csv, byte 10:"]),
         ("a.csv", b"", ["a.csv has no column 'text'"]),
+        ("a.jsonl", b"\n\n", ["a.jsonl has no row; give a file with rows, or remove it"]),
+        ("a.csv", b"id,text\n", ["a.csv has no row"]),
         ("a.parquet", b"PAR1 not", ["a.parquet is no Parquet file"]),
         ("a.txt.gz", gzip.compress(b"x"), ["a.txt.gz is packed", "gunzip"]),
         ("a.jsonl.gz", b"no gzip", ["a.jsonl.gz"]),
@@ -269,6 +284,7 @@ def test_broken_files_are_named_with_their_place(name: str, content: bytes, part
     [
         ({"body": ["a"]}, "in.parquet has no column 'text'; it has body"),
         ({"text": ["a", None]}, "in.parquet, row 1: 'text' is no text but null"),
+        ({"text": pyarrow.array([], "string")}, "in.parquet has no row; give a file with rows, or remove it"),
         ({"text": [1]}, "in.parquet, row 0: 'text' is no text but int"),
     ],
 )

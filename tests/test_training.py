@@ -1,5 +1,6 @@
 """Every packaged config, and fit followed by test."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ import pytest
 import yaml
 from tokenizers import Tokenizer, models
 
+from trunkline import TrunklineError
+from trunkline.pipelines import training
 from trunkline.pipelines.cli import main
 from trunkline.pipelines.configs import CONFIGS, config_names, find_config, resolve_configs
+from trunkline.pipelines.runs import choose_run
 from trunkline.pipelines.training import TrainingCLI
 
 RECIPES = [name for name in config_names() if not name.startswith("trainer/")]
@@ -73,6 +77,26 @@ def test_recipe_instantiates(recipe: str, tmp_path: Path) -> None:
     defaults = yaml.safe_load((CONFIGS / "defaults.yaml").read_text())["trainer"]["callbacks"]
     for callback in [*defaults, *own["trainer"].get("callbacks+", [])]:  # appended, not replaced
         assert callback["class_path"].rpartition(".")[2] in kinds
+
+
+@pytest.mark.parametrize("inherited", [None, "there"])
+def test_a_run_leaves_no_name_behind(inherited: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run of the same process gets a folder of its own; one that another process started keeps its name."""
+    monkeypatch.delenv("TRUNKLINE_RUN")
+    if inherited is not None:
+        monkeypatch.setenv("TRUNKLINE_RUN", inherited)
+    seen = []
+
+    def choose(arguments: list[str], recipe: str) -> None:
+        choose_run(Path("runs"), recipe, None)
+        seen.append(os.environ["TRUNKLINE_RUN"])
+        raise TrunklineError("broken")
+
+    monkeypatch.setattr(training, "TrainingCLI", choose)
+    with pytest.raises(TrunklineError, match="broken"):
+        training.run_training(["fit", "--config", "vit/digits"])
+    assert os.environ.get("TRUNKLINE_RUN") == inherited
+    assert (seen == ["there"]) == (inherited is not None)
 
 
 @pytest.mark.parametrize("machine", MACHINES)

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a classifier: pictures with labels, the confusion matrix, the features."""
+"""What TensorBoard shows of a classifier: the confusion matrix, the features, and of images pictures with labels."""
 
 from typing import Any
 
@@ -7,18 +7,22 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from trunkline.modules.callbacks.drawing import GREEN, RED, captioned, grid, tensorboard, to_pictures
-from trunkline.modules.image_classifier import ImageClassifier
+from trunkline.modules.callbacks.drawing import GREEN, RED, captioned, grid, tensorboard, to_pictures, tokenizer_of
 
 
 class ClassificationReport(Callback):
-    """After each validation a grid of images and the confusion matrix; at the end the embedding projector.
+    """After each validation the confusion matrix and a grid of images; at the end the embedding projector.
+
+    Reads what a `validation_step` returns: `label` and `prediction` (N,), which make the matrix; `image` (N, C, height,
+    width) for the grid; and `image` or `tokens` (N, T) for the projector, for which the module has `features`. The
+    module has `num_classes`; the datamodule has `class_names`, and for texts a `tokenizer`.
 
     Args:
         images: number of validation images in the grid (`val/images`; wrong ones have a red frame).
-        projected: number of validation images whose pooled features go to the projector.
+        projected: number of validation images or texts whose pooled features go to the projector (`val/features`).
         max_classes: leave the confusion matrix (`val/confusion`) out if there are more classes.
     """
 
@@ -29,16 +33,15 @@ class ClassificationReport(Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the validation before."""
-        assert isinstance(pl_module, ImageClassifier)
-        classes = pl_module.network.config.num_classes
         self.kept = []
+        classes: int = pl_module.num_classes  # type: ignore[assignment]
         if classes <= self.max_classes:
             self.matrix = MulticlassConfusionMatrix(classes).to(pl_module.device)
 
     def on_validation_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict[str, Tensor], *rest: Any
     ) -> None:
-        """Count the predictions and keep the first images."""
+        """Count the predictions and keep the first samples."""
         if self.matrix is not None:
             self.matrix.update(outputs["prediction"], outputs["label"])
         room = max(self.images, self.projected) - sum(len(k["label"]) for k in self.kept)
@@ -51,7 +54,15 @@ class ClassificationReport(Callback):
         writer = tensorboard(trainer)
         if trainer.sanity_checking or writer is None or not self.kept:
             return
-        names, kept = self._names(trainer, pl_module), self._gathered()
+        names, kept = class_names(trainer, pl_module), self._gathered()
+        if "image" in kept:
+            self._draw_images(kept, names, trainer, writer)
+        if counts is not None:
+            writer.add_figure("val/confusion", draw_confusion(counts.cpu(), names), trainer.global_step)
+
+    def _draw_images(
+        self, kept: dict[str, Tensor], names: list[str], trainer: L.Trainer, writer: SummaryWriter
+    ) -> None:
         first = {name: value[: self.images] for name, value in kept.items()}
         tiles = []
         for picture, prediction, label in zip(
@@ -61,39 +72,38 @@ class ClassificationReport(Callback):
             caption = names[int(label)] if right else f"{names[int(prediction)]} not {names[int(label)]}"
             tiles.append(captioned(picture, caption, GREEN if right else RED))
         writer.add_image("val/images", grid(tiles, columns=8), trainer.global_step, dataformats="HWC")
-        if counts is not None:
-            writer.add_figure("val/confusion", draw_confusion(counts.cpu(), names), trainer.global_step)
 
     @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Send the pooled features of the kept images to the projector."""
+        """Send the pooled features of the kept images or texts to the projector."""
         writer = tensorboard(trainer)
-        if writer is None or not self.kept or not self.projected:
+        if writer is None or not self.kept or not self.projected or not {"image", "tokens"} & self.kept[0].keys():
             return
-        assert isinstance(pl_module, ImageClassifier)
-        kept, names = self._gathered(), self._names(trainer, pl_module)
-        network, training = pl_module.network, pl_module.network.training
-        network.eval()
-        image = kept["image"][: self.projected].to(pl_module.device)
-        features = network.forward_head(network.forward_features(image), pre_logits=True)
-        network.train(training)
-        thumbnails = torch.stack([_to_tensor(p) for p in to_pictures(image, trainer, side=32)])
-        writer.add_embedding(
-            features.float(),
-            metadata=[names[int(n)] for n in kept["label"][: self.projected]],
-            label_img=thumbnails,
-            global_step=trainer.global_step,
-            tag="val/features",
-        )
+        kept = {name: value[: self.projected].to(pl_module.device) for name, value in self._gathered().items()}
+        names = class_names(trainer, pl_module)
+        module: Any = pl_module
+        training = module.network.training
+        module.network.eval()
+        features = module.features(kept)
+        module.network.train(training)
+        labels: list[Any] = [names[int(n)] for n in kept["label"]]
+        shown: dict[str, Any] = {"metadata": labels}
+        if "image" in kept:
+            shown["label_img"] = torch.stack([_to_tensor(p) for p in to_pictures(kept["image"], trainer, side=32)])
+        else:
+            tokenizer = tokenizer_of(trainer, self)
+            texts = [" ".join(tokenizer.decode(row.tolist()).split()) for row in kept["tokens"]]
+            shown = {"metadata": list(zip(labels, texts, strict=True)), "metadata_header": ["label", "text"]}
+        writer.add_embedding(features.float(), **shown, global_step=trainer.global_step, tag="val/features")
 
     def _gathered(self) -> dict[str, Tensor]:
         return {name: torch.cat([k[name] for k in self.kept]) for name in self.kept[0]}
 
-    @staticmethod
-    def _names(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
-        assert isinstance(pl_module, ImageClassifier)
-        return names or [str(n) for n in range(pl_module.network.config.num_classes)]
+
+def class_names(trainer: L.Trainer, module: L.LightningModule) -> list[str]:
+    """As the data has them, or numbers."""
+    names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+    return names or [str(n) for n in range(module.num_classes)]  # type: ignore[arg-type]
 
 
 def draw_confusion(counts: Tensor, names: list[str]) -> Figure:

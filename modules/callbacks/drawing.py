@@ -1,15 +1,22 @@
-"""Pictures for TensorBoard, drawn with Pillow: cheap enough for every validation."""
+"""What TensorBoard's callbacks share; pictures are drawn with Pillow: cheap enough for every validation."""
 
+import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import numpy as np
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-GREEN, RED = (0, 150, 60), (220, 30, 30)
+from trunkline import TrunklineError
+
+GREEN, RED, GREY = (0, 150, 60), (220, 30, 30), (90, 90, 90)
+LINE, LETTER = 14, 6
+"""Pixels: of a line's height, and of an average letter's width."""
 
 
 def tensorboard(trainer: L.Trainer) -> SummaryWriter | None:
@@ -18,6 +25,18 @@ def tensorboard(trainer: L.Trainer) -> SummaryWriter | None:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             return logger.experiment
     return None
+
+
+def tokenizer_of(trainer: L.Trainer, callback: Callback) -> Any:
+    """The datamodule's tokenizer.
+
+    Raises:
+        TrunklineError: if the data has none.
+    """
+    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    if tokenizer is None:
+        raise TrunklineError(f"{type(callback).__name__} needs a datamodule with a tokenizer, such as TextData")
+    return tokenizer
 
 
 def to_pictures(images: Tensor, trainer: L.Trainer, side: int) -> list[Image.Image]:
@@ -32,13 +51,27 @@ def to_pictures(images: Tensor, trainer: L.Trainer, side: int) -> list[Image.Ima
         pixels = np.repeat(pixels[..., :1], 3, axis=-1)
     scale = side / max(pixels.shape[1:3])
     size = (round(pixels.shape[2] * scale), round(pixels.shape[1] * scale))
-    return [Image.fromarray(p).resize(size, Image.Resampling.NEAREST) for p in pixels]
+    filters = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+    return [Image.fromarray(p).resize(size, filters) for p in pixels]
+
+
+def wrapped(text: str, width: int, lines: int) -> str:
+    """Exactly so many lines of about `width` pixels; what does not fit is cut off."""
+    found = textwrap.wrap(text, max(width // LETTER, 2), max_lines=lines, placeholder="…")
+    return "\n".join([*found, *[""] * (lines - len(found))])
+
+
+def written(text: str, size: tuple[int, int]) -> Image.Image:
+    """A text as a white picture of (width, height) pixels."""
+    picture = Image.new("RGB", size, "white")
+    ImageDraw.Draw(picture).text((2, 2), wrapped(text, size[0] - 4, size[1] // LINE), fill="black")
+    return picture
 
 
 def captioned(picture: Image.Image, caption: str, colour: tuple[int, int, int]) -> Image.Image:
-    """The picture in a coloured frame, with a line of text below it."""
-    frame, line = 3, 14
-    tile = Image.new("RGB", (picture.width + 2 * frame, picture.height + 2 * frame + line), "white")
+    """The picture in a coloured frame, with the caption's lines below it."""
+    frame, text = 3, LINE * (1 + caption.count("\n"))
+    tile = Image.new("RGB", (picture.width + 2 * frame, picture.height + 2 * frame + text), "white")
     draw = ImageDraw.Draw(tile)
     draw.rectangle((0, 0, tile.width - 1, picture.height + 2 * frame - 1), fill=colour)
     tile.paste(picture, (frame, frame))

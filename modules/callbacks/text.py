@@ -1,7 +1,6 @@
 """What TensorBoard shows of a language model: texts it writes, and where its heads look."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import lightning as L
 import torch
@@ -10,10 +9,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from trunkline import TrunklineError
-from trunkline.modules.callbacks.drawing import tensorboard
+from trunkline.modules.callbacks.drawing import tensorboard, tokenizer_of
 from trunkline.modules.filling import fill_masks
 from trunkline.modules.generation import GenerationConfig, generate
-from trunkline.modules.networks import BERT, GPT
+from trunkline.modules.networks import BERT, GPT, TextHead
 
 
 class TextSamples(Callback):
@@ -125,6 +124,8 @@ class AttentionHeads(Callback):
         if trainer.sanity_checking:
             return
         tokenizer, network = tokenizer_of(trainer, self), pl_module.network
+        if isinstance(network, TextHead):
+            network = network.body
         assert isinstance(network, GPT | BERT)
         ids = tokenizer.encode(self.sentence).ids[: network.config.max_length]
         tokens = torch.tensor([ids], device=pl_module.device)
@@ -156,15 +157,3 @@ def draw_heads(maps: dict[int, Tensor], labels: list[str]) -> Figure:
     for place in axes[-1]:
         place.set_xticks(range(len(labels)), labels, fontsize=6, rotation=90)
     return figure
-
-
-def tokenizer_of(trainer: L.Trainer, callback: Callback) -> Any:
-    """The datamodule's tokenizer.
-
-    Raises:
-        TrunklineError: if the data has none.
-    """
-    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-    if tokenizer is None:
-        raise TrunklineError(f"{type(callback).__name__} needs a datamodule with a tokenizer, such as TextData")
-    return tokenizer

@@ -1,4 +1,4 @@
-"""Foreign weights enter here, each through a key table with a parity test (tests/test_parity.py)."""
+"""Foreign weights enter here, each through a key table with a parity test (tests/test_parity_*.py)."""
 
 from collections.abc import Mapping
 from typing import Any
