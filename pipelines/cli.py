@@ -54,13 +54,32 @@ def embed_command() -> Callable[..., None]:
     return embed
 
 
+def search_command() -> Callable[..., None]:
+    """See `predict_command`."""
+    from trunkline.pipelines.search import search
+
+    return search
+
+
+def evaluate_command() -> Callable[..., None]:
+    """See `predict_command`."""
+    from trunkline.pipelines.evaluate import evaluate
+
+    return evaluate
+
+
 FUNCTIONS = {
-    "embed": (embed_command, "write embeddings of texts with a checkpoint"),
+    "embed": (embed_command, "write embeddings of texts or images with a checkpoint"),
+    "evaluate": (evaluate_command, "judge an image network by retrieval, zero-shot, k-NN or a linear probe"),
     "fill-mask": (fill_mask_command, "name the masked words of a sentence with a checkpoint"),
     "generate": (generate_command, "continue a text with a checkpoint"),
     "predict": (predict_command, "classify a folder of images with a checkpoint"),
+    "search": (search_command, "find the pictures that a text describes, with a checkpoint"),
     "benchmark": (benchmark_command, "measure speed side by side with peers"),
 }
+
+POSITIONAL = {"fill-mask": "--sentence", "search": "--query"}
+"""Flags whose value may stand right after the command."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,8 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
             from trunkline.pipelines.parser import Parser
 
             sys.argv[1:] = arguments
-            if command == "fill-mask" and arguments[1:] and not arguments[1].startswith("-"):
-                arguments = [command, "--sentence", *arguments[1:]]
+            if command in POSITIONAL and arguments[1:] and not arguments[1].startswith("-"):
+                arguments = [command, POSITIONAL[command], *arguments[1:]]
             options: dict[str, Any] = {"as_positional": False, "parser_class": Parser}
             auto_cli(FUNCTIONS[command][0](), args=arguments[1:], prog=f"trunkline {command}", **options)
         elif command == "--version":

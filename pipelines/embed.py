@@ -1,11 +1,13 @@
-"""`trunkline embed`: sentence embeddings to a table and to TensorBoard's projector."""
+"""`trunkline embed`: embeddings of texts and images to a table and to TensorBoard's projector."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from rich.progress import track
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -13,62 +15,152 @@ from torch.utils.tensorboard import SummaryWriter
 
 from trunkline import TrunklineError
 from trunkline.datamodules.masking import special_ids
+from trunkline.datamodules.sources import to_channels
 from trunkline.datamodules.text_files import read_column, reader_of
+from trunkline.modules.callbacks.retrieval import sprites
+from trunkline.modules.checkpoints import load_checkpoint
+from trunkline.modules.contrastive_image_text import ContrastiveImageText
 from trunkline.modules.networks import BERT, GPT, TextHead, TextHeadConfig
+from trunkline.pipelines.image_text_checkpoint import (
+    Pictures,
+    clip_of,
+    embed_images,
+    embed_texts,
+    open_pictures,
+    own_flags,
+)
 from trunkline.pipelines.text_checkpoint import find_device, load_language_model
+
+PROJECTED = 10_000
+"""Most images in the projector: a browser holds no more."""
 
 
 def embed(
     checkpoint: str,
-    texts: str,
-    output: str,
+    texts: str | None = None,
+    output: str = "embeddings.parquet",
+    images: str | None = None,
     text_column: str = "text",
     pool: Literal["mean", "cls", "last"] = "mean",
     normalise: bool = True,
     batch_size: int = 64,
+    num_workers: int = 0,
+    skip_corrupt: bool = False,
     projector: str | None = None,
     device: str = "auto",
     tokenizer: str | None = None,
 ) -> None:
-    """Embed texts with the trunk of a language model.
+    """Embed texts with the trunk of a language model, or texts and images with a CLIP.
 
-    The table has the columns `text`, `embedding`, `nearest` (the most similar other text), `similarity` (its cosine).
+    The table has the columns `text`, `embedding`, `nearest` (the most similar other text), `similarity` (its cosine),
+    and where there are images `path`.
 
     Args:
-        checkpoint: of a `trunkline fit` of a masked or causal language model.
+        checkpoint: of a `trunkline fit` of a masked or causal language model, or of images and texts.
         texts: a .txt file with one text a line, or a .jsonl, .csv or .parquet file.
         output: a .parquet file.
+        images: a folder, `twemoji` or `openmoji`; needs a CLIP.
         text_column: of a table.
-        pool: the mean over all tokens, the first one (`cls`, of a BERT), or the last one (of a GPT).
-        normalise: scale embeddings to length 1, so that their product is the cosine of their angle.
-        batch_size: texts at a time.
-        projector: a folder for TensorBoard's projector.
+        pool: of a language model: the mean over all tokens, the first one (`cls`, of a BERT), or the last (of a GPT).
+        normalise: scale embeddings to length 1, as a CLIP's always are, so that their product is the cosine of their
+            angle.
+        batch_size: texts or images at a time.
+        num_workers: processes that read images.
+        skip_corrupt: leave out images that cannot be read, instead of stopping.
+        projector: a folder for TensorBoard's projector; of images it shows the first 10,000.
         device: auto, cpu, cuda, cuda:1, mps, …
-        tokenizer: a tokenizer.json in place of the checkpoint's own.
+        tokenizer: of a language model: a tokenizer.json in place of the checkpoint's own.
 
     Raises:
         TrunklineError: for a missing file, a text that is too long, or a checkpoint of something else.
     """
     if Path(output).suffix.lower() != ".parquet" or not Path(output).absolute().parent.is_dir():
         raise TrunklineError(f"--output {output} must be a .parquet file in a folder that exists")
-    place = find_device(device)
-    body, words = load_language_model(checkpoint, ("MaskedLM", "CausalLM"), tokenizer)
+    if texts is None and images is None:
+        raise TrunklineError("there is nothing to embed; give --texts, --images or both")
+    place, content = find_device(device), load_checkpoint(checkpoint)
+    found: list[Embedded] = []
+    if content.get("objective") == ContrastiveImageText.__name__:
+        if tokenizer is not None or not normalise or pool != "mean":
+            raise TrunklineError(
+                f"--pool, --normalise and --tokenizer are for language models, and {checkpoint} is of images and "
+                "texts, which it embeds as it was trained to; leave them out"
+            )
+        network, preprocessing, encoder = clip_of(content, checkpoint, place)
+        if texts is not None:
+            rows = read_texts(Path(texts), text_column)
+            found.append(Embedded("text", rows, embed_texts(network, encoder, rows, batch_size, place)))
+        if images is not None:
+            source, length = open_pictures(images)
+            pictures = Pictures(source, length, preprocessing, skip_corrupt)
+            with own_flags():
+                vectors, kept = embed_images(network.encode_image, pictures, batch_size, place, num_workers)
+            shown = [thumbnail(source.image(row)) for row in kept[:PROJECTED]] if projector is not None else []
+            found.append(Embedded("path", [source.name(row) for row in kept], vectors, shown))
+    elif texts is None or images is not None:
+        raise TrunklineError(f"{checkpoint} knows texts alone; leave --images out, or give the checkpoint of a CLIP")
+    else:
+        body, words = load_language_model(checkpoint, ("MaskedLM", "CausalLM"), tokenizer)
+        rows = read_texts(Path(texts), text_column)
+        found.append(Embedded("text", rows, read_states(body, words, rows, pool, batch_size, place)))
+    tables = [part.table(normalise) for part in found]
+    pd.concat(tables, ignore_index=True).to_parquet(output, index=False)
+    if projector is not None:
+        with SummaryWriter(projector) as writer:
+            for part in found:
+                part.project(writer)
+    count, numbers = sum(len(part.names) for part in found), found[0].vectors.shape[1]
+    print(f"wrote {count} embeddings of {numbers} numbers to {output}")
+
+
+class Embedded(NamedTuple):
+    """Embeddings of texts or of images."""
+
+    column: str
+    """`text` or `path`."""
+    names: list[str]
+    vectors: Tensor
+    """(N, D)."""
+    pictures: Sequence[Image.Image] = ()
+    """Thumbnails of the first images."""
+
+    def table(self, normalise: bool) -> pd.DataFrame:
+        """A row each."""
+        unit = F.normalize(self.vectors, dim=1)
+        vectors = list((unit if normalise else self.vectors).numpy())
+        table = pd.DataFrame({self.column: self.names, "embedding": vectors})
+        if self.column == "text" and len(unit) > 1:
+            table["nearest"], table["similarity"] = nearest(unit)
+            table["nearest"] = [self.names[n] for n in table["nearest"]]
+        return table
+
+    def project(self, writer: SummaryWriter) -> None:
+        """Write what TensorBoard's projector shows."""
+        count = len(self.pictures) or len(self.names)
+        names = [" ".join(name.split()) for name in self.names[:count]]
+        shown: dict[str, Any] = {"label_img": sprites(list(self.pictures))} if self.pictures else {}
+        tag = "images" if self.pictures else "texts"
+        writer.add_embedding(F.normalize(self.vectors[:count], dim=1), metadata=names, tag=tag, **shown)
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """All of the picture on a small white square."""
+    return ImageOps.pad(to_channels(picture, 3), (32, 32), color="white")
+
+
+def read_states(
+    body: BERT | GPT, words: Tokenizer, rows: list[str], pool: Any, batch_size: int, device: torch.device
+) -> Tensor:
+    """(texts, D) pooled states of a language model.
+
+    Raises:
+        TrunklineError: for a text that is too long.
+    """
     kind = "bert" if isinstance(body, BERT) else "gpt"
     network = TextHead(TextHeadConfig(**{kind: body.config}, pool=pool))
     network.body.load_state_dict(body.state_dict(), strict=False)  # all but the heads, which are not there
-    rows = read_texts(Path(texts), text_column)
     ids = [encoded(text, number, body, words) for number, text in enumerate(rows, start=1)]
-    vectors = embeddings(network.to(place).eval(), ids, batch_size)
-    unit = F.normalize(vectors, dim=1)
-    table = pd.DataFrame({"text": rows, "embedding": list((unit if normalise else vectors).numpy())})
-    if len(rows) > 1:
-        table["nearest"], table["similarity"] = nearest(unit)
-        table["nearest"] = [rows[n] for n in table["nearest"]]
-    table.to_parquet(output, index=False)
-    if projector is not None:
-        with SummaryWriter(projector) as writer:
-            writer.add_embedding(unit, metadata=[" ".join(text.split()) for text in rows], tag="texts")
-    print(f"wrote {len(rows)} embeddings of {vectors.shape[1]} numbers to {output}")
+    return embeddings(network.to(device).eval(), ids, batch_size)
 
 
 def read_texts(file: Path, column: str) -> list[str]:

@@ -5,6 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from trunkline.datamodules.tokenizers import train_tokenizer
 
 BATCHES = 13
@@ -82,6 +84,24 @@ def classify(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]
     return model, {"class_path": "LabelledTextData", "init_args": {**data, "val_fraction": 0.4}}
 
 
+def pairs(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    texts, chance = sentences(1350), random.Random(0)
+    rows = []
+    for n in range(450):
+        Image.frombytes("L", (12, 12), chance.randbytes(144)).save(folder / f"{n}.png")
+        rows.append({"image": f"{n}.png", "caption": texts[3 * n : 3 * n + 3]})
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train_tokenizer("masked_bpe", texts, 300).save(str(folder / "tokenizer.json"))
+    image = {"image_size": 8, "patch_size": 4, "in_chans": 1, "backbone": trunk(exact)}
+    text = {"vocab_size": 300, "max_length": 16, "backbone": trunk(exact)}
+    network = {"dim": 8, "image": image, "gpt": text}
+    data = {"source": str(folder / "pairs.jsonl"), "tokenizer": str(folder / "tokenizer.json"), "max_length": 16}
+    augmentation = {"crop_scale": [0.5, 1.0], "hflip": 0.5, "rotate": 10}
+    data |= {"image_size": 8, "channels": 1, "augmentation": augmentation, "val_fraction": 0.4}
+    model = {"class_path": "ContrastiveImageText", "init_args": {"network": network}}
+    return model, {"class_path": "ImageTextData", "init_args": data}
+
+
 TASKS = {
     "image": image,
     "block": text_block,
@@ -89,4 +109,5 @@ TASKS = {
     "masked": masked,
     "masked_pairs": masked_pairs,
     "classify": classify,
+    "pairs": pairs,
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trunkline.pipelines.cli import FUNCTIONS, TRAINING, main
+from trunkline.pipelines.cli import FUNCTIONS, POSITIONAL, TRAINING, main
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -188,8 +188,8 @@ def test_other_commands_of_the_readme() -> None:
     found = [c for c in commands("trunkline") if c[0] not in (*TRAINING, "prepare")]
     assert {"predict", "generate", "fill-mask", "embed"} <= {c[0] for c in found}
     for name, *options in found:
-        if name == "fill-mask" and not options[0].startswith("-"):
-            options.insert(0, "--sentence")
+        if name in POSITIONAL and not options[0].startswith("-"):
+            options.insert(0, POSITIONAL[name])
         known = inspect.signature(FUNCTIONS[name][0]()).parameters
         flags = [word.removeprefix("--").partition("=")[0] for word in options if word.startswith("--")]
         assert set(flags) <= known.keys()

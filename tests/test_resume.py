@@ -64,7 +64,7 @@ def write_config(
             "callbacks+": [
                 {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}},
                 {"class_path": "recorded_run.Recorder", "init_args": recorder},
-                {"class_path": checkpoint, "init_args": {"filename": "best", "monitor": "val/acc", "mode": "max"}},
+                {"class_path": checkpoint, "init_args": {"filename": "best", "monitor": "val/loss", "mode": "min"}},
                 {
                     "class_path": checkpoint,
                     "init_args": {"filename": "{step}", "monitor": "step", "mode": "max", "every_n_train_steps": 2},
@@ -182,6 +182,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         ("classify", 1, 0, 1),
         ("documents", 2, 0, 1),
         ("masked_pairs", 2, 0, 1),
+        ("pairs", 2, 0, 2),
         pytest.param("block", 1, 0, 1, marks=pytest.mark.slow),
         pytest.param("masked", 1, 2, 1, marks=pytest.mark.slow),
         pytest.param("image", 1, 0, 2, marks=pytest.mark.slow),
@@ -189,6 +190,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         pytest.param("block", 2, 2, 1, marks=pytest.mark.slow),
         pytest.param("documents", 1, 2, 2, marks=pytest.mark.slow),
         pytest.param("classify", 2, 2, 2, marks=pytest.mark.slow),
+        pytest.param("pairs", 1, 2, 1, marks=pytest.mark.slow),
     ],
 )
 def test_kills(

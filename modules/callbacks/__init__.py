@@ -3,6 +3,7 @@
 from trunkline.modules.callbacks.attention_maps import AttentionMaps
 from trunkline.modules.callbacks.classification import ClassificationReport
 from trunkline.modules.callbacks.graceful_stop import GracefulStop, LastCheckpoint
+from trunkline.modules.callbacks.retrieval import RetrievalReport
 from trunkline.modules.callbacks.text import AttentionHeads, FilledMasks, TextSamples
 from trunkline.modules.callbacks.throughput import ProgressBar, Throughput
 
@@ -14,6 +15,7 @@ __all__ = [
     "GracefulStop",
     "LastCheckpoint",
     "ProgressBar",
+    "RetrievalReport",
     "TextSamples",
     "Throughput",
 ]
