@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
 from trunkline import TrunklineError
 from trunkline.datamodules.sources import open_image, to_channels
@@ -16,8 +16,8 @@ from trunkline.datamodules.text_sources import package_file
 TWEMOJI, OPENMOJI = "twemoji", "openmoji"
 SIDE = 72
 """Pixels of a picture."""
-FONT_SIZE = 50
-"""At which no drawing of OpenMoji reaches the border."""
+FONT_SIZE = 72
+"""At which OpenMoji's drawings are about as large as Twemoji's; the few that are larger are shrunk."""
 
 
 class Concept(NamedTuple):
@@ -156,6 +156,9 @@ class EmojiPictures:
 
 def draw(sign: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     """An emoji in the middle of a white square."""
-    picture = Image.new("RGB", (SIDE, SIDE), "white")
-    ImageDraw.Draw(picture).text((SIDE / 2, SIDE / 2), sign, font=font, embedded_color=True, anchor="mm")
-    return picture
+    canvas = Image.new("RGB", (2 * SIDE, 2 * SIDE), "white")
+    ImageDraw.Draw(canvas).text((SIDE, SIDE), sign, font=font, embedded_color=True, anchor="mm")
+    left, top, right, bottom = ImageOps.invert(canvas).getbbox() or (0, 0, SIDE, SIDE)
+    half = max(right - left, bottom - top, SIDE) // 2
+    x, y = (left + right) // 2, (top + bottom) // 2
+    return canvas.crop((x - half, y - half, x + half, y + half)).resize((SIDE, SIDE), Image.Resampling.BOX)

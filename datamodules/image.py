@@ -39,6 +39,10 @@ class Augmentation:
     """Largest shift as a share of each side."""
     zoom: float = 0.0
     """Largest change of size as a share."""
+    fill: float = 0.0
+    """Brightness, from 0 black to 1 white, of what the last three move into the picture."""
+    colour: float = 0.0
+    """Largest change of brightness, contrast and saturation as a share."""
     rand_augment: str | None = None
     """timm's policy string for RandAugment, such as `rand-m10-n2-inc1`."""
     erasing: float = 0.0
@@ -92,7 +96,7 @@ class Preprocessing:
                 scale=augmentation.crop_scale,
                 ratio=augmentation.crop_ratio,
                 hflip=augmentation.hflip,
-                color_jitter=None,  # type: ignore[arg-type]
+                color_jitter=augmentation.colour or None,  # type: ignore[arg-type]
                 auto_augment=augmentation.rand_augment,
                 re_prob=augmentation.erasing,
                 re_mode="pixel",
@@ -107,6 +111,7 @@ class Preprocessing:
                 translate=(augmentation.translate,) * 2,
                 scale=(1 - augmentation.zoom, 1 + augmentation.zoom),
                 interpolation=v2.InterpolationMode.BILINEAR,
+                fill=round(255 * augmentation.fill),
             )
             crop_and_flip.append(affine)
         return Compose([*crop_and_flip, *policy, self.normalise, *erasing])

@@ -27,17 +27,22 @@ from trunkline.datamodules.tokenizers import TRAINED, TokenizerState, check_voca
 class ImageTextPairs(TransformedImages):
     """Items of `ImageTextData`: in training one of a row's captions, drawn anew each epoch, else the first."""
 
-    def __init__(self, rows: PairRows, encoder: CaptionEncoder, *options: Any) -> None:
+    def __init__(self, rows: PairRows, encoder: CaptionEncoder, first_caption: float | None, *options: Any) -> None:
         super().__init__(len(rows), *options)
-        self.rows, self.encoder = rows, encoder
+        self.rows, self.encoder, self.first_caption = rows, encoder, first_caption
 
     def read(self, row: int) -> dict[str, Any]:
         """See `TransformedImages`; the caption is not yet tokens."""
         image = to_channels(self.rows.image(row), self.preprocessing.channels)
         captions = self.rows.captions(row)
-        # One draw, however many captions: the augmentation draws after it.
-        choice = 0 if self.seed is None else int(random.random() * len(captions))
-        return {"image": image, "caption": captions[choice]}
+        return {"image": image, "caption": captions[0 if self.seed is None else self.choice(len(captions))]}
+
+    def choice(self, count: int) -> int:
+        """Which of so many captions; one draw, however many: the augmentation draws after it."""
+        drawn, first = random.random(), self.first_caption
+        if first is None or count == 1:
+            return int(drawn * count)
+        return 0 if drawn < first else 1 + int((drawn - first) / (1 - first) * (count - 1))
 
     def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
         """The items of a batch."""
@@ -106,6 +111,7 @@ class ImageTextData(TokenizerState, TrunklineDataModule):
             tokenizer.json, a checkpoint (.ckpt) or a hub name.
         vocab_size: of a tokenizer learnt here at most; what the network gets. None takes 8192 and the tokenizer's own.
         max_length: T, tokens of a row with the special ones.
+        first_caption: probability that training draws a row's first caption; None draws each equally often.
         image_size: pixels that the network takes: one side, or (height, width).
         channels: 1 (grey) or 3 (RGB).
         mean: of each channel, subtracted after scaling to 0..1.
@@ -138,6 +144,7 @@ class ImageTextData(TokenizerState, TrunklineDataModule):
         tokenizer: str = "masked_bpe",
         vocab_size: int | None = None,
         max_length: int = 32,
+        first_caption: float | None = None,
         image_size: int | tuple[int, int] = 224,
         channels: int = 3,
         mean: tuple[float, ...] = (0.5,),
@@ -162,12 +169,15 @@ class ImageTextData(TokenizerState, TrunklineDataModule):
                     f"--data.{split}_fraction {fraction} leaves nothing for training; choose shares from 0 up that sum "
                     "to less than 1"
                 )
+        if first_caption is not None and not 0 <= first_caption < 1:
+            raise TrunklineError(f"--data.first_caption {first_caption} must be from 0 up to below 1, or null")
         if shard_window < 1:
             raise TrunklineError(f"--data.shard_window must be 1 or more, not {shard_window}")
         self.preprocessing = Preprocessing(image_size, channels, mean, std, interpolation, crop_pct)
         self.augmentation = augmentation or Augmentation(crop_scale=(0.6, 1.0))
         self.source, self.columns, self.fractions = source, (image_column, caption_column), fractions
         self.split_names = {"train": train_split, "val": val_split, "test": test_split}
+        self.first_caption = first_caption
         self.skip_corrupt, self.cache_dir = skip_corrupt, cache_dir
         self.source_options: dict[str, Any] = {
             "image_folder": image_folder,
@@ -228,7 +238,7 @@ class ImageTextData(TokenizerState, TrunklineDataModule):
         for split, rows in self.rows.items():
             augmentation = self.augmentation if split == "train" else None
             options = (self.preprocessing, augmentation, self.seed, self.skip_corrupt)
-            self.datasets[split] = ImageTextPairs(rows, encoder, *options)
+            self.datasets[split] = ImageTextPairs(rows, encoder, self.first_caption, *options)
 
     def caption(self, split: str, row: int) -> str:
         """The main caption of a row, for whoever shows it."""

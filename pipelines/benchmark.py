@@ -24,6 +24,7 @@ from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.image_classifier import ImageClassifier
 from trunkline.modules.networks import ViT, ViTConfig
 from trunkline.modules.optim import Muon, OptimizerConfig
+from trunkline.pipelines.benchmark_clip import clip_chunks, clip_compiled, clip_eager
 from trunkline.pipelines.benchmark_finetune import ngram_accuracy
 from trunkline.pipelines.benchmark_text import (
     bert_compiled,
@@ -47,6 +48,9 @@ def benchmark(
         "bert",
         "bert_compiled",
         "bert_memory",
+        "clip",
+        "clip_compiled",
+        "clip_chunks",
         "generation",
         "tokenization",
         "muon",
@@ -66,13 +70,15 @@ def benchmark(
             eager. `gpt` and `gpt_compiled`: likewise a GPT of 6 layers, width 384 and 256 tokens a row,
             against transformers' GPT-2. `bert` and `bert_compiled`: likewise BERT-mini on 128 tokens a row, 15%
             of them hidden; compiled on both sides. `bert_memory`: peak memory of such a step in float32, eager.
-            `generation`: a token of GPT-2 124M, batch 1. `tokenization`: byte-level BPE against the bare library.
-            `muon`: an optimiser step on the digits recipe's network, against torch's Muon, which goes matrix by
-            matrix. `overhead`: `trainer.fit` with progress bar, throughput, TensorBoard and signal handling, against a
-            bare loop of the same network and batch size. `svm`: test accuracy of an RBF SVM on the splits of
-            vit/digits. `ngram`: of a logistic regression over characters' n-grams on those of bert/classify_demo.
+            `clip` and `clip_compiled`: likewise a CLIP at 72 pixels, width 256, 6 image and 4 text layers, against
+            open_clip. `clip_chunks`: memory and time of 2,048 pairs in chunks of 128. `generation`: a token of GPT-2
+            124M, batch 1. `tokenization`: byte-level BPE against the bare library. `muon`: an optimiser step on the
+            digits recipe's network, against torch's Muon, which goes matrix by matrix. `overhead`: `trainer.fit` with
+            progress bar, throughput, TensorBoard and signal handling, against a bare loop of the same network and
+            batch size. `svm`: test accuracy of an RBF SVM on the splits of vit/digits. `ngram`: of a logistic
+            regression over characters' n-grams on those of bert/classify_demo.
         rounds: turns that each side takes.
-        batch_size: images or rows a step; None is 16 images, 8 rows of a GPT, 32 of BERT, 1 in generation.
+        batch_size: images or rows a step; None is 16 images, 8 rows of a GPT, 32 of BERT, 64 pairs, 1 in generation.
         output: a JSON file for the figures.
     """
     if output is not None and not Path(output).absolute().parent.is_dir():
@@ -84,6 +90,9 @@ def benchmark(
         "gpt_compiled": gpt_compiled,
         "bert": bert_eager,
         "bert_compiled": bert_compiled,
+        "clip": clip_eager,
+        "clip_compiled": clip_compiled,
+        "clip_chunks": clip_chunks,
         "generation": generation,
         "tokenization": tokenization,
         "muon": muon_step,

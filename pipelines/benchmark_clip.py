@@ -1,5 +1,6 @@
 """The cases of `trunkline benchmark` that are about images and texts."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,8 +8,10 @@ from torch import Tensor, nn
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.contrastive_image_text import ContrastiveImageText
 from trunkline.modules.losses import infonce_loss
 from trunkline.modules.networks import CLIP, CLIPConfig, GPTConfig, ViTConfig
+from trunkline.pipelines.memory import peak_memory
 from trunkline.pipelines.timing import Side, bare_loop, compare
 
 IMAGE_SIZE, PATCH_SIZE, WIDTH, IMAGE_LAYERS, TEXT_LAYERS = 72, 8, 256, 6, 4
@@ -44,28 +47,37 @@ def open_clip_peer() -> tuple[Any, nn.Module]:
     return TheirCLIP(WIDTH, vision, text), ClipLoss()
 
 
-def _clip_loops(batch_size: int, bf16: bool = False, compiled: bool = False) -> tuple[Side, Side]:
-    """Both sides' training step on (batch, 3, 72, 72) pixels and (batch, 77) tokens."""
+def pairs(batch_size: int) -> dict[str, Tensor]:
+    """Pixels (batch, 3, 72, 72), and captions of random lengths in (batch, 77) tokens."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    ours, (theirs, their_criterion) = small_clip().to(device), open_clip_peer()
-    theirs = theirs.to(device)
-    if compiled:
-        ours.compile()
-        theirs.compile()
-    image = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     lengths = torch.randint(5, LENGTH + 1, (batch_size, 1), device=device)
     places = torch.arange(LENGTH, device=device)
     tokens = torch.randint(1, VOCABULARY - 1, (batch_size, LENGTH), device=device)
-    tokens = tokens.masked_fill(places == lengths - 1, VOCABULARY - 1).masked_fill(places >= lengths, 0)  # the end's id
-    mask = places < lengths
+    end = VOCABULARY - 1  # open_clip reads a text at its largest id
+    return {
+        "image": torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device),
+        "tokens": tokens.masked_fill(places == lengths - 1, end).masked_fill(places >= lengths, 0),
+        "mask": places < lengths,
+        "caption_key": torch.arange(batch_size, device=device),
+    }
+
+
+def _clip_loops(batch_size: int, bf16: bool = False, compiled: bool = False) -> tuple[Side, Side]:
+    """Both sides' training step."""
+    torch.manual_seed(0)
+    batch = pairs(batch_size)
+    ours, (theirs, their_criterion) = small_clip(), open_clip_peer()
+    ours, theirs = ours.to(batch["image"].device), theirs.to(batch["image"].device)
+    if compiled:
+        ours.compile()
+        theirs.compile()
 
     def our_loss() -> Tensor:
-        images, texts = ours(image, tokens, mask)
+        images, texts = ours(batch["image"], batch["tokens"], batch["mask"])
         return infonce_loss(images, texts, images, texts, ours.scale.factor) / batch_size
 
     def their_loss() -> Tensor:
-        return their_criterion(*theirs(image, tokens)[:3])
+        return their_criterion(*theirs(batch["image"], batch["tokens"])[:3])
 
     return bare_loop(ours, our_loss, bf16), bare_loop(theirs, their_loss, bf16)
 
@@ -84,3 +96,32 @@ def clip_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
         compare("CLIP bf16 compiled", name, fast[0], peer, rounds),
         compare("open_clip's own, bf16 compiled", name, fast[1], peer, rounds),
     ]
+
+
+LARGE, CHUNK = 2048, 128
+
+
+def clip_chunks(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
+    """Gradient caching: 2,048 pairs in chunks of 128, against batches of 128; prints memory, returns time a pair."""
+    chunked, plain = partial(_contrastive_step, LARGE, CHUNK), partial(_contrastive_step, CHUNK, None)
+    large, small = (peak_memory(prepare) / 2**20 for prepare in (chunked, plain))
+    print(f"CLIP step, peak memory: {CHUNK} pairs {small:.0f} MiB, {LARGE} in chunks of {CHUNK} {large:.0f} MiB")
+    sides = [partial(_seconds_a_pair, prepare(), size) for prepare, size in ((chunked, LARGE), (plain, CHUNK))]
+    return [compare("a pair, in chunks", "a pair, plain", *sides, min(rounds, 3))]
+
+
+def _contrastive_step(batch_size: int, chunk: int | None) -> Side:
+    """A training step, its batch included."""
+    torch.manual_seed(0)
+    module = ContrastiveImageText(small_clip().config)
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def loss() -> Tensor:
+        batch = pairs(batch_size)
+        return module.mean_over_pairs(*module.contrast(module.embed(batch, chunk), batch["caption_key"]))
+
+    return bare_loop(module, loss)
+
+
+def _seconds_a_pair(step: Side, size: int) -> float:
+    return step() / size

@@ -16,7 +16,7 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import ViT
 from trunkline.pipelines import benchmark as module
-from trunkline.pipelines import benchmark_text, timing
+from trunkline.pipelines import benchmark_clip, benchmark_text, timing
 from trunkline.pipelines.benchmark import benchmark
 from trunkline.pipelines.timing import bare_loop, compare
 
@@ -91,6 +91,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers, "BertConfig", lambda **_: masked(**tiny))
     monkeypatch.setattr(benchmark_text, "TransformerConfig", lambda **_: TransformerConfig(16, 1, 2))
     configure = transformers.GPT2Config
+    shape = {"IMAGE_SIZE": 16, "WIDTH": 64, "IMAGE_LAYERS": 1, "TEXT_LAYERS": 1, "VOCABULARY": 50, "LENGTH": 8}
+    for name, value in {**shape, "LARGE": 4, "CHUNK": 2}.items():
+        monkeypatch.setattr(benchmark_clip, name, value)
+    monkeypatch.setattr(benchmark_clip, "peak_memory", lambda prepare: prepare.args[0] << 20)
     ends = {"bos_token_id": None, "eos_token_id": None}
     monkeypatch.setattr(transformers, "GPT2Config", lambda **_: configure(n_embd=16, n_layer=1, n_head=2, **ends))
 
@@ -105,6 +109,12 @@ CASES = {
     ],
     "bert": [("BERT-mini fp32 eager", "transformers fp32 eager")],
     "bert_compiled": [("BERT-mini bf16 compiled", "transformers bf16 compiled")],
+    "clip": [("CLIP fp32 eager", "open_clip fp32 eager")],
+    "clip_compiled": [
+        ("CLIP bf16 compiled", "open_clip fp32 eager"),
+        ("open_clip's own, bf16 compiled", "open_clip fp32 eager"),
+    ],
+    "clip_chunks": [("a pair, in chunks", "a pair, plain")],
     "generation": [(f"GPT-2 124M token, {name}", "transformers fp32") for name in ("fp32", "bf16", "int8")],
     "tokenization": [("BPE of 4.2 MB", "tokenizers' encode_batch_fast")],
     "muon": [("Muon step", "torch.optim.Muon")],
@@ -124,6 +134,8 @@ def test_case(what: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert row["ratio"] == pytest.approx(row["peer_ms"] / row["ms"])  # of the one round
         assert row["range"] == [row["ratio"], row["ratio"]]
         assert f"{row['ratio']:.3f}" in shown
+    if what == "clip_chunks":
+        assert "2 pairs 2 MiB, 4 in chunks of 2 4 MiB" in shown
 
 
 def test_all_is_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +146,9 @@ def test_all_is_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
         "gpt_compiled": "gpt_compiled",
         "bert": "bert_eager",
         "bert_compiled": "bert_compiled",
+        "clip": "clip_eager",
+        "clip_compiled": "clip_compiled",
+        "clip_chunks": "clip_chunks",
         "generation": "generation",
         "tokenization": "tokenization",
         "muon": "muon_step",
