@@ -1,7 +1,7 @@
 """Pairs in tar files, as webdataset has them, read by index: the order stays a pure function of (seed, epoch).
 
 Shards must be local files or on a mounted file system: samples are read where they stand, so neither pipes nor object
-stores will do.
+stores will do. Each process reads its own samples only, but of every shard; and it holds the index, 33 bytes a sample.
 """
 
 import hashlib

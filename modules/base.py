@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import Transformer
+from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.checkpoints import follow_folder, load_checkpoint
 from trunkline.modules.networks.base import Network, config_from_dict
 from trunkline.modules.optim import OptimizerConfig, build_optimizer, lr_multiplier
@@ -348,11 +348,55 @@ def network_of(network_class: type[N], checkpoint: dict[str, Any], path: str | P
     return network
 
 
-def load_matching(network: Network, source: Network, name: str) -> None:
-    """Copy weights from `source`; output modules may differ in shape, all else must fit.
+FREE = {"dropout", "drop_path", "activation_checkpointing", "next_sentence", "tie_embeddings"}
+"""Fields of a configuration in which a network may differ from the one that it starts from."""
+SHOWN = {"dim", "depth", "mlp_dim", "num_kv_heads"}
+"""Fields of a trunk's configuration that the shapes of its weights tell."""
+
+
+def check_same_sizes(there: Any, here: Any, name: str, flag: str, free: set[str] = FREE) -> None:
+    """Compare two configurations, of which weights tell a part only (the number of heads, say, not).
 
     Raises:
-        TrunklineError: naming the first weight that does not fit.
+        TrunklineError: naming the first difference and the flag.
+    """
+    for field in dataclasses.fields(here):
+        found, own = getattr(there, field.name), getattr(here, field.name)
+        if dataclasses.is_dataclass(own):
+            check_same_sizes(found, own, name, f"{flag}.{field.name}", free)
+        elif found != own and field.name not in free:
+            raise TrunklineError(
+                f"{name} was trained with {field.name}={found}, but the network has {own}; set "
+                f"{flag}.{field.name} {'null' if found is None else found}"
+            )
+
+
+def trunks_of(config: Any, flag: str) -> dict[str, TransformerConfig]:
+    """Flag -> trunk, of all that a configuration holds."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{flag}.{field.name}"
+        if isinstance(value, TransformerConfig):
+            found[name] = value
+        elif dataclasses.is_dataclass(value):
+            found |= trunks_of(value, name)
+    return found
+
+
+def load_matching(
+    network: Network, source: Network, name: str, argument: str = "init_from", flag: str = "--model.network"
+) -> None:
+    """Copy weights from `source`; output modules may differ in shape, all else must fit.
+
+    Args:
+        network: to change.
+        source: of the same class.
+        name: of the source, for messages, as the next two.
+        argument: that gave the name.
+        flag: that sets the network's configuration.
+
+    Raises:
+        TrunklineError: naming the first weight or option that does not fit.
     """
     network.adapt(source)
     outputs = {p for m in network.output_modules() for p in m.parameters()}
@@ -363,8 +407,11 @@ def load_matching(network: Network, source: Network, name: str) -> None:
         if own not in outputs:
             found = tuple(weights[key].shape) if key in weights else "missing"
             raise TrunklineError(
-                f"init_from {name} does not fit: {key} is {found} there and {tuple(own.shape)} here; "
-                "give --model.network the sizes in its config.json"
+                f"{argument} {name} does not fit: {key} is {found} there and {tuple(own.shape)} here; "
+                f"give {flag} the sizes in its config.json"
             )
         weights[key] = own.detach()
+    there = trunks_of(source.config, flag)
+    for trunk_flag, trunk in trunks_of(network.config, flag).items():
+        check_same_sizes(there[trunk_flag], trunk, f"{argument} {name}", trunk_flag, FREE | SHOWN)
     network.load_state_dict({key: weights[key] for key in network.state_dict()})

@@ -27,6 +27,8 @@ from trunkline.modules.optim import OptimizerConfig
 from trunkline.modules.retrieval import retrieval_metrics
 from trunkline.modules.text_classifier import start_from
 
+INPUTS = ("image", "tokens", "mask")
+"""What of a batch the network sees."""
 COUNTED = {"skipped": "skipped_images", "truncated": "truncated_captions"}
 """Flags in a batch, and the metrics that count them over an epoch."""
 
@@ -41,9 +43,9 @@ class ContrastiveImageText(TrunklineModule):
     the same for the same caption; optionally `skipped` and `truncated` (B,), counted; in evaluation `valid` (B,),
     False where a pair is not to be counted.
 
-    Logged: `loss` beside `chance_loss`, that of embeddings that know nothing, and in training `logit_scale`; in
-    evaluation over the whole split, one caption an image, `image_to_text_R@1`, `@5`, `@10`, `image_to_text_median_rank`
-    and the same for `text_to_image`.
+    Logged: `loss` (in training the first process's part of it) beside `chance_loss`, that of embeddings that know
+    nothing where all captions differ, and in training `logit_scale`; in evaluation over the whole split, one caption an
+    image, `image_to_text_R@1`, `@5`, `@10`, `image_to_text_median_rank` and the same for `text_to_image`.
 
     Args:
         network: shape of the towers.
@@ -51,8 +53,8 @@ class ContrastiveImageText(TrunklineModule):
         loss: `infonce`, CLIP's, or `sigmoid`, SigLIP's, which needs `network.init_logit_bias`.
         same_captions: whether pairs of one caption are each other's wrong answers (`negatives`) or `ignored`.
         chunk_size: pairs of a process that run through the towers at a time; each chunk runs twice, and memory is that
-            of one chunk (gradient caching, arXiv:2101.06983). None takes the whole batch, and one batch as a chunk
-            where gradients are accumulated.
+            of one chunk (gradient caching, arXiv:2101.06983). None takes a whole batch; where gradients are
+            accumulated, each batch is such a chunk.
         init_from: see `TrunklineModule.prepare_network`.
         init_image_from: the same for the image tower alone: a ViT.
         init_text_from: the same for the text tower: a BERT, a GPT, or a task on one.
@@ -103,6 +105,11 @@ class ContrastiveImageText(TrunklineModule):
                 "with share_trunk both towers have the same blocks; set --model.freeze_image_blocks and "
                 "--model.freeze_text_blocks to 0, or --model.network.share_trunk false"
             )
+        if config.share_trunk and init_image_from is not None and init_text_from is not None:
+            raise TrunklineError(
+                "with share_trunk both towers have the same blocks; give --model.init_image_from or "
+                "--model.init_text_from, not both"
+            )
         self.loss, self.same_captions, self.chunk_size = loss, same_captions, chunk_size
         self.network = CLIP(config)
         self.prepare_network(init_from, 0)
@@ -131,13 +138,12 @@ class ContrastiveImageText(TrunklineModule):
         Raises:
             TrunklineError: if it holds something else, or other sizes.
         """
+        network, flag = self.network.image, "--model.network.image"
         try:
             source = network_from_checkpoint(ViT, name) if Path(name).is_file() else ViT.from_pretrained(name)
-            load_matching(self.network.image, source, name)
         except TrunklineError as error:
-            raise TrunklineError(
-                f"--model.init_image_from {name} does not fit --model.network.image: {error}"
-            ) from error
+            raise TrunklineError(f"--model.init_image_from {name} is no ViT: {error}") from error
+        load_matching(network, source, name, "init_image_from", flag)
 
     def setup(self, stage: str) -> None:
         """Compare the network with the data before the first step; see `check_text_sizes`, `check_tokenizer`."""
@@ -150,17 +156,18 @@ class ContrastiveImageText(TrunklineModule):
         """See `CLIP.forward`."""
         return self.network(image, tokens, mask)
 
-    def embed(self, batch: dict[str, Tensor], chunk: int | None) -> Embeddings:
-        """Embeddings of a batch; with `chunk` each chunk is computed once more in the backward pass."""
-        inputs = batch["image"], batch["tokens"], batch["mask"]
-        if chunk is None or len(inputs[0]) <= chunk:
-            return self.network(*inputs)
+    def embed(self, *batches: dict[str, Tensor], chunk: int | None = None) -> Embeddings:
+        """Embeddings of batches, one after the other; what is in chunks is computed once more in the backward pass."""
         parts = [
-            # The graph keeps an input and an embedding of a chunk; backward runs through one chunk after the other.
-            checkpoint(self.network, *part, use_reentrant=False)
-            for part in zip(*(x.split(chunk) for x in inputs), strict=True)
+            part
+            for batch in batches
+            for part in zip(*(batch[name].split(chunk or len(batch[name])) for name in INPUTS), strict=True)
         ]
-        return Embeddings(*(torch.cat(side) for side in zip(*parts, strict=True)))
+        if len(parts) == 1:
+            return self.network(*parts[0])
+        # The graph keeps the input and the embedding of a chunk; backward runs through one chunk after the other.
+        found = [checkpoint(self.network, *part, use_reentrant=False) for part in parts]
+        return Embeddings(*(torch.cat(side) for side in zip(*found, strict=True)))
 
     def contrast(self, embeddings: Embeddings, keys: Tensor) -> tuple[Tensor, Share]:
         """Sum of the own pairs' losses against those of all processes, whose rows are counted."""
@@ -185,17 +192,15 @@ class ContrastiveImageText(TrunklineModule):
             TrunklineError: for a batch of one pair, which has nothing to be told from.
         """
         self.count(batch, "fit")
-        chunk, steps = self.chunk_size, self.trainer.accumulate_grad_batches
-        if steps > 1:
-            if batch_idx % steps == 0:  # not what an interrupted epoch left
-                self.held = []
-            self.held.append({name: batch[name] for name in ("image", "tokens", "mask", "caption_key")})
-            if self.trainer.fit_loop.epoch_loop._should_accumulate():
-                return 0.0 * next(p for p in self.network.parameters() if p.requires_grad).sum()
-            chunk = chunk or len(batch["image"])
-            batch = {name: torch.cat([held[name] for held in self.held]) for name in self.held[0]}
+        steps = self.trainer.accumulate_grad_batches
+        if batch_idx % steps == 0:  # not what an interrupted epoch left
             self.held = []
-        total, share = self.contrast(self.embed(batch, chunk), batch["caption_key"])
+        self.held.append({name: batch[name] for name in (*INPUTS, "caption_key")})
+        if steps > 1 and self.trainer.fit_loop.epoch_loop._should_accumulate():
+            return 0.0 * next(p for p in self.network.parameters() if p.requires_grad).sum()
+        batches, self.held = self.held, []
+        embeddings = self.embed(*batches, chunk=self.chunk_size)
+        total, share = self.contrast(embeddings, torch.cat([held["caption_key"] for held in batches]))
         if sum(share.counts) < 2:
             raise TrunklineError("a batch of one pair has nothing to tell it from; set --data.batch_size to 2 or more")
         loss = self.mean_over_pairs(total, share)
@@ -236,13 +241,15 @@ class ContrastiveImageText(TrunklineModule):
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
         valid = batch["valid"]
-        found, keys = self.network(batch["image"], batch["tokens"], batch["mask"]), batch["caption_key"][valid]
+        found, keys = self.embed(batch), batch["caption_key"][valid]
         found = Embeddings(found.image[valid], found.text[valid])
         total, share = self.contrast(found, keys)
         metric: Any = self.losses[stage]
+        pairs = sum(share.counts)
         metric.update(total / max(len(keys), 1), weight=len(keys))
         self.log(f"{stage}/loss", metric, prog_bar=True)
-        self.log(f"{stage}/chance_loss", self.chance(sum(share.counts)), batch_size=sum(share.counts))
+        if pairs:  # on all processes or on none
+            self.log(f"{stage}/chance_loss", self.chance(pairs), batch_size=pairs, sync_dist=True)
         self.count(batch, stage)
         self.evaluated.append((found, keys))
         return {
@@ -272,8 +279,12 @@ class ContrastiveImageText(TrunklineModule):
         self.evaluated = []
         share = share_of(keys)
         images, texts, keys = (gather_rows(x, share) for x in (images, texts, keys))
+        if not len(keys):
+            raise TrunklineError(
+                f"not one pair of the {stage} split could be read; mend its images and captions, see the warnings"
+            )
         for name, value in retrieval_metrics(images, texts, keys, keys).items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "text_to_image_R@10")
+            self.log(f"{stage}/{name}", value, prog_bar=name == "text_to_image_R@10", sync_dist=True)
 
     def flops_per_batch(self, batch: dict[str, Tensor]) -> int:
         """Floating-point operations of a training step on this batch, not counting what chunks compute twice."""

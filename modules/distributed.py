@@ -26,7 +26,10 @@ class Share(NamedTuple):
 
 
 def share_of(x: Tensor) -> Share:
-    """Ask all processes for the number of their rows; each may have another, or none."""
+    """Ask all processes for the number of their rows; each may have another, or none.
+
+    An accelerator is waited for; to assume equal numbers instead would hang or mix up rows where they are not.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Share([len(x)], 0)
     counts = x.new_empty(dist.get_world_size(), dtype=torch.long)
@@ -48,7 +51,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, share: Share) -> Tensor:
         ctx.share = share
-        longest = max(share.counts)  # the backends gather equal shapes only
+        longest = max(1, *share.counts)  # the backends gather equal shapes only
         padded = x.new_zeros(longest, *x.shape[1:])
         padded[: len(x)] = x
         gathered = x.new_empty(len(share.counts) * longest, *x.shape[1:])

@@ -15,7 +15,7 @@ CHUNK_ELEMENTS = 2**24
 def retrieval_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_keys: Tensor) -> Tensor:
     """Rank, from 1, of the best right answer to each query; a wrong one that is as similar comes first.
 
-    So embeddings that are all the same find nothing.
+    So embeddings that are all the same, or no numbers, find nothing.
 
     Args:
         queries: (Q, E) of length 1.
@@ -31,7 +31,7 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, galler
     for part, keys in zip(queries.split(size), query_keys.split(size), strict=True):
         cosines, right = part @ gallery.T, keys[:, None] == gallery_keys  # (q, G)
         best = cosines.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(1 + ((cosines >= best) & ~right).sum(dim=1))
+        ranks.append(1 + (~(cosines < best) & ~right).sum(dim=1))
     return torch.cat(ranks)
 
 

@@ -16,6 +16,7 @@ from trunkline.modules.base import (
     TrunklineModule,
     as_config,
     check_loss_options,
+    check_same_sizes,
     check_text_sizes,
     check_tokenizer,
     load_matching,
@@ -27,9 +28,6 @@ from trunkline.modules.networks.bert import BERT
 from trunkline.modules.networks.gpt import GPT
 from trunkline.modules.networks.text_head import TextHead, TextHeadConfig, without_heads
 from trunkline.modules.optim import OptimizerConfig
-
-FREE = {"dropout", "drop_path", "activation_checkpointing", "next_sentence", "tie_embeddings"}
-"""Fields of a body's configuration in which it may differ from the one that it starts from."""
 
 
 class TextTask(TrunklineModule):
@@ -194,7 +192,7 @@ def start_from(network: TextHead, name: str, argument: str = "init_from") -> Non
     Raises:
         TrunklineError: if it holds another kind of network, or one of other sizes; names the flag.
     """
-    source, config = read_network(name, type(network.body)), network.config
+    source, config = read_network(name, type(network.body), argument), network.config
     own, target = (network, config) if isinstance(source, TextHead) else (network.body, config.body)
     body = source.config.body if isinstance(source, TextHead) else source.config
     if type(body) is not type(config.body):
@@ -202,18 +200,19 @@ def start_from(network: TextHead, name: str, argument: str = "init_from") -> Non
         raise TrunklineError(
             f"{argument} {name} holds a {kind.upper()}; set --model.network.{kind} instead of {config.body_flag}"
         )
-    check_same_sizes(body, config.body, name, config.body_flag)
+    check_same_sizes(body, config.body, f"{argument} {name}", config.body_flag)
     if target is config.body:
         source = without_heads(source)
-    load_matching(own, source, name)
+    load_matching(own, source, name, argument, config.body_flag if own is network.body else "--model.network")
 
 
-def read_network(name: str, body: type[Network]) -> Any:
+def read_network(name: str, body: type[Network], argument: str) -> Any:
     """The network of a checkpoint, a folder or a hub name: a `TextHead`, or a language model.
 
     Args:
         name: of it.
         body: class that a hub name is taken for.
+        argument: that gave the name, for messages.
     """
     known: list[type[Network]] = [TextHead, BERT, GPT]
     if Path(name).is_file():
@@ -221,7 +220,7 @@ def read_network(name: str, body: type[Network]) -> Any:
         fits = [c for c in known if fields == {field.name for field in dataclasses.fields(c.config_class)}]
         if not fits:
             raise TrunklineError(
-                f"init_from {name} is no checkpoint of a language model or a task on text; give one of MaskedLM, "
+                f"{argument} {name} is no checkpoint of a language model or a task on text; give one of MaskedLM, "
                 "CausalLM or such a task"
             )
         return network_from_checkpoint(fits[0], name)
@@ -230,20 +229,3 @@ def read_network(name: str, body: type[Network]) -> Any:
     except (OSError, ValueError, KeyError, TypeError):  # `from_pretrained` says what is wrong
         kind = None
     return next((c for c in known if c.__name__ == kind), body).from_pretrained(name)
-
-
-def check_same_sizes(there: Any, here: Any, name: str, flag: str) -> None:
-    """Compare two configurations of a body, of which weights tell a part only (the number of heads, say, not).
-
-    Raises:
-        TrunklineError: naming the first difference and the flag.
-    """
-    for field in dataclasses.fields(here):
-        found, own = getattr(there, field.name), getattr(here, field.name)
-        if dataclasses.is_dataclass(own):
-            check_same_sizes(found, own, name, f"{flag}.{field.name}")
-        elif found != own and field.name not in FREE:
-            raise TrunklineError(
-                f"init_from {name} was trained with {field.name}={found}, but the network has {own}; set "
-                f"{flag}.{field.name} {'null' if found is None else found}"
-            )

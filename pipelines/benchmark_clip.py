@@ -106,8 +106,8 @@ def clip_chunks(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     chunked, plain = partial(_contrastive_step, LARGE, CHUNK), partial(_contrastive_step, CHUNK, None)
     large, small = (peak_memory(prepare) / 2**20 for prepare in (chunked, plain))
     print(f"CLIP step, peak memory: {CHUNK} pairs {small:.0f} MiB, {LARGE} in chunks of {CHUNK} {large:.0f} MiB")
-    sides = [partial(_seconds_a_pair, prepare(), size) for prepare, size in ((chunked, LARGE), (plain, CHUNK))]
-    return [compare("a pair, in chunks", "a pair, plain", *sides, min(rounds, 3))]
+    ours, peer = partial(_seconds_a_pair, chunked(), LARGE), partial(_seconds_a_pair, plain(), CHUNK)
+    return [compare("a pair, in chunks", "a pair, plain", ours, peer, min(rounds, 3))]
 
 
 def _contrastive_step(batch_size: int, chunk: int | None) -> Side:
@@ -118,7 +118,7 @@ def _contrastive_step(batch_size: int, chunk: int | None) -> Side:
 
     def loss() -> Tensor:
         batch = pairs(batch_size)
-        return module.mean_over_pairs(*module.contrast(module.embed(batch, chunk), batch["caption_key"]))
+        return module.mean_over_pairs(*module.contrast(module.embed(batch, chunk=chunk), batch["caption_key"]))
 
     return bare_loop(module, loss)
 

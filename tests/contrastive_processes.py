@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchmetrics import Metric
 
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.contrastive_image_text import ContrastiveImageText
@@ -53,7 +54,7 @@ class Step(nn.Module):
         self.module = module
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        embeddings = self.module.embed(batch, self.module.chunk_size)
+        embeddings = self.module.embed(batch, chunk=self.module.chunk_size)
         return self.module.mean_over_pairs(*self.module.contrast(embeddings, batch["caption_key"]))
 
 
@@ -77,12 +78,30 @@ def losses_and_gradients(counts: list[int] | None = None) -> list[dict[str, Tens
     return results
 
 
+def evaluation(counts: list[int]) -> dict[str, float]:
+    """What is logged of a validation in two batches: one of which a process has no valid pair, one without any."""
+    module, batch, logged = model(loss="infonce"), pairs(), {}
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    start = sum(counts[:rank])
+    share = {name: value[start : start + counts[rank]] for name, value in batch.items()}
+    share["index"] = torch.arange(counts[rank])
+    module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign, assignment]
+    module.eval()
+    with torch.no_grad():
+        share["valid"] = torch.arange(start, start + counts[rank]) < 6
+        module.validation_step(share, 0)
+        module.validation_step({**share, "valid": torch.zeros(counts[rank], dtype=torch.bool)}, 1)
+        module.on_validation_epoch_end()
+    module.losses["val"].sync_on_compute = dist.is_initialized()
+    return {name: float(value.compute() if isinstance(value, Metric) else value) for name, value in logged.items()}
+
+
 def worker(rank: int, counts: list[int], port: int, folder: Path) -> None:
     """One process; the first writes what came out."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=len(counts))
-    results = losses_and_gradients(counts)
+    results, logged = losses_and_gradients(counts), evaluation(counts)
     if rank == 0:
-        torch.save(results, folder / "results.pt")
+        torch.save({"steps": results, "evaluation": logged}, folder / "results.pt")
     dist.destroy_process_group()

@@ -110,6 +110,13 @@ def test_scale() -> None:
 def test_impossible_towers() -> None:
     with pytest.raises(TrunklineError, match=r"needs one body, not none; set either --model\.network\.bert"):
         CLIPConfig()
+    with pytest.raises(TrunklineError, match=r"first token of a GPT sees no other; set --model\.network\.text_pool"):
+        two_towers(text_pool="cls")
+    for wrong in ({"dim": 0}, {"init_logit_scale": 10.0}):
+        with pytest.raises(
+            TrunklineError, match=r"--model\.network\.dim .*--model\.network\.init_logit_scale .* 4\.605"
+        ):
+            two_towers(**wrong)
     with pytest.raises(TrunklineError, match=r"share_trunk needs the same trunk twice; make .*network\.gpt\.backbone"):
         two_towers(share_trunk=True)
     with pytest.raises(TrunklineError, match=r"9 tokens are more than the 8"):

@@ -64,7 +64,7 @@ def test_chunks_drop_the_same_twice() -> None:
     module, batch, gradients = ContrastiveImageText(config), pairs(), []
     for chunk in (11, 10):  # 11 is the whole batch; of 10 the second chunk is one pair
         torch.manual_seed(1)
-        found = module.embed(batch, chunk)
+        found = module.embed(batch, chunk=chunk)
         total, share = module.contrast(found, batch["caption_key"])
         module.zero_grad()
         module.mean_over_pairs(total, share).backward()
@@ -149,9 +149,33 @@ def test_towers_start_from_trained_ones(kind: str, tmp_path: Path) -> None:
     assert network.image.head.weight.shape == (8, 16)
     config.image.backbone = TransformerConfig(dim=32, depth=2, num_heads=2)
     with pytest.raises(
-        TrunklineError, match=r"--model\.init_image_from .*image does not fit --model\.network\.image: .*pos_embed is"
+        TrunklineError,
+        match=r"init_image_from .*image does not fit: pos_embed is .* give --model\.network\.image the sizes",
     ):
         ContrastiveImageText(config, **names)
+
+
+def test_towers_that_only_look_alike(tmp_path: Path) -> None:
+    """Weights do not tell the number of heads."""
+    ViT(ViTConfig(16, 8, pool="mean", backbone=TRUNK)).save_pretrained(tmp_path / "image")
+    other = TransformerConfig(dim=16, depth=2, num_heads=4)
+    config = CLIPConfig(ViTConfig(16, 8, pool="mean", backbone=other), gpt=GPTConfig(50, 6, backbone=TRUNK))
+    with pytest.raises(
+        TrunklineError, match=r"init_image_from .* num_heads=2.*; set --model\.network\.image\.backbone\.num"
+    ):
+        ContrastiveImageText(config, init_image_from=str(tmp_path / "image"))
+    with pytest.raises(TrunklineError, match=r"image/config.json describes a ViT, not a GPT"):
+        ContrastiveImageText(config, init_text_from=str(tmp_path / "image"))
+    GPT(GPTConfig(50, 6, backbone=TRUNK)).save_pretrained(tmp_path / "text")
+    with pytest.raises(TrunklineError, match=r"--model\.init_image_from .*text is no ViT: .* describes a GPT"):
+        ContrastiveImageText(config, init_image_from=str(tmp_path / "text"))
+
+
+def test_no_valid_pair_at_all(tmp_path: Path) -> None:
+    module, (batch,) = model(loss="infonce"), cut([11])
+    batch |= {"index": torch.arange(11), "valid": torch.zeros(11, dtype=torch.bool)}
+    with pytest.raises(TrunklineError, match="not one pair of the val split could be read"):
+        tiny.trainer(tmp_path).validate(module, DataLoader([batch], batch_size=None), verbose=False)  # type: ignore[arg-type]
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
@@ -163,6 +187,8 @@ def test_bad_arguments(tmp_path: Path) -> None:
     shared = CLIPConfig(ViTConfig(16, 8, backbone=TRUNK), bert=BERTConfig(50, 6, backbone=TRUNK), share_trunk=True)
     with pytest.raises(TrunklineError, match=r"with share_trunk both towers have the same blocks; set .*freeze_image"):
         ContrastiveImageText(shared, freeze_image_blocks=1)
+    with pytest.raises(TrunklineError, match=r"give --model\.init_image_from or --model\.init_text_from, not both"):
+        ContrastiveImageText(shared, init_image_from="a", init_text_from="b")
     with pytest.raises(
         TrunklineError, match=r"a batch of one pair has nothing to tell it from; set --data\.batch_size"
     ):

@@ -322,14 +322,21 @@ def assert_stopped_and_resume(output: str, folder: Path, processes: int) -> None
     assert [line["started_at"] for line in lines(folder) if "started_at" in line] == [0, step]
 
 
-@pytest.mark.parametrize("task", [pytest.param(t, marks=[pytest.mark.slow] * (t == "masked")) for t in TASKS])
-def test_equal_losses_on_one_and_two_processes(task: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize(
+    ("task", "accumulate"),
+    [*(pytest.param(t, 1, marks=[pytest.mark.slow] * (t == "masked")) for t in TASKS if t != "pairs"), ("pairs", 2)],
+)
+def test_equal_losses_on_one_and_two_processes(
+    task: str, accumulate: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """`batch_size` is over all processes: the mean of two processes' losses is the loss of one."""
-    losses, indices = {}, {}
+    losses, validated, indices = {}, {}, {}
     for processes in (1, 2):
         folder = tmp_path_factory.mktemp(f"equal{processes}")
-        run = Run(arguments(write_config(folder, task, exact=True, max_epochs=2), processes), folder, processes)
+        config = write_config(folder, task, exact=True, max_epochs=2, accumulate_grad_batches=accumulate)
+        run = Run(arguments(config, processes), folder, processes)
         assert run.wait() == [0] * processes, run.output()
+        validated[processes] = [line["loss"] for line in lines(folder) if "validated_at" in line]
         steps = [[line for line in lines(folder, rank) if "index" in line] for rank in range(processes)]
         losses[processes] = [sum(line["loss"] for line in step) / processes for step in zip(*steps, strict=True)]
         indices[processes] = [sorted(i for line in step for i in line["index"]) for step in zip(*steps, strict=True)]
@@ -337,3 +344,5 @@ def test_equal_losses_on_one_and_two_processes(task: str, tmp_path_factory: pyte
     assert indices[1] == indices[2]
     assert max(losses[1]) - min(losses[1]) > 0.1  # equal losses are not those of a network that does not move
     torch.testing.assert_close(torch.tensor(losses[2]), torch.tensor(losses[1]), rtol=0, atol=1e-5)
+    assert len(validated[1]) > 2
+    torch.testing.assert_close(torch.tensor(validated[2]), torch.tensor(validated[1]), rtol=0, atol=1e-5)

@@ -29,7 +29,7 @@ class CLIPConfig:
     """
 
     image: ViTConfig = field(default_factory=ViTConfig)
-    """The image tower; its head is the projection into the space, whatever `num_classes` says."""
+    """The image tower; its head is the projection into the space, with a bias, whatever `num_classes` says."""
     bert: BERTConfig | None = None
     """The text tower, if it looks both ways."""
     gpt: GPTConfig | None = None
@@ -50,6 +50,13 @@ class CLIPConfig:
             self.bert = config_from_dict(BERTConfig, self.bert)
         if isinstance(self.gpt, Mapping):
             self.gpt = config_from_dict(GPTConfig, self.gpt)
+        if self.gpt is not None and self.text_pool == "cls":
+            raise TrunklineError("the first token of a GPT sees no other; set --model.network.text_pool last or mean")
+        if self.dim < 1 or not 0 <= self.init_logit_scale <= MAX_LOGIT_SCALE:
+            raise TrunklineError(
+                f"--model.network.dim {self.dim} must be 1 or more, and --model.network.init_logit_scale "
+                f"{self.init_logit_scale} from 0 to {MAX_LOGIT_SCALE:.3f}, the logarithm of 100"
+            )
         text = self.text
         if self.share_trunk and text.body.backbone != self.image.backbone:
             raise TrunklineError(
@@ -82,13 +89,14 @@ class LogitScale(nn.Module):
 
     def __init__(self, scale: float, bias: float | None) -> None:
         super().__init__()
-        self.logit_scale = nn.Parameter(torch.tensor(scale))
-        self.logit_bias = nn.Parameter(torch.tensor(bias)) if bias is not None else None
+        # Not scalars: PyTorch's FSDP shards vectors only.
+        self.logit_scale = nn.Parameter(torch.tensor([scale]))
+        self.logit_bias = nn.Parameter(torch.tensor([bias])) if bias is not None else None
 
     @property
     def factor(self) -> Tensor:
-        """The inverse temperature."""
-        return self.logit_scale.exp()
+        """The inverse temperature, a scalar."""
+        return self.logit_scale.exp().squeeze(0)
 
     @torch.no_grad()
     def clamp(self) -> None:

@@ -165,7 +165,6 @@ def bert_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 # transformers' name of a part of CLIP -> ours.
 TRANSFORMERS_CLIP = {
-    "logit_scale": "scale.logit_scale",
     "visual_projection.": "image.head.",
     "text_projection.": "text.head.",
     "vision_model.pre_layrnorm.": "image.embed_norm.",
@@ -201,6 +200,7 @@ def clip_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for theirs, part in TRANSFORMERS_CLIP_BLOCK.items():
             ours = ours.replace(theirs, part)
         converted[ours] = value
+    converted["scale.logit_scale"] = weights["logit_scale"].reshape(1)
     positions = weights["vision_model.embeddings.position_embedding.weight"]  # (1 + patches, D)
     converted["image.pos_embed"] = positions[None, 1:]
     converted["image.cls_token"] = (weights["vision_model.embeddings.class_embedding"] + positions[0])[None, None]
