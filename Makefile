@@ -6,7 +6,7 @@ ARGS ?=
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train-vit train-gpt train-bert finetune-bert test test-all lint tensorboard benchmark clean
+.PHONY: help train-vit train-gpt train-bert finetune-bert train-clip test test-all lint tensorboard benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,11 @@ finetune-bert: $(READY) ## what the pre-training is worth: name the language, ag
 	$(BIN)/trunkline fit --config bert/classify_demo --name bert/from_scratch --data.tokenizer $$start $(ARGS) && \
 	$(BIN)/trunkline fit --config bert/classify_demo --model.init_from $$start --data.tokenizer $$start $(ARGS)
 
+train-clip: $(READY) ## train a CLIP on emoji and their names, offline, in five minutes; another artist's drawings test it
+	$(BIN)/trunkline fit --config clip/emoji $(ARGS)
+	@last=$$(ls -t runs/clip/emoji/*/checkpoints/last.ckpt | head -1) && set -x && \
+	$(BIN)/trunkline evaluate --checkpoint $$last --source openmoji --val_fraction 0 --split train
+
 test: $(READY) ## the fast tests, without a network
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
@@ -41,7 +46,7 @@ lint: $(READY) ## style and types
 tensorboard: $(READY) ## look at the runs in a browser
 	$(BIN)/tensorboard --logdir runs $(ARGS)
 
-benchmark: $(READY) ## measure speed side by side with timm and transformers
+benchmark: $(READY) ## measure speed side by side with timm, transformers and open_clip
 	$(BIN)/trunkline benchmark $(ARGS)
 
 clean: ## remove the virtual environment and everything that tools left behind (runs/ stays)
@@ -52,5 +57,5 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Trunkline needs Python 3.11 or newer; say make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,eval,dev]'
 	@touch $@

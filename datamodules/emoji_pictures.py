@@ -16,6 +16,8 @@ from trunkline.datamodules.text_sources import package_file
 TWEMOJI, OPENMOJI = "twemoji", "openmoji"
 SIDE = 72
 """Pixels of a picture."""
+MARGIN = 2
+"""Of them that stay white around OpenMoji's drawings."""
 FONT_SIZE = 72
 """At which OpenMoji's drawings are about as large as Twemoji's; the few that are larger are shrunk."""
 
@@ -159,6 +161,6 @@ def draw(sign: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     canvas = Image.new("RGB", (2 * SIDE, 2 * SIDE), "white")
     ImageDraw.Draw(canvas).text((SIDE, SIDE), sign, font=font, embedded_color=True, anchor="mm")
     left, top, right, bottom = ImageOps.invert(canvas).getbbox() or (0, 0, SIDE, SIDE)
-    half = max(right - left, bottom - top, SIDE) // 2
+    half = max(right - left + 1, bottom - top + 1, SIDE - 2 * MARGIN) // 2 + MARGIN
     x, y = (left + right) // 2, (top + bottom) // 2
     return canvas.crop((x - half, y - half, x + half, y + half)).resize((SIDE, SIDE), Image.Resampling.BOX)

@@ -250,6 +250,7 @@ class ImageTextData(TokenizerState, TrunklineDataModule):
             **super().state_dict(),
             "preprocessing": asdict(self.preprocessing),
             "max_length": self.max_length,
+            "fractions": dict(self.fractions),
         }
 
 

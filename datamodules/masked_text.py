@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
-from trunkline.datamodules.masking import IGNORE, Masker, MaskingConfig
+from trunkline.datamodules.masking import IGNORE, Masker, MaskingConfig, masked_sentence
 from trunkline.datamodules.packing import Blocks, cut_documents
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.shards import TokenStream
@@ -98,6 +98,10 @@ class MaskedTextData(TextData):
         else:
             texts = Blocks(stream, self.max_length - 2, self.seed if train else None, overlap=0)
         return MaskedRows(texts, masker, self.max_length, self.seed, fixed=not train)
+
+    def masked_sentence(self, text: str, limit: int, where: str) -> tuple[list[int], int]:
+        """See `masking.masked_sentence`; for whoever shows what is found."""
+        return masked_sentence(self.tokenizer, text, limit, where)
 
 
 class Pairs:

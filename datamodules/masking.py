@@ -63,6 +63,28 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return found
 
 
+def masked_sentence(tokenizer: Tokenizer, text: str, limit: int, where: str) -> tuple[list[int], int]:
+    """Ids of a text as a masked language model sees it, with the tokens that begin and end a row; and that of the mask.
+
+    Args:
+        tokenizer: of the model.
+        text: with a mask in it.
+        limit: tokens that the model sees at most.
+        where: the text is from, for messages.
+
+    Raises:
+        TrunklineError: if there is no mask, or it is too long.
+    """
+    special = special_ids(tokenizer)
+    ids = [special["cls"], *tokenizer.encode(text, add_special_tokens=False).ids, special["sep"]]
+    if special["mask"] not in ids:
+        mask = tokenizer.id_to_token(special["mask"])
+        raise TrunklineError(f"{where} {text!r} has no {mask}; write it where a word is to be found")
+    if len(ids) > limit:
+        raise TrunklineError(f"{where} {text!r} has {len(ids)} tokens, but the network can see {limit}; cut it")
+    return ids, special["mask"]
+
+
 class Masker:
     """Chooses and hides tokens; what it draws comes from the given generator alone.
 

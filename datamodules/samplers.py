@@ -1,6 +1,7 @@
 """The order of samples: a pure function of (seed, epoch), resumable at any batch on any number of processes."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,9 +128,16 @@ class ResumableLoader(DataLoader[Any]):
         """
         if self.position is not None:
             self.batch_sampler.epoch, self.batch_sampler.start = self.position()  # type: ignore[union-attr]
-        try:
+        with plain_errors(self.num_workers):
             yield from super().__iter__()
-        except TrunklineError as error:  # a worker's comes with its traceback in the message
-            if not self.num_workers:
-                raise
-            raise TrunklineError(str(error).rpartition("TrunklineError: ")[2].strip()) from error
+
+
+@contextmanager
+def plain_errors(num_workers: int) -> Iterator[None]:
+    """Raise a worker's `TrunklineError` as the dataset raised it: torch puts the traceback into its message."""
+    try:
+        yield
+    except TrunklineError as error:
+        if not num_workers:
+            raise
+        raise TrunklineError(str(error).rpartition("TrunklineError: ")[2].strip()) from error

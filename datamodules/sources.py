@@ -199,21 +199,25 @@ def choose_splits(available: dict[str, Any], source: str, split_names: dict[str,
     return chosen
 
 
-def image_files(folder: str | Path) -> list[Path]:
+def image_files(folder: str | Path, flag: str = "--images") -> list[Path]:
     """All image files below a folder, sorted.
 
+    Args:
+        folder: that.
+        flag: that named it, for messages.
+
     Raises:
-        TrunklineError: if the folder is missing or holds none.
+        TrunklineError: if there is no such folder, or it holds none.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise TrunklineError(f"there is no folder {folder}")
+        raise TrunklineError(f"{flag} {folder} is no folder; give one that holds images")
     files = []
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         subfolders[:] = [n for n in subfolders if not n.startswith(".")]
         files += [Path(parent, n) for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
     if not files:
-        raise TrunklineError(f"{folder} holds no image file ({' '.join(IMAGE_SUFFIXES)})")
+        raise TrunklineError(f"{flag} {folder} holds no image file ({' '.join(IMAGE_SUFFIXES)}); give one that does")
     return sorted(files)
 
 
@@ -270,7 +274,7 @@ def _read_folders(folders: dict[str, Path]) -> ImageTable:
     number = {name: n for n, name in enumerate(class_names)}
     splits: dict[str, ImageRows] = {}
     for split, folder in folders.items():
-        files = image_files(folder)
+        files = image_files(folder, "--data.source")
         classes = [file.relative_to(folder).parts[0] for file in files]
         for file, name in zip(files, classes, strict=True):
             if name == file.name:

@@ -6,21 +6,21 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
-from rich.progress import track
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from trunkline import TrunklineError
+from trunkline.datamodules.captions import CaptionEncoder
+from trunkline.datamodules.image import Preprocessing
 from trunkline.datamodules.masking import special_ids
 from trunkline.datamodules.sources import to_channels
 from trunkline.datamodules.text_files import read_column, reader_of
 from trunkline.modules.callbacks.retrieval import sprites
 from trunkline.modules.checkpoints import load_checkpoint
-from trunkline.modules.contrastive_image_text import ContrastiveImageText
-from trunkline.modules.networks import BERT, GPT, TextHead, TextHeadConfig
+from trunkline.modules.networks import BERT, CLIP, GPT, TextHead, TextHeadConfig
+from trunkline.modules.networks.clip import unit
 from trunkline.pipelines.image_text_checkpoint import (
     Pictures,
     clip_of,
@@ -28,7 +28,9 @@ from trunkline.pipelines.image_text_checkpoint import (
     embed_texts,
     open_pictures,
     own_flags,
+    progress,
 )
+from trunkline.pipelines.output import check_output
 from trunkline.pipelines.text_checkpoint import find_device, load_language_model
 
 PROJECTED = 10_000
@@ -74,35 +76,25 @@ def embed(
     Raises:
         TrunklineError: for a missing file, a text that is too long, or a checkpoint of something else.
     """
-    if Path(output).suffix.lower() != ".parquet" or not Path(output).absolute().parent.is_dir():
-        raise TrunklineError(f"--output {output} must be a .parquet file in a folder that exists")
+    check_output(output, (".parquet",))
     if texts is None and images is None:
         raise TrunklineError("there is nothing to embed; give --texts, --images or both")
     place, content = find_device(device), load_checkpoint(checkpoint)
-    found: list[Embedded] = []
-    if content.get("objective") == ContrastiveImageText.__name__:
+    if content.get("objective") == "ContrastiveImageText":
         if tokenizer is not None or not normalise or pool != "mean":
             raise TrunklineError(
                 f"--pool, --normalise and --tokenizer are for language models, and {checkpoint} is of images and "
                 "texts, which it embeds as it was trained to; leave them out"
             )
-        network, preprocessing, encoder = clip_of(content, checkpoint, place)
-        if texts is not None:
-            rows = read_texts(Path(texts), text_column)
-            found.append(Embedded("text", rows, embed_texts(network, encoder, rows, batch_size, place)))
-        if images is not None:
-            source, length = open_pictures(images)
-            pictures = Pictures(source, length, preprocessing, skip_corrupt)
-            with own_flags():
-                vectors, kept = embed_images(network.encode_image, pictures, batch_size, place, num_workers)
-            shown = [thumbnail(source.image(row)) for row in kept[:PROJECTED]] if projector is not None else []
-            found.append(Embedded("path", [source.name(row) for row in kept], vectors, shown))
+        clip, shown = clip_of(content, checkpoint, place), 0 if projector is None else PROJECTED
+        rows = [] if texts is None else read_texts(Path(texts), text_column)
+        found = embed_clip(clip, batch_size, place, num_workers, rows, images, skip_corrupt, shown)
     elif texts is None or images is not None:
         raise TrunklineError(f"{checkpoint} knows texts alone; leave --images out, or give the checkpoint of a CLIP")
     else:
         body, words = load_language_model(checkpoint, ("MaskedLM", "CausalLM"), tokenizer)
         rows = read_texts(Path(texts), text_column)
-        found.append(Embedded("text", rows, read_states(body, words, rows, pool, batch_size, place)))
+        found = [Embedded("text", rows, read_states(body, words, rows, pool, batch_size, place))]
     tables = [part.table(normalise) for part in found]
     pd.concat(tables, ignore_index=True).to_parquet(output, index=False)
     if projector is not None:
@@ -126,11 +118,11 @@ class Embedded(NamedTuple):
 
     def table(self, normalise: bool) -> pd.DataFrame:
         """A row each."""
-        unit = F.normalize(self.vectors, dim=1)
-        vectors = list((unit if normalise else self.vectors).numpy())
+        scaled = unit(self.vectors)
+        vectors = list((scaled if normalise else self.vectors).numpy())
         table = pd.DataFrame({self.column: self.names, "embedding": vectors})
-        if self.column == "text" and len(unit) > 1:
-            table["nearest"], table["similarity"] = nearest(unit)
+        if self.column == "text" and len(scaled) > 1:
+            table["nearest"], table["similarity"] = nearest(scaled)
             table["nearest"] = [self.names[n] for n in table["nearest"]]
         return table
 
@@ -140,7 +132,42 @@ class Embedded(NamedTuple):
         names = [" ".join(name.split()) for name in self.names[:count]]
         shown: dict[str, Any] = {"label_img": sprites(list(self.pictures))} if self.pictures else {}
         tag = "images" if self.pictures else "texts"
-        writer.add_embedding(F.normalize(self.vectors[:count], dim=1), metadata=names, tag=tag, **shown)
+        writer.add_embedding(unit(self.vectors[:count]), metadata=names, tag=tag, **shown)
+
+
+def embed_clip(
+    clip: tuple[CLIP, Preprocessing, CaptionEncoder],
+    batch_size: int,
+    device: torch.device,
+    num_workers: int,
+    texts: list[str],
+    images: str | None,
+    skip_corrupt: bool,
+    thumbnails: int,
+) -> list[Embedded]:
+    """Texts, images or both with a CLIP; see `embed`.
+
+    Args:
+        clip: network, and how its images and texts are prepared.
+        batch_size: texts or images at a time.
+        device: of the network.
+        num_workers: processes that read images.
+        texts: those, or none.
+        images: see `open_pictures`; None: texts alone.
+        skip_corrupt: see `Pictures`.
+        thumbnails: pictures of which one is kept, at most.
+    """
+    (network, preprocessing, encoder), found = clip, []
+    if texts:
+        found.append(Embedded("text", texts, embed_texts(network, encoder, texts, batch_size, device)))
+    if images is not None:
+        rows, length = open_pictures(images)
+        pictures = Pictures(rows, length, preprocessing, skip_corrupt)
+        with own_flags():
+            vectors, kept = embed_images(network.encode_image, pictures, batch_size, device, num_workers)
+        shown = [thumbnail(rows.image(row)) for row in kept[:thumbnails]]
+        found.append(Embedded("path", [rows.name(row) for row in kept], vectors, shown))
+    return found
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
@@ -204,7 +231,7 @@ def embeddings(network: TextHead, ids: list[list[int]], batch_size: int) -> Tens
     order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
     device = next(network.parameters()).device
     vectors = torch.empty(len(ids), network.config.body.backbone.dim)
-    for start in track(range(0, len(order), batch_size), description="embedding", transient=True):
+    for start in progress(range(0, len(order), batch_size), "embedding"):
         chosen = order[start : start + batch_size]
         length = max(len(ids[n]) for n in chosen)
         tokens = torch.tensor([ids[n] + [0] * (length - len(ids[n])) for n in chosen], device=device)
@@ -213,11 +240,11 @@ def embeddings(network: TextHead, ids: list[list[int]], batch_size: int) -> Tens
     return vectors
 
 
-def nearest(unit: Tensor) -> tuple[list[int], list[float]]:
+def nearest(vectors: Tensor) -> tuple[list[int], list[float]]:
     """Of each of (N, D) rows of length 1: the most similar other row, and the cosine of their angle."""
     found, cosines = [], []
-    for start in range(0, len(unit), 1024):
-        similarity = unit[start : start + 1024] @ unit.T
+    for start in range(0, len(vectors), 1024):
+        similarity = vectors[start : start + 1024] @ vectors.T
         similarity[torch.arange(len(similarity)), torch.arange(start, start + len(similarity))] = -2.0  # itself
         best = similarity.max(dim=1)
         found += best.indices.tolist()

@@ -1,68 +1,42 @@
 """`trunkline evaluate`: what an image network knows, by retrieval, zero-shot classification, neighbours and probes."""
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from trunkline import TrunklineError
 from trunkline.datamodules.emoji_pictures import OPENMOJI, TWEMOJI
 from trunkline.datamodules.image import ImageData
 from trunkline.datamodules.image_text import ImageTextData
-from trunkline.datamodules.image_text_sources import PairRows
-from trunkline.datamodules.sources import ImageRows
-from trunkline.modules.networks.clip import unit
-from trunkline.modules.probes import Labelled, knn_accuracy, linear_probe_accuracy
-from trunkline.modules.retrieval import chance_ranks, retrieval_metrics
-from trunkline.pipelines.image_text_checkpoint import (
-    ImageNetwork,
-    Pictures,
-    embed_images,
-    embed_texts,
-    load_image_network,
-    own_flags,
-    pooled,
+from trunkline.modules.checkpoints import load_checkpoint
+from trunkline.pipelines.image_text_checkpoint import ImageNetwork, image_network_of, own_flags
+from trunkline.pipelines.measures import (
+    Features,
+    Result,
+    Runner,
+    choose_split,
+    neighbours,
+    probe,
+    retrieval,
+    zero_shot,
 )
+from trunkline.pipelines.output import check_output
 from trunkline.pipelines.text_checkpoint import find_device
 
 Task = Literal["retrieval", "zero_shot", "knn", "linear_probe"]
+LABELLED = ("zero_shot", "knn", "linear_probe")
+FLAGS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("captions", "caption_column", "image_folder", "flags"), ("retrieval",)),
+    **dict.fromkeys(("label_column", "split_seed"), LABELLED),
+    **dict.fromkeys(("class_names", "templates"), ("zero_shot",)),
+    "k": ("knn",),
+}
+"""Flags that not all tasks know, and those that do."""
 TEMPLATES = ("{}", "a photo of a {}", "a picture of a {}", "a drawing of a {}")
-
-
-class Result(NamedTuple):
-    """One figure."""
-
-    task: str
-    metric: str
-    value: float
-    chance: float | None = None
-    """The same of a network that knows nothing."""
-
-    @property
-    def gain(self) -> str:
-        """How many times better than that."""
-        if not self.chance or not self.value:
-            return ""
-        ratio = self.chance / self.value if "rank" in self.metric else self.value / self.chance
-        return f"{ratio:.1f} times"
-
-
-class Runner(NamedTuple):
-    """How pictures and texts go through the network."""
-
-    network: ImageNetwork
-    batch_size: int
-    device: torch.device
-    num_workers: int
-    skip_corrupt: bool
 
 
 def evaluate(
@@ -73,16 +47,18 @@ def evaluate(
     captions: Literal["first", "all"] = "first",
     class_names: list[str] | str | None = None,
     templates: list[str] | str | None = None,
-    k: int = 20,
+    k: int | None = None,
     image_column: str = "image",
     caption_column: str | None = None,
-    label_column: str = "label",
+    label_column: str | None = None,
     train_split: str | None = None,
     val_split: str | None = None,
     test_split: str | None = None,
     val_fraction: float | None = None,
     test_fraction: float | None = None,
+    split_seed: int | None = None,
     image_folder: str | None = None,
+    flags: bool | None = None,
     cache_dir: str | None = None,
     skip_corrupt: bool = False,
     batch_size: int = 64,
@@ -105,16 +81,19 @@ def evaluate(
         captions: whether a text is an image's first caption, or each of its own.
         class_names: a list, or a file with one a line, in place of the source's own.
         templates: of zero-shot prompts, with {} for the class: a list, one, or a file with one a line.
-        k: neighbours that vote.
-        image_column: see `ImageTextData` and `ImageData`, as the next nine.
+        k: neighbours that vote; None takes 20.
+        image_column: see `ImageTextData` and `ImageData`, as the next eleven.
         caption_column: see there.
         label_column: see there.
         train_split: see there.
         val_split: see there.
         test_split: see there.
-        val_fraction: see there; give the fractions of training, so that nothing is both trained on and tested.
+        val_fraction: see there; None takes, of images with captions, that of the checkpoint's training, so that nothing
+            is both trained on and tested. Of labelled images give that of training yourself, as the next two.
         test_fraction: see there.
+        split_seed: see there; of labelled images.
         image_folder: see there.
+        flags: see there; of `twemoji` and `openmoji`.
         cache_dir: see there.
         skip_corrupt: leave out images that cannot be read, and count them, instead of stopping.
         batch_size: images or texts at a time.
@@ -123,47 +102,81 @@ def evaluate(
         device: auto, cpu, cuda, cuda:1, mps, …
 
     Raises:
-        TrunklineError: for a missing file or split, names or templates that cannot work, or a checkpoint that does not
-            know texts where they are needed.
+        TrunklineError: for a missing file or split, a flag that does not apply, names or templates that cannot work, or
+            a checkpoint that does not know texts where they are needed.
     """
-    if output is not None and (not output.endswith(".json") or not Path(output).absolute().parent.is_dir()):
-        raise TrunklineError(f"--output {output} must be a .json file in a folder that exists")
-    paired = what == "retrieval" or source in (TWEMOJI, OPENMOJI) or caption_column is not None
-    place = find_device(device)
-    run = Runner(load_image_network(checkpoint, place), batch_size, place, num_workers, skip_corrupt)
-    tasks = choose_tasks(what, paired, run.network, checkpoint, source)
-    given: dict[str, Any] = {
+    if output is not None:
+        check_output(output, (".json",))
+    place, content = find_device(device), load_checkpoint(checkpoint)
+    network = image_network_of(content, checkpoint, place)
+    run = Runner(network, batch_size, place, num_workers, skip_corrupt)
+    paired = what == "retrieval" or source in (TWEMOJI, OPENMOJI) or (what == "all" and caption_column is not None)
+    tasks = choose_tasks(what, paired, network, checkpoint, source)
+    special = {
+        "captions": None if captions == "first" else captions,
+        "caption_column": caption_column,
+        "image_folder": image_folder,
+        "flags": flags,
+        "label_column": label_column,
+        "split_seed": split_seed,
+        "class_names": class_names,
+        "templates": templates,
+        "k": k,
+    }
+    check_flags(special, tasks, source)
+    names = ("caption_column", "image_folder", "flags") if paired else ("label_column", "split_seed")
+    given: dict[str, Any] = {name: special[name] for name in names} | {
         "train_split": train_split,
         "val_split": val_split,
         "test_split": test_split,
         "val_fraction": val_fraction,
         "test_fraction": test_fraction,
         "cache_dir": cache_dir,
-        **({"caption_column": caption_column, "image_folder": image_folder} if paired else {}),
     }
     options: dict[str, Any] = {"source": source, "image_column": image_column, "skip_corrupt": skip_corrupt}
     options |= {name: value for name, value in given.items() if value is not None}
-    options |= asdict(run.network.preprocessing)
+    options |= asdict(network.preprocessing)
     with own_flags():
         if paired:
-            pairs = ImageTextData(**options).rows
-            tested = choose_split(split, pairs, source)
-            results = retrieval(run, pairs[tested], captions)
+            trained: Any = content["ImageTextData"]
+            shares = {f"{part}_fraction": share for part, share in trained.get("fractions", {}).items()}
+            tested, results = of_pairs(run, shares | options, split, captions)
         else:
-            data = ImageData(**options, label_column=label_column)
-            features = Features(run, data)
-            tested = choose_split(split, features.rows, source)
-            results = []
-            if "zero_shot" in tasks:
-                names = named(class_names, data.class_names)
-                results += zero_shot(run, features.of(tested), names, read_templates(templates))
-            if "knn" in tasks:
-                results += neighbours(features, tested, k)
-            if "linear_probe" in tasks:
-                results += probe(features, tested)
+            tested, results = of_labels(run, options, split, tasks, class_names, templates, 20 if k is None else k)
     show(results, f"{checkpoint} on {source} ({tested})")
     if output is not None:
         save(results, output, {"checkpoint": checkpoint, "source": source, "split": tested})
+
+
+def of_pairs(run: Runner, options: dict[str, Any], split: str | None, captions: str) -> tuple[str, list[Result]]:
+    """The split that is looked at, and its figures; `options` are those of `ImageTextData`."""
+    pairs = ImageTextData(**options).rows
+    tested = choose_split(split, pairs, options["source"])
+    return tested, retrieval(run, pairs[tested], captions)
+
+
+def of_labels(
+    run: Runner,
+    options: dict[str, Any],
+    split: str | None,
+    tasks: list[str],
+    class_names: list[str] | str | None,
+    templates: list[str] | str | None,
+    k: int,
+) -> tuple[str, list[Result]]:
+    """See `of_pairs`; `options` are those of `ImageData`, for the others see `evaluate`."""
+    data = ImageData(**options)
+    features = Features(run, data)
+    tested = choose_split(split, features.rows, options["source"])
+    results = []
+    if "zero_shot" in tasks:
+        names = named(class_names, data.class_names)
+        results += zero_shot(run, features.of(tested), names, read_templates(templates))
+    if "knn" in tasks:
+        results += neighbours(features, tested, k)
+    if "linear_probe" in tasks:
+        results += probe(features, tested)
+    return tested, results
 
 
 def choose_tasks(what: str, paired: bool, network: ImageNetwork, checkpoint: str, source: str) -> list[str]:
@@ -172,7 +185,7 @@ def choose_tasks(what: str, paired: bool, network: ImageNetwork, checkpoint: str
     Raises:
         TrunklineError: if it is not.
     """
-    possible = ["retrieval"] if paired else ["zero_shot", "knn", "linear_probe"]
+    possible = ["retrieval"] if paired else [*LABELLED]
     if what not in ("all", *possible):
         raise TrunklineError(f"{source} has captions and no classes; give --what retrieval, or a labelled --source")
     tasks = possible if what == "all" else [what]
@@ -186,148 +199,25 @@ def choose_tasks(what: str, paired: bool, network: ImageNetwork, checkpoint: str
     return tasks
 
 
-def choose_split(split: str | None, rows: Mapping[str, Any], source: str) -> str:
-    """The split that is asked for, or the best there is.
+def check_flags(given: dict[str, Any], tasks: list[str], source: str) -> None:
+    """Refuse what would do nothing.
+
+    Args:
+        given: flags of `FLAGS` -> their values; None was not given.
+        tasks: are measured.
+        source: on this.
 
     Raises:
-        TrunklineError: if the source does not have it.
+        TrunklineError: for the first of them.
     """
-    if split is None:
-        split = "test" if "test" in rows else "val"
-    if split not in rows:
-        raise TrunklineError(
-            f"--source {source} has no {split} split, but {', '.join(rows)}; set --{split}_fraction or --{split}_split"
-        )
-    return split
-
-
-class CaptionedPictures(Pictures):
-    """Pictures that have captions: one whose captions cannot be read is no better than one that cannot be seen."""
-
-    rows: PairRows
-
-    def read(self, row: int) -> dict[str, Any]:
-        """See `TransformedImages`."""
-        self.rows.captions(row)
-        return super().read(row)
-
-
-def retrieval(run: Runner, rows: PairRows, captions: str) -> list[Result]:
-    """Recall and median rank both ways.
-
-    Right are the texts of all images with the same first caption, as in validation.
-    """
-    _, preprocessing, clip, encoder = run.network
-    assert clip is not None
-    assert encoder is not None
-    pictures = CaptionedPictures(rows, len(rows), preprocessing, run.skip_corrupt)
-    images, kept = embed_images(clip.encode_image, pictures, run.batch_size, run.device, run.num_workers)
-    numbers: dict[str, int] = {}
-    texts, text_keys, image_keys = [], [], []
-    for own in (rows.captions(row) for row in kept):
-        key = numbers.setdefault(own[0], len(numbers))
-        own = own[:1] if captions == "first" else own
-        texts += own
-        text_keys += [key] * len(own)
-        image_keys.append(key)
-    found = embed_texts(clip, encoder, texts, run.batch_size, run.device)
-    keys = torch.tensor(image_keys), torch.tensor(text_keys)
-    metrics = retrieval_metrics(images, found, *keys)
-    chances = {"image_to_text": chance_ranks(*keys), "text_to_image": chance_ranks(*reversed(keys))}
-    results = []
-    for name, value in metrics.items():
-        way, _, measure = name.rpartition("_R@")
-        if way:
-            chance = float(chances[way][min(int(measure), len(chances[way])) - 1])
-        else:
-            chance = 1.0 + int((chances[name.removesuffix("_median_rank")] < 0.5).sum())
-        results.append(Result("retrieval", name, float(value), chance))
-    return results
-
-
-class Features:
-    """Pooled features of the image trunk on the splits of labelled images, each split looked at once."""
-
-    def __init__(self, run: Runner, data: ImageData) -> None:
-        data.setup("test")
-        self.run, self.source, self.found = run, data.source, dict[str, Labelled]()
-        self.rows: dict[str, ImageRows] = {split: dataset.rows for split, dataset in data.datasets.items()}  # type: ignore[attr-defined]
-
-    def of(self, split: str) -> Labelled:
-        """Those of a split."""
-        if split not in self.found:
-            rows, run = self.rows[split], self.run
-            pictures = Pictures(rows, len(rows.labels), run.network.preprocessing, run.skip_corrupt)
-            encode = pooled(run.network.trunk)
-            features, kept = embed_images(encode, pictures, run.batch_size, run.device, run.num_workers)
-            self.found[split] = Labelled(features.numpy(), rows.labels[kept])
-        return self.found[split]
-
-    def learning(self, split: str, task: str) -> Labelled:
-        """The training split, for a task that is measured on another.
-
-        Raises:
-            TrunklineError: if it is the same.
-        """
-        if split == "train":
-            raise TrunklineError(f"{task} learns from the training split; measure it on --split val or test")
-        return self.of("train")
-
-
-def zero_shot(run: Runner, test: Labelled, names: Sequence[str], templates: Sequence[str]) -> list[Result]:
-    """Top-1 and top-5 accuracy of the class whose text is most similar."""
-    clip, device = run.network.clip, run.device
-    with torch.inference_mode():
-        assert clip is not None
-        images = unit(clip.image.head(torch.from_numpy(test.features).to(device))).cpu()
-    cosines, labels = images @ class_embeddings(run, names, templates).T, torch.from_numpy(test.labels)
-    results = []
-    for top in (n for n in (1, 5) if n < len(names)):
-        accuracy = multiclass_accuracy(cosines, labels, num_classes=len(names), top_k=top, average="micro")
-        results.append(Result("zero_shot", f"top{top}", float(accuracy), top / len(names)))
-    return results
-
-
-def class_embeddings(run: Runner, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """(classes, E): of each class the mean over its prompts, made to length 1 (arXiv:2103.00020, 3.1.4)."""
-    _, _, clip, encoder = run.network
-    assert clip is not None
-    assert encoder is not None
-    prompts = [template.replace("{}", name) for name in names for template in templates]
-    found = embed_texts(clip, encoder, prompts, run.batch_size, run.device)
-    return unit(found.unflatten(0, (len(names), len(templates))).mean(dim=1))
-
-
-def neighbours(features: Features, split: str, k: int) -> list[Result]:
-    """See `knn_accuracy`.
-
-    Raises:
-        TrunklineError: if there are fewer training rows than neighbours.
-    """
-    train = features.learning(split, "knn")
-    if not 1 <= k <= len(train.labels):
-        raise TrunklineError(f"--k {k} must be from 1 to {len(train.labels)}, the number of training rows")
-    test = features.of(split)
-    return [Result("knn", "accuracy", knn_accuracy(train, test, k), commonest(train, test))]
-
-
-def probe(features: Features, split: str) -> list[Result]:
-    """See `linear_probe_accuracy`.
-
-    Raises:
-        TrunklineError: if there are no validation rows, or it is measured on them.
-    """
-    train = features.learning(split, "linear_probe")
-    if split == "val":
-        raise TrunklineError("linear_probe chooses its regularisation on the validation split; set --split test")
-    val, test = features.of(choose_split("val", features.rows, features.source)), features.of(split)
-    accuracy, strength = linear_probe_accuracy(train, val, test)
-    return [Result("linear_probe", "accuracy", accuracy, commonest(train, test)), Result("linear_probe", "C", strength)]
-
-
-def commonest(train: Labelled, test: Labelled) -> float:
-    """Accuracy of always naming the commonest training class."""
-    return float((test.labels == np.bincount(train.labels).argmax()).mean())
+    for flag, value in given.items():
+        if value is not None and not set(FLAGS[flag]) & set(tasks):
+            raise TrunklineError(
+                f"--{flag} is for {' or '.join(FLAGS[flag])}, but --source {source} is measured by "
+                f"{', '.join(tasks)}; leave it out, or choose with --what"
+            )
+    if given["flags"] is not None and source not in (TWEMOJI, OPENMOJI):
+        raise TrunklineError(f"--flags is for {TWEMOJI} and {OPENMOJI}, not for --source {source}; leave it out")
 
 
 def named(given: list[str] | str | None, own: list[str]) -> list[str]:

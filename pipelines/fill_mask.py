@@ -3,7 +3,7 @@
 import torch
 
 from trunkline import TrunklineError
-from trunkline.datamodules.masking import special_ids
+from trunkline.datamodules.masking import masked_sentence
 from trunkline.modules.filling import fill_masks
 from trunkline.modules.networks import BERT
 from trunkline.pipelines.text_checkpoint import find_device, load_language_model
@@ -30,18 +30,10 @@ def fill_mask(
     network, words = load_language_model(checkpoint, ("MaskedLM",), tokenizer)
     assert isinstance(network, BERT)
     network.to(place)
-    special = special_ids(words)
-    mask, limit = words.id_to_token(special["mask"]), network.config.max_length
-    rows = []
-    for text in [sentence] if isinstance(sentence, str) else sentence:
-        ids = [special["cls"], *words.encode(text, add_special_tokens=False).ids, special["sep"]]
-        if special["mask"] not in ids:
-            raise TrunklineError(f"--sentence {text!r} has no {mask}; write it where a word is to be found")
-        if len(ids) > limit:
-            raise TrunklineError(f"--sentence {text!r} has {len(ids)} tokens, but the network can see {limit}; cut it")
-        rows.append((text, ids))
-    for text, ids in rows:
+    texts = [sentence] if isinstance(sentence, str) else sentence
+    rows = [masked_sentence(words, text, network.config.max_length, "--sentence") for text in texts]
+    for text, (ids, mask) in zip(texts, rows, strict=True):
         print(text)
-        for filling in fill_masks(network, torch.tensor(ids, device=place), special["mask"], top_k):
+        for filling in fill_masks(network, torch.tensor(ids, device=place), mask, top_k):
             found = zip(filling.tokens, filling.probabilities, strict=True)
             print("  " + "  ".join(f"{words.decode([token])} {probability:.3f}" for token, probability in found))

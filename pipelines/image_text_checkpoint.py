@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.progress import track
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -17,11 +16,12 @@ from trunkline import TrunklineError
 from trunkline.datamodules.captions import CaptionEncoder
 from trunkline.datamodules.emoji_pictures import OPENMOJI, TWEMOJI, EmojiPictures
 from trunkline.datamodules.image import Preprocessing, TransformedImages
-from trunkline.datamodules.samplers import SampleKey
+from trunkline.datamodules.samplers import SampleKey, plain_errors
 from trunkline.datamodules.sources import FileRows, image_files, to_channels
 from trunkline.modules.base import network_of
 from trunkline.modules.checkpoints import load_checkpoint
 from trunkline.modules.networks import CLIP, ViT
+from trunkline.pipelines.text_checkpoint import own_tokenizer
 
 DATA = {"ContrastiveImageText": "ImageTextData", "ImageClassifier": "ImageData"}
 """Objectives, and the data that they learn from."""
@@ -72,7 +72,8 @@ def image_network_of(content: dict[str, Any], checkpoint: str, device: torch.dev
     if objective == "ImageClassifier":
         return ImageNetwork(network_of(ViT, content, checkpoint).to(device).eval(), preprocessing, None, None)
     network = network_of(CLIP, content, checkpoint).to(device).eval()
-    encoder = CaptionEncoder(Tokenizer.from_str(data["tokenizer"]), data["max_length"])
+    words = own_tokenizer(content, checkpoint, "give a checkpoint that `trunkline fit` wrote")
+    encoder = CaptionEncoder(words, data["max_length"])
     return ImageNetwork(network.image, preprocessing, network, encoder)
 
 
@@ -149,14 +150,18 @@ def embed_images(
 
     Returns:
         (N, E) float32 on the CPU, and the row of each: all but those that are skipped, which are counted in print.
+
+    Raises:
+        TrunklineError: for a picture that cannot be read.
     """
     keys: Any = [SampleKey(0, n) for n in range(len(pictures))]
     loader = DataLoader(pictures, batch_size, sampler=keys, num_workers=num_workers)
     found, rows = [], []
-    for batch in progress(loader, "looking at pictures"):
-        valid = batch["valid"]
-        found.append(encode(batch["image"].to(device))[valid.to(device)].float().cpu())
-        rows += batch["index"][valid].tolist()
+    with plain_errors(num_workers):
+        for batch in progress(loader, "looking at pictures"):
+            valid = batch["valid"]
+            found.append(encode(batch["image"].to(device))[valid.to(device)].float().cpu())
+            rows += batch["index"][valid].tolist()
     if len(rows) < len(pictures):
         print(f"skipped {len(pictures) - len(rows)} of {len(pictures)} pictures, which cannot be read")
     return torch.cat(found), rows

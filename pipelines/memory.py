@@ -23,9 +23,14 @@ def peak_memory(prepare: Prepare) -> int:
     A process of its own, begun anew: in this one, the allocator's free memory would hide a part, and `ru_maxrss` of a
     fork begins at its parent's peak.
     """
-    # One process for one task: nothing of another measurement is left in it.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure, prepare, torch.get_num_threads()).result()
+    # What is freed goes back to the system at once: else holes in glibc's heap would count, by chance.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
+    try:
+        # One process for one task: nothing of another measurement is left in it.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(_measure, prepare, torch.get_num_threads()).result()
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
 def _measure(prepare: Prepare, threads: int) -> int:

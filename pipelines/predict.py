@@ -2,7 +2,6 @@
 
 import warnings
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,10 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from trunkline import TrunklineError
 from trunkline.datamodules.image import ImageFiles, Preprocessing
-from trunkline.datamodules.samplers import SampleKey
+from trunkline.datamodules.samplers import SampleKey, plain_errors
 from trunkline.datamodules.sources import image_files
 from trunkline.modules.checkpoints import load_checkpoint
 from trunkline.modules.image_classifier import ImageClassifier
+from trunkline.pipelines.output import check_output
 from trunkline.pipelines.predict_text import TASKS, Run, predict_texts, write_conll
 
 
@@ -94,7 +94,8 @@ def run_batches(
         enable_checkpointing=False,
         use_distributed_sampler=False,
     )
-    batches: Any = trainer.predict(model, loader)
+    with plain_errors(num_workers):
+        batches: Any = trainer.predict(model, loader)
     return batches
 
 
@@ -105,12 +106,7 @@ def table_writer(output: str) -> Any:
         ".parquet": lambda table, path: table.to_parquet(path, index=False),
         ".conll": write_conll,
     }
-    suffix = Path(output).suffix.lower()
-    if suffix not in writers:
-        raise TrunklineError(f"--output {output} must end in .csv or .parquet, or for tags in .conll")
-    if not Path(output).absolute().parent.is_dir():
-        raise TrunklineError(f"--output {output}: there is no folder {Path(output).absolute().parent}; make it first")
-    return writers[suffix]
+    return writers[check_output(output, tuple(writers))]
 
 
 class ReadableImages(ImageFiles):

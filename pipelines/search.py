@@ -1,7 +1,6 @@
 """`trunkline search`: the pictures that a text describes best."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +20,7 @@ from trunkline.pipelines.image_text_checkpoint import (
     open_pictures,
     own_flags,
 )
+from trunkline.pipelines.output import check_output
 from trunkline.pipelines.text_checkpoint import find_device
 
 SIDE, COLUMNS = 160, 5
@@ -56,8 +56,7 @@ def search(
     Raises:
         TrunklineError: for a missing or damaged file, or a checkpoint of something else.
     """
-    if Path(output).suffix.lower() not in (".png", ".jpg") or not Path(output).absolute().parent.is_dir():
-        raise TrunklineError(f"--output {output} must be a .png or .jpg file in a folder that exists")
+    check_output(output, (".png", ".jpg"))
     if not query.strip():
         raise TrunklineError("--query is empty; say what to look for")
     if count < 1:
@@ -107,13 +106,13 @@ def read_embeddings(file: str, images: str | None, numbers: int) -> tuple[Pictur
     table = table[table["path"].notna()]
     if not len(table):
         raise TrunklineError(f"--embeddings {file} has no picture; write it with `trunkline embed --images`")
-    vectors: Any = np.stack(table["embedding"].to_list())
-    if vectors.shape[1] != numbers:
+    sizes = sorted({np.size(vector) for vector in table["embedding"]})
+    if sizes != [numbers]:
         raise TrunklineError(
-            f"--embeddings {file} has {vectors.shape[1]} numbers a picture, but the checkpoint's network makes "
-            f"{numbers}; write it with the same --checkpoint"
+            f"--embeddings {file} has {' or '.join(map(str, sizes[:3]))} numbers a picture, but the checkpoint's "
+            f"network makes {numbers}; write it with the same --checkpoint"
         )
-    found, paths = torch.from_numpy(vectors).float(), table["path"].tolist()
+    found, paths = torch.from_numpy(np.stack(table["embedding"].to_list())).float(), table["path"].tolist()
     if images is None:
         return FileRows([Path(path) for path in paths], np.zeros(len(paths), np.int64)), found, list(range(len(paths)))
     rows, length = open_pictures(images)

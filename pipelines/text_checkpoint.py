@@ -46,14 +46,29 @@ def _tokenizer(content: dict[str, Any], checkpoint: str, name: str | None) -> tu
     """The tokenizer, and where it is from, for messages."""
     if name is not None:
         return load_tokenizer(name, "--tokenizer"), f"--tokenizer {name}"
+    own = own_tokenizer(content, checkpoint, "name its file with --tokenizer tokenizer.json")
+    return own, f"the tokenizer in {checkpoint}"
+
+
+def own_tokenizer(content: dict[str, Any], checkpoint: str, mend: str) -> Tokenizer:
+    """The tokenizer that a checkpoint holds.
+
+    Args:
+        content: of the checkpoint.
+        checkpoint: the file, for messages.
+        mend: what to do if there is none, for messages too.
+
+    Raises:
+        TrunklineError: if it is missing or broken.
+    """
     text = tokenizer_of_checkpoint(content)
     if text is None:
-        raise TrunklineError(f"{checkpoint} holds no tokenizer; name its file with --tokenizer tokenizer.json")
+        raise TrunklineError(f"{checkpoint} holds no tokenizer; {mend}")
     try:
-        return Tokenizer.from_str(text), f"the tokenizer in {checkpoint}"
+        return Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare ones
         raise TrunklineError(
-            f"the tokenizer in {checkpoint} is no tokenizer of the tokenizers library: {error}"
+            f"the tokenizer in {checkpoint} is no tokenizer of the tokenizers library: {error}; {mend}"
         ) from error
 
 

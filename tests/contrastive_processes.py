@@ -1,6 +1,7 @@
 """A contrastive loss and its gradients on one or several processes, for tests/test_contrastive_distributed.py."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,23 @@ def pairs() -> dict[str, Tensor]:
         "mask": torch.arange(6) < torch.randint(3, 7, (PAIRS, 1), generator=draw),
         "caption_key": torch.tensor([0, 1, 2, 0, 4, 5, 6, 1, 8, 1, 10]),
     }
+
+
+def large_step(count: int, chunk: int | None) -> Callable[[], None]:
+    """A forward and backward pass through towers whose activations are most of the memory."""
+    trunk = TransformerConfig(dim=128, depth=4, num_heads=4)
+    config = CLIPConfig(ViTConfig(32, 4, pool="mean", backbone=trunk), gpt=GPTConfig(50, 6, backbone=trunk), dim=8)
+    module = ContrastiveImageText(config)
+
+    def step() -> None:
+        batch = {
+            "image": torch.randn(count, 3, 32, 32),
+            "tokens": torch.randint(0, 50, (count, 6)),
+            "mask": torch.ones(count, 6, dtype=torch.bool),
+        }
+        module.mean_over_pairs(*module.contrast(module.embed(batch, chunk=chunk), torch.arange(count))).backward()
+
+    return step
 
 
 class Step(nn.Module):

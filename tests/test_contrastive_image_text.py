@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,7 @@ import lightning as L
 import pytest
 import tiny
 import torch
-from contrastive_processes import model, pairs
+from contrastive_processes import large_step, model, pairs
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -16,6 +17,7 @@ from trunkline.modules.contrastive_image_text import ContrastiveImageText
 from trunkline.modules.networks import BERT, GPT, BERTConfig, CLIPConfig, GPTConfig, ViT, ViTConfig
 from trunkline.modules.optim import OptimizerConfig
 from trunkline.modules.retrieval import retrieval_metrics
+from trunkline.pipelines.memory import peak_memory
 
 STEADY = {"schedule": "constant", "warmup": 0}
 TRUNK = TransformerConfig(dim=16, depth=2, num_heads=2)
@@ -82,6 +84,28 @@ def test_chunks_drop_the_same_twice() -> None:
     module.zero_grad()
     module.mean_over_pairs(*module.contrast(joined, batch["caption_key"])).backward()
     torch.testing.assert_close(module.network.image.patch_embed.proj.weight.grad, gradients[1][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_chunks_of_a_compiled_network() -> None:
+    batch, gradients = pairs(), []
+    for compiled in (False, True):
+        module = model(loss="infonce")
+        if compiled:
+            module.network.compile()
+        module.mean_over_pairs(*module.contrast(module.embed(batch, chunk=4), batch["caption_key"])).backward()
+        gradients.append([p.grad for p in module.network.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_chunk() -> None:
+    """Sixteen times the pairs, in chunks; at once they take far more."""
+    small, chunks, whole = (
+        peak_memory(partial(large_step, *sizes)) for sizes in ((64, None), (1024, 64), (1024, None))
+    )
+    assert chunks < 1.3 * small
+    assert whole > 5 * small
 
 
 def test_evaluation_over_the_whole_split(tmp_path: Path) -> None:

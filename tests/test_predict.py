@@ -136,20 +136,25 @@ def test_modes_of_one_picture(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_no_images(grey_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrunklineError, match=r"there is no folder .*nowhere$"):
+    with pytest.raises(TrunklineError, match=r"^--images .*nowhere is no folder; give one that holds images$"):
         run(grey_checkpoint, tmp_path / "nowhere", tmp_path / "out.csv")
+    with pytest.raises(TrunklineError, match=r"^--images .*a\.ckpt is no folder; give one that holds images$"):
+        run(grey_checkpoint, grey_checkpoint, tmp_path / "out.csv")
     (tmp_path / "empty" / "below").mkdir(parents=True)
     (tmp_path / "empty" / "notes.txt").write_text("no image")
-    with pytest.raises(TrunklineError, match=r"empty holds no image file \(.*\.png"):
+    with pytest.raises(
+        TrunklineError, match=r"^--images .*empty holds no image file \(.*\.png.*\); give one that does$"
+    ):
         run(grey_checkpoint, tmp_path / "empty", tmp_path / "out.csv")
 
 
-def test_corrupt_image_is_named(grey_checkpoint: Path, images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_image_is_named(workers: int, grey_checkpoint: Path, images: Path, tmp_path: Path) -> None:
     whole = (images / "a/2.png").read_bytes()
     (images / "a/2.png").write_bytes(whole[: len(whole) // 2])
-    message = r"cannot read the image .*images/a/2\.png: .*; replace or remove it, or give --skip_corrupt true$"
+    message = r"^cannot read the image .*images/a/2\.png: .*; replace or remove it, or give --skip_corrupt true$"
     with pytest.raises(TrunklineError, match=message):
-        run(grey_checkpoint, images, tmp_path / "out.csv")
+        run(grey_checkpoint, images, tmp_path / "out.csv", num_workers=workers)
     assert not (tmp_path / "out.csv").exists()
 
 
@@ -218,7 +223,7 @@ def test_checkpoint_of_another_program(images: Path, tmp_path: Path, content: An
 
 @pytest.mark.parametrize("output", ["out.txt", "out", "nowhere/out.csv"])
 def test_bad_output_is_found_before_any_work(tmp_path: Path, output: str) -> None:
-    message = "there is no folder .*nowhere; make it first" if "/" in output else r"must end in \.csv or \.parquet"
-    with pytest.raises(TrunklineError, match=rf"--output .*{output}.* {message}"):  # not: there is no checkpoint
+    message = r"must be a \.csv, \.parquet or \.conll file in a folder that exists"
+    with pytest.raises(TrunklineError, match=rf"^--output .*{output} {message}$"):  # not: there is no checkpoint
         predict(str(tmp_path / "no.ckpt"), str(tmp_path / "no images"), str(tmp_path / output))
     assert not any(tmp_path.iterdir())

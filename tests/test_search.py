@@ -94,11 +94,14 @@ def test_embeddings_of_texts_and_images(checkpoint: str, tmp_path: Path, capsys:
 def test_a_broken_picture(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, output = folders(tmp_path / "images", 1), str(tmp_path / "a.png")
     (images / "blue" / "0.png").write_bytes(b"no picture")
-    options: dict[str, Any] = {"images": str(images), "output": output, "device": "cpu", "num_workers": 1}
-    with pytest.raises(TrunklineError, match=r"(?s)cannot read the image .*blue/0\.png: .*or set --skip_corrupt true"):
-        search("red", checkpoint, **options)
+    options: dict[str, Any] = {"images": str(images), "output": output, "device": "cpu"}
+    for workers in (0, 1):
+        with pytest.raises(
+            TrunklineError, match=r"^cannot read the image .*blue/0\.png: .*or set --skip_corrupt true$"
+        ):
+            search("red", checkpoint, **{**options, "num_workers": workers})
     assert not Path(output).exists()
-    search("red", checkpoint, skip_corrupt=True, **{**options, "num_workers": 0})
+    search("red", checkpoint, skip_corrupt=True, **options)
     shown = capsys.readouterr().out
     assert "skipped 1 of 4 pictures" in shown
     assert "wrote the 3 best of 3 pictures" in shown
@@ -111,7 +114,7 @@ def test_a_broken_picture(checkpoint: str, tmp_path: Path, capsys: pytest.Captur
         ({"query": " "}, "--query is empty; say what to look for"),
         ({"count": 0}, "--count must be at least 1, not 0"),
         ({"images": None}, "there is nothing to search; give --images, or --embeddings"),
-        ({"images": "nowhere"}, "there is no folder nowhere"),
+        ({"images": "nowhere"}, "--images nowhere is no folder; give one that holds images"),
         (
             {"embeddings": "nowhere.parquet"},
             "cannot read --embeddings nowhere.parquet: .*write it with `trunkline embed",
@@ -119,6 +122,11 @@ def test_a_broken_picture(checkpoint: str, tmp_path: Path, capsys: pytest.Captur
         ({"checkpoint": "nowhere.ckpt"}, "there is no checkpoint nowhere.ckpt"),
         ({"embeddings": {"text": ["a"], "embedding": [[1.0] * 8]}}, "has no column 'path'; write it with"),
         ({"embeddings": {"path": ["a"], "embedding": [[1.0] * 9]}}, "has 9 numbers a picture, but .* makes 8"),
+        (
+            {"embeddings": {"path": ["a", "b"], "embedding": [[1.0] * 8, [1.0] * 7]}},
+            "has 7 or 8 numbers a picture, but",
+        ),
+        ({"embeddings": {"path": ["a", "b"], "embedding": [[1.0] * 8, None]}}, "has 1 or 8 numbers a picture, but"),
         (
             {"embeddings": {"path": ["a"], "embedding": [[1.0] * 8]}},
             "a is not among --images .*; write the table again",
@@ -146,7 +154,7 @@ def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path, checkp
     ("options", "message"),
     [
         ({}, "there is nothing to embed; give --texts, --images or both"),
-        ({"images": "nowhere"}, "there is no folder nowhere"),
+        ({"images": "nowhere"}, "--images nowhere is no folder; give one that holds images"),
         ({"images": ".", "normalise": False}, "--pool, --normalise and --tokenizer are for language models"),
         ({"images": ".", "pool": "cls"}, "which it embeds as it was trained to; leave them out"),
     ],

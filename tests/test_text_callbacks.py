@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trunkline import TrunklineError
 from trunkline.datamodules import LabelledTextData, MaskedTextData, TaggedTextData, TextData
@@ -90,6 +91,8 @@ def test_gpt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(by_tokens) == [256, 512]
     assert list(by_tokens.values()) == [e.value for e in done.found.Scalars("val/bpb")]
     assert {"throughput/tokens_per_sec", "throughput/flops_per_sec", "val/ppl"} <= set(done.found.Tags()["scalars"])
+    speeds = done.found.Scalars("throughput/tokens_per_sec")
+    assert [e.step for e in speeds] == [4, 8]  # not twice: they are the unit
 
 
 def test_bert(tmp_path: Path) -> None:
@@ -103,6 +106,34 @@ def test_bert(tmp_path: Path) -> None:
     assert texts(done.found, "val/filled")[8].splitlines()[2:] == [f"| the [MASK] sat on | {row} |"]
     assert done.model.network.training
     assert [e.step for e in done.found.Images("val/attention")] == [4, 8]
+
+
+def test_masks_of_another_family_are_filled(tmp_path: Path) -> None:
+    """`<s>`, `<mask>` and `</s>`, as RoBERTa has them."""
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<mask>": 3, "?": 4, "the": 5, "cat": 6, "sat": 7, "on": 8}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<mask>"])
+    torch.manual_seed(0)
+    model = MaskedLM(BERTConfig(9, 5, backbone=TransformerConfig(dim=16, depth=1, num_heads=2)))
+    (tmp_path / "t.txt").write_text(TEXT)
+    tokenizer.save(str(tmp_path / "t.json"))
+    data = MaskedTextData(str(tmp_path / "t.txt"), tokenizer=str(tmp_path / "t.json"), cache_dir=str(tmp_path / "c"))
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    fake: Any = SimpleNamespace(
+        datamodule=data, sanity_checking=False, loggers=[logger], is_global_zero=True, global_step=3
+    )
+    callback = FilledMasks(["the <mask> sat"], count=2)
+    callback.setup(fake, model, "fit")
+    callback.on_validation_epoch_end(fake, model)
+    logger.finalize("success")
+    with torch.no_grad():
+        best = model.eval().network(torch.tensor([[0, 5, 3, 7, 2]]))[0, 2].softmax(0).topk(2)
+    names = {number: name for name, number in words.items()}
+    found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    want = ", ".join(f"{names[token] if token > 3 else ''} ({p:.2f})" for token, p in found)
+    shown = texts(EventAccumulator(str(tmp_path), {"tensors": 0}).Reload(), "val/filled")
+    assert shown[3].splitlines()[2:] == [f"| the <mask> sat | {want} |"]
 
 
 def test_heads_are_drawn_where_they_look() -> None:
@@ -120,7 +151,9 @@ def test_heads_are_drawn_where_they_look() -> None:
     ("masked", "callback", "message"),
     [
         (False, TextSamples([""]), "TextSamples: the prompt '' has no tokens"),
-        (True, FilledMasks(["the cat"]), r"FilledMasks: the sentence 'the cat' has no \[MASK\]"),
+        (True, FilledMasks(["the cat"]), r"^FilledMasks: the sentence 'the cat' has no \[MASK\]; write it where"),
+        (True, FilledMasks(["[MASK]" * 15]), r"^FilledMasks: the sentence '.*' has 17 tokens, .* can see 16; cut it$"),
+        (False, FilledMasks(["[MASK]"]), "^FilledMasks needs MaskedTextData as --data; leave the callback out"),
     ],
 )
 def test_bad_texts_are_found_before_the_first_step(masked: bool, callback: Any, message: str, tmp_path: Path) -> None:
@@ -131,6 +164,17 @@ def test_bad_texts_are_found_before_the_first_step(masked: bool, callback: Any, 
 def test_data_without_a_tokenizer() -> None:
     with pytest.raises(TrunklineError, match="TextSamples needs a datamodule with a tokenizer"):
         TextSamples(["a"]).setup(SimpleNamespace(datamodule=None), None, "fit")  # type: ignore[arg-type]
+
+
+class CountedTokens(L.Callback):
+    """Another count of what is no padding."""
+
+    def __init__(self) -> None:
+        self.tokens = self.texts = 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.texts += len(batch["tokens"])
+        self.tokens += sum(int(row.sum()) for row in batch["mask"])
 
 
 @pytest.mark.parametrize("gpt", [False, True])
@@ -150,9 +194,13 @@ def test_text_classifier(gpt: bool, tmp_path: Path) -> None:
         TextHeadConfig(**body, num_outputs=3, pool="last" if gpt else "cls"), OptimizerConfig(lr=0.1)
     )
     report = ClassificationReport(images=2, projected=5)
-    fitted = trainer(tmp_path, 5, 5, report, AttentionHeads("the cat sat", blocks=2, heads=1))
+    counted = CountedTokens()
+    fitted = trainer(tmp_path, 5, 5, report, AttentionHeads("the cat sat", blocks=2, heads=1), counted, Throughput())
     fitted.fit(model, datamodule=data)
     found = EventAccumulator(str(tmp_path), {"images": 0}).Reload()
+    tokens, texts_a_second = (found.Scalars(f"throughput/{unit}_per_sec")[0].value for unit in ("tokens", "texts"))
+    assert tokens / texts_a_second == pytest.approx(counted.tokens / counted.texts)
+    assert 3 < counted.tokens / counted.texts < 16  # padding is not counted
     assert set(found.Tags()["images"]) == {"val/confusion", "val/attention"}
     assert [e.step for e in found.Images("val/confusion")] == [5]
     assert model.network.training

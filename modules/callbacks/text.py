@@ -70,22 +70,27 @@ class TextSamples(Callback):
 class FilledMasks(Callback):
     """After each validation, the likeliest words for the masks of fixed sentences (`val/filled`).
 
-    The datamodule has the `tokenizer`. All processes compute, because sharded weights need them all.
+    The datamodule is `MaskedTextData`. All processes compute, because sharded weights need them all.
 
     Args:
-        sentences: with `[MASK]` in each.
+        sentences: with the tokenizer's mask (`[MASK]`, `<mask>`) in each.
         count: words shown for each mask.
     """
 
     def __init__(self, sentences: Sequence[str], count: int = 5) -> None:
         self.sentences, self.count = list(sentences), count
+        self.rows: list[tuple[list[int], int]] = []
+        """Ids of each sentence, and that of the mask."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find a sentence without a mask before the first step."""
-        mask = tokenizer_of(trainer, self).token_to_id("[MASK]")
-        for sentence in self.sentences:
-            if mask is None or mask not in tokenizer_of(trainer, self).encode(sentence).ids:
-                raise TrunklineError(f"FilledMasks: the sentence {sentence!r} has no [MASK] for the tokenizer")
+        """Find a sentence without a mask, or one that is too long, before the first step."""
+        encode = getattr(getattr(trainer, "datamodule", None), "masked_sentence", None)
+        if encode is None:
+            raise TrunklineError("FilledMasks needs MaskedTextData as --data; leave the callback out with other data")
+        network = pl_module.network
+        assert isinstance(network, BERT)
+        limit = network.config.max_length
+        self.rows = [encode(sentence, limit, "FilledMasks: the sentence") for sentence in self.sentences]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write."""
@@ -94,10 +99,9 @@ class FilledMasks(Callback):
         tokenizer, network = tokenizer_of(trainer, self), pl_module.network
         assert isinstance(network, BERT)
         lines = ["| sentence | likeliest |", "|---|---|"]
-        for sentence in self.sentences:
-            ids = tokenizer.encode(f"[CLS] {sentence} [SEP]", add_special_tokens=False).ids[: network.config.max_length]
+        for sentence, (ids, mask) in zip(self.sentences, self.rows, strict=True):
             tokens = torch.tensor(ids, device=pl_module.device)
-            for filling in fill_masks(network, tokens, tokenizer.token_to_id("[MASK]"), self.count):
+            for filling in fill_masks(network, tokens, mask, self.count):
                 found = zip(filling.tokens, filling.probabilities, strict=True)
                 words = ", ".join(f"{tokenizer.decode([token])} ({p:.2f})" for token, p in found)
                 lines.append(f"| {sentence} | {words} |")

@@ -7,6 +7,7 @@ import lightning as L
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor
 
 from trunkline.modules.base import TrunklineModule
 from trunkline.modules.callbacks.drawing import tensorboard
@@ -18,13 +19,15 @@ class Throughput(Callback):
     Unlike Lightning's `ThroughputMonitor` it never makes the host wait for the device: over a whole
     logging interval the two are in step anyway. Time spent in validation is left out.
 
-    Logged: `throughput/<unit>_per_sec` (images, …) over all processes, `throughput/flops_per_sec` (model
+    Logged: `throughput/<unit>_per_sec` (images, …) over all processes, where texts are among the unit also
+    `throughput/tokens_per_sec` (without padding; other processes count as this one), `throughput/flops_per_sec` (model
     FLOP/s, a backward pass counted as two forward passes), `throughput/mfu` where the device's peak is known,
     `<unit>_seen`, and under `by_<unit>/` the losses and metrics with images, tokens, … seen as the x-axis.
     """
 
     def __init__(self) -> None:
         self.samples = 0
+        self.tokens: Tensor | int = 0
         self.samples_a_step = 0
         self.started = 0.0
         self.flops: int | None = None
@@ -35,7 +38,7 @@ class Throughput(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the first interval."""
         self.peak = get_available_flops(trainer.strategy.root_device, _compute_dtype(trainer.precision_plugin))
-        self.samples, self.started = 0, time.perf_counter()
+        self.samples, self.tokens, self.started = 0, 0, time.perf_counter()
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: TrunklineModule, outputs: Any, batch: Any, batch_idx: int
@@ -43,24 +46,29 @@ class Throughput(Callback):
         """Count, and log at the trainer's interval."""
         size = pl_module.batch_size(batch)
         self.samples += size * trainer.world_size
+        if pl_module.unit != "tokens":
+            self.tokens = self.tokens + count_tokens(batch)
         self.samples_a_step = size * trainer.world_size * trainer.accumulate_grad_batches
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % interval or trainer.fit_loop._should_accumulate():
             return
         if self.flops is None:
             self.flops = pl_module.flops_per_batch(batch) // size
-        self.per_second = self.samples / (time.perf_counter() - self.started)
+        elapsed = time.perf_counter() - self.started
+        self.per_second = self.samples / elapsed
         metrics = {
             f"throughput/{pl_module.unit}_per_sec": self.per_second,
             "throughput/flops_per_sec": self.per_second * self.flops,
             f"{pl_module.unit}_seen": trainer.global_step * self.samples_a_step,
         }
+        if tokens := int(self.tokens):  # Lightning, too, reads its metrics off the device only when it logs
+            metrics["throughput/tokens_per_sec"] = tokens * trainer.world_size / elapsed
         if self.peak:
             metrics["throughput/mfu"] = metrics["throughput/flops_per_sec"] / (self.peak * trainer.world_size)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         self._log_by_samples(trainer, pl_module, "train/")
-        self.samples, self.started = 0, time.perf_counter()
+        self.samples, self.tokens, self.started = 0, 0, time.perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
@@ -88,6 +96,13 @@ class Throughput(Callback):
             for name, value in trainer.callback_metrics.items():
                 if name.startswith(prefix):
                     writer.add_scalar(f"by_{pl_module.unit}/{name}", value, trainer.global_step * self.samples_a_step)
+
+
+def count_tokens(batch: dict[str, Tensor]) -> Tensor | int:
+    """Tokens of a batch without padding, left on its device; 0 where there are none."""
+    if "mask" in batch:
+        return batch["mask"].sum()
+    return batch["tokens"].numel() if "tokens" in batch else 0
 
 
 def _compute_dtype(precision: Precision) -> Any:
