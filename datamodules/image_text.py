@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
-from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.base import TrunklineDataModule, check_fractions
 from trunkline.datamodules.captions import CaptionEncoder, caption_key
 from trunkline.datamodules.emoji_pictures import OPENMOJI, TWEMOJI
 from trunkline.datamodules.image import Augmentation, Preprocessing, TransformedImages
@@ -163,12 +163,7 @@ class ImageTextData(TokenizerState, TrunklineDataModule):
         super().__init__(batch_size, eval_batch_size, num_workers, seed)
         check_vocab_size(tokenizer, vocab_size)
         fractions = {"val": val_fraction, "test": test_fraction}
-        for split, fraction in fractions.items():
-            if not 0 <= fraction < 1 or sum(fractions.values()) >= 1:
-                raise TrunklineError(
-                    f"--data.{split}_fraction {fraction} leaves nothing for training; choose shares from 0 up that sum "
-                    "to less than 1"
-                )
+        check_fractions(fractions)
         if first_caption is not None and not 0 <= first_caption < 1:
             raise TrunklineError(f"--data.first_caption {first_caption} must be from 0 up to below 1, or null")
         if shard_window < 1:

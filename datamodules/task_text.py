@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
-from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.base import TrunklineDataModule, check_fractions
 from trunkline.datamodules.masking import NAMES
 from trunkline.datamodules.text_files import TABLES, kind, read_table
 from trunkline.datamodules.text_sources import HUB_NAME, hub_rows, split_of
@@ -197,12 +197,7 @@ class TaskTextData(TokenizerState, TrunklineDataModule):
             raise TrunklineError(f"--data.max_length {max_length} leaves no room for text beside the special tokens")
         self.sources = {flag: Source(name, flag, *hub) for flag, name in paths.items() if name}
         self.fractions = {s: 0.0 if f"{s}_path" in self.sources else fraction for s, fraction in fractions.items()}
-        for split, fraction in self.fractions.items():
-            if not 0 <= fraction < 1 or sum(self.fractions.values()) >= 1:
-                raise TrunklineError(
-                    f"--data.{split}_fraction {fraction} leaves nothing for training; choose shares from 0 up that sum "
-                    "to less than 1"
-                )
+        check_fractions(self.fractions)
         self.tokenizer_name, self.declared_size, self.max_length = tokenizer, vocab_size, max_length
         self.settings: dict[str, Any] = {"max_length": max_length}
         """Arguments that decide how a text becomes a row."""

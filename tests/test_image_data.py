@@ -232,6 +232,7 @@ def test_a_crop_scale_of_one_takes_in_the_whole_picture(tmp_path: Path) -> None:
         {"rotate": 45.0},
         {"translate": 0.4},
         {"zoom": 0.5},
+        {"colour": 0.5},
         {"rand_augment": "rand-m9-n2-inc1"},
         {"erasing": 1.0},
     ],
@@ -248,6 +249,15 @@ def test_each_augmentation_changes_pixels(change: dict[str, Any], channels: int)
         assert all(torch.equal(a.flip(-1), b) for a, b in pairs)
     else:  # not the same way each time
         assert len({tuple((b - a).flatten().tolist()) for a, b in pairs}) > 15
+
+
+def test_fill_is_what_moves_into_the_picture(tmp_path: Path) -> None:
+    white = one_picture(tmp_path, np.full((16, 16, 3), 255, np.uint8))
+    for fill in (0.0, 0.5, 1.0):
+        moved = Augmentation(crop_scale=(1.0, 1.0), rotate=40, translate=0.3, zoom=0.3, fill=fill)
+        data = make(source=white, image_size=16, channels=3, augmentation=moved, **UNSPLIT)
+        lowest = min(data.datasets["train"][SampleKey(epoch, 0)]["image"].min().item() for epoch in range(5))
+        assert lowest == pytest.approx(2 * round(255 * fill) / 255 - 1, abs=1e-6)
 
 
 # --- images that cannot be read
