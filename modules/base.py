@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -15,14 +15,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics import SumMetric
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.checkpoints import follow_folder, load_checkpoint
 from trunkline.modules.networks.base import Network, config_from_dict
 from trunkline.modules.optim import OptimizerConfig, build_optimizer, lr_multiplier
+from trunkline.modules.warm_start import freeze, load_matching, network_from_checkpoint
 
-N = TypeVar("N", bound=Network)
 DIVERGED = (
     "Lower --model.optimizer.lr, lengthen --model.optimizer.warmup, set --trainer.gradient_clip_val 1, or with "
     "16-mixed precision use bf16-mixed; then --resume auto"
@@ -44,6 +44,8 @@ class TrunklineModule(L.LightningModule):
     network: Network
     unit = "samples"
     """What a sample is, in the plural, for names of metrics."""
+    counted: ClassVar[dict[str, str]] = {}
+    """Flags of rows in a batch, and the metrics that count them over an epoch."""
 
     def __init__(self, optimizer: OptimizerConfig | dict[str, Any] | None, seed: int) -> None:
         super().__init__()
@@ -51,6 +53,9 @@ class TrunklineModule(L.LightningModule):
         self.seed = seed
         self.frozen: list[torch.nn.Module] = []
         self.loss_sum: Tensor | float = 0.0
+        self.counts = torch.nn.ModuleDict(
+            {f"{stage}_{name}": SumMetric() for stage in ("train", "val", "test") for name in self.counted}
+        )
 
     def keep_hyperparameters(self, **arguments: Any) -> None:
         """Store the constructor's arguments as plain data, which any checkpoint reader can load safely."""
@@ -187,6 +192,18 @@ class TrunklineModule(L.LightningModule):
             count = self.trainer.strategy.reduce(count, reduce_op="mean")
         return total / count.clamp(min=1e-8)
 
+    def count(self, batch: dict[str, Tensor], stage: str) -> None:
+        """Log how many rows of this epoch have the flags in `counted`, over all processes.
+
+        Args:
+            batch: may lack a flag.
+            stage: train, val or test.
+        """
+        for name, title in self.counted.items():
+            metric: Any = self.counts[f"{stage}_{name}"]
+            metric.update(batch.get(name, 0))
+            self.log(f"{stage}/{title}", metric, on_step=False, on_epoch=True)
+
     def batch_size(self, batch: dict[str, Tensor]) -> int:
         """Samples in this process's batch."""
         return len(next(iter(batch.values())))
@@ -238,19 +255,6 @@ def settle_progress(trainer: L.Trainer, saved: dict[str, Any]) -> None:
             validation["current"].update(ready=1, started=1, processed=0, completed=0)
             validation["total"]["ready"] += 1
             validation["total"]["started"] += 1
-
-
-def freeze(network: Network, blocks: int) -> list[torch.nn.Module]:
-    """Let only the output modules and the blocks from number `blocks` on learn; returns what stands still."""
-    learning = [*network.output_modules()]
-    for trunk in (m for m in network.modules() if isinstance(m, Transformer)):
-        if blocks < len(trunk.blocks):
-            learning += [*trunk.blocks[blocks:], trunk.norm]
-    kept = {p for module in learning for p in module.parameters()}
-    for p in network.parameters():
-        p.requires_grad_(p in kept)
-    inside = {m for module in learning for m in module.modules()}  # their dropout has no parameters
-    return [m for m in network.modules() if m not in inside and kept.isdisjoint(m.parameters())]
 
 
 def check_text_sizes(trainer: L.Trainer, config: Any, group: str = "--model.network") -> None:
@@ -321,97 +325,3 @@ def as_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: as_plain(v) for key, v in value.items()}
     return [as_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def network_from_checkpoint(network_class: type[N], path: str | Path) -> N:
-    """The network inside a training checkpoint (with averaged weights, where the run kept an average).
-
-    Raises:
-        TrunklineError: if the file is damaged, or holds no such network.
-    """
-    return network_of(network_class, load_checkpoint(path), path)
-
-
-def network_of(network_class: type[N], checkpoint: dict[str, Any], path: str | Path) -> N:
-    """See `network_from_checkpoint`; of a checkpoint that is read already."""
-    config = checkpoint.get("hyper_parameters", {}).get("network")
-    if config is None:
-        raise TrunklineError(f"{path} is no checkpoint of a Trunkline run: it names no network")
-    network = network_class(config_from_dict(network_class.config_class, config))
-    prefix = "network."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).split("\n")[1:2] or [str(error)]
-        raise TrunklineError(f"the weights in {path} do not fit its configuration: {first[0].strip()}") from error
-    return network
-
-
-FREE = {"dropout", "drop_path", "activation_checkpointing", "next_sentence", "tie_embeddings"}
-"""Fields of a configuration in which a network may differ from the one that it starts from."""
-SHOWN = {"dim", "depth", "mlp_dim", "num_kv_heads"}
-"""Fields of a trunk's configuration that the shapes of its weights tell."""
-
-
-def check_same_sizes(there: Any, here: Any, name: str, flag: str, free: set[str] = FREE) -> None:
-    """Compare two configurations, of which weights tell a part only (the number of heads, say, not).
-
-    Raises:
-        TrunklineError: naming the first difference and the flag.
-    """
-    for field in dataclasses.fields(here):
-        found, own = getattr(there, field.name), getattr(here, field.name)
-        if dataclasses.is_dataclass(own):
-            check_same_sizes(found, own, name, f"{flag}.{field.name}", free)
-        elif found != own and field.name not in free:
-            raise TrunklineError(
-                f"{name} was trained with {field.name}={found}, but the network has {own}; set "
-                f"{flag}.{field.name} {'null' if found is None else found}"
-            )
-
-
-def trunks_of(config: Any, flag: str) -> dict[str, TransformerConfig]:
-    """Flag -> trunk, of all that a configuration holds."""
-    found = {}
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), f"{flag}.{field.name}"
-        if isinstance(value, TransformerConfig):
-            found[name] = value
-        elif dataclasses.is_dataclass(value):
-            found |= trunks_of(value, name)
-    return found
-
-
-def load_matching(
-    network: Network, source: Network, name: str, argument: str = "init_from", flag: str = "--model.network"
-) -> None:
-    """Copy weights from `source`; output modules may differ in shape, all else must fit.
-
-    Args:
-        network: to change.
-        source: of the same class.
-        name: of the source, for messages, as the next two.
-        argument: that gave the name.
-        flag: that sets the network's configuration.
-
-    Raises:
-        TrunklineError: naming the first weight or option that does not fit.
-    """
-    network.adapt(source)
-    outputs = {p for m in network.output_modules() for p in m.parameters()}
-    weights = source.state_dict()
-    for key, own in network.state_dict(keep_vars=True).items():
-        if key in weights and weights[key].shape == own.shape:
-            continue
-        if own not in outputs:
-            found = tuple(weights[key].shape) if key in weights else "missing"
-            raise TrunklineError(
-                f"{argument} {name} does not fit: {key} is {found} there and {tuple(own.shape)} here; "
-                f"give {flag} the sizes in its config.json"
-            )
-        weights[key] = own.detach()
-    there = trunks_of(source.config, flag)
-    for trunk_flag, trunk in trunks_of(network.config, flag).items():
-        check_same_sizes(there[trunk_flag], trunk, f"{argument} {name}", trunk_flag, FREE | SHOWN)
-    network.load_state_dict({key: weights[key] for key in network.state_dict()})

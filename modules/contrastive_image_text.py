@@ -2,12 +2,12 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import MeanMetric
 
 from trunkline import TrunklineError
 from trunkline.modules.base import (
@@ -15,9 +15,6 @@ from trunkline.modules.base import (
     as_config,
     check_text_sizes,
     check_tokenizer,
-    freeze,
-    load_matching,
-    network_from_checkpoint,
 )
 from trunkline.modules.distributed import Share, gather_rows, share_of
 from trunkline.modules.losses import infonce_loss, sigmoid_loss
@@ -25,12 +22,10 @@ from trunkline.modules.networks import CLIP, CLIPConfig, ViT
 from trunkline.modules.networks.clip import Embeddings
 from trunkline.modules.optim import OptimizerConfig
 from trunkline.modules.retrieval import retrieval_metrics
-from trunkline.modules.text_classifier import start_from
+from trunkline.modules.warm_start import freeze, load_matching, network_from_checkpoint, start_from
 
 INPUTS = ("image", "tokens", "mask")
 """What of a batch the network sees."""
-COUNTED = {"skipped": "skipped_images", "truncated": "truncated_captions"}
-"""Flags in a batch, and the metrics that count them over an epoch."""
 
 
 class ContrastiveImageText(TrunklineModule):
@@ -66,6 +61,7 @@ class ContrastiveImageText(TrunklineModule):
 
     network: CLIP
     unit = "pairs"
+    counted: ClassVar[dict[str, str]] = {"skipped": "skipped_images", "truncated": "truncated_captions"}
 
     def __init__(
         self,
@@ -124,9 +120,6 @@ class ContrastiveImageText(TrunklineModule):
         """Batches of an accumulation that is under way."""
         self.evaluated: list[tuple[Embeddings, Tensor]] = []
         """Embeddings and caption keys of the evaluation so far."""
-        self.counted = torch.nn.ModuleDict(
-            {stage: torch.nn.ModuleDict({name: SumMetric() for name in COUNTED}) for stage in ("fit", "val", "test")}
-        )
         self.losses = torch.nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
 
     def start_image_from(self, name: str) -> None:
@@ -191,7 +184,7 @@ class ContrastiveImageText(TrunklineModule):
         Raises:
             TrunklineError: for a batch of one pair, which has nothing to be told from.
         """
-        self.count(batch, "fit")
+        self.count(batch, "train")
         steps = self.trainer.accumulate_grad_batches
         if batch_idx % steps == 0:  # not what an interrupted epoch left
             self.held = []
@@ -219,13 +212,6 @@ class ContrastiveImageText(TrunklineModule):
         """As usual, with the scale kept within its limits."""
         super().optimizer_step(*args, **kwargs)
         self.network.scale.clamp()
-
-    def count(self, batch: dict[str, Tensor], stage: str) -> None:
-        """Log unreadable images and shortened captions of this epoch over all processes."""
-        for name, title in COUNTED.items():
-            metric: Any = self.counted[stage][name]  # type: ignore[index]
-            metric.update(batch.get(name, 0))
-            self.log(f"{'train' if stage == 'fit' else stage}/{title}", metric, on_step=False, on_epoch=True)
 
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted validation left."""

@@ -1,12 +1,12 @@
 """Image classification."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric, SumMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from trunkline import TrunklineError
@@ -35,6 +35,7 @@ class ImageClassifier(TrunklineModule):
 
     network: ViT
     unit = "images"
+    counted: ClassVar[dict[str, str]] = {"skipped": "skipped_images"}
 
     def __init__(
         self,
@@ -68,7 +69,6 @@ class ImageClassifier(TrunklineModule):
         self.prepare_network(init_from, freeze_blocks)
         self.label_smoothing = label_smoothing
         self.mix = Mixup(mixup, cutmix, prob=mix_prob, label_smoothing=0.0, num_classes=config.num_classes)
-        self.skipped = torch.nn.ModuleDict({stage: SumMetric() for stage in ("fit", "val", "test")})
         self.metrics = torch.nn.ModuleDict({stage: self._make_metrics() for stage in ("val", "test")})
 
     def _make_metrics(self) -> torch.nn.ModuleDict:
@@ -115,14 +115,8 @@ class ImageClassifier(TrunklineModule):
             image, target = self.mix(image.clone(), target)  # (B, num_classes) soft targets
         loss = F.cross_entropy(self.network(image), target, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
-        self.count_skipped(batch, "fit")
+        self.count(batch, "train")
         return loss
-
-    def count_skipped(self, batch: dict[str, Tensor], stage: str) -> None:
-        """Log the unreadable images of this epoch over all processes."""
-        metric: Any = self.skipped[stage]
-        metric.update(batch.get("skipped", 0))
-        self.log(f"{'train' if stage == 'fit' else stage}/skipped_images", metric, on_step=False, on_epoch=True)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Count one batch towards `val/loss`, `val/acc` and `val/acc_top5`; returns it for callbacks."""
@@ -141,7 +135,7 @@ class ImageClassifier(TrunklineModule):
             metrics[name].update(logits, label)
         for name, metric in metrics.items():
             self.log(f"{stage}/{name}", metric, prog_bar=name == "acc")
-        self.count_skipped(batch, stage)
+        self.count(batch, stage)
         return {"image": batch["image"][valid], "label": label, "prediction": logits.argmax(dim=-1)}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

@@ -1,8 +1,5 @@
 """Classification of texts and of pairs of texts; and what all tasks on text share."""
 
-import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,18 +13,12 @@ from trunkline.modules.base import (
     TrunklineModule,
     as_config,
     check_loss_options,
-    check_same_sizes,
     check_text_sizes,
     check_tokenizer,
-    load_matching,
-    network_from_checkpoint,
 )
-from trunkline.modules.checkpoints import load_checkpoint
-from trunkline.modules.networks.base import CONFIG_FILE, Network
-from trunkline.modules.networks.bert import BERT
-from trunkline.modules.networks.gpt import GPT
-from trunkline.modules.networks.text_head import TextHead, TextHeadConfig, without_heads
+from trunkline.modules.networks.text_head import TextHead, TextHeadConfig
 from trunkline.modules.optim import OptimizerConfig
+from trunkline.modules.warm_start import start_from
 
 
 class TextTask(TrunklineModule):
@@ -179,53 +170,3 @@ class TextClassifier(TextTask):
         """`index` (B,) and `probability` (B, K) of the valid samples."""
         valid = batch["valid"]
         return {"index": batch["index"][valid], "probability": self.outputs(batch)[valid].softmax(dim=-1)}
-
-
-def start_from(network: TextHead, name: str, argument: str = "init_from") -> None:
-    """Copy the weights of a checkpoint, a folder or a hub name: a `TextHead`'s, or only those of its body.
-
-    Args:
-        network: to change.
-        name: see `read_network`.
-        argument: that gave it, for messages.
-
-    Raises:
-        TrunklineError: if it holds another kind of network, or one of other sizes; names the flag.
-    """
-    source, config = read_network(name, type(network.body), argument), network.config
-    own, target = (network, config) if isinstance(source, TextHead) else (network.body, config.body)
-    body = source.config.body if isinstance(source, TextHead) else source.config
-    if type(body) is not type(config.body):
-        kind = "gpt" if config.bert is not None else "bert"
-        raise TrunklineError(
-            f"{argument} {name} holds a {kind.upper()}; set --model.network.{kind} instead of {config.body_flag}"
-        )
-    check_same_sizes(body, config.body, f"{argument} {name}", config.body_flag)
-    if target is config.body:
-        source = without_heads(source)
-    load_matching(own, source, name, argument, config.body_flag if own is network.body else "--model.network")
-
-
-def read_network(name: str, body: type[Network], argument: str) -> Any:
-    """The network of a checkpoint, a folder or a hub name: a `TextHead`, or a language model.
-
-    Args:
-        name: of it.
-        body: class that a hub name is taken for.
-        argument: that gave the name, for messages.
-    """
-    known: list[type[Network]] = [TextHead, BERT, GPT]
-    if Path(name).is_file():
-        fields = set(load_checkpoint(name).get("hyper_parameters", {}).get("network") or ())
-        fits = [c for c in known if fields == {field.name for field in dataclasses.fields(c.config_class)}]
-        if not fits:
-            raise TrunklineError(
-                f"{argument} {name} is no checkpoint of a language model or a task on text; give one of MaskedLM, "
-                "CausalLM or such a task"
-            )
-        return network_from_checkpoint(fits[0], name)
-    try:
-        kind = json.loads(Path(name, CONFIG_FILE).read_text(encoding="utf-8"))["network"]
-    except (OSError, ValueError, KeyError, TypeError):  # `from_pretrained` says what is wrong
-        kind = None
-    return next((c for c in known if c.__name__ == kind), body).from_pretrained(name)

@@ -18,9 +18,9 @@ from trunkline.datamodules.emoji_pictures import OPENMOJI, TWEMOJI, EmojiPicture
 from trunkline.datamodules.image import Preprocessing, TransformedImages
 from trunkline.datamodules.samplers import SampleKey, plain_errors
 from trunkline.datamodules.sources import FileRows, image_files, to_channels
-from trunkline.modules.base import network_of
 from trunkline.modules.checkpoints import load_checkpoint
 from trunkline.modules.networks import CLIP, ViT
+from trunkline.modules.warm_start import network_of
 from trunkline.pipelines.text_checkpoint import own_tokenizer
 
 DATA = {"ContrastiveImageText": "ImageTextData", "ImageClassifier": "ImageData"}

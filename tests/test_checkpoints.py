@@ -22,10 +22,10 @@ from recorded_run import CONTEXT
 
 from trunkline import TrunklineError
 from trunkline.datamodules import ImageData
-from trunkline.modules.base import network_from_checkpoint
 from trunkline.modules.checkpoints import SafeCheckpointIO, follow_folder, load_checkpoint, newest_valid
 from trunkline.modules.image_classifier import ImageClassifier
 from trunkline.modules.networks import ViT
+from trunkline.modules.warm_start import network_from_checkpoint
 from trunkline.pipelines.runs import choose_run
 
 IO = SafeCheckpointIO()
