@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -57,11 +57,12 @@ class CLIPConfig:
                 f"--model.network.dim {self.dim} must be 1 or more, and --model.network.init_logit_scale "
                 f"{self.init_logit_scale} from 0 to {MAX_LOGIT_SCALE:.3f}, the logarithm of 100"
             )
-        text = self.text
-        if self.share_trunk and text.body.backbone != self.image.backbone:
+        own, other, flag = self.image.backbone, self.text.body.backbone, self.text.body_flag
+        different = [f.name for f in fields(own) if getattr(own, f.name) != getattr(other, f.name)]
+        if self.share_trunk and different:
             raise TrunklineError(
-                f"share_trunk needs the same trunk twice; make --model.network.image.backbone and {text.body_flag}."
-                "backbone equal, causality included (a GPT's is causal, a ViT's is not: take --model.network.bert)"
+                f"share_trunk needs the same trunk twice, but they differ in {', '.join(different)}; make --model."
+                f"network.image.backbone and {flag}.backbone equal (a GPT's is causal: take --model.network.bert)"
             )
 
     @property
