@@ -206,25 +206,20 @@ class ImageTextData(TokenizerState, TrunklineDataModule):
         captions = Captions(self.rows["train"], self.skip_corrupt)
         return Preparation([(captions, {"train": 1.0})], self.tokenizer_name, self.declared_size, self.cache).tokenizer
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding that a network needs: as declared, else the tokenizer's size.
+    def prepare_data(self) -> None:
+        """Download, index and learn once, before the other processes look.
 
         Raises:
-            TrunklineError: if that is declared too small.
+            TrunklineError: if the source or the tokenizer cannot be read, or `vocab_size` is declared too small.
         """
+        _ = self.rows
         self.check_size()
-        return super().vocab_size
-
-    def prepare_data(self) -> None:
-        """Download, index and learn once, before the other processes look."""
-        _ = self.rows, self.vocab_size
 
     def setup(self, stage: str) -> None:
         """Make the splits.
 
         Raises:
-            TrunklineError: as `rows` and `vocab_size` have it.
+            TrunklineError: as `prepare_data` has it.
         """
         if self.datasets:
             return
