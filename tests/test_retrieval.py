@@ -46,6 +46,13 @@ def test_what_is_all_the_same_finds_nothing() -> None:
     assert all(value == (20 if "median" in name else 0) for name, value in found.items())
 
 
+def test_what_is_no_number_finds_nothing() -> None:
+    """A network that has diverged must not look perfect."""
+    lost = torch.full((20, 8), torch.nan)
+    found = retrieval_metrics(lost, lost, torch.arange(20), torch.arange(20))
+    assert all(value == (20 if "median" in name else 0) for name, value in found.items())
+
+
 def test_a_tie_counts_against_the_query() -> None:
     gallery = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     for right, rank in ((0, 2), (1, 2), (2, 3)):
