@@ -1,12 +1,12 @@
 """Data of the house: LightningDataModules by modality and task, on shared sources and a resumable order."""
 
-from trunkline.datamodules.image import Augmentation, ImageData
-from trunkline.datamodules.image_text import ImageTextData
-from trunkline.datamodules.labelled_text import LabelledTextData
-from trunkline.datamodules.masked_text import MaskedTextData
-from trunkline.datamodules.squad import SquadData
-from trunkline.datamodules.tagged_text import TaggedTextData
-from trunkline.datamodules.text import TextData
+from trunkline.datamodules.images.image_data import Augmentation, ImageData
+from trunkline.datamodules.pairs.image_text_data import ImageTextData
+from trunkline.datamodules.text.masked_text import MaskedTextData
+from trunkline.datamodules.text.text_data import TextData
+from trunkline.datamodules.text_tasks.labelled_text import LabelledTextData
+from trunkline.datamodules.text_tasks.squad import SquadData
+from trunkline.datamodules.text_tasks.tagged_text import TaggedTextData
 
 __all__ = [
     "Augmentation",

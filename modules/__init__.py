@@ -1,4 +1,4 @@
-"""Models of the house: `backbone/` the trunk, `networks/` torch modules on it, and one LightningModule an objective.
+"""The models: `backbone/` the trunk, `networks/` torch modules on it, `objectives/` one LightningModule a task.
 
-Importing this package costs nothing; take the objectives from their files (`modules/image_classifier.py`).
+Importing this package costs nothing; take each objective from its file (`modules/objectives/image_classifier.py`).
 """

@@ -21,49 +21,49 @@ PREPARATION = {"prepare": "tokenise a recipe's text ahead of its run"}
 
 def predict_command() -> Callable[..., None]:
     """Imported when called, so that `trunkline --help` answers at once; likewise below."""
-    from trunkline.pipelines.predict import predict
+    from trunkline.pipelines.commands.predict import predict
 
     return predict
 
 
 def benchmark_command() -> Callable[..., None]:
     """See `predict_command`."""
-    from trunkline.pipelines.benchmark import benchmark
+    from trunkline.pipelines.benchmarks.benchmark import benchmark
 
     return benchmark
 
 
 def generate_command() -> Callable[..., None]:
     """See `predict_command`."""
-    from trunkline.pipelines.generate import generate
+    from trunkline.pipelines.commands.generate import generate
 
     return generate
 
 
 def fill_mask_command() -> Callable[..., None]:
     """See `predict_command`."""
-    from trunkline.pipelines.fill_mask import fill_mask
+    from trunkline.pipelines.commands.fill_mask import fill_mask
 
     return fill_mask
 
 
 def embed_command() -> Callable[..., None]:
     """See `predict_command`."""
-    from trunkline.pipelines.embed import embed
+    from trunkline.pipelines.commands.embed import embed
 
     return embed
 
 
 def search_command() -> Callable[..., None]:
     """See `predict_command`."""
-    from trunkline.pipelines.search import search
+    from trunkline.pipelines.commands.search import search
 
     return search
 
 
 def evaluate_command() -> Callable[..., None]:
     """See `predict_command`."""
-    from trunkline.pipelines.evaluate import evaluate
+    from trunkline.pipelines.evaluation.evaluate import evaluate
 
     return evaluate
 
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
 
             run_training(arguments)
         elif command in PREPARATION:
-            from trunkline.pipelines.prepare import run_prepare
+            from trunkline.pipelines.commands.prepare import run_prepare
 
             run_prepare(arguments)
         elif command in FUNCTIONS:

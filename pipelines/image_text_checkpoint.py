@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trunkline import TrunklineError
-from trunkline.datamodules.captions import CaptionEncoder
-from trunkline.datamodules.emoji_pictures import OPENMOJI, TWEMOJI, EmojiPictures
-from trunkline.datamodules.image import Preprocessing, TransformedImages
+from trunkline.datamodules.images.image_data import Preprocessing, TransformedImages
+from trunkline.datamodules.images.image_sources import FileRows, image_files, to_channels
+from trunkline.datamodules.pairs.captions import CaptionEncoder
+from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI, EmojiPictures
 from trunkline.datamodules.samplers import SampleKey, plain_errors
-from trunkline.datamodules.sources import FileRows, image_files, to_channels
-from trunkline.modules.checkpoints import load_checkpoint
 from trunkline.modules.networks import CLIP, ViT
-from trunkline.modules.warm_start import network_of
+from trunkline.modules.training.checkpoints import load_checkpoint
+from trunkline.modules.training.warm_start import network_of
 from trunkline.pipelines.text_checkpoint import own_tokenizer
 
 DATA = {"ContrastiveImageText": "ImageTextData", "ImageClassifier": "ImageData"}

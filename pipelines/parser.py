@@ -23,13 +23,13 @@ from trunkline.datamodules import (
     TaggedTextData,
     TextData,
 )
-from trunkline.modules.causal_lm import CausalLM
-from trunkline.modules.contrastive_image_text import ContrastiveImageText
-from trunkline.modules.image_classifier import ImageClassifier
-from trunkline.modules.masked_lm import MaskedLM
-from trunkline.modules.question_answering import QuestionAnswering
-from trunkline.modules.text_classifier import TextClassifier
-from trunkline.modules.token_classifier import TokenClassifier
+from trunkline.modules.objectives.causal_lm import CausalLM
+from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
+from trunkline.modules.objectives.image_classifier import ImageClassifier
+from trunkline.modules.objectives.masked_lm import MaskedLM
+from trunkline.modules.objectives.question_answering import QuestionAnswering
+from trunkline.modules.objectives.text_classifier import TextClassifier
+from trunkline.modules.objectives.token_classifier import TokenClassifier
 from trunkline.pipelines.cli import own_error
 from trunkline.pipelines.configs import nearest
 

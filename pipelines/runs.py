@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from trunkline import TrunklineError
-from trunkline.modules.checkpoints import find_fault, newest_valid
+from trunkline.modules.training.checkpoints import find_fault, newest_valid
 
 RUN = "TRUNKLINE_RUN"
 """Variable with the name of a new run's folder."""

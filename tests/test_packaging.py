@@ -103,7 +103,7 @@ print([importlib.util.find_spec(name) for name in ("modules", "datamodules", "pi
 
 def test_installed_command(python: Callable[..., str]) -> None:
     printed = python("-m", "trunkline.pipelines.cli", "fit", "--config", "vit/digits", "--print_config")
-    assert "class_path: trunkline.modules.image_classifier.ImageClassifier" in printed
+    assert "class_path: trunkline.modules.objectives.image_classifier.ImageClassifier" in printed
     assert re.search(r"^    source: digits$", printed, re.M)
     assert "trunkline.modules.callbacks.Throughput" in printed  # of defaults.yaml
 
@@ -199,8 +199,8 @@ def test_other_commands_of_the_readme() -> None:
 
 
 def test_flags_named_in_the_readme() -> None:
-    from trunkline.modules.contrastive_image_text import ContrastiveImageText
-    from trunkline.modules.image_classifier import ImageClassifier
+    from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
+    from trunkline.modules.objectives.image_classifier import ImageClassifier
 
     named = re.findall(r"`--model\.(\w+) [A-Z_]+`", README)
     known = {name for c in (ImageClassifier, ContrastiveImageText) for name in inspect.signature(c).parameters}

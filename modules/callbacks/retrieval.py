@@ -21,7 +21,7 @@ from trunkline.modules.callbacks.drawing import (
     wrapped,
     written,
 )
-from trunkline.modules.retrieval import retrieval_ranks
+from trunkline.modules.metrics.retrieval import retrieval_ranks
 
 SIDE = 80
 """Pixels of the longer side of a picture that is kept."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.modules.callbacks.drawing import tensorboard, tokenizer_of
-from trunkline.modules.filling import fill_masks
-from trunkline.modules.generation import GenerationConfig, generate
+from trunkline.modules.generation.filling import fill_masks
+from trunkline.modules.generation.sampling import GenerationConfig, generate
 from trunkline.modules.networks import BERT, GPT, TextHead
 
 

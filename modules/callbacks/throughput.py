@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
-from trunkline.modules.base import TrunklineModule
 from trunkline.modules.callbacks.drawing import tensorboard
+from trunkline.modules.objectives.base import TrunklineModule
 
 
 class Throughput(Callback):

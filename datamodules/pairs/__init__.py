@@ -1,0 +1,1 @@
+"""Images with captions: where they come from, and how a pair becomes tensors."""

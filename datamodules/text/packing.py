@@ -1,0 +1,185 @@
+"""How a stream of tokens becomes rows of one length: blocks of running text, or whole documents."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from trunkline.datamodules.samplers import SampleKey
+from trunkline.datamodules.text.token_shards import TokenStream
+
+IGNORE = -100
+"""Target where nothing is to be predicted, as `cross_entropy` has it."""
+
+
+class Blocks:
+    """Running text, whatever documents it holds.
+
+    Row i holds the T tokens from s = offset + i T on, and their T successors as targets. In training the
+    offset is drawn for each epoch from [0, T), so that borders move, and s stops at n - 1 - T. In evaluation
+    it is 0, each token but the first is a target once, and the last row is padded.
+
+    Args:
+        stream: n tokens; more than T for training.
+        length: T.
+        seed: of the offset; None for evaluation.
+        overlap: tokens that a row shares with the next: the last target, or 0 where none is needed.
+    """
+
+    def __init__(self, stream: TokenStream, length: int, seed: int | None, overlap: int = 1) -> None:
+        self.stream, self.length, self.seed, self.overlap = stream, length, seed, overlap
+
+    def __len__(self) -> int:
+        """Number of rows: in training only full ones."""
+        places = len(self.stream) - self.overlap
+        return places // self.length if self.seed is not None else -(-places // self.length)
+
+    def read(self, key: SampleKey) -> np.ndarray:
+        """The T + overlap tokens of a row, or what is left of them, on disk's type."""
+        start = key.index * self.length
+        if self.seed is not None:
+            offset = int(np.random.default_rng((self.seed, key.epoch)).integers(self.length))
+            start = min(start + offset, len(self.stream) - self.overlap - self.length)
+        return self.stream.read(start, min(start + self.length + self.overlap, len(self.stream)))
+
+    def fill(self, key: SampleKey, row: dict[str, np.ndarray]) -> None:
+        """Write a row into `row`: `tokens` (T,) of 0, `targets` (T,) of -100."""
+        tokens = self.read(key)
+        size = len(tokens) - 1
+        row["tokens"][:size], row["targets"][:size] = tokens[:-1], tokens[1:]
+
+
+class Documents:
+    """Whole documents, packed so that few places stay empty; longer ones are cut into chunks of T.
+
+    A token predicts the next one of its own document, over the border of a chunk too, and a document's end
+    predicts nothing: each token but the first of each document is a target once. Rows are the same in all epochs.
+
+    Args:
+        stream: the tokens.
+        length: T.
+    """
+
+    def __init__(self, stream: TokenStream, length: int) -> None:
+        self.stream, self.length = stream, length
+        ends = stream.document_ends()
+        starts, sizes = cut_documents(ends, length)
+        rows = best_fit(sizes, length)
+        order = np.argsort(rows, kind="stable")
+        self.starts, self.sizes = starts[order], sizes[order]
+        """Chunks row by row."""
+        self.borders = np.concatenate([[0], np.bincount(rows).cumsum()]) if len(rows) else np.zeros(1, np.int64)
+        """Row i has the chunks borders[i] to borders[i + 1]."""
+        stops = starts + sizes
+        position = np.searchsorted(ends, stops)
+        self.last = (ends[position] == stops)[order]
+        """Whether a chunk ends its document."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.borders) - 1
+
+    def fill(self, key: SampleKey, row: dict[str, np.ndarray]) -> None:
+        """Write a row into `row`: `tokens` (T,) of 0, `targets` (T,) of -100, `segments` (T,) of 0."""
+        place = 0
+        begin, end = self.borders[key.index : key.index + 2]
+        for number, chunk in enumerate(range(begin, end), start=1):
+            start, size, last = int(self.starts[chunk]), int(self.sizes[chunk]), bool(self.last[chunk])
+            tokens = self.stream.read(start, start + size + (not last))
+            stop = place + size
+            row["tokens"][place:stop] = tokens[:size]
+            row["targets"][place : place + len(tokens) - 1] = tokens[1:]
+            row["segments"][place:stop] = number
+            place = stop
+
+
+def cut_documents(ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Chunks of at most `length` tokens, in the order of the text.
+
+    Args:
+        ends: (documents,) where each stops in the stream.
+        length: T.
+
+    Returns:
+        (chunks,) where each starts, and (chunks,) sizes.
+    """
+    sizes = np.diff(ends, prepend=0)
+    counts = -(-sizes // length)
+    first = counts.cumsum() - counts
+    number = np.arange(counts.sum()) - np.repeat(first, counts)  # of each chunk in its document
+    starts = np.repeat(ends - sizes, counts) + number * length
+    return starts, np.minimum(np.repeat(ends, counts) - starts, length)
+
+
+def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
+    """Best-fit decreasing (arXiv:2404.10830): the largest first, each into the fullest row that still has room.
+
+    Args:
+        sizes: (N,) from 1 to `length`.
+        length: room of a row.
+
+    Returns:
+        (N,) row of each; rows are numbered from 0 without gaps.
+    """
+    order = np.argsort(-sizes, kind="stable")
+    rows = np.empty(len(sizes), np.int64)
+    full = int(np.count_nonzero(sizes == length))
+    rows[order[:full]] = np.arange(full)
+    count = full
+    room: list[list[int]] = [[] for _ in range(length + 1)]
+    """Rows by their free places."""
+    free = 0  # bit f is set where room[f] is not empty: the lowest bit from `size` on is the best fit
+    placed = []
+    for size in sizes[order[full:]].tolist():  # Python's integers, which the loop is fastest with
+        fitting = free >> size
+        if fitting:
+            space = size + (fitting & -fitting).bit_length() - 1
+            row = room[space].pop()
+            if not room[space]:
+                free ^= 1 << space
+        else:
+            space, row = length, count
+            count += 1
+        placed.append(row)
+        space -= size
+        if space:
+            room[space].append(row)
+            free |= 1 << space
+    rows[order[full:]] = placed
+    return rows
+
+
+class PackedRows(Dataset[dict[str, Any]]):
+    """Rows as items; an item is a pure function of (seed, epoch, index).
+
+    Items: `tokens` and `targets` (T,) int64, `segments` (T,) int64 with packed documents, `index`, `valid`.
+    A filler (`valid` False) has no targets.
+    """
+
+    def __init__(self, rows: Blocks | Documents) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        """The item of a key."""
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
+        """The items of a batch, which is what a DataLoader asks for."""
+        shape = len(keys), self.rows.length
+        batch = {"tokens": np.zeros(shape, np.int64), "targets": np.full(shape, IGNORE, np.int64)}
+        if isinstance(self.rows, Documents):
+            batch["segments"] = np.zeros(shape, np.int64)
+        for n, key in enumerate(keys):
+            self.rows.fill(key, {name: values[n] for name, values in batch.items()})
+            if not key.valid:
+                batch["targets"][n] = IGNORE
+        tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+        return [
+            {**{name: values[n] for name, values in tensors.items()}, "index": key.index, "valid": key.valid}
+            for n, key in enumerate(keys)
+        ]

@@ -1,0 +1,321 @@
+"""Tokenises a corpus once: into shards on disk, resumably, however many processes ask for it at once."""
+
+import hashlib
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from filelock import Timeout
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from tokenizers import Tokenizer
+
+from trunkline import TrunklineError
+from trunkline.datamodules.text.text_sources import Piece, TextSource
+from trunkline.datamodules.text.token_shards import (
+    INDEX,
+    TokenStream,
+    atomic_write,
+    digests,
+    ends_name,
+    file_state,
+    lock,
+    read_json,
+    token_type,
+    write_json,
+)
+from trunkline.datamodules.tokenizers import (
+    DEFAULT_VOCAB_SIZE,
+    TRAINED,
+    TextEncoder,
+    end_of_text_id,
+    load_tokenizer,
+    size_of,
+    train_tokenizer,
+)
+
+FORMAT = 1
+"""Of the files; another number makes all caches be written anew."""
+GROUP_BYTES = 64_000_000
+"""Text that is tokenised between two save points: a group of shards, at most one a split."""
+BATCH_BYTES = 2_000_000
+"""Text that is encoded at once."""
+
+
+def default_cache() -> Path:
+    """$TRUNKLINE_CACHE or ~/.cache/trunkline."""
+    return Path(os.environ.get("TRUNKLINE_CACHE") or Path.home() / ".cache" / "trunkline")
+
+
+@dataclass
+class Group:
+    """Tokens that wait to be written together."""
+
+    bytes: int = 0
+    tokens: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    ends: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    text_bytes: dict[str, int] = field(default_factory=dict)
+
+
+class Preparation:
+    """A corpus and where its tokens are.
+
+    Args:
+        sources: what is read, and the share of it that goes to each split.
+        tokenizer: chars, bpe or wordpiece, trained on the training split; else see `load_tokenizer`.
+        vocab_size: of one that is trained.
+        cache: folder of all prepared corpora.
+    """
+
+    def __init__(
+        self,
+        sources: list[tuple[TextSource, dict[str, float]]],
+        tokenizer: str,
+        vocab_size: int | None,
+        cache: Path,
+    ) -> None:
+        self.sources, self.name, self.vocab_size, self.cache = sources, tokenizer, vocab_size, cache
+
+    @cached_property
+    def folder(self) -> Path:
+        """Of this corpus; its name tells all that decides the tokens, the text included.
+
+        Raises:
+            TrunklineError: if the text or tokenizer cannot be read.
+        """
+        if self.name in TRAINED:
+            size = (self.vocab_size or DEFAULT_VOCAB_SIZE) if self.name != "chars" else None
+            tokenizer: Any = [self.name, size]
+        else:
+            tokenizer = self._loaded.to_str()
+        self._states = [file_state(file) for source, _ in self.sources for file in source.files]
+        sources = [[source.key, digests(source.files, self.cache), shares] for source, shares in self.sources]
+        settings = [FORMAT, GROUP_BYTES, tokenizers.__version__, tokenizer, sources]
+        return self.cache / hashlib.blake2b(json.dumps(settings).encode(), digest_size=12).hexdigest()
+
+    @cached_property
+    def _loaded(self) -> Tokenizer:
+        return load_tokenizer(self.name)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Trained now, if it was not yet.
+
+        Raises:
+            TrunklineError: as the source or the disk has it.
+        """
+        if self.name not in TRAINED:
+            return self._loaded
+        if not self._tokenizer_file.exists():
+            with self._alone():
+                self._keep_tokenizer()
+        return load_tokenizer(str(self._tokenizer_file))
+
+    @property
+    def _tokenizer_file(self) -> Path:
+        return self.folder / "tokenizer.json"
+
+    def _keep_tokenizer(self) -> None:
+        """Train or copy the tokenizer into the folder; the caller has the lock."""
+        if self._tokenizer_file.exists():
+            return
+        if self.name in TRAINED:
+            texts = (piece.text for piece in self.pieces() if piece.split == "train")
+            tokenizer = train_tokenizer(self.name, texts, self.vocab_size)
+        else:
+            tokenizer = self._loaded
+        atomic_write(self._tokenizer_file, [tokenizer.to_str().encode()])
+
+    def pieces(self) -> Iterator[Piece]:
+        """All text once."""
+        for source, shares in self.sources:
+            yield from source.pieces(shares)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from the folder; says so if one of them is at it."""
+        own = lock(self.folder.with_suffix(".lock"))
+        try:
+            own.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process that prepares {self.folder}", file=sys.stderr)
+            own.acquire()
+        try:
+            yield
+        finally:
+            own.release()
+
+    def index(self) -> dict[str, Any] | None:
+        """What `prepare` wrote last, if all of it is there: `splits`, `dtype`, `vocab_size`."""
+        index = read_json(self.folder / INDEX)
+        if index and all(self._whole(name, size, index["dtype"]) for name, size in shards_of(index)):
+            return index
+        return None
+
+    def _whole(self, name: str, size: int, dtype: str) -> bool:
+        path = self.folder / name
+        return (
+            path.exists()
+            and path.stat().st_size == size * np.dtype(dtype).itemsize
+            and (self.folder / ends_name(name)).exists()
+        )
+
+    def prepare(self) -> dict[str, Any]:
+        """Tokenise what is not yet tokenised, once among all processes.
+
+        Returns:
+            the index.
+
+        Raises:
+            TrunklineError: as the source or the disk has it, or if a split has no text.
+        """
+        index = self.index()
+        if index is None:
+            with self._alone():
+                index = self.index() or self._tokenise()
+        return index
+
+    def stream(self, split: str) -> TokenStream:
+        """The tokens of a prepared split."""
+        index = self.prepare()
+        return TokenStream(self.folder, index["splits"][split]["shards"], index["dtype"])
+
+    def _tokenise(self) -> dict[str, Any]:
+        """Go on after the last whole group."""
+        self._keep_tokenizer()
+        tokenizer = self.tokenizer
+        for left in self.folder.glob(".*.tmp"):
+            left.unlink()
+        vocab_size, encoder, ender = size_of(tokenizer), TextEncoder(tokenizer), end_of_text_id(tokenizer)
+        dtype = np.dtype(token_type(vocab_size))
+        done = self._whole_groups(dtype.name)
+        group, taken = Group(), done[-1]["pieces"] if done else 0
+        size = sum(split["bytes"] for entry in done for split in entry["splits"].values())
+        with progress() as advance:
+            advance(size)
+            for batch in batches(islice(self.pieces(), taken, None)):
+                size += add(group, batch, encoder, ender, dtype)
+                taken += len(batch)
+                advance(size)
+                if group.bytes >= GROUP_BYTES:
+                    done.append(self._write(group, len(done), taken))
+                    group = Group()
+        if group.bytes:
+            done.append(self._write(group, len(done), taken))
+        index = self._join(done)
+        self._check_unchanged()
+        index |= {"format": FORMAT, "dtype": dtype.name, "vocab_size": vocab_size}
+        write_json(self.folder / INDEX, index)
+        return index
+
+    def _whole_groups(self, dtype: str) -> list[dict[str, Any]]:
+        """Save points up to the first one that is missing or damaged."""
+        done: list[dict[str, Any]] = []
+        while entry := read_json(self.folder / f"group-{len(done):05d}.json"):
+            if not all(self._whole(name, size, dtype) for name, size in shards_of(entry)):
+                break
+            done.append(entry)
+        return done
+
+    def _write(self, group: Group, number: int, pieces: int) -> dict[str, Any]:
+        """Shards first, then the save point that vouches for them."""
+        splits = {}
+        for split, parts in group.tokens.items():
+            name = f"{split}-{number:05d}.bin"
+            ends, buffer = np.concatenate(group.ends[split]), io.BytesIO()
+            np.save(buffer, ends)
+            atomic_write(self.folder / name, [part.data for part in parts])
+            atomic_write(self.folder / ends_name(name), [buffer.getbuffer()])
+            tokens = sum(map(len, parts))
+            splits[split] = {
+                "shards": [[name, tokens]],
+                "tokens": tokens,
+                "bytes": group.text_bytes[split],
+                "documents": len(ends),
+            }
+        entry = {"pieces": pieces, "splits": splits}
+        write_json(self.folder / f"group-{number:05d}.json", entry)
+        return entry
+
+    def _join(self, done: list[dict[str, Any]]) -> dict[str, Any]:
+        """All groups' splits, added up."""
+        splits: dict[str, Any] = {}
+        for name in dict.fromkeys(name for _, shares in self.sources for name in shares):
+            entries = [entry["splits"][name] for entry in done if name in entry["splits"]]
+            if not entries:
+                raise TrunklineError(
+                    f"the {name} split comes out empty, because the source has too little text or too few documents; "
+                    f"give more, "
+                    + ("lower --data.val_fraction" if name == "train" else f"raise --data.{name}_fraction")
+                    + f", or name a file of its own with --data.{'val' if name == 'train' else name}_path"
+                )
+            splits[name] = {
+                "shards": [shard for entry in entries for shard in entry["shards"]],
+                **{key: sum(entry[key] for entry in entries) for key in ("tokens", "bytes", "documents")},
+            }
+        return {"splits": splits}
+
+    def _check_unchanged(self) -> None:
+        files = [file for source, _ in self.sources for file in source.files]
+        for file, state in zip(files, self._states, strict=True):
+            if not file.exists() or file_state(file) != state:
+                raise TrunklineError(f"{file} changed while it was read; start again when it is complete")
+
+
+def shards_of(entry: dict[str, Any]) -> list[tuple[str, int]]:
+    """(name, tokens) of all shards of an index or save point."""
+    return [shard for split in entry["splits"].values() for shard in split["shards"]]
+
+
+def batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in lists of about `BATCH_BYTES`."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def add(group: Group, batch: list[Piece], encoder: TextEncoder, ender: int, dtype: np.dtype[Any]) -> int:
+    """Encode a batch, with `ender` after each document, into a group. Returns its bytes of text."""
+    ids, counts = encoder.encode([piece.text for piece in batch])
+    total = 0
+    for split in dict.fromkeys(piece.split for piece in batch):
+        own = np.array([piece.split == split for piece in batch])
+        ending = np.array([piece.ends for piece in batch])[own]
+        mine = ids[np.repeat(own, counts)]
+        stops = counts[own].cumsum()
+        size = sum(len(piece.text.encode()) for piece in batch if piece.split == split)
+        before = sum(map(len, group.tokens.setdefault(split, [])))
+        ends = stops[ending] + np.arange(1, ending.sum() + 1)
+        group.tokens[split].append(np.insert(mine, stops[ending], ender).astype(dtype))
+        group.ends.setdefault(split, []).append(ends + before)
+        group.text_bytes[split] = group.text_bytes.get(split, 0) + size
+        total += size
+    group.bytes += total
+    return total
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """A line on a terminal, and nothing elsewhere; yields a function that takes the bytes done."""
+    console = Console(stderr=True)
+    columns = TextColumn("tokenising: {task.fields[size]:,.0f} MB of text"), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=None, size=0.0)
+        yield lambda size: bar.update(task, size=size / 1e6)

@@ -1,0 +1,1 @@
+"""Labelled texts: classes, tags of words, and questions with answers."""

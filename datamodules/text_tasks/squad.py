@@ -1,0 +1,328 @@
+"""Questions with answers that stand in a text (SQuAD, arXiv:1606.05250 and arXiv:1806.03822)."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch.utils.data import Dataset
+
+from trunkline import TrunklineError
+from trunkline.datamodules.samplers import SampleKey
+from trunkline.datamodules.tables import TABLES, broken_text, kind, opened
+from trunkline.datamodules.text_tasks.task_text import Frame, Row, Source, TaskTextData, padded
+
+
+class Question(NamedTuple):
+    """A question and its text."""
+
+    id: str
+    text: str
+    context: str
+    answers: list[str]
+    """All right ones; none if it cannot be answered."""
+    starts: list[int]
+    """Their first characters in the context."""
+
+
+class SquadData(TaskTextData):
+    """Extractive question answering from SQuAD's JSON, versions 1 and 2, or from a hub name in its flat form.
+
+    A text that is too long is read in windows, of which the next begins `doc_stride` tokens after the one before,
+    or less, so that each answer lies whole in at least one of them.
+
+    Batches: `tokens` (B, T) int64, `[CLS] question [SEP] window [SEP]` (with a tokenizer of a GPT `question
+    <|endoftext|> window <|endoftext|>`); `segments` (B, T) int64, 1 for the window; `mask` (B, T) bool, False for
+    padding; `context` (B, T) bool, True for tokens of the text; `offsets` (B, T, 2) int64, characters of the text;
+    `null` (B,) int64, the place that means no answer: `[CLS]`, with a GPT the last token; `start`, `end` (B,)
+    int64, first and last token of the first answer that lies in the window, else `null`; `question` (B,) int64,
+    number in `questions[split]`; `index` (B,) number of the window; `valid` (B,) bool.
+
+    Args:
+        path: a .json file or a folder of such, or a table (.jsonl, .parquet) or hub name, with a split after a colon
+            or without, that has the columns id, question, context and answers (lists `text` and `answer_start`).
+        tokenizer: see `LabelledTextData`.
+        doc_stride: tokens between the beginnings of two windows at most.
+        max_question_length: tokens of a question at most; the rest is left out.
+        vocab_size: see `LabelledTextData`, as all others.
+        max_length: see there; T, tokens of a question and a window.
+        val_fraction: share of the paragraphs.
+        test_fraction: see there.
+        val_path: see there.
+        test_path: see there.
+        hub_config: see there.
+        hub_split: see there.
+        revision: see there.
+        batch_size: see there.
+        eval_batch_size: see there.
+        num_workers: see there.
+        seed: see there.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: str,
+        doc_stride: int = 64,
+        max_question_length: int = 64,
+        vocab_size: int | None = None,
+        max_length: int = 384,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.0,
+        val_path: str | None = None,
+        test_path: str | None = None,
+        hub_config: str | None = None,
+        hub_split: str = "train",
+        revision: str | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        paths = {"path": path, "val_path": val_path, "test_path": test_path}
+        hub = (hub_config, hub_split, revision)
+        fractions = {"val": val_fraction, "test": test_fraction}
+        loading = (batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(paths, hub, fractions, tokenizer, vocab_size, max_length, loading)
+        if doc_stride < 1 or max_question_length < 1 or max_length < max_question_length + 4:
+            raise TrunklineError(
+                f"--data.max_length {max_length} must be at least 4 more than --data.max_question_length "
+                f"{max_question_length}, and that and --data.doc_stride {doc_stride} at least 1"
+            )
+        self.doc_stride, self.max_question_length = doc_stride, max_question_length
+        self.settings |= {"doc_stride": doc_stride, "max_question_length": max_question_length}
+        self.questions: dict[str, list[Question]] = {}
+        """By split, after `setup`."""
+
+    def rows(self, source: Source) -> Iterator[Row]:
+        """Paragraphs of a source."""
+        files = source.files(tuple(TABLES))
+        if not files or files[0].suffix != ".json":
+            yield from numbered(source.rows())
+            return
+        number = 0
+        for file in files:
+            for place, paragraph in read_squad(file):
+                yield Row(number, place, paragraph)
+                number += 1
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise all questions.
+
+        Raises:
+            TrunklineError: if an answer does not stand where it should, or is longer than a window.
+        """
+        if self.datasets:
+            return
+        for split, rows in self.splits.items():
+            self.questions[split] = [question for row in rows for question in questions_of(row)]
+            self.datasets[split] = self.dataset(self.questions[split])
+        del self.splits
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `TaskTextData`; also whether a question may have no answer."""
+        return {**super().state_dict(), "unanswerable": any(not q.answers for q in self.questions.get("train", ()))}
+
+    def dataset(self, questions: list[Question]) -> "Windows":
+        """Tokenise, each context once, and place the windows.
+
+        Raises:
+            TrunklineError: if an answer is longer than a window.
+        """
+        tokenizer, frame = Tokenizer.from_str(self.tokenizer.to_str()), Frame.of(self.tokenizer)
+        tokenizer.encode_special_tokens = True  # a special token's name within a text is text
+        contexts = list(dict.fromkeys(question.context for question in questions))
+        encoded = tokenizer.encode_batch(contexts, add_special_tokens=False)
+        texts = {
+            c: (np.array(e.ids), np.array(e.offsets).reshape(-1, 2)) for c, e in zip(contexts, encoded, strict=True)
+        }
+        asked = tokenizer.encode_batch([question.text for question in questions], add_special_tokens=False)
+        windows: list[tuple[int, int, int, int, int]] = []
+        longest_prompt = self.max_question_length
+        cut = sum(len(e.ids) > longest_prompt for e in asked)
+        prompts = [np.array(e.ids[:longest_prompt], np.int64) for e in asked]
+        for number, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
+            offsets = texts[question.context][1]
+            room = self.max_length - len(frame.first) - len(prompt) - 2
+            spans = answer_spans(question, offsets)
+            longest = max((last - first + 1 for first, last in spans), default=1)
+            if longest > room:
+                raise TrunklineError(
+                    f"question {question.id}: an answer has {longest} tokens, but a window has room for {room}; set "
+                    f"--data.max_length to at least {self.max_length + longest - room}, or leave this question out"
+                )
+            for begin, stop in windows_of(len(offsets), room, min(self.doc_stride, room - longest + 1)):
+                inside = [(s, e) for s, e in spans if begin <= s and e < stop]
+                windows.append((number, begin, stop, *(inside[0] if inside else (-1, -1))))
+        return Windows([texts[q.context] for q in questions], prompts, windows, frame, self.max_length, cut)
+
+
+class Windows(Dataset[dict[str, Any]]):
+    """Items of `SquadData`.
+
+    Args:
+        texts: ids (N,) and offsets (N, 2) of the context of each question.
+        prompts: ids of each question.
+        windows: question, first token, token after the last, first and last token of the answer or -1.
+        frame: special tokens.
+        length: T.
+        cut: questions that lost their end.
+    """
+
+    def __init__(
+        self,
+        texts: list[tuple[np.ndarray, np.ndarray]],
+        prompts: list[np.ndarray],
+        windows: list[tuple[int, int, int, int, int]],
+        frame: Frame,
+        length: int,
+        cut: int,
+    ) -> None:
+        self.texts, self.prompts, self.frame, self.length, self.cut = texts, prompts, frame, length, cut
+        self.windows = np.array(windows, np.int64).reshape(-1, 5)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        """The item of a key."""
+        question, begin, stop, first, last = self.windows[key.index].tolist()
+        frame, prompt, (ids, offsets) = self.frame, self.prompts[question], self.texts[question]
+        row = np.concatenate([frame.first, prompt, [frame.end], ids[begin:stop], [frame.end]])
+        shift = len(frame.first) + len(prompt) + 1
+        places = np.arange(self.length)
+        characters = np.zeros((self.length, 2), np.int64)
+        characters[shift : shift + stop - begin] = offsets[begin:stop]
+        null = 0 if frame.first else len(row) - 1
+        return {
+            "tokens": torch.from_numpy(padded(row, self.length, frame.pad)),
+            "segments": torch.from_numpy(((places >= shift) & (places < len(row))).astype(np.int64)),
+            "mask": torch.from_numpy(places < len(row)),
+            "context": torch.from_numpy((places >= shift) & (places < shift + stop - begin)),
+            "offsets": torch.from_numpy(characters),
+            "null": null,
+            "start": null if first < 0 else first - begin + shift,
+            "end": null if last < 0 else last - begin + shift,
+            "question": question,
+            "index": key.index,
+            "valid": key.valid,
+        }
+
+
+def windows_of(length: int, room: int, stride: int) -> Iterator[tuple[int, int]]:
+    """(first token, token after the last) of windows over a text; the last one ends with it."""
+    for begin in range(0, max(length - room, 0) + stride, stride):
+        begin = min(begin, max(length - room, 0))
+        yield begin, min(begin + room, length)
+
+
+def answer_spans(question: Question, offsets: np.ndarray) -> list[tuple[int, int]]:
+    """First and last token of each answer.
+
+    Args:
+        question: and its answers.
+        offsets: (N, 2) characters of the context's tokens.
+
+    Raises:
+        TrunklineError: for an answer of characters of which the tokenizer makes nothing.
+    """
+    spans = []
+    for answer, start in zip(question.answers, question.starts, strict=True):
+        within = ((offsets[:, 1] > start) & (offsets[:, 0] < start + len(answer))).nonzero()[0]
+        if not len(within):
+            raise TrunklineError(
+                f"question {question.id}: the tokenizer makes nothing of the answer {answer!r}; mend it"
+            )
+        spans.append((int(within[0]), int(within[-1])))
+    return spans
+
+
+def read_squad(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, paragraph) of a file in SQuAD's format.
+
+    Raises:
+        TrunklineError: if it is another one.
+    """
+    with opened(file) as stream:
+        content = stream.read()
+    try:
+        articles = json.loads(content.decode("utf-8-sig"))["data"]
+        paragraphs = [
+            (a, p, entry) for a, article in enumerate(articles) for p, entry in enumerate(article["paragraphs"])
+        ]
+    except UnicodeDecodeError as error:
+        raise broken_text(file) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrunklineError(
+            f"{file} is no SQuAD file ({type(error).__name__}: {error}); it must be one JSON object, "
+            '{"data": [{"paragraphs": [{"context": …, "qas": [{"id": …, "question": …, "answers": […]}]}]}]}'
+        ) from error
+    for article, place, paragraph in paragraphs:
+        yield f"{file}, article {article}, paragraph {place}", paragraph
+
+
+def numbered(rows: Iterable[Row], needed: Sequence[str] = ("id", "question", "context", "answers")) -> Iterator[Row]:
+    """Rows of SQuAD's flat form, as paragraphs of one question; those of one context have the same number.
+
+    Args:
+        rows: of a table.
+        needed: columns; what is not needed is not read.
+
+    Raises:
+        TrunklineError: for a column that is not there, or answers of another form.
+    """
+    numbers: dict[str, int] = {}
+    for row in rows:
+        missing = [name for name in needed if name not in row.cells]
+        if missing:
+            listed = f"{', '.join(needed[:-1])} and {needed[-1]}"
+            raise TrunklineError(f"{row.place} has no '{missing[0]}'; question answering needs {listed}")
+        context, answers = row.cells["context"], row.cells["answers"] if "answers" in needed else None
+        if isinstance(answers, Mapping):
+            texts, starts = answers.get("text"), answers.get("answer_start")
+            if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+                raise TrunklineError(f"{row.place}: 'answers' needs two lists of one length, text and answer_start")
+            answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+        name = row.cells["id"] if "id" in needed else row.cells.get("id", row.number)
+        entry = {"id": name, "question": row.cells["question"], "answers": answers}
+        yield Row(numbers.setdefault(str(context), len(numbers)), row.place, {"context": context, "qas": [entry]})
+
+
+def questions_of(row: Row, answered: bool = True) -> Iterator[Question]:
+    """The questions of a paragraph; with `answered` False, without the answers.
+
+    Raises:
+        TrunklineError: naming the question whose answer does not stand where it should.
+    """
+    context = row.cells.get("context")
+    if not isinstance(context, str) or not context.strip():
+        raise TrunklineError(f"{row.place}: 'context' is no text but {kind(context)}; mend it")
+    for entry in row.cells.get("qas", ()):
+        name = entry.get("id", "?") if isinstance(entry, Mapping) else "?"
+        try:
+            text, golds = as_text(entry["question"]), entry.get("answers") or []
+            known = answered and not entry.get("is_impossible")
+            answers = [(as_text(g["text"]), int(g["answer_start"])) for g in golds] if known else []
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise TrunklineError(
+                f"{row.place}, question {name}: {type(error).__name__}: {error}; each question needs id, question and "
+                "answers with text and answer_start"
+            ) from error
+        for answer, start in answers:
+            found = context[start : start + len(answer)]
+            if not answer or found != answer or start < 0:
+                raise TrunklineError(
+                    f"{row.place}, question {name}: the answer {answer!r} does not stand at character {start} of the "
+                    f"context, but {found!r}; mend answer_start"
+                )
+        yield Question(str(name), text, context, [a for a, _ in answers], [s for _, s in answers])
+
+
+def as_text(value: Any) -> str:
+    """A value that must be a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{kind(value)} is no text")
+    return value

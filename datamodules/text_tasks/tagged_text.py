@@ -1,0 +1,277 @@
+"""Sentences with a tag for each word."""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch.utils.data import Dataset
+
+from trunkline import TrunklineError
+from trunkline.datamodules.samplers import SampleKey
+from trunkline.datamodules.tables import broken_text, kind, opened
+from trunkline.datamodules.text.masking import IGNORE
+from trunkline.datamodules.text_tasks.task_text import (
+    TABLES,
+    Frame,
+    Ragged,
+    Row,
+    Source,
+    TaskTextData,
+    cell,
+    class_name,
+    in_order,
+    padded,
+    read_table,
+)
+from trunkline.datamodules.tokenizers import TextEncoder
+
+CONLL = (".conll", ".txt", ".bio", ".iob", ".iob2")
+
+
+class TaggedTextData(TaskTextData):
+    """Tagging data from tables with a list of words and a list of tags, from CoNLL files, or a hub name.
+
+    Batches: `tokens` (B, T) int64, `[CLS]`, the sub-words of a sentence, `[SEP]` (or with a tokenizer of a GPT, the
+    sub-words and `<|endoftext|>`); `mask` (B, T) bool, False for padding; `targets` (B, T) int64, at the first
+    sub-word of each word its tag's number in `class_names`, -100 elsewhere; `index` (B,) row numbers in the split;
+    `valid` (B,) bool.
+
+    Args:
+        path: a .jsonl or .parquet file, a CoNLL file (.conll, .txt, .bio, .iob; a word a line, its tag in the last
+            column, an empty line after a sentence), or a folder of such; else a hub name, with a split after a colon
+            or without.
+        tokenizer: see `LabelledTextData`.
+        tokens_column: of tables.
+        tags_column: of tables; tags are names or whole numbers.
+        vocab_size: see `LabelledTextData`, as all others.
+        max_length: see there; a longer sentence is an error, for else some of its words would not be counted.
+        val_fraction: see there.
+        test_fraction: see there.
+        val_path: see there.
+        test_path: see there.
+        hub_config: see there.
+        hub_split: see there.
+        revision: see there.
+        batch_size: see there.
+        eval_batch_size: see there.
+        num_workers: see there.
+        seed: see there.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: str,
+        tokens_column: str = "tokens",
+        tags_column: str = "tags",
+        vocab_size: int | None = None,
+        max_length: int = 128,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.0,
+        val_path: str | None = None,
+        test_path: str | None = None,
+        hub_config: str | None = None,
+        hub_split: str = "train",
+        revision: str | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        paths = {"path": path, "val_path": val_path, "test_path": test_path}
+        hub = (hub_config, hub_split, revision)
+        fractions = {"val": val_fraction, "test": test_fraction}
+        loading = (batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(paths, hub, fractions, tokenizer, vocab_size, max_length, loading)
+        self.tokens_column, self.tags_column = tokens_column, tags_column
+        self.settings["tokens_column"] = tokens_column
+
+    def rows(self, source: Source) -> Iterator[Row]:
+        """Sentences of a source."""
+        files = source.files((*TABLES, *CONLL))
+        if not files:
+            yield from source.rows()
+            return
+        columns = self.tokens_column, self.tags_column
+        pairs = chain.from_iterable(read_conll(f, *columns) if f.suffix in CONLL else read_table(f) for f in files)
+        for number, (place, cells) in enumerate(pairs):
+            yield Row(number, place, cells)
+
+    def _words(self, row: Row) -> list[str]:
+        return listed(row, self.tokens_column, "tokens_column", str)
+
+    def _tags(self, row: Row) -> list[str]:
+        column = self.tags_column
+        values = listed(row, column, "tags_column", str | int)
+        return [class_name(value, row.place, column, "tags_column") for value in values]
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise all rows.
+
+        Raises:
+            TrunklineError: if words and tags differ in number, a sentence is too long, or a tag is unknown to training.
+        """
+        if self.datasets:
+            return
+        tags = {split: [self._tags(row) for row in rows] for split, rows in self.splits.items()}
+        self.class_names = in_order(set(chain.from_iterable(tags["train"])))
+        if len(self.class_names) < 2:
+            raise TrunklineError(f"the training rows have fewer than two different tags ({self.class_names}); set "
+                                 "--data.tags_column")  # fmt: skip
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        for split, rows in self.splits.items():
+            for row, own in zip(rows, tags[split], strict=True):
+                unknown = next((tag for tag in own if tag not in numbers), None)
+                if unknown is not None:
+                    raise TrunklineError(
+                        f"{row.place} ({split} split): no training row has the tag '{unknown}', but "
+                        f"{', '.join(self.class_names[:5])}{', …' if len(numbers) > 5 else ''}; mend the row, or give "
+                        "training rows with this tag"
+                    )
+            self.datasets[split] = self.dataset(rows, [[numbers[tag] for tag in own] for own in tags[split]])
+        del self.splits
+
+    def dataset(self, rows: Sequence[Row], tags: Sequence[Sequence[int]]) -> "TaggedRows":
+        """Tokenise rows, whose words have these tags.
+
+        Raises:
+            TrunklineError: if words and tags differ in number, or a sentence is too long.
+        """
+        words, frame = WordEncoder(self.tokenizer), Frame.of(self.tokenizer)
+        room = self.max_length - len(frame.first) - 1
+        ids, targets = [], []
+        for row, own in zip(rows, tags, strict=True):
+            tokens, first = words.encode(self._words(row), row.place)
+            if len(first) != len(own):
+                raise TrunklineError(f"{row.place} has {len(first)} words, but {len(own)} tags; mend the row")
+            if len(tokens) > room:
+                raise TrunklineError(
+                    f"{row.place} has {len(tokens)} sub-words, but there is room for {room}; set --data.max_length "
+                    f"to at least {len(tokens) + self.max_length - room}, or cut this sentence in two"
+                )
+            target = np.full(len(tokens), IGNORE)
+            target[first] = own
+            ids.append(tokens)
+            targets.append(target)
+        return TaggedRows(ids, targets, frame, self.max_length)
+
+
+class WordEncoder:
+    """Encodes sentences that are cut into words; each word alone, as `is_pretokenized` has it.
+
+    Byte-level tokenizers tell a word's beginning by its space: words after the first get one.
+
+    Args:
+        tokenizer: is left as it is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.encoder = TextEncoder(tokenizer)
+        before = json.dumps(json.loads(tokenizer.to_str())["pre_tokenizer"])
+        self.space = " " if '"ByteLevel"' in before and '"add_prefix_space": true' not in before else ""
+        self.unknown = next((n for t in ("[UNK]", "<unk>") if (n := tokenizer.token_to_id(t)) is not None), None)
+
+    def encode(self, words: list[str], place: str) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) ids of a sentence, and (words,) places of each word's first one.
+
+        Raises:
+            TrunklineError: for a word of which the tokenizer makes nothing, and has no `[UNK]` to put there.
+        """
+        spaced = [word if i == 0 else self.space + word for i, word in enumerate(words)]
+        ids, counts = self.encoder.encode(spaced)
+        empty = (counts == 0).nonzero()[0]
+        if len(empty):
+            if self.unknown is None:
+                raise TrunklineError(f"{place}: the tokenizer makes nothing of word {empty[0]}, {words[empty[0]]!r}; "
+                                     "mend the row")  # fmt: skip
+            ids = np.insert(ids, counts.cumsum()[empty], self.unknown)
+            counts[empty] = 1
+        return ids, counts.cumsum() - counts
+
+
+class TaggedRows(Dataset[dict[str, Any]]):
+    """Items of `TaggedTextData`.
+
+    Args:
+        ids: of each sentence.
+        targets: the same length each.
+        frame: special tokens.
+        length: T.
+    """
+
+    def __init__(self, ids: list[np.ndarray], targets: list[np.ndarray], frame: Frame, length: int) -> None:
+        self.ids, self.targets = Ragged(ids, np.uint32), Ragged(targets, np.int32)
+        self.frame, self.length = frame, length
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        """The item of a key."""
+        frame = self.frame
+        row = np.concatenate([frame.first, self.ids[key.index], [frame.end]])
+        targets = np.concatenate([[IGNORE] * len(frame.first), self.targets[key.index]])
+        return {
+            "tokens": torch.from_numpy(padded(row, self.length, frame.pad)),
+            "mask": torch.arange(self.length) < len(row),
+            "targets": torch.from_numpy(padded(targets, self.length, IGNORE)),
+            "index": key.index,
+            "valid": key.valid,
+        }
+
+
+def listed(row: Row, column: str, flag: str, kinds: Any) -> list[Any]:
+    """A cell that must be a list.
+
+    Raises:
+        TrunklineError: if it is none, or of other things.
+    """
+    value = cell(row, column, flag)
+    if not isinstance(value, list) or not value:
+        what = "an empty list" if value == [] else f"no list but {kind(value)}"
+        raise TrunklineError(f"{row.place}: '{column}' is {what}; mend the row or set --data.{flag}")
+    wrong = next((v for v in value if not isinstance(v, kinds)), None)
+    if wrong is not None or None in value:
+        raise TrunklineError(
+            f"{row.place}: '{column}' holds a {kind(wrong)} where each must be a name or a number; mend the row or set "
+            f"--data.{flag}"
+        )
+    return value
+
+
+def read_conll(file: Path, tokens: str, tags: str | None) -> Iterator[tuple[str, dict[str, list[str]]]]:
+    """(file and first line, words and tags) of each sentence.
+
+    Args:
+        file: a word a line, its tag in the last column.
+        tokens: name for the words.
+        tags: name for the tags; None reads the words alone.
+
+    Raises:
+        TrunklineError: for a line with one column.
+    """
+    words: list[tuple[str, str]] = []
+    begin = 0
+    with opened(file) as stream:
+        for number, line in enumerate(chain(stream, [b""]), start=1):
+            try:
+                cells = line.decode("utf-8-sig").split()
+            except UnicodeDecodeError as error:
+                raise broken_text(file) from error
+            if not cells or cells[0] == "-DOCSTART-":
+                if words:
+                    sentence = {tokens: [w for w, _ in words]}
+                    yield f"{file}:{begin}", sentence if tags is None else {**sentence, tags: [t for _, t in words]}
+                    words = []
+                continue
+            if len(cells) < 2 and tags is not None:
+                raise TrunklineError(
+                    f"{file}:{number} has one column; each line must be a word and its tag, with a space or tab between"
+                )
+            begin = begin if words else number
+            words.append((cells[0], cells[-1]))

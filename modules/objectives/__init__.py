@@ -1,0 +1,1 @@
+"""One LightningModule an objective: what turns a batch into a loss, on `base.py`, which all share."""

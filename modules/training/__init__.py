@@ -1,0 +1,1 @@
+"""How networks learn, and how a run is saved, resumed and started from trained weights."""

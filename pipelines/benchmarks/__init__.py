@@ -1,0 +1,1 @@
+"""`trunkline benchmark`: speed side by side with peers."""

@@ -1,0 +1,127 @@
+"""The cases of `trunkline benchmark` that are about images and texts."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.losses import infonce_loss
+from trunkline.modules.networks import CLIP, CLIPConfig, GPTConfig, ViTConfig
+from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
+from trunkline.pipelines.benchmarks.memory import peak_memory
+from trunkline.pipelines.benchmarks.timing import Side, bare_loop, compare
+
+IMAGE_SIZE, PATCH_SIZE, WIDTH, IMAGE_LAYERS, TEXT_LAYERS = 72, 8, 256, 6, 4
+VOCABULARY, LENGTH = 49408, 77
+"""Of OpenAI's tokenizer, and the tokens of a caption, which open_clip takes by default."""
+
+
+def small_clip() -> CLIP:
+    """A cls-pooled ViT of 6 layers and a causal text tower of 4, width 256, with CLIP's norm before the image trunk."""
+    trunks = [
+        TransformerConfig(dim=WIDTH, depth=depth, num_heads=4, norm_eps=1e-5) for depth in (IMAGE_LAYERS, TEXT_LAYERS)
+    ]
+    image = ViTConfig(IMAGE_SIZE, PATCH_SIZE, embed_norm=True, backbone=trunks[0])
+    return CLIP(CLIPConfig(image, gpt=GPTConfig(VOCABULARY, LENGTH, backbone=trunks[1]), dim=WIDTH))
+
+
+def open_clip_peer() -> tuple[Any, nn.Module]:
+    """open_clip's network of the same shape, and its loss.
+
+    Raises:
+        TrunklineError: if it is not installed.
+    """
+    try:
+        from open_clip.loss import ClipLoss
+        from open_clip.model import CLIP as TheirCLIP
+        from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+    except ImportError as error:
+        raise TrunklineError("this case compares with open_clip; say pip install 'trunkline[bench]'") from error
+    vision = CLIPVisionCfg(
+        layers=IMAGE_LAYERS, width=WIDTH, head_width=64, patch_size=PATCH_SIZE, image_size=IMAGE_SIZE
+    )
+    text = CLIPTextCfg(context_length=LENGTH, vocab_size=VOCABULARY, width=WIDTH, heads=4, layers=TEXT_LAYERS)
+    return TheirCLIP(WIDTH, vision, text), ClipLoss()
+
+
+def pairs(batch_size: int) -> dict[str, Tensor]:
+    """Pixels (batch, 3, 72, 72), and captions of random lengths in (batch, 77) tokens."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lengths = torch.randint(5, LENGTH + 1, (batch_size, 1), device=device)
+    places = torch.arange(LENGTH, device=device)
+    tokens = torch.randint(1, VOCABULARY - 1, (batch_size, LENGTH), device=device)
+    end = VOCABULARY - 1  # open_clip reads a text at its largest id
+    return {
+        "image": torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device),
+        "tokens": tokens.masked_fill(places == lengths - 1, end).masked_fill(places >= lengths, 0),
+        "mask": places < lengths,
+        "caption_key": torch.arange(batch_size, device=device),
+    }
+
+
+def _clip_loops(batch_size: int, bf16: bool = False, compiled: bool = False) -> tuple[Side, Side]:
+    """Both sides' training step."""
+    torch.manual_seed(0)
+    batch = pairs(batch_size)
+    ours, (theirs, their_criterion) = small_clip(), open_clip_peer()
+    ours, theirs = ours.to(batch["image"].device), theirs.to(batch["image"].device)
+    if compiled:
+        ours.compile()
+        theirs.compile()
+
+    def our_loss() -> Tensor:
+        images, texts = ours(batch["image"], batch["tokens"], batch["mask"])
+        return infonce_loss(images, texts, images, texts, ours.scale.factor) / batch_size
+
+    def their_loss() -> Tensor:
+        return their_criterion(*theirs(batch["image"], batch["tokens"])[:3])
+
+    return bare_loop(ours, our_loss, bf16), bare_loop(theirs, their_loss, bf16)
+
+
+def clip_eager(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
+    """In float32, eager, on both sides."""
+    return [compare("CLIP fp32 eager", "open_clip fp32 eager", *_clip_loops(batch_size or 64), rounds)]
+
+
+def clip_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
+    """In bfloat16 and compiled: ours, and open_clip's own, against open_clip in float32 eager."""
+    peer = _clip_loops(batch_size or 64)[1]
+    fast = _clip_loops(batch_size or 64, bf16=True, compiled=True)
+    name = "open_clip fp32 eager"
+    return [
+        compare("CLIP bf16 compiled", name, fast[0], peer, rounds),
+        compare("open_clip's own, bf16 compiled", name, fast[1], peer, rounds),
+    ]
+
+
+LARGE, CHUNK = 2048, 128
+
+
+def clip_chunks(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
+    """Gradient caching: 2,048 pairs in chunks of 128, against batches of 128; prints memory, returns time a pair."""
+    chunked, plain = partial(_contrastive_step, LARGE, CHUNK), partial(_contrastive_step, CHUNK, None)
+    large, small = (peak_memory(prepare) / 2**20 for prepare in (chunked, plain))
+    print(f"CLIP step, peak memory: {CHUNK} pairs {small:.0f} MiB, {LARGE} in chunks of {CHUNK} {large:.0f} MiB")
+    ours, peer = partial(_seconds_a_pair, chunked(), LARGE), partial(_seconds_a_pair, plain(), CHUNK)
+    return [compare("a pair, in chunks", "a pair, plain", ours, peer, min(rounds, 3))]
+
+
+def _contrastive_step(batch_size: int, chunk: int | None) -> Side:
+    """A training step, its batch included."""
+    torch.manual_seed(0)
+    module = ContrastiveImageText(small_clip().config)
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def loss() -> Tensor:
+        batch = pairs(batch_size)
+        return module.mean_over_pairs(*module.contrast(module.embed(batch, chunk=chunk), batch["caption_key"]))
+
+    return bare_loop(module, loss)
+
+
+def _seconds_a_pair(step: Side, size: int) -> float:
+    return step() / size

@@ -1,0 +1,252 @@
+"""`trunkline embed`: embeddings of texts and images to a table and to TensorBoard's projector."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+import torch
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from trunkline import TrunklineError
+from trunkline.datamodules.images.image_data import Preprocessing
+from trunkline.datamodules.images.image_sources import to_channels
+from trunkline.datamodules.pairs.captions import CaptionEncoder
+from trunkline.datamodules.tables import read_column, reader_of
+from trunkline.datamodules.text.masking import special_ids
+from trunkline.modules.callbacks.retrieval import sprites
+from trunkline.modules.networks import BERT, CLIP, GPT, TextHead, TextHeadConfig
+from trunkline.modules.networks.clip import unit
+from trunkline.modules.training.checkpoints import load_checkpoint
+from trunkline.pipelines.commands.output import check_output
+from trunkline.pipelines.image_text_checkpoint import (
+    Pictures,
+    clip_of,
+    embed_images,
+    embed_texts,
+    open_pictures,
+    own_flags,
+    progress,
+)
+from trunkline.pipelines.text_checkpoint import find_device, load_language_model
+
+PROJECTED = 10_000
+"""Most images in the projector: a browser holds no more."""
+
+
+def embed(
+    checkpoint: str,
+    texts: str | None = None,
+    output: str = "embeddings.parquet",
+    images: str | None = None,
+    text_column: str = "text",
+    pool: Literal["mean", "cls", "last"] = "mean",
+    normalise: bool = True,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    skip_corrupt: bool = False,
+    projector: str | None = None,
+    device: str = "auto",
+    tokenizer: str | None = None,
+) -> None:
+    """Embed texts with the trunk of a language model, or texts and images with a CLIP.
+
+    The table has the columns `text`, `embedding`, `nearest` (the most similar other text), `similarity` (its cosine),
+    and where there are images `path`.
+
+    Args:
+        checkpoint: of a `trunkline fit` of a masked or causal language model, or of images and texts.
+        texts: a .txt file with one text a line, or a .jsonl, .csv or .parquet file.
+        output: a .parquet file.
+        images: a folder, `twemoji` or `openmoji`; needs a CLIP.
+        text_column: of a table.
+        pool: of a language model: the mean over all tokens, the first one (`cls`, of a BERT), or the last (of a GPT).
+        normalise: scale embeddings to length 1, as a CLIP's always are, so that their product is the cosine of their
+            angle.
+        batch_size: texts or images at a time.
+        num_workers: processes that read images.
+        skip_corrupt: leave out images that cannot be read, instead of stopping.
+        projector: a folder for TensorBoard's projector; of images it shows the first 10,000.
+        device: auto, cpu, cuda, cuda:1, mps, …
+        tokenizer: of a language model: a tokenizer.json in place of the checkpoint's own.
+
+    Raises:
+        TrunklineError: for a missing file, a text that is too long, or a checkpoint of something else.
+    """
+    check_output(output, (".parquet",))
+    if texts is None and images is None:
+        raise TrunklineError("there is nothing to embed; give --texts, --images or both")
+    place, content = find_device(device), load_checkpoint(checkpoint)
+    if content.get("objective") == "ContrastiveImageText":
+        if tokenizer is not None or not normalise or pool != "mean":
+            raise TrunklineError(
+                f"--pool, --normalise and --tokenizer are for language models, and {checkpoint} is of images and "
+                "texts, which it embeds as it was trained to; leave them out"
+            )
+        clip, shown = clip_of(content, checkpoint, place), 0 if projector is None else PROJECTED
+        rows = [] if texts is None else read_texts(Path(texts), text_column)
+        found = embed_clip(clip, batch_size, place, num_workers, rows, images, skip_corrupt, shown)
+    elif texts is None or images is not None:
+        raise TrunklineError(f"{checkpoint} knows texts alone; leave --images out, or give the checkpoint of a CLIP")
+    else:
+        body, words = load_language_model(checkpoint, ("MaskedLM", "CausalLM"), tokenizer)
+        rows = read_texts(Path(texts), text_column)
+        found = [Embedded("text", rows, read_states(body, words, rows, pool, batch_size, place))]
+    tables = [part.table(normalise) for part in found]
+    pd.concat(tables, ignore_index=True).to_parquet(output, index=False)
+    if projector is not None:
+        with SummaryWriter(projector) as writer:
+            for part in found:
+                part.project(writer)
+    count, numbers = sum(len(part.names) for part in found), found[0].vectors.shape[1]
+    print(f"wrote {count} embeddings of {numbers} numbers to {output}")
+
+
+class Embedded(NamedTuple):
+    """Embeddings of texts or of images."""
+
+    column: str
+    """`text` or `path`."""
+    names: list[str]
+    vectors: Tensor
+    """(N, D)."""
+    pictures: Sequence[Image.Image] = ()
+    """Thumbnails of the first images."""
+
+    def table(self, normalise: bool) -> pd.DataFrame:
+        """A row each."""
+        scaled = unit(self.vectors)
+        vectors = list((scaled if normalise else self.vectors).numpy())
+        table = pd.DataFrame({self.column: self.names, "embedding": vectors})
+        if self.column == "text" and len(scaled) > 1:
+            table["nearest"], table["similarity"] = nearest(scaled)
+            table["nearest"] = [self.names[n] for n in table["nearest"]]
+        return table
+
+    def project(self, writer: SummaryWriter) -> None:
+        """Write what TensorBoard's projector shows."""
+        count = len(self.pictures) or len(self.names)
+        names = [" ".join(name.split()) for name in self.names[:count]]
+        shown: dict[str, Any] = {"label_img": sprites(list(self.pictures))} if self.pictures else {}
+        tag = "images" if self.pictures else "texts"
+        writer.add_embedding(unit(self.vectors[:count]), metadata=names, tag=tag, **shown)
+
+
+def embed_clip(
+    clip: tuple[CLIP, Preprocessing, CaptionEncoder],
+    batch_size: int,
+    device: torch.device,
+    num_workers: int,
+    texts: list[str],
+    images: str | None,
+    skip_corrupt: bool,
+    thumbnails: int,
+) -> list[Embedded]:
+    """Texts, images or both with a CLIP; see `embed`.
+
+    Args:
+        clip: network, and how its images and texts are prepared.
+        batch_size: texts or images at a time.
+        device: of the network.
+        num_workers: processes that read images.
+        texts: those, or none.
+        images: see `open_pictures`; None: texts alone.
+        skip_corrupt: see `Pictures`.
+        thumbnails: pictures of which one is kept, at most.
+    """
+    (network, preprocessing, encoder), found = clip, []
+    if texts:
+        found.append(Embedded("text", texts, embed_texts(network, encoder, texts, batch_size, device)))
+    if images is not None:
+        rows, length = open_pictures(images)
+        pictures = Pictures(rows, length, preprocessing, skip_corrupt)
+        with own_flags():
+            vectors, kept = embed_images(network.encode_image, pictures, batch_size, device, num_workers)
+        shown = [thumbnail(rows.image(row)) for row in kept[:thumbnails]]
+        found.append(Embedded("path", [rows.name(row) for row in kept], vectors, shown))
+    return found
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """All of the picture on a small white square."""
+    return ImageOps.pad(to_channels(picture, 3), (32, 32), color="white")
+
+
+def read_states(
+    body: BERT | GPT, words: Tokenizer, rows: list[str], pool: Any, batch_size: int, device: torch.device
+) -> Tensor:
+    """(texts, D) pooled states of a language model.
+
+    Raises:
+        TrunklineError: for a text that is too long.
+    """
+    kind = "bert" if isinstance(body, BERT) else "gpt"
+    network = TextHead(TextHeadConfig(**{kind: body.config}, pool=pool))
+    network.body.load_state_dict(body.state_dict(), strict=False)  # all but the heads, which are not there
+    ids = [encoded(text, number, body, words) for number, text in enumerate(rows, start=1)]
+    return embeddings(network.to(device).eval(), ids, batch_size)
+
+
+def read_texts(file: Path, column: str) -> list[str]:
+    """The texts of a table's column, or the lines of a text file that are not empty.
+
+    Raises:
+        TrunklineError: if there are none, naming the file or row.
+    """
+    try:
+        rows = list(read_column([file], column)) if reader_of(file) else file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrunklineError(f"cannot read --texts {file}: {error}; give a text file or a table") from error
+    rows = [row for row in rows if row.strip()]
+    if not rows:
+        raise TrunklineError(f"--texts {file} holds no text; give one text a line, or a row")
+    return rows
+
+
+def encoded(text: str, number: int, body: BERT | GPT, words: Tokenizer) -> list[int]:
+    """Ids of a text, as its kind of network was trained to see it.
+
+    Raises:
+        TrunklineError: if it is longer than the network's positions.
+    """
+    ids = words.encode(text, add_special_tokens=False).ids
+    if isinstance(body, BERT):
+        special = special_ids(words)
+        ids = [special["cls"], *ids, special["sep"]]
+    limit = body.config.max_length
+    if not 0 < len(ids) <= limit:
+        raise TrunklineError(
+            f"--texts: text {number} ({text[:30]!r}…) has {len(ids)} tokens, but the network sees from 1 to {limit}; "
+            "cut or remove it"
+        )
+    return ids
+
+
+@torch.inference_mode()
+def embeddings(network: TextHead, ids: list[list[int]], batch_size: int) -> Tensor:
+    """(texts, D) float32 on the CPU; texts of like length go together."""
+    order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
+    device = next(network.parameters()).device
+    vectors = torch.empty(len(ids), network.config.body.backbone.dim)
+    for start in progress(range(0, len(order), batch_size), "embedding"):
+        chosen = order[start : start + batch_size]
+        length = max(len(ids[n]) for n in chosen)
+        tokens = torch.tensor([ids[n] + [0] * (length - len(ids[n])) for n in chosen], device=device)
+        mask = torch.tensor([[True] * len(ids[n]) + [False] * (length - len(ids[n])) for n in chosen], device=device)
+        vectors[chosen] = network.states(tokens, None, mask).float().cpu()
+    return vectors
+
+
+def nearest(vectors: Tensor) -> tuple[list[int], list[float]]:
+    """Of each of (N, D) rows of length 1: the most similar other row, and the cosine of their angle."""
+    found, cosines = [], []
+    for start in range(0, len(vectors), 1024):
+        similarity = vectors[start : start + 1024] @ vectors.T
+        similarity[torch.arange(len(similarity)), torch.arange(start, start + len(similarity))] = -2.0  # itself
+        best = similarity.max(dim=1)
+        found += best.indices.tolist()
+        cosines += best.values.tolist()
+    return found, cosines

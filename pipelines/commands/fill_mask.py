@@ -1,0 +1,39 @@
+"""`trunkline fill-mask`: name what is masked in a sentence."""
+
+import torch
+
+from trunkline import TrunklineError
+from trunkline.datamodules.text.masking import masked_sentence
+from trunkline.modules.generation.filling import fill_masks
+from trunkline.modules.networks import BERT
+from trunkline.pipelines.text_checkpoint import find_device, load_language_model
+
+
+def fill_mask(
+    checkpoint: str, sentence: list[str] | str, top_k: int = 5, device: str = "auto", tokenizer: str | None = None
+) -> None:
+    """Print the likeliest tokens for each `[MASK]`, with their probabilities.
+
+    Args:
+        checkpoint: of a `trunkline fit` of a masked language model.
+        sentence: a text with `[MASK]` in it, or several as "[one, two]".
+        top_k: tokens shown for each place.
+        device: auto, cpu, cuda, cuda:1, mps, …
+        tokenizer: a tokenizer.json in place of the checkpoint's own.
+
+    Raises:
+        TrunklineError: for a sentence without a mask, one that is too long, or a checkpoint of something else.
+    """
+    if top_k < 1:
+        raise TrunklineError(f"--top_k must be at least 1, not {top_k}")
+    place = find_device(device)
+    network, words = load_language_model(checkpoint, ("MaskedLM",), tokenizer)
+    assert isinstance(network, BERT)
+    network.to(place)
+    texts = [sentence] if isinstance(sentence, str) else sentence
+    rows = [masked_sentence(words, text, network.config.max_length, "--sentence") for text in texts]
+    for text, (ids, mask) in zip(texts, rows, strict=True):
+        print(text)
+        for filling in fill_masks(network, torch.tensor(ids, device=place), mask, top_k):
+            found = zip(filling.tokens, filling.probabilities, strict=True)
+            print("  " + "  ".join(f"{words.decode([token])} {probability:.3f}" for token, probability in found))

@@ -1,0 +1,247 @@
+"""`trunkline generate`: continue texts with a checkpoint."""
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from trunkline import TrunklineError
+from trunkline.datamodules.tokenizers import END_TOKENS
+from trunkline.modules.generation.low_precision import to_bfloat16, to_int8
+from trunkline.modules.generation.sampling import GenerationConfig, beam_search
+from trunkline.modules.generation.sampling import stream as next_tokens
+from trunkline.modules.networks import GPT
+from trunkline.pipelines.text_checkpoint import find_device, load_language_model
+
+HALF = "\ufffd"
+"""Stands for bytes that are no whole character."""
+
+
+def generate(
+    checkpoint: str,
+    prompt: list[str] | str = "",
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    stop: list[str] | str | None = None,
+    num_samples: int = 1,
+    seed: int = 0,
+    stream: bool = True,
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32",
+    device: str = "auto",
+    tokenizer: str | None = None,
+) -> None:
+    """Print prompts with their continuations: one text as it is made, several at the end with `---` between them.
+
+    Args:
+        checkpoint: of a `trunkline fit` of a causal language model.
+        prompt: one text, or several as "[one, two]"; an empty one starts a new text.
+        max_new_tokens: tokens after the prompt, at most; an end-of-text token ends it earlier.
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_k: sample from this many likeliest tokens.
+        top_p: sample from the likeliest tokens that together have this probability.
+        min_p: sample from tokens with at least this share of the likeliest token's probability.
+        repetition_penalty: above 1 makes tokens that stand in the text less likely.
+        num_beams: above 1, search for the likeliest text along this many, instead of sampling.
+        length_penalty: of beam search; above 0 favours longer texts.
+        stop: end a text before this string, or before the first of several, "[one, two]".
+        num_samples: continuations of each prompt.
+        seed: of sampling.
+        stream: print a single text as it is made.
+        dtype: number format of the weights; int8 is the fastest on a CPU, float32 exact.
+        device: auto, cpu, cuda, cuda:1, mps, …
+        tokenizer: a tokenizer.json in place of the checkpoint's own.
+
+    Raises:
+        TrunklineError: for bad options, or a checkpoint of something else; before any text.
+    """
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        seed=seed,
+    )
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    stops = [stop] if isinstance(stop, str) else stop or []
+    check_options(prompts, stops, num_samples, config)
+    place = find_device(device)
+    network, words = load_language_model(checkpoint, ("CausalLM",), tokenizer)
+    assert isinstance(network, GPT)
+    end = next((i for name in END_TOKENS if (i := words.token_to_id(name)) is not None), None)
+    rows = encode(prompts, words, end, network.config.max_length)
+    texts = [Text(words, row, stops) for row in rows for _ in range(num_samples)]
+    if num_beams == 1:
+        rows = [row for row in rows for _ in range(num_samples)]
+    method = grow if num_beams == 1 else grow_beams
+    steps = method(texts, prepared(network, dtype, place), rows, config, [] if end is None else [end])
+    try:
+        if stream and len(texts) == 1 and num_beams == 1:
+            write(prompts[0])
+            for _ in steps:
+                write(texts[0].take())
+            write(texts[0].take(last=True) + "\n")
+        else:
+            list(steps)
+            blocks = [prompts[n // num_samples] + text.take(last=True) + "\n" for n, text in enumerate(texts)]
+            write("---\n".join(blocks))
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def write(text: str) -> None:
+    """Print at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def check_options(prompts: list[str], stops: list[str], num_samples: int, config: GenerationConfig) -> None:
+    """Refuse what `GenerationConfig` does not see."""
+    if not prompts:
+        raise TrunklineError('--prompt is an empty list; give at least one text, or "" to start a new one')
+    if "" in stops:
+        raise TrunklineError("--stop has an empty string, which is in every text; leave it out")
+    if num_samples < 1:
+        raise TrunklineError(f"--num_samples must be at least 1, not {num_samples}")
+    if num_samples > 1 and config.num_beams == 1 and config.temperature == 0:
+        raise TrunklineError(
+            f"--num_samples {num_samples} with --temperature 0 gives the same text each time; raise the "
+            f"temperature, or set --num_beams {num_samples}"
+        )
+    if 1 < config.num_beams < num_samples:
+        raise TrunklineError(f"--num_samples {num_samples} needs at least as many beams: --num_beams {num_samples}")
+
+
+def encode(prompts: list[str], words: Tokenizer, end: int | None, limit: int) -> list[list[int]]:
+    """Token ids of each prompt; an empty one becomes the end-of-text token, after which a new text begins.
+
+    Raises:
+        TrunklineError: if there is no such token, or the prompt is longer than `limit`.
+    """
+    rows = []
+    start = [] if end is None else [end]
+    for number, prompt in enumerate(prompts):
+        name = "--prompt" if len(prompts) == 1 else f"--prompt: text {number + 1}"
+        ids = words.encode(prompt, add_special_tokens=False).ids
+        if not ids and not start:
+            raise TrunklineError(
+                f"{name} is empty, and the tokenizer has no end-of-text token ({', '.join(END_TOKENS)}) to start from; "
+                "give a prompt"
+            )
+        if len(ids) > limit:
+            raise TrunklineError(
+                f"{name} has {len(ids)} tokens, but the network can see {limit} (max_length); leave out at least "
+                f"{len(ids) - limit} of them, or train with a larger --model.network.max_length"
+            )
+        rows.append(ids or start)
+    return rows
+
+
+def prepared(network: GPT, dtype: str, device: torch.device) -> GPT:
+    """The network on its device, in the number format of that name."""
+    convert = {"float32": lambda same: same, "bfloat16": to_bfloat16, "int8": to_int8}[dtype]
+    return convert(network.to(device))
+
+
+def left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, T) tokens and their (B, T) mask, False for padding."""
+    width = max(len(row) for row in rows)
+    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return tokens, torch.arange(width, device=device) >= width - lengths[:, None]
+
+
+def grow(
+    texts: list["Text"], network: GPT, rows: list[list[int]], config: GenerationConfig, ends: list[int]
+) -> Iterator[None]:
+    """Let the texts continue their rows, a token each at every step."""
+    device = next(network.parameters()).device
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    for given in next_tokens(network, *left_padded(rows, device), config, ends, ended):
+        for row, (token, over) in enumerate(zip(given.tolist(), ended.tolist(), strict=True)):
+            if not over and texts[row].add(token):
+                ended[row] = True
+        yield
+
+
+def grow_beams(
+    texts: list["Text"], network: GPT, rows: list[list[int]], config: GenerationConfig, ends: list[int]
+) -> Iterator[None]:
+    """Let the texts continue their rows by beam search, all in one step; texts of the same row differ."""
+    device = next(network.parameters()).device
+    per_row = len(texts) // len(rows)
+    found = beam_search(network, *left_padded(rows, device), config, ends)
+    for text, beam in zip(texts, (beam for beams in found for beam in beams[:per_row]), strict=True):
+        for token in beam.tokens:
+            if text.add(token):
+                break
+    yield
+
+
+class Text:
+    """The text of new tokens, complete characters only, up to the first stop string.
+
+    What is taken piece by piece while it grows is together what is taken at the end.
+
+    Args:
+        words: the tokenizer.
+        prompt: tokens before the new ones; the first new one may be spelled differently without them.
+        stops: strings that end the text.
+    """
+
+    def __init__(self, words: Tokenizer, prompt: list[int], stops: list[str]) -> None:
+        self.words, self.stops = words, stops
+        self.recent = prompt[-8:]
+        """Tokens whose text is known, as context, then those whose text is not yet final."""
+        self.known = self.decode(self.recent)
+        self.text = ""
+        self.taken = 0
+        self.ended = False
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens, without special ones."""
+        return self.words.decode(tokens, skip_special_tokens=True)
+
+    def add(self, token: int) -> bool:
+        """Continue by a token; True says that a stop string has ended the text."""
+        self.recent.append(token)
+        text = self.decode(self.recent)
+        if text.endswith(HALF):  # the rest of the character is in the next token
+            return False
+        return self._extend(text)
+
+    def _extend(self, text: str) -> bool:
+        """Take over the text of `recent`."""
+        start = max(0, len(self.text) - max((len(stop) for stop in self.stops), default=1) + 1)
+        self.text += text[len(self.known) :]
+        self.recent = self.recent[-8:]
+        self.known = self.decode(self.recent)
+        found = [at for stop in self.stops if (at := self.text.find(stop, start)) >= 0]
+        if found:
+            self.text, self.ended = self.text[: min(found)], True
+        return self.ended
+
+    def take(self, last: bool = False) -> str:
+        """What is new and final since the last call; the beginning of a stop string waits for its end."""
+        if last and not self.ended:
+            self._extend(self.decode(self.recent).rstrip(HALF))
+        final = len(self.text)
+        if not last and not self.ended:
+            waiting = [n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+            final -= max(waiting, default=0)
+        new = self.text[self.taken : final]
+        self.taken = max(self.taken, final)
+        return new

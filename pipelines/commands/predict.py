@@ -1,0 +1,161 @@
+"""`trunkline predict`: classify a folder of images, or do a task on texts."""
+
+import warnings
+from functools import partial
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from trunkline import TrunklineError
+from trunkline.datamodules.images.image_data import ImageFiles, Preprocessing
+from trunkline.datamodules.images.image_sources import image_files
+from trunkline.datamodules.samplers import SampleKey, plain_errors
+from trunkline.modules.objectives.image_classifier import ImageClassifier
+from trunkline.modules.training.checkpoints import load_checkpoint
+from trunkline.pipelines.commands.output import check_output
+from trunkline.pipelines.commands.predict_text import TASKS, Run, predict_texts, write_conll
+
+
+def predict(
+    checkpoint: str,
+    images: str | None = None,
+    output: str = "predictions.csv",
+    texts: str | None = None,
+    text_column: str | None = None,
+    pair_column: str | None = None,
+    skip_corrupt: bool = False,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    accelerator: str = "auto",
+    precision: str = "32-true",
+) -> None:
+    """Classify images or texts, tag words or answer questions, and write a table; the checkpoint says which.
+
+    Images: path, label, probability. Texts: text, with pairs also pair, label, probability. Tags: row, word, tag,
+    probability. Answers: id, question, answer, score.
+
+    Args:
+        checkpoint: of a `trunkline fit` of a classifier, a tagger or a model that answers questions.
+        images: a folder; every image file below it is classified.
+        output: a .csv or .parquet file in the order of the input, or of tags a .conll file.
+        texts: to classify, a .txt file with a text a line or a table (.jsonl, .csv, .parquet); to tag, a .txt file with
+            a sentence a line or a .conll file with a word a line; to answer, SQuAD's .json, or a table with the columns
+            question, context and if you like id.
+        text_column: of a table with texts to classify; None takes that of training.
+        pair_column: of the second text of a pair; None takes that of training.
+        skip_corrupt: leave label and probability of images that cannot be read empty, instead of stopping.
+        batch_size: images, texts or windows at a time.
+        num_workers: processes that read.
+        accelerator: Lightning's name of the device: auto, cpu, gpu, …
+        precision: Lightning's name of the precision.
+
+    Raises:
+        TrunklineError: for a missing or damaged file, or an ending other than those three; before any work.
+    """
+    if (images is None) == (texts is None):
+        given = "neither" if images is None else "both"
+        raise TrunklineError(f"trunkline predict needs either --images FOLDER or --texts FILE, not {given}")
+    writer = table_writer(output)
+    content = load_checkpoint(checkpoint)
+    objective = content.get("objective")
+    run = partial(run_batches, batch_size, num_workers, accelerator, precision)
+    if writer is write_conll and objective != "TokenClassifier":
+        raise TrunklineError(f"--output {output}: only tags are written so; give a .csv or .parquet file")
+    if images is not None:
+        table = predict_images(content, checkpoint, images, skip_corrupt, run)
+    else:
+        assert texts is not None
+        if objective not in TASKS:
+            raise TrunklineError(
+                f"{checkpoint} is no checkpoint of a task on texts ({', '.join(TASKS)}), but of "
+                f"{objective or 'something else'}; give one of these"
+            )
+        table = predict_texts(content, checkpoint, texts, {"text_column": text_column, "pair_column": pair_column}, run)
+    writer(table, output)
+    print(f"wrote {len(table)} rows to {output}")
+
+
+def run_batches(
+    batch_size: int, num_workers: int, accelerator: str, precision: Any, model: L.LightningModule, dataset: Dataset[Any]
+) -> list[Any]:
+    """What `predict_step` makes of each batch of a dataset; see `predict`."""
+    # Lightning replaces the batch sampler of a prediction by one of its own, which keeps the sampler.
+    keys = [SampleKey(0, n) for n in range(len(dataset))]  # type: ignore[arg-type]
+    # By keyword alone: Lightning builds the loader again from these, and an earlier error may have left it recording.
+    loader = DataLoader(dataset=dataset, batch_size=batch_size, sampler=keys, num_workers=num_workers)
+    trainer = L.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )
+    with plain_errors(num_workers):
+        batches: Any = trainer.predict(model, loader)
+    return batches
+
+
+def table_writer(output: str) -> Any:
+    """A function of a table and `output` that writes in the format of its ending."""
+    writers = {
+        ".csv": lambda table, path: table.to_csv(path, index=False),
+        ".parquet": lambda table, path: table.to_parquet(path, index=False),
+        ".conll": write_conll,
+    }
+    return writers[check_output(output, tuple(writers))]
+
+
+class ReadableImages(ImageFiles):
+    """Image files; one that cannot be read is a black picture with `valid` False."""
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        """The item of a key."""
+        try:
+            return super().__getitem__(key)
+        except TrunklineError as error:
+            warnings.warn(f"skipped: {error}", stacklevel=2)
+            image = torch.zeros(self.preprocessing.channels, *self.preprocessing.size)
+            return {"image": image, "index": key.index, "valid": False}
+
+
+def predict_images(content: dict[str, Any], checkpoint: str, folder: str, skip_corrupt: bool, run: Run) -> pd.DataFrame:
+    """`path`, `label`, `probability` of every image below a folder.
+
+    Raises:
+        TrunklineError: for an image that cannot be read, unless `skip_corrupt`.
+    """
+    model, preprocessing, class_names = load_classifier(content, checkpoint)
+    files = image_files(folder)
+    dataset = (ReadableImages if skip_corrupt else ImageFiles)(files, preprocessing)
+    try:
+        batches = run(model, dataset)
+    except TrunklineError as error:
+        raise TrunklineError(str(error).replace("set --data.skip_corrupt true", "give --skip_corrupt true")) from error
+    best, label = torch.cat([b["probability"] for b in batches]).max(dim=1)
+    rows = [int(i) for b in batches for i in b["index"]]
+    found = pd.DataFrame({"label": [class_names[n] for n in label.tolist()], "probability": best.tolist()}, index=rows)
+    if len(rows) < len(files):
+        print(f"{len(files) - len(rows)} images cannot be read; their labels are empty")
+    return pd.concat([pd.Series(map(str, files), name="path"), found], axis=1)
+
+
+def load_classifier(content: dict[str, Any], checkpoint: str) -> tuple[ImageClassifier, Preprocessing, list[str]]:
+    """Model, preprocessing and class names of a training checkpoint.
+
+    Raises:
+        TrunklineError: if it is of another objective.
+    """
+    data: Any = content.get("ImageData")
+    objective = content.get("objective", "something else")
+    if objective != ImageClassifier.__name__:
+        hint = "; give --texts instead of --images" if objective in TASKS else "; give one of ImageClassifier"
+        raise TrunklineError(f"{checkpoint} is no checkpoint of an image classifier, but of {objective}{hint}")
+    if data is None:
+        raise TrunklineError(f"{checkpoint} was trained without ImageData, so how to prepare an image is not known")
+    model = ImageClassifier(**{**content["hyper_parameters"], "init_from": None})
+    model.load_state_dict(content["state_dict"])
+    return model, Preprocessing(**data["preprocessing"]), data["class_names"]

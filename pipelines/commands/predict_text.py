@@ -1,0 +1,213 @@
+"""`trunkline predict --texts`: classes of texts, tags of words, answers to questions, as evaluation finds them."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tokenizers import Tokenizer
+from torch.utils.data import Dataset
+
+from trunkline import TrunklineError
+from trunkline.datamodules.tables import TABLES, read_lines, read_table, reader_of
+from trunkline.datamodules.text_tasks.labelled_text import LabelledTextData
+from trunkline.datamodules.text_tasks.squad import SquadData, numbered, questions_of, read_squad
+from trunkline.datamodules.text_tasks.tagged_text import CONLL, TaggedTextData, read_conll
+from trunkline.datamodules.text_tasks.task_text import Row
+from trunkline.modules.objectives.question_answering import Found, QuestionAnswering, merge
+from trunkline.modules.objectives.text_classifier import TextClassifier, TextTask
+from trunkline.modules.objectives.token_classifier import TokenClassifier
+
+Run = Callable[[Any, Dataset[Any]], list[Any]]
+"""Gives the batches that a module's `predict_step` makes of a dataset."""
+COLUMN_FLAGS = ("text_column", "pair_column")
+
+
+def predict_texts(
+    content: dict[str, Any], checkpoint: str, texts: str, columns: dict[str, str | None], run: Run
+) -> pd.DataFrame:
+    """The table of predictions.
+
+    Args:
+        content: of the checkpoint.
+        checkpoint: its file.
+        texts: see `predict`.
+        columns: `text_column` and `pair_column`; None takes those of training.
+        run: does the work.
+
+    Raises:
+        TrunklineError: naming the flag, or the file and row, that is at fault.
+    """
+    task = TASKS[content["objective"]]
+    state: Any = content.get(task.data.__name__)
+    if state is None or "settings" not in state:
+        raise TrunklineError(
+            f"{checkpoint} does not tell how its texts were prepared, because it was trained without "
+            f"{task.data.__name__} or by an older version; train again"
+        )
+    given = {name: column for name, column in columns.items() if column is not None}
+    if given and task.table is not class_table:
+        raise TrunklineError(f"--{next(iter(given))} is for classes of texts, but {checkpoint} is of {task.name}")
+    file = Path(texts)
+    if not file.is_file():
+        raise TrunklineError(f"--texts {texts}: there is no such file; mend the path")
+    data: Any = task.data(str(file), tokenizer="", **{**state["settings"], **given})
+    data.tokenizer, data.class_names = Tokenizer.from_str(state["tokenizer"]), state["class_names"]
+    if data.settings.get("pair_column") and state["settings"]["pair_column"] is None:
+        raise TrunklineError(
+            f"--pair_column {data.pair_column}: {checkpoint} was trained on single texts; leave it out"
+        )
+    model = task.module(**{**content["hyper_parameters"], "init_from": None})
+    model.load_state_dict(content["state_dict"])
+    try:
+        return task.table(model, data, file, state, run)
+    except TrunklineError as error:  # the datamodule names its own flags
+        message = str(error)
+        for flag in COLUMN_FLAGS:
+            message = message.replace(f"--data.{flag}", f"--{flag}")
+        raise TrunklineError(message) from error
+
+
+def class_table(model: Any, data: LabelledTextData, file: Path, state: dict[str, Any], run: Run) -> pd.DataFrame:
+    """`text`, with pairs `pair`, `label`, `probability`."""
+    if reader_of(file) is None:
+        if data.pair_column is not None:
+            raise TrunklineError(
+                f"--texts {file} is no table, but pairs of texts need two columns; give a .jsonl, .csv or .parquet file"
+            )
+        rows = text_lines(file, data.text_column)
+    else:
+        rows = [Row(number, *row) for number, row in enumerate(read_table(file))]
+    texts = [list(data.texts(row)) for row in rows]
+    for row, own in zip(rows, texts, strict=True):
+        check_text(all(text.strip() for text in own), row.place)
+    check_any(rows, file)
+    dataset = data.dataset(rows, np.zeros(len(rows), np.int64))
+    probability, label = torch.cat([b["probability"] for b in run(model, dataset)]).max(dim=1)
+    warn_of_cut(dataset.cut, f"texts were longer than {data.max_length} tokens")
+    names = ["text", "pair"] if data.pair_column is not None else ["text"]
+    table = pd.DataFrame(texts, columns=names)
+    return table.assign(label=[data.class_names[n] for n in label.tolist()], probability=probability.tolist())
+
+
+def tag_table(model: Any, data: TaggedTextData, file: Path, state: dict[str, Any], run: Run) -> pd.DataFrame:
+    """`row` (number of the sentence, from 1), `word`, `tag`, `probability`."""
+    column = data.tokens_column
+    if file.suffix in CONLL and file.suffix != ".txt":
+        rows = [Row(number, *row) for number, row in enumerate(read_conll(file, column, None))]
+    elif reader_of(file) is None:
+        lines = text_lines(file, column)
+        rows = [row._replace(cells={column: row.cells[column].split()}) for row in lines]
+    else:
+        raise TrunklineError(
+            f"--texts {file}: words to be tagged stand in a .txt file, a sentence a line, or in a {CONLL[0]} file; "
+            "give one of these"
+        )
+    check_any(rows, file)
+    words = [row.cells[column] for row in rows]
+    batches = run(model, data.dataset(rows, [[0] * len(own) for own in words]))
+    found = {name: torch.cat([b[name] for b in batches]).tolist() for name in ("index", "prediction", "probability")}
+    return pd.DataFrame(
+        {
+            "row": [index + 1 for index in found["index"]],
+            "word": [word for own in words for word in own],
+            "tag": [data.class_names[n] for n in found["prediction"]],
+            "probability": found["probability"],
+        }
+    )
+
+
+def answer_table(model: Any, data: SquadData, file: Path, state: dict[str, Any], run: Run) -> pd.DataFrame:
+    """`id`, `question`, `answer`, `score` (sum of the logits of its two ends).
+
+    If a training question had no answer, an empty one is predicted where that scores higher, as in evaluation.
+    """
+    if file.suffix == ".json":
+        rows = [Row(number, *row) for number, row in enumerate(read_squad(file))]
+    elif file.suffix in TABLES:
+        table = (Row(number, *row) for number, row in enumerate(read_table(file)))
+        rows = list(numbered(table, needed=("question", "context")))
+    else:
+        raise TrunklineError(
+            f"--texts {file}: questions stand in a .json file in SQuAD's format, or in a table (.jsonl, .csv, "
+            ".parquet) with the columns question and context; give one of these"
+        )
+    questions = [question for row in rows for question in questions_of(row, answered=False)]
+    check_any(questions, file)
+    for question in questions:
+        check_text(bool(question.text.strip()), f"{file}, question {question.id}")
+    dataset = data.dataset(questions)
+    found: list[Found] = [window for batch in run(model, dataset) for window in batch]
+    warn_of_cut(dataset.cut, f"questions were longer than {data.max_question_length} tokens")
+    null: dict[int, float] = defaultdict(lambda: float("inf"))
+    for window in found:
+        null[window.question] = min(null[window.question], window.null_score)
+    answers = []
+    for number, best in merge(found, state["unanswerable"]).items():
+        question = questions[number]
+        text = "" if best is None else question.context[best.start : best.end]
+        answers.append((question.id, question.text, text, null[number] if best is None else best.score))
+    return pd.DataFrame(answers, columns=["id", "question", "answer", "score"])
+
+
+def text_lines(file: Path, column: str) -> list[Row]:
+    """The lines of a text file; empty ones at its end do not count.
+
+    Raises:
+        TrunklineError: for another one that is empty.
+    """
+    rows = [Row(number, *row) for number, row in enumerate(read_lines(file, column))]
+    while rows and not rows[-1].cells[column].strip():
+        rows.pop()
+    for row in rows:
+        check_text(bool(row.cells[column].strip()), row.place)
+    return rows
+
+
+def check_text(there: bool, place: str) -> None:
+    """Refuse what has no text."""
+    if not there:
+        raise TrunklineError(f"{place} is empty; write a text there, or remove it")
+
+
+def check_any(rows: list[Any], file: Path) -> None:
+    """Refuse a file without rows."""
+    if not rows:
+        raise TrunklineError(f"--texts {file} holds no text; give one with at least one row")
+
+
+def warn_of_cut(count: int, what: str) -> None:
+    """Say how many texts were not read to their end."""
+    if count:
+        print(f"{count} {what} and were cut, as in training")
+
+
+def write_conll(table: pd.DataFrame, output: str) -> None:
+    """A word and its tag a line, an empty line after each sentence."""
+    with Path(output).open("w", encoding="utf-8") as stream:
+        for _, sentence in table.groupby("row"):
+            stream.writelines(f"{word}\t{tag}\n" for word, tag in zip(sentence.word, sentence.tag, strict=True))
+            stream.write("\n")
+
+
+@dataclass
+class Task:
+    """What a checkpoint of an objective needs."""
+
+    name: str
+    module: type[TextTask]
+    data: Any
+    """The datamodule's class."""
+    table: Callable[..., pd.DataFrame]
+
+
+TASKS = {
+    "TextClassifier": Task("classes of texts", TextClassifier, LabelledTextData, class_table),
+    "TokenClassifier": Task("tags of words", TokenClassifier, TaggedTextData, tag_table),
+    "QuestionAnswering": Task("answers to questions", QuestionAnswering, SquadData, answer_table),
+}
+"""By objective."""

@@ -1,0 +1,89 @@
+"""`trunkline prepare`: tokenise a recipe's text before its run, such as on a machine without accelerators."""
+
+import sys
+import time
+from typing import Any
+
+from jsonargparse import SUPPRESS, ActionConfigFile
+from rich.console import Console
+from rich.table import Table
+
+from trunkline import TrunklineError
+from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.text.text_data import TextData
+from trunkline.pipelines.configs import resolve_configs
+from trunkline.pipelines.parser import Parser
+
+SECTIONS = ("model", "trainer", "optimizer", "lr_scheduler")
+FLAGS = ("seed_everything", "name", "run_dir", "resume", "threads", "compile", "test_with", "ckpt_path")
+
+
+def run_prepare(arguments: list[str]) -> None:
+    """Prepare the data of a recipe, and print where it is.
+
+    Args:
+        arguments: the command and its options: those of `trunkline fit`, of which the `data` section counts.
+
+    Raises:
+        TrunklineError: for bad input.
+    """
+    arguments, _ = resolve_configs(arguments[1:] if arguments[:1] == ["prepare"] else arguments)
+    sys.argv[1:] = arguments  # where the parser's messages look for flags and configs
+    parser = make_parser()
+    data = parser.instantiate_classes(parser.parse_args(own_arguments(arguments))).get("data")
+    if data is None:
+        raise TrunklineError("trunkline prepare needs a recipe, such as --config gpt/demo, or --data TextData")
+    start = time.perf_counter()
+    data.prepare_data()
+    if not isinstance(data, TextData):
+        print(f"{type(data).__name__} keeps nothing of its own on disk; its data can be read")
+        return
+    Console(soft_wrap=True).print(summary(data, time.perf_counter() - start))
+    print(data.preparation.folder)  # a table would wrap it
+
+
+def make_parser() -> Parser:
+    """Takes all that a recipe holds; what is not of the data goes unread."""
+    parser = Parser(
+        prog="trunkline prepare",
+        description="Tokenise the text of a recipe once; `trunkline fit` with the same data then starts at once. "
+        "Other sections of the recipe are not read.",
+    )
+    parser.add_argument(
+        "-c", "--config", action=ActionConfigFile, help="A recipe's file or short name; compose several."
+    )
+    parser.add_subclass_arguments(TrunklineDataModule, "data", required=False)
+    for name in (*SECTIONS, *FLAGS):
+        parser.add_argument(f"--{name}", type=Any, default=None, help=SUPPRESS)
+    return parser
+
+
+def own_arguments(arguments: list[str]) -> list[str]:
+    """The command line without flags such as `--trainer.max_epochs 3`, whose meaning is not known here."""
+    kept: list[str] = []
+    dropping = False
+    for argument in arguments:
+        if argument.startswith("-") and not argument[1:2].isdigit():
+            name = argument.lstrip("-").partition("=")[0].partition(".")[0]
+            foreign = argument.startswith("--") and name in (*SECTIONS, *FLAGS)
+            dropping = foreign and "=" not in argument
+            if foreign:
+                continue
+        elif dropping:
+            dropping = False
+            continue
+        kept.append(argument)
+    return kept
+
+
+def summary(data: TextData, seconds: float) -> Table:
+    """What was prepared."""
+    index = data.preparation.prepare()
+    table = Table(show_header=False, title="prepared")
+    for split, entry in index["splits"].items():
+        text = f"{entry['tokens']:,} tokens, {entry['documents']:,} documents, {entry['bytes'] / 1e6:,.1f} MB of text"
+        table.add_row(split, text)
+    table.add_row("vocabulary", f"{data.vocab_size:,} tokens of {data.tokenizer_name}")
+    size = sum(entry["bytes"] for entry in index["splits"].values()) / 1e6
+    table.add_row("time", f"{seconds:.1f} s, {size / seconds:.1f} MB/s")
+    return table

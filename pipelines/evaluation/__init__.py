@@ -1,0 +1,1 @@
+"""`trunkline evaluate` and the callback that measures the same during training."""

@@ -1,0 +1,258 @@
+"""What an image network learns about labelled images that it is not trained on, seen during its training."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from trunkline import TrunklineError
+from trunkline.datamodules.base import preserved_generators
+from trunkline.datamodules.images.image_data import ImageData, LabelledImages
+from trunkline.datamodules.images.image_sources import Subset
+from trunkline.datamodules.pairs.captions import CaptionEncoder
+from trunkline.modules.metrics.probes import Labelled, linear_probe_accuracy
+from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
+from trunkline.modules.objectives.image_classifier import ImageClassifier
+from trunkline.pipelines.evaluation.evaluate import named, read_templates
+from trunkline.pipelines.evaluation.measures import Features, Runner, neighbours, zero_shot
+from trunkline.pipelines.image_text_checkpoint import ImageNetwork
+
+Probe = Literal["zero_shot", "knn", "linear_probe"]
+
+
+class ImageProbes(Callback):
+    """At every n-th validation, what `trunkline evaluate` measures on labelled images.
+
+    Logged: `val/zero_shot_acc` (with more than 5 classes `val/zero_shot_acc_top5` too), `val/knn_acc` and
+    `val/linear_probe_acc`, all on the source's validation split; its test split is left for the end. The probe chooses
+    its regularisation on a fifth of the training rows. The network is that of a `ContrastiveImageText` or of an
+    `ImageClassifier`, with the weights that the validation uses (an average, if there is one), in float32.
+
+    Of several processes the first computes while the others wait, and only it knows the figures, so that no checkpoint
+    can be chosen by them there. Sharded weights are not supported.
+
+    Args:
+        source: of labelled images, see `ImageData`.
+        what: is measured; None is all that the network can do, for a classifier knows no texts.
+        every: so many validations; `trunkline validate` measures always.
+        templates: of zero-shot prompts, with {} for the class: a list, one, or a file with one a line.
+        class_names: a list, or a file with one a line, in place of the source's own.
+        k: neighbours that vote.
+        max_train: training rows that neighbours and probe learn from at most, spread evenly over each class.
+        max_val: the same of validation rows that are measured on.
+        image_column: see `ImageData`, as the next six.
+        label_column: see there.
+        train_split: see there.
+        val_split: see there.
+        val_fraction: see there.
+        test_fraction: see there; fractions and seed of training keep the rows of its last test out of this too.
+        split_seed: see there.
+        skip_corrupt: leave out images that cannot be read, and count them, instead of stopping.
+        cache_dir: of `datasets`.
+        batch_size: images or texts at a time.
+        num_workers: processes that read images.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        what: list[Probe] | None = None,
+        every: int = 1,
+        templates: list[str] | str | None = None,
+        class_names: list[str] | str | None = None,
+        k: int = 20,
+        max_train: int = 2000,
+        max_val: int = 2000,
+        image_column: str = "image",
+        label_column: str = "label",
+        train_split: str | None = None,
+        val_split: str | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+        skip_corrupt: bool = False,
+        cache_dir: str | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> None:
+        for name, value in (
+            ("every", every),
+            ("max_train", max_train),
+            ("max_val", max_val),
+            ("batch_size", batch_size),
+        ):
+            if value < 1:
+                raise TrunklineError(f"ImageProbes.{name} must be 1 or more, not {value}")
+        self.what, self.every, self.k = what, every, k
+        self.given_templates, self.given_names = templates, class_names
+        self.limits = {"train": max_train, "val": max_val}
+        self.batch_size, self.num_workers, self.skip_corrupt = batch_size, num_workers, skip_corrupt
+        self.options: dict[str, Any] = {
+            "source": source,
+            "image_column": image_column,
+            "label_column": label_column,
+            "train_split": train_split,
+            "val_split": val_split,
+            "val_fraction": val_fraction,
+            "test_fraction": test_fraction,
+            "split_seed": split_seed,
+            "skip_corrupt": skip_corrupt,
+            "cache_dir": cache_dir,
+        }
+        self.tasks: list[Probe] = []
+        self.data: ImageData | None = None
+        self.encoder: CaptionEncoder | None = None
+        self.names: list[str] = []
+        self.templates: list[str] = []
+        self.validations, self.due = 0, False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find what cannot work before the first step.
+
+        Raises:
+            TrunklineError: for a source that cannot be read, more neighbours than rows, prompts without a place for the
+                class, or a network or machine that cannot be probed.
+        """
+        if stage not in ("fit", "validate"):
+            return
+        self.tasks = choose_probes(trainer, pl_module, self.what)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        with own_options():
+            self.templates = read_templates(self.given_templates)
+            if trainer.is_global_zero:
+                self.data = self._load(data)
+                self.names = named(self.given_names, self.data.class_names)
+        if "zero_shot" in self.tasks:
+            self.encoder = CaptionEncoder(data.tokenizer, data.max_length)
+
+    def _load(self, own: Any) -> ImageData:
+        """The source, thinned out, prepared as the data `own` that the network learns from."""
+        data = ImageData(**self.options, **asdict(own.preprocessing))
+        data.setup("validate")
+        source = self.options["source"]
+        if "val" not in data.datasets:
+            raise TrunklineError(f"{source} has no validation rows; set --val_fraction or --val_split")
+        rows = {split: data.datasets[split].rows for split in self.limits}  # type: ignore[attr-defined]
+        kept = {split: Subset(rows[split], spread(rows[split].labels, limit)) for split, limit in self.limits.items()}
+        data.datasets = {
+            split: LabelledImages(few, data.preprocessing, None, 0, self.skip_corrupt) for split, few in kept.items()
+        }
+        labels = kept["train"].labels
+        if len(data.class_names) < 2 or ("linear_probe" in self.tasks and (len(set(labels)) < 2 or len(labels) < 5)):
+            raise TrunklineError(
+                f"the {len(labels)} training rows that are taken of {source} are too few to tell classes apart; give "
+                "it 5 rows of 2 classes or more, or raise --max_train"
+            )
+        if "knn" in self.tasks and not 1 <= self.k <= len(labels):
+            raise TrunklineError(f"--k {self.k} must be from 1 to {len(labels)}, the number of training rows")
+        return data
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Decide whether it is time."""
+        on_time = trainer.state.fn != "fit" or (self.validations + 1) % self.every == 0
+        self.due = on_time and trainer.is_global_zero and not trainer.sanity_checking
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: Any) -> None:
+        """Log.
+
+        Here all is in evaluation mode and averaged weights are in place; at the end of the epoch they may be gone.
+        """
+        if self.due:
+            self.due = False
+            with preserved_generators(), own_options():
+                figures = self.measure(pl_module)
+            for name, value in figures.items():
+                # With `rank_zero_only` there is no collective in spite of `sync_dist`, which only stills a warning.
+                pl_module.log(f"val/{name}", value, batch_size=1, rank_zero_only=True, sync_dist=True)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count."""
+        self.validations += not trainer.sanity_checking and trainer.state.fn == "fit"
+
+    def measure(self, module: Any) -> dict[str, float]:
+        """Figures of a network in evaluation mode, without the `val/`."""
+        assert self.data is not None
+        clip = module.network if isinstance(module, ContrastiveImageText) else None
+        trunk = module.network if clip is None else clip.image
+        network = ImageNetwork(trunk, self.data.preprocessing, clip, self.encoder)
+        run = Runner(network, self.batch_size, module.device, self.num_workers, self.skip_corrupt)
+        features, found = Features(run, self.data), dict[str, float]()
+        if "zero_shot" in self.tasks:
+            for result in zero_shot(run, features.of("val"), self.names, self.templates):
+                found["zero_shot_acc" + result.metric.removeprefix("top1").replace("top5", "_top5")] = result.value
+        if "knn" in self.tasks:
+            found["knn_acc"] = neighbours(features, "val", self.k)[0].value
+        if "linear_probe" in self.tasks:
+            choosing, learning = fifth(features.of("train"))
+            found["linear_probe_acc"] = linear_probe_accuracy(learning, choosing, features.of("val"))[0]
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a resume, which goes on counting."""
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self.validations = state_dict["validations"]
+
+
+def choose_probes(trainer: L.Trainer, module: L.LightningModule, what: list[Probe] | None) -> list[Probe]:
+    """What is asked for, or all that is possible.
+
+    Raises:
+        TrunklineError: if it is not.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise TrunklineError(
+            f"ImageProbes cannot read weights that {type(trainer.strategy).__name__} shards over processes; set "
+            "--trainer.strategy ddp, or leave ImageProbes out and run `trunkline evaluate` on a checkpoint"
+        )
+    if trainer.precision.endswith("-true") and trainer.precision != "32-true":
+        raise TrunklineError(
+            f"ImageProbes needs weights in float32, not --trainer.precision {trainer.precision}; set bf16-mixed"
+        )
+    if not isinstance(module, ContrastiveImageText | ImageClassifier):
+        raise TrunklineError(
+            f"ImageProbes knows ContrastiveImageText and ImageClassifier, not {type(module).__name__}; leave it out"
+        )
+    possible: list[Probe] = ["knn", "linear_probe"]
+    if isinstance(module, ContrastiveImageText):
+        possible.insert(0, "zero_shot")
+    needed = ("preprocessing", "tokenizer", "max_length") if "zero_shot" in possible else ("preprocessing",)
+    if not all(hasattr(getattr(trainer, "datamodule", None), name) for name in needed):
+        raise TrunklineError("ImageProbes prepares images as the data does; train with ImageTextData or ImageData")
+    for probe in what or ():
+        if probe not in possible:
+            raise TrunklineError(
+                f"ImageProbes.what has {probe}, but {type(module).__name__} allows {', '.join(possible)}; remove it"
+            )
+    return possible if what is None else what
+
+
+def spread(labels: np.ndarray, limit: int) -> np.ndarray:
+    """Numbers of at most `limit` rows, ascending: of each class its share, evenly spaced, and no chance in it."""
+    order = np.argsort(labels, kind="stable")
+    count = min(limit, len(order))
+    return np.sort(order[np.arange(count) * len(order) // count])
+
+
+def fifth(rows: Labelled) -> tuple[Labelled, Labelled]:
+    """Every fifth row of each class, and the others."""
+    place = np.argsort(np.argsort(rows.labels, kind="stable"))
+    taken = place % 5 == 4
+    return Labelled(*(part[taken] for part in rows)), Labelled(*(part[~taken] for part in rows))
+
+
+@contextmanager
+def own_options() -> Iterator[None]:
+    """What is `--data.source` to the data and `--k` to `trunkline evaluate` is `ImageProbes.source` here."""
+    try:
+        yield
+    except TrunklineError as error:
+        raise TrunklineError(re.sub(r"(?<!\S)--(data\.)?(?=\w)", "ImageProbes.", str(error))) from error

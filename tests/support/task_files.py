@@ -1,0 +1,84 @@
+"""A tiny pre-trained BERT, and a small file of each task on text."""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks import BERTConfig
+from trunkline.modules.objectives.masked_lm import MaskedLM
+from trunkline.modules.training.checkpoints import SafeCheckpointIO
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+NAMES = ["anna", "bo", "carl", "dora"]
+WORDS = ["the", "film", "was", "good", "bad", "very", "saw", "in", "ber", "##lin", "who", "a", "?", ".", *NAMES]
+LENGTH = 32
+
+
+def words() -> Tokenizer:
+    """WordPiece of lower-case words."""
+    made = Tokenizer(models.WordPiece({word: n for n, word in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    made.add_special_tokens(SPECIAL)
+    return made
+
+
+def bert() -> BERTConfig:
+    trunk = TransformerConfig(dim=32, depth=2, num_heads=2, norm_first=False, final_norm=False)
+    return BERTConfig(len(SPECIAL + WORDS), LENGTH, backbone=trunk)
+
+
+def pretrained(folder: Path) -> str:
+    """Checkpoint of a MaskedLM, as a run saves it."""
+    torch.manual_seed(0)
+    model = MaskedLM(bert())
+    content: dict[str, Any] = {"objective": "MaskedLM", "state_dict": model.state_dict()}
+    content |= {"hyper_parameters": dict(model.hparams), "MaskedTextData": {"tokenizer": words().to_str()}}
+    SafeCheckpointIO().save_checkpoint(content, folder / "bert.ckpt")
+    return str(folder / "bert.ckpt")
+
+
+def labelled(folder: Path, pairs: bool = False) -> str:
+    """16 texts that are good or bad; of a pair the second text says it."""
+    rows = []
+    for name, kind, very in product(NAMES, ("good", "bad"), ("", "very ")):
+        first, second = f"{name} saw the film", f"the film was {very}{kind}."
+        row = {"text": first, "pair": second} if pairs else {"text": f"{first} . {second}"}
+        rows.append({**row, "label": kind})
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder / "train.jsonl")
+
+
+def tagged(folder: Path) -> str:
+    """12 sentences with persons and a place of two sub-words."""
+    sentences = [
+        [(a.title(), "B-PER"), ("saw", "O"), (b.title(), "B-PER"), ("in", "O"), ("Berlin", "B-LOC"), (".", "O")]
+        for a, b in product(NAMES, NAMES)
+        if a != b
+    ]
+    (folder / "train.conll").write_text("\n".join("".join(f"{w} {t}\n" for w, t in s) for s in sentences))
+    return str(folder / "train.conll")
+
+
+def asked(folder: Path, impossible: bool = False) -> str:
+    """4 texts of two questions each, and with `impossible` one without an answer."""
+    paragraphs = []
+    for n, name in enumerate(NAMES):
+        other = NAMES[n - 1].title()
+        context = f"The film was very good . {name.title()} saw the film in Berlin , {other} {name} ."
+        answers = {"who saw the film ?": name.title(), "in a Berlin ?": f"{other} {name}"}
+        qas: list[dict[str, Any]] = [
+            {"id": f"{n}-{i}", "question": q, "answers": [{"text": a, "answer_start": context.index(a)}]}
+            for i, (q, a) in enumerate(answers.items())
+        ]
+        if impossible:
+            qas.append({"id": f"{n}-x", "question": "who saw a film ?", "is_impossible": True, "answers": []})
+        paragraphs.append({"context": context, "qas": qas})
+    (folder / "train.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    return str(folder / "train.json")
