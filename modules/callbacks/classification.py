@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from trunkline.modules.callbacks.drawing import GREEN, RED, captioned, grid, tensorboard, to_pictures, tokenizer_of
+from trunkline.modules.objectives.checks import facts_of
 
 
 class ClassificationReport(Callback):
@@ -18,7 +19,7 @@ class ClassificationReport(Callback):
 
     Reads what a `validation_step` returns: `label` and `prediction` (N,), which make the matrix; `image` (N, C, height,
     width) for the grid; and `image` or `tokens` (N, T) for the projector, for which the module has `features`. The
-    module has `num_classes`; the datamodule has `class_names`, and for texts a `tokenizer`.
+    module has `num_classes`; the data knows its class names, and for texts a tokenizer.
 
     Args:
         images: number of validation images in the grid (`val/images`; wrong ones have a red frame).
@@ -102,8 +103,7 @@ class ClassificationReport(Callback):
 
 def class_names(trainer: L.Trainer, module: L.LightningModule) -> list[str]:
     """As the data has them, or numbers."""
-    names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
-    return names or [str(n) for n in range(module.num_classes)]  # type: ignore[arg-type]
+    return facts_of(trainer).class_names or [str(n) for n in range(module.num_classes)]  # type: ignore[arg-type]
 
 
 def draw_confusion(counts: Tensor, names: list[str]) -> Figure:

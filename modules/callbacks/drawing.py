@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from trunkline import TrunklineError
+from trunkline.modules.objectives.checks import facts_of
 
 GREEN, RED, GREY = (0, 150, 60), (220, 30, 30), (90, 90, 90)
 LINE, LETTER = 14, 6
@@ -28,12 +29,12 @@ def tensorboard(trainer: L.Trainer) -> SummaryWriter | None:
 
 
 def tokenizer_of(trainer: L.Trainer, callback: Callback) -> Any:
-    """The datamodule's tokenizer.
+    """The data's tokenizer.
 
     Raises:
         TrunklineError: if the data has none.
     """
-    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    tokenizer = facts_of(trainer).tokenizer
     if tokenizer is None:
         raise TrunklineError(f"{type(callback).__name__} needs a datamodule with a tokenizer, such as TextData")
     return tokenizer
@@ -41,10 +42,9 @@ def tokenizer_of(trainer: L.Trainer, callback: Callback) -> Any:
 
 def to_pictures(images: Tensor, trainer: L.Trainer, side: int) -> list[Image.Image]:
     """Normalised (B, C, height, width) images -> RGB pictures whose longer side is `side` pixels."""
-    preprocessing = getattr(getattr(trainer, "datamodule", None), "preprocessing", None)
-    images = images.detach().float().cpu()
-    if preprocessing is not None:
-        mean, std = (images.new_tensor(v).reshape(-1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    facts, images = facts_of(trainer), images.detach().float().cpu()
+    if facts.mean is not None and facts.std is not None:
+        mean, std = (images.new_tensor(v).reshape(-1, 1, 1) for v in (facts.mean, facts.std))
         images = images * std + mean
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     if pixels.shape[-1] != 3:  # grey, or more channels than a screen has: the first one

@@ -13,6 +13,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from trunkline.modules.training.exact_resume import accumulates
+
 
 class LastCheckpoint(Callback):
     """Save `checkpoints/last.ckpt` at the end of training.
@@ -72,7 +74,7 @@ class GracefulStop(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """If any process got a signal, all save and exit together."""
-        if trainer.fit_loop._should_accumulate():
+        if accumulates(trainer):
             return  # gradients of half a step are in no checkpoint
         if not trainer.strategy.reduce_boolean_decision(self.received > 0, all=False):
             return

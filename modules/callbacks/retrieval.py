@@ -22,6 +22,7 @@ from trunkline.modules.callbacks.drawing import (
     written,
 )
 from trunkline.modules.metrics.retrieval import retrieval_ranks
+from trunkline.modules.objectives.checks import facts_of
 
 SIDE = 80
 """Pixels of the longer side of a picture that is kept."""
@@ -31,7 +32,7 @@ class RetrievalReport(Callback):
     """After each validation the cosines of fixed pairs and what fixed texts find; at the end the embedding projector.
 
     Reads what a `validation_step` returns: `image` (N, C, height, width), `image_embedding` and `text_embedding` (N, E)
-    of length 1, `caption_key` and `index` (N,). The datamodule has `caption(split, index)`; else a pair is called by
+    of length 1, `caption_key` and `index` (N,). The data tells its captions; else a pair is called by
     its index. Of several processes the first shows what it validates itself.
 
     Args:
@@ -106,7 +107,7 @@ class RetrievalReport(Callback):
 
     def _captions(self, trainer: L.Trainer, index: Tensor) -> list[str]:
         """Of validation rows."""
-        caption = getattr(getattr(trainer, "datamodule", None), "caption", None)
+        caption = facts_of(trainer).caption
         return [str(n) if caption is None else caption("val", n) for n in index.tolist()]
 
 

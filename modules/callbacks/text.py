@@ -13,12 +13,13 @@ from trunkline.modules.callbacks.drawing import tensorboard, tokenizer_of
 from trunkline.modules.generation.filling import fill_masks
 from trunkline.modules.generation.sampling import GenerationConfig, generate
 from trunkline.modules.networks import BERT, GPT, TextHead
+from trunkline.modules.objectives.checks import facts_of
 
 
 class TextSamples(Callback):
     """After each validation, continue fixed prompts (`val/samples`); at the end of training print the last texts.
 
-    The datamodule has the `tokenizer`. All processes generate, because sharded weights need them all.
+    The data has a tokenizer. All processes generate, because sharded weights need them all.
 
     Args:
         prompts: how the texts begin.
@@ -84,9 +85,9 @@ class FilledMasks(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find a sentence without a mask, or one that is too long, before the first step."""
-        encode = getattr(getattr(trainer, "datamodule", None), "masked_sentence", None)
+        encode = facts_of(trainer).encode_masked
         if encode is None:
-            raise TrunklineError("FilledMasks needs MaskedTextData as --data; leave the callback out with other data")
+            raise TrunklineError("FilledMasks needs MaskedTextData; leave the callback out with other data")
         network = pl_module.network
         assert isinstance(network, BERT)
         limit = network.config.max_length

@@ -6,11 +6,11 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
 from trunkline.modules.callbacks.drawing import tensorboard
 from trunkline.modules.objectives.base import TrunklineModule
+from trunkline.modules.training.exact_resume import accumulates, compute_dtype
 
 
 class Throughput(Callback):
@@ -37,7 +37,7 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the first interval."""
-        self.peak = get_available_flops(trainer.strategy.root_device, _compute_dtype(trainer.precision_plugin))
+        self.peak = get_available_flops(trainer.strategy.root_device, compute_dtype(trainer.precision_plugin))
         self.samples, self.tokens, self.started = 0, 0, time.perf_counter()
 
     def on_train_batch_end(  # type: ignore[override]
@@ -50,7 +50,7 @@ class Throughput(Callback):
             self.tokens = self.tokens + count_tokens(batch)
         self.samples_a_step = size * trainer.world_size * trainer.accumulate_grad_batches
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % interval or trainer.fit_loop._should_accumulate():
+        if trainer.global_step % interval or accumulates(trainer):
             return
         if self.flops is None:
             self.flops = pl_module.flops_per_batch(batch) // size
@@ -103,13 +103,6 @@ def count_tokens(batch: dict[str, Tensor]) -> Tensor | int:
     if "mask" in batch:
         return batch["mask"].sum()
     return batch["tokens"].numel() if "tokens" in batch else 0
-
-
-def _compute_dtype(precision: Precision) -> Any:
-    """The dtype in which the device multiplies."""
-    from lightning.fabric.utilities.throughput import _plugin_to_compute_dtype
-
-    return _plugin_to_compute_dtype(precision)
 
 
 class ProgressBar(TQDMProgressBar):

@@ -76,9 +76,7 @@ class Network(nn.Module):
         from safetensors import SafetensorError
         from safetensors.torch import load_model
 
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = _download(str(source))
+        folder = pretrained_folder(source)
         try:
             content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             name = content.pop("network", None)
@@ -97,11 +95,17 @@ class Network(nn.Module):
         return network
 
 
-def _download(name: str) -> Path:
-    """Files of a hub repository, in the hub's own cache."""
+def pretrained_folder(source: str | Path) -> Path:
+    """The folder that a name stands for: itself, or the files of a hub repository, in the hub's own cache.
+
+    Raises:
+        TrunklineError: if it is no folder, and no repository that can be reached.
+    """
+    if Path(source).is_dir():
+        return Path(source)
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except Exception as error:  # the hub's client raises many kinds, offline or for a bad name
-        raise TrunklineError(f"'{name}' is no folder, and the hub gave no such repository: {error}") from error
+        raise TrunklineError(f"'{source}' is no folder, and the hub gave no such repository: {error}") from error

@@ -1,12 +1,11 @@
-"""What every objective shares: optimiser, reseeding, freezing, and the guard against divergence."""
+"""What every objective shares: optimiser, reduction of losses, evaluation, reseeding, the guard against divergence."""
 
 import copy
 import dataclasses
 import math
 import random
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning as L
 import numpy as np
@@ -14,72 +13,138 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics import SumMetric
+from torchmetrics import Metric, SumMetric
 
 from trunkline import TrunklineError
+from trunkline.contract import DataFacts, Loss
 from trunkline.modules.networks.base import Network, config_from_dict
-from trunkline.modules.training.checkpoints import follow_folder, load_checkpoint
+from trunkline.modules.objectives.checks import check_sizes, check_tokenizer, facts_of, with_sizes_of_data
+from trunkline.modules.objectives.reduction import Accumulation, Terms, mean_count, scale_gradients
+from trunkline.modules.training.checkpoints import follow_folder
+from trunkline.modules.training.distributed import Gather
+from trunkline.modules.training.exact_resume import (
+    accumulates,
+    correct_step_count,
+    drop_half_done_validation,
+    settle_progress,
+)
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
-from trunkline.modules.training.warm_start import freeze, load_matching, network_from_checkpoint
+from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze, load_matching
 
 DIVERGED = (
-    "Lower --model.optimizer.lr, lengthen --model.optimizer.warmup, set --trainer.gradient_clip_val 1, or with "
-    "16-mixed precision use bf16-mixed; then --resume auto"
+    "Lower optimizer.lr, lengthen optimizer.warmup, set trainer.gradient_clip_val to 1, or with 16-mixed precision use "
+    "bf16-mixed; then resume"
 )
+STAGES = ("val", "test")
+C = TypeVar("C")
 
 
 class TrunklineModule(L.LightningModule):
     """Base of the LightningModules, one for each objective.
 
-    A subclass calls `keep_hyperparameters` with its arguments, sets `network` and then calls
-    `prepare_network`. Configurations may be given as dataclasses or, as checkpoints hold them, as
-    plain dicts.
+    A subclass has arguments of its own, above all `network`, and hands the others on to this class (`**shared`). In its
+    constructor it calls `configured` and `keep_hyperparameters`, makes `network`, and calls `start`. It implements
+    `loss`, and for evaluation `make_metrics` and `evaluate`; the trainer, logging, and the reduction over processes
+    and accumulated steps are here.
 
     Args:
         optimizer: how the network learns.
+        init_from: trained weights to start from: a training checkpoint, a folder that `save_pretrained` wrote, or a hub
+            name. Output modules (heads) of another shape keep the weights that they were made with.
+        freeze_blocks: the embeddings and this many first blocks keep their weights and run in evaluation mode; the
+            trunk's depth or more freezes all but the output modules (linear probing).
         seed: of dropout and of everything else that is drawn during a step.
+        facts: what the data knows; the recipe leaves such sizes out of `network`.
     """
 
     network: Network
+    network_class: ClassVar[type[Network]] = Network
     unit = "samples"
     """What a sample is, in the plural, for names of metrics."""
     counted: ClassVar[dict[str, str]] = {}
     """Flags of rows in a batch, and the metrics that count them over an epoch."""
+    shown: ClassVar[tuple[str, ...]] = ("loss",)
+    """Metrics of an evaluation that the progress bar shows."""
+    gather = staticmethod(Gather)
+    """What a loss over the rows of all processes gathers them with."""
+    joint = False
+    """Whether the loss needs all batches of an accumulation at once, because it is no sum over rows, or several sums
+    with counts of their own; see `joint_loss`."""
 
-    def __init__(self, optimizer: OptimizerConfig | dict[str, Any] | None, seed: int) -> None:
+    def __init__(
+        self,
+        optimizer: OptimizerConfig | None = None,
+        init_from: str | None = None,
+        freeze_blocks: int = 0,
+        seed: int = 0,
+        facts: DataFacts | None = None,
+    ) -> None:
         super().__init__()
-        self.optimizer_config = as_config(OptimizerConfig, optimizer)
-        self.seed = seed
+        self.optimizer_config: OptimizerConfig = as_config(OptimizerConfig, optimizer)
+        self.init_from, self.freeze_blocks, self.seed = init_from, freeze_blocks, seed
+        self.beginning = Beginning(facts or DataFacts(), self.read_weights(init_from))
         self.frozen: list[torch.nn.Module] = []
         self.loss_sum: Tensor | float = 0.0
+        self.accumulation = Accumulation()
+        self.held: list[Any] = []
+        """Batches of an accumulation that is under way, for a joint loss."""
         self.counts = torch.nn.ModuleDict(
-            {f"{stage}_{name}": SumMetric() for stage in ("train", "val", "test") for name in self.counted}
+            {f"{stage}_{name}": SumMetric() for stage in ("train", *STAGES) for name in self.counted}
         )
+
+    # --- from arguments to a network
+
+    def accepted(self) -> tuple[type[Network], ...]:
+        """Networks whose weights this objective can start from."""
+        return (self.network_class,)
+
+    def read_weights(
+        self, name: str | None, argument: str = "init_from", accepted: tuple[type[Network], ...] = ()
+    ) -> TrainedWeights | None:
+        """What an argument names to start from, if anything; see `TrainedWeights.read`."""
+        return None if name is None else TrainedWeights.read(name, argument, accepted or self.accepted())
+
+    def configured(self, config_class: type[C], network: C | None) -> C:
+        """The network's configuration, with the sizes that a recipe leaves out because its data states them."""
+        weights = self.beginning.weights
+        source = None if weights is None else weights.config
+        return with_sizes_of_data(as_config(config_class, network), self.beginning.facts, source)
 
     def keep_hyperparameters(self, **arguments: Any) -> None:
         """Store the constructor's arguments as plain data, which any checkpoint reader can load safely."""
-        self.save_hyperparameters({name: as_plain(value) for name, value in arguments.items()})
+        shared = {
+            "optimizer": self.optimizer_config,
+            "init_from": self.init_from,
+            "freeze_blocks": self.freeze_blocks,
+            "seed": self.seed,
+        }
+        self.save_hyperparameters({name: as_plain(value) for name, value in {**arguments, **shared}.items()})
 
-    def prepare_network(self, init_from: str | None, freeze_blocks: int) -> None:
-        """Start from trained weights, and freeze what shall not learn.
-
-        Args:
-            init_from: a training checkpoint, a folder that `save_pretrained` wrote, or a hub name. Output
-                modules (heads) of another shape are left as they were made.
-            freeze_blocks: the embeddings and this many first blocks keep their weights and run in
-                evaluation mode; the trunk's depth or more freezes all but the output modules (linear
-                probing).
-        """
-        if init_from is not None:
-            if Path(init_from).is_file():
-                source = network_from_checkpoint(type(self.network), init_from)
-            else:
-                source = type(self.network).from_pretrained(init_from)
-            load_matching(self.network, source, init_from)
-        if freeze_blocks > 0:
-            self.frozen = freeze(self.network, freeze_blocks)
+    def start(self) -> None:
+        """Copy the trained weights into `network`, freeze what shall not learn, and make the metrics."""
+        if self.beginning.weights is not None:
+            self.copy_weights(self.beginning.weights)
+        if self.freeze_blocks > 0:
+            self.frozen += freeze(self.network, self.freeze_blocks)
+        self.beginning = Beginning()  # averaging of weights copies the module, and would copy all the data with it
+        self.metrics = torch.nn.ModuleDict({stage: torch.nn.ModuleDict(self.make_metrics()) for stage in STAGES})
         self.train()
+
+    def copy_weights(self, weights: TrainedWeights) -> None:
+        """Let the network start from weights of one of the `accepted` kinds."""
+        load_matching(self.network, weights.network(), weights.name, weights.argument)
+
+    def setup(self, stage: str) -> None:
+        """Compare the network with the data before the first step.
+
+        Raises:
+            TrunklineError: for sizes or a tokenizer that do not fit.
+        """
+        facts = facts_of(self.trainer)
+        check_tokenizer(facts, self.init_from)
+        check_sizes(self.network.config, facts)
 
     def train(self, mode: bool = True) -> "TrunklineModule":
         """As usual, but frozen parts stay in evaluation mode: their dropout would only be noise."""
@@ -87,6 +152,120 @@ class TrunklineModule(L.LightningModule):
         for module in self.frozen:
             module.eval()
         return self
+
+    # --- the loss
+
+    def loss(self, batch: Any) -> Loss | Terms:
+        """The sum of a batch's losses and what it counts; several of them are divided by their own counts and added.
+
+        No trainer, no logging, no collective: see `training_step`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    def joint_loss(self, batches: list[Any]) -> Terms:
+        """The loss of all batches of an accumulation together, for an objective that is `joint`.
+
+        By default the sums of the batches' own losses. Each batch is computed once more in the backward pass, so that
+        memory holds the activations of one.
+        """
+        names: list[str] = []
+
+        def sums(batch: Any) -> tuple[Tensor, ...]:
+            terms = as_terms(self.loss(batch))
+            names[:] = [term.name for term in terms]
+            return tuple(torch.as_tensor(x, device=self.device) for term in terms for x in (term.total, term.count))
+
+        parts = [torch.stack([x.float() for x in recompute(sums, batch, use_reentrant=False)]) for batch in batches]
+        totals = torch.stack(parts).sum(dim=0)  # (2 * terms,)
+        return [Loss(totals[2 * n], totals[2 * n + 1].detach(), name=name) for n, name in enumerate(names)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss whose gradients, averaged over processes, are those of the mean over all that is counted."""
+        self.count(batch, "train")
+        steps = self.trainer.accumulate_grad_batches
+        first = batch_idx % steps == 0
+        if self.joint and steps > 1:
+            self.held = [batch] if first else [*self.held, batch]  # not what an interrupted epoch left
+            if accumulates(self.trainer):
+                return 0.0 * next(p for p in self.network.parameters() if p.requires_grad).sum()
+            batches, self.held = self.held, []
+            return self.sum_of_means(self.joint_loss(batches)) * steps  # the trainer divides by them
+        terms = as_terms(self.loss(batch))
+        if steps == 1:
+            return self.sum_of_means(terms)
+        (term,) = terms
+        loss = self.accumulation.add(self.trainer, term, first)
+        self.log_terms([(term, self.accumulation.mean(self.trainer))])
+        return loss
+
+    def sum_of_means(self, terms: Terms) -> Tensor:
+        """All terms, each divided by what it counts."""
+        means = [(term, term.total / mean_count(self.trainer, term.count)) for term in terms]
+        self.log_terms(means)
+        first, *others = (mean for _, mean in means)
+        return sum(others, start=first)
+
+    def log_terms(self, means: list[tuple[Loss, Any]]) -> None:
+        """Log the means of a training step, and what else the objective says of it."""
+        for term, mean in means:
+            self.log(f"train/{term.name}", mean, prog_bar=term.name == "loss")
+            for name, value in term.logs.items():
+                self.log(f"train/{name}", value)
+
+    # --- evaluation
+
+    def make_metrics(self) -> dict[str, Metric]:
+        """New metrics of a split, by the name under which they are logged."""
+        return {}
+
+    def evaluate(self, batch: Any, metrics: Any) -> Any:
+        """Count a batch towards the metrics of its split; what is returned is there for callbacks."""
+        raise NotImplementedError(f"{type(self).__name__} has no evaluation")
+
+    def logged(self, metrics: Any) -> dict[str, Metric]:
+        """Which of a split's metrics are logged."""
+        return dict(metrics.items())
+
+    def start_evaluation(self) -> None:
+        """Forget what an evaluation before, perhaps an interrupted one, has left."""
+
+    def finish_evaluation(self, stage: str, metrics: Any) -> dict[str, Any]:
+        """Figures that follow from a whole split, by name, the same in all processes."""
+        return {}
+
+    def _evaluate(self, batch: Any, stage: str) -> Any:
+        metrics: Any = self.metrics[stage]
+        found = self.evaluate(batch, metrics)
+        for name, metric in self.logged(metrics).items():
+            self.log(f"{stage}/{name}", metric, prog_bar=name in self.shown)
+        self.count(batch, stage)
+        return found
+
+    def _finish(self, stage: str) -> None:
+        for name, value in self.finish_evaluation(stage, self.metrics[stage]).items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in self.shown, sync_dist=True)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        """Evaluate a batch of the validation split."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluate a batch of the test split."""
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_start(self) -> None:
+        self.start_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        self.start_evaluation()
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._finish("test")
+
+    # --- training
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The configured optimiser, with its schedule stepped once an optimiser step."""
@@ -96,7 +275,7 @@ class TrunklineModule(L.LightningModule):
         except TrunklineError:
             raise
         except ValueError as error:  # options of the trainer that do not fit the data
-            raise TrunklineError(f"--trainer: {error}") from error
+            raise TrunklineError(str(error), field="trainer") from error
         lr_multiplier(0, total, self.optimizer_config)  # an impossible schedule is reported before the first step
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_multiplier(step, total, self.optimizer_config)
@@ -109,31 +288,34 @@ class TrunklineModule(L.LightningModule):
         random.seed(int(words[0]))
         np.random.seed(words[1])
         torch.manual_seed(int(words[2]))
-        # Lightning's own count of steps for loggers is one off after some resumes.
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        correct_step_count(self.trainer)
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop at a loss that is not finite, before it reaches a weight that is saved.
 
-        On an accelerator, looking at each loss would make the host wait for the device: there the sum is
-        kept, which no later loss can make finite again, and looked at when logging and saving.
+        To look at each loss of an accelerator, the host would have to wait for it: there the sum is kept, which no
+        later loss can make finite again, and looked at when logging and saving.
         """
         self.loss_sum = self.loss_sum + loss.detach()
         if self.device.type == "cpu" or self.is_logging_step():
             self.check_finite()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Never let diverged weights replace good ones, and say what the checkpoint is of."""
-        self.check_finite()
-        for name, p in self.network.named_parameters():
-            if not torch.isfinite(p).all():
-                raise TrunklineError(f"the weight {name} is not finite; nothing was saved. {DIVERGED}")
-        checkpoint["objective"] = type(self).__name__
-        settle_progress(self.trainer, checkpoint["loops"]["fit_loop"])
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Finish an accumulation's mean; log the largest learning rate and the gradient's norm before clipping."""
+        steps = self.trainer.accumulate_grad_batches
+        if steps > 1 and not self.joint:
+            scale_gradients(self.network, self.accumulation.correction(self.trainer, steps))
+        if self.is_logging_step():
+            self.log("train/lr", max(group["lr"] for group in optimizer.param_groups))
+            grads = [p.grad for p in self.network.parameters() if p.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
 
-    def on_validation_start(self) -> None:
-        """Drop the half-done validation that `settle_progress` may have put into the counters."""
-        self.trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
+    def is_logging_step(self) -> bool:
+        """Whether the trainer writes this step's metrics."""
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return (self.trainer.global_step + 1) % interval == 0
+
+    # --- checkpoints
 
     def check_finite(self) -> None:
         """Raise if any loss of this run was not finite.
@@ -147,17 +329,20 @@ class TrunklineModule(L.LightningModule):
                 f"checkpoint is from before that. {DIVERGED}"
             )
 
-    def is_logging_step(self) -> bool:
-        """Whether the trainer writes this step's metrics."""
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return (self.trainer.global_step + 1) % interval == 0
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Never let diverged weights replace good ones, and say what the checkpoint is of."""
+        self.check_finite()
+        for name, p in self.network.named_parameters():
+            if not torch.isfinite(p).all():
+                raise TrunklineError(f"the weight {name} is not finite; nothing was saved. {DIVERGED}")
+        checkpoint["objective"] = type(self).__name__
+        data = getattr(self.trainer, "datamodule", None)
+        kinds = {"objective": type(self), "network": type(self.network), "data": type(data)}
+        checkpoint["classes"] = {role: class_path(kind) for role, kind in kinds.items() if kind is not type(None)}
+        settle_progress(self.trainer, checkpoint["loops"]["fit_loop"])
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the learning rate (the largest of the groups') and the gradient's norm before clipping."""
-        if self.is_logging_step():
-            self.log("train/lr", max(group["lr"] for group in optimizer.param_groups))
-            grads = [p.grad for p in self.network.parameters() if p.grad is not None]
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
+    def on_validation_start(self) -> None:
+        drop_half_done_validation(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another architecture with one message instead of a list of keys.
@@ -180,19 +365,9 @@ class TrunklineModule(L.LightningModule):
                 f"{shapes[0]} in the checkpoint, {shapes[1]} here; use the config.yaml of the run that wrote it"
             )
 
-    def mean_over_processes(self, total: Tensor, count: Tensor) -> Tensor:
-        """A loss whose gradients, averaged over processes, are those of the mean over all their targets.
+    # --- counting
 
-        Args:
-            total: sum of this process's losses.
-            count: how many they are.
-        """
-        count = count.float()
-        if self.trainer.world_size > 1:
-            count = self.trainer.strategy.reduce(count, reduce_op="mean")
-        return total / count.clamp(min=1e-8)
-
-    def count(self, batch: dict[str, Tensor], stage: str) -> None:
+    def count(self, batch: Mapping[str, Any], stage: str) -> None:
         """Log how many rows of this epoch have the flags in `counted`, over all processes.
 
         Args:
@@ -208,110 +383,37 @@ class TrunklineModule(L.LightningModule):
         """Samples in this process's batch."""
         return len(next(iter(batch.values())))
 
-    def flops_per_batch(self, batch: dict[str, Tensor]) -> int:
+    def flops_per_batch(self, batch: Any) -> int:
         """Floating-point operations of a training step on this batch."""
         raise NotImplementedError(f"{type(self).__name__} does not count its operations")
 
-    def network_flops(self, *inputs: Tensor, **options: Tensor) -> int:
+    def network_flops(self, *inputs: Any, **options: Any) -> int:
         """Floating-point operations of one training step (forward and twice that backward) on such inputs."""
+
+        def shape_only(x: Any) -> Any:
+            return torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x
+
         with torch.device("meta"):
             network = type(self.network)(copy.deepcopy(self.network.config))
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                network(
-                    *(torch.empty_like(x, device="meta") for x in inputs),
-                    **{name: torch.empty_like(x, device="meta") for name, x in options.items()},
-                )
+                network(*map(shape_only, inputs), **{name: shape_only(x) for name, x in options.items()})
         return 3 * counter.get_total_flops()
 
 
-def settle_progress(trainer: L.Trainer, saved: dict[str, Any]) -> None:
-    """Correct saved counters where Lightning 2.6 would resume from them at another point than it saved.
+@dataclasses.dataclass
+class Beginning:
+    """What an objective knows while it is made, and forgets after that."""
 
-    It would lose the gradients of an accumulation that is under way, leave out a validation that was due
-    but not done, and after the last batch of an epoch count wrongly from there on.
-
-    Args:
-        trainer: while it saves.
-        saved: state of its fit loop, changed in place.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    epochs, batches = saved["epoch_progress"], saved["epoch_loop.batch_progress"]
-    ready = batches["current"]["ready"]
-    if epochs["current"]["processed"] == epochs["current"]["ready"]:  # all but over: the next epoch follows
-        for count in (epochs["current"], epochs["total"]):
-            count["completed"] = count["processed"]
-        batches.update(current=dict.fromkeys(batches["current"], 0), is_last_batch=False)
-    elif loop._should_accumulate():  # the optimiser step begins again, as if saved at the end of the one before
-        for count in (batches["current"], batches["total"]):
-            first = count["ready"] - ready % trainer.accumulate_grad_batches
-            count.update(ready=first, started=first, processed=first, completed=first - 1)
-    elif batches["current"]["processed"] == ready > batches["current"]["completed"]:  # a batch is all but over
-        due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-        if due or loop._num_ready_batches_reached():
-            for count in (batches["current"], batches["total"]):
-                count["completed"] += 1
-        if due:  # as if saved after the validation has begun
-            validation = saved["epoch_loop.val_loop.batch_progress"]
-            validation["current"].update(ready=1, started=1, processed=0, completed=0)
-            validation["total"]["ready"] += 1
-            validation["total"]["started"] += 1
+    facts: DataFacts = dataclasses.field(default_factory=DataFacts)
+    weights: TrainedWeights | None = None
 
 
-def check_text_sizes(trainer: L.Trainer, config: Any, group: str = "--model.network") -> None:
-    """Compare a network on text with the data.
-
-    Args:
-        trainer: has the data.
-        config: of the network.
-        group: of the flags that set it.
-
-    Raises:
-        TrunklineError: if the data has longer rows or more tokens than the network takes.
-    """
-    data: Any = getattr(trainer, "datamodule", None)
-    for name in ("vocab_size", "max_length"):
-        given, taken = getattr(data, name, 0), getattr(config, name)
-        if given > taken:
-            raise TrunklineError(
-                f"the data has {name}={given}, but the network takes {taken}; set {group}.{name} {given}"
-            )
+def as_terms(loss: Loss | Terms) -> Terms:
+    """A loss of one term as a list of it."""
+    return [loss] if isinstance(loss, Loss) else loss
 
 
-def check_tokenizer(module: TrunklineModule, argument: str = "init_from") -> None:
-    """Compare the data's tokenizer with that of the checkpoint whose weights a run starts from.
-
-    Args:
-        module: with its trainer.
-        argument: of the module that names the checkpoint.
-
-    Raises:
-        TrunklineError: if they differ, for then the ids mean other words.
-    """
-    source = module.hparams.get(argument)
-    tokenizer = getattr(getattr(module.trainer, "datamodule", None), "tokenizer", None)
-    if tokenizer is None or source is None or not Path(source).is_file():
-        return
-    states = [s["tokenizer"] for s in load_checkpoint(source).values() if isinstance(s, dict) and s.get("tokenizer")]
-    if states and states[0] != tokenizer.to_str():
-        raise TrunklineError(
-            f"{argument} {source} was trained with another tokenizer than the data's, so that its ids mean other "
-            f"words; set --data.tokenizer {source}"
-        )
-
-
-def check_loss_options(label_smoothing: float, z_loss: float = 0.0) -> None:
-    """Refuse what no loss can be made with.
-
-    Raises:
-        TrunklineError: naming the flag.
-    """
-    if not 0 <= label_smoothing < 1:
-        raise TrunklineError(f"--model.label_smoothing must be from 0 up to below 1, not {label_smoothing}")
-    if z_loss < 0:
-        raise TrunklineError(f"--model.z_loss must be 0 or more, not {z_loss}")
-
-
-def as_config(config_class: type[Any], value: Any) -> Any:
+def as_config(config_class: type[C], value: Any) -> C:
     """A configuration from a dataclass, a plain mapping, or None for the defaults."""
     if isinstance(value, config_class):
         return copy.deepcopy(value)

@@ -4,18 +4,18 @@ import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 
 from trunkline import TrunklineError
-from trunkline.modules.networks.text_head import TextHead, TextHeadConfig
-from trunkline.modules.objectives.base import as_config
-from trunkline.modules.objectives.text_classifier import TextTask
-from trunkline.modules.training.optim import OptimizerConfig
+from trunkline.contract import Loss, WindowBatch
+from trunkline.modules.networks import TextHeadConfig
+from trunkline.modules.objectives.checks import facts_of
+from trunkline.modules.objectives.text_task import TextTask
 
 ARTICLES, PUNCTUATION = re.compile(r"\b(a|an|the)\b"), str.maketrans("", "", string.punctuation)
 
@@ -37,94 +37,61 @@ class Found(NamedTuple):
 class QuestionAnswering(TextTask):
     """Cross-entropy of the first and of the last token of an answer, as in BERT for SQuAD (arXiv:1606.05250).
 
-    Batches are windows of a question's text: those of `TextTask` with `start`, `end` (B,), the first and last
-    token of the answer, and `null` (B,), the token that both point at if there is none in the window. In evaluation
-    also `context` (B, T), True for tokens of the text; `offsets` (B, T, 2), their first character and the one
-    after the last; `question` (B,), its number in the data's `questions[split]`, which have `context` and
-    `answers`; and `valid` (B,), False where a window is not to be counted.
-
     Logged in evaluation: `loss` over windows; `exact` and `f1` over questions, shares from 0 to 1 as SQuAD's own
     script counts them. Where any question has no answer (SQuAD 2.0, arXiv:1806.03822), no answer is
     predicted if it scores higher than each answer.
 
     Args:
         network: shape of body and output; `pool` must be `none` and `num_outputs` 2.
-        optimizer: how it learns.
         max_answer_length: longest answer that is predicted, in tokens.
-        init_from: see `TextClassifier`.
-        freeze_blocks: see `TrunklineModule.prepare_network`.
-        seed: see `TrunklineModule`.
+        **shared: see `TrunklineModule`; weights may also be those of `MaskedLM` or `CausalLM`.
     """
 
-    def __init__(
-        self,
-        network: TextHeadConfig,
-        optimizer: OptimizerConfig | None = None,
-        max_answer_length: int = 30,
-        init_from: str | None = None,
-        freeze_blocks: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(optimizer, seed)
-        config = as_config(TextHeadConfig, network)
-        self.keep_hyperparameters(
-            network=config,
-            optimizer=self.optimizer_config,
-            max_answer_length=max_answer_length,
-            init_from=init_from,
-            freeze_blocks=freeze_blocks,
-            seed=seed,
-        )
+    shown: ClassVar[tuple[str, ...]] = ("exact", "f1")
+
+    def __init__(self, network: TextHeadConfig, *, max_answer_length: int = 30, **shared: Any) -> None:
+        super().__init__(**shared)
+        config = self.configured(TextHeadConfig, network)
+        self.keep_hyperparameters(network=config, max_answer_length=max_answer_length)
         if config.num_outputs != 2 or config.pool != "none":
             raise TrunklineError(
-                f"question answering needs --model.network.num_outputs 2, not {config.num_outputs}, and "
-                f"--model.network.pool none, not {config.pool}"
+                f"question answering needs network.num_outputs 2, not {config.num_outputs}, and network.pool none, not "
+                f"{config.pool}",
+                field="model.network",
             )
         if max_answer_length < 1:
-            raise TrunklineError(f"--model.max_answer_length must be at least 1, not {max_answer_length}")
-        self.network = TextHead(config)
-        self.prepare_network(init_from, freeze_blocks)
+            raise TrunklineError(
+                f"max_answer_length must be at least 1, not {max_answer_length}", field="model.max_answer_length"
+            )
         self.max_answer_length = max_answer_length
-        self.metrics = torch.nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
         self.found: list[Found] = []
+        """Likeliest answers of the evaluation so far."""
+        self.make_network(config)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss on one batch."""
-        loss = self._losses(self.outputs(batch), batch).mean()
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+    def loss(self, batch: WindowBatch) -> Loss:
+        """Over the windows."""
+        losses = self.window_losses(self.outputs(batch), batch)
+        return Loss(losses.sum(), len(losses))
 
-    def _losses(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def window_losses(self, outputs: Tensor, batch: WindowBatch) -> Tensor:
         """(B,) mean of both cross-entropies; padding is nobody's answer."""
         logits = outputs.masked_fill(~batch["mask"][..., None], -torch.inf)  # (B, T, 2)
-        first, last = (
-            F.cross_entropy(logits[..., i], batch[name], reduction="none") for i, name in enumerate(("start", "end"))
-        )
+        first = F.cross_entropy(logits[..., 0], batch["start"], reduction="none")
+        last = F.cross_entropy(logits[..., 1], batch["end"], reduction="none")
         return (first + last) / 2
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the evaluation before."""
+    def make_metrics(self) -> dict[str, Metric]:
+        return {"loss": MeanMetric()}
+
+    def start_evaluation(self) -> None:
         self.found = []
 
-    def on_test_epoch_start(self) -> None:
-        """See `on_validation_epoch_start`."""
-        self.found = []
+    def evaluate(self, batch: WindowBatch, metrics: Any) -> None:
+        outputs = self.outputs(batch)
+        metrics["loss"].update(self.window_losses(outputs, batch)[batch["valid"]])
+        self.found += self.likeliest(outputs, batch)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Count one batch of windows, and keep the likeliest answer of each."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """See `validation_step`."""
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
-        outputs, valid, metric = self.outputs(batch), batch["valid"], self.metrics[stage]
-        metric.update(self._losses(outputs, batch)[valid])  # type: ignore[operator]
-        self.log(f"{stage}/loss", metric)  # type: ignore[arg-type]
-        self.found += self._best(outputs, batch)
-
-    def _best(self, outputs: Tensor, batch: dict[str, Tensor]) -> list[Found]:
+    def likeliest(self, outputs: Tensor, batch: WindowBatch) -> list[Found]:
         """The likeliest answer of each valid window."""
         start, end = outputs.unbind(dim=-1)
         score, first, last = best_spans(start, end, batch["context"], self.max_answer_length)
@@ -140,33 +107,25 @@ class QuestionAnswering(TextTask):
         lists = [column[batch["valid"]].tolist() for column in columns]
         return [Found(*values) for values in zip(*lists, strict=True)]
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[Found]:
+    def predict_step(self, batch: WindowBatch, batch_idx: int) -> list[Found]:
         """The likeliest answer of each window; see `merge`."""
-        return self._best(self.outputs(batch), batch)
+        return self.likeliest(self.outputs(batch), batch)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log exact match and F1 of all questions."""
-        self._score("val")
-
-    def on_test_epoch_end(self) -> None:
-        """See `on_validation_epoch_end`."""
-        self._score("test")
-
-    def _score(self, stage: str) -> None:
+    def finish_evaluation(self, stage: str, metrics: Any) -> dict[str, Any]:
         found = self.found
         if self.trainer.world_size > 1:
             parts: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(parts, found)
             found = [window for part in parts for window in part]
-        questions = self.trainer.datamodule.questions[stage]  # type: ignore[attr-defined]
+        questions = facts_of(self.trainer).questions[stage]
         unanswerable = any(not question.answers for question in questions)
         scores = []
         for number, best in merge(found, unanswerable).items():
             question = questions[number]
             text = "" if best is None else question.context[best.start : best.end]
             scores.append((exact_match(text, question.answers), f1_score(text, question.answers)))
-        for name, column in zip(("exact", "f1"), zip(*scores, strict=True), strict=False):
-            self.log(f"{stage}/{name}", sum(column) / len(column), prog_bar=True)
+        exact, f1 = (sum(column) / len(column) for column in zip(*scores, strict=True))
+        return {"exact": exact, "f1": f1}
 
 
 def best_spans(start: Tensor, end: Tensor, context: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:

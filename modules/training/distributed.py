@@ -1,66 +1,67 @@
 """Tensors of all processes, with gradients to where they came from. Needs torch alone."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-class Share(NamedTuple):
-    """Which rows of all processes' together are this process's own."""
+class Gather:
+    """Puts the rows of all processes together, in the order of the processes, the same on each.
 
-    counts: list[int]
-    """Rows of each process."""
-    rank: int
+    Each process may have another number of rows, or none. Making one waits for the device, because the numbers must
+    be known: to take them for equal would hang or mix up rows where they are not.
+
+    Args:
+        rows: a tensor with this process's rows.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.counts, self.rank = [len(rows)], 0
+        """Rows of each process; number of this process."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            counts = rows.new_empty(dist.get_world_size(), dtype=torch.long)
+            dist.all_gather_into_tensor(counts, counts.new_tensor([len(rows)]))
+            self.counts, self.rank = counts.tolist(), dist.get_rank()
+
+    @property
+    def total(self) -> int:
+        """Rows of all processes."""
+        return sum(self.counts)
 
     @property
     def start(self) -> int:
-        """Number of the first own row among all."""
+        """Number of the first row of this process among all."""
         return sum(self.counts[: self.rank])
 
     @property
     def own(self) -> slice:
-        """The own rows among all."""
+        """The rows of this process among all."""
         return slice(self.start, self.start + self.counts[self.rank])
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """(own rows, ...) -> (all rows, ...).
 
-def share_of(x: Tensor) -> Share:
-    """Ask all processes for the number of their rows; each may have another, or none.
-
-    An accelerator is waited for; to assume equal numbers instead would hang or mix up rows where they are not.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return Share([len(x)], 0)
-    counts = x.new_empty(dist.get_world_size(), dtype=torch.long)
-    dist.all_gather_into_tensor(counts, counts.new_tensor([len(x)]))
-    return Share(counts.tolist(), dist.get_rank())
-
-
-def gather_rows(x: Tensor, share: Share) -> Tensor:
-    """(own rows, ...) -> (all rows, ...), in the order of the processes, the same on each.
-
-    Backward adds up what all processes' losses say of the own rows.
-    """
-    return x if len(share.counts) == 1 else _GatherRows.apply(x, share)
+        Backward adds up what the losses of all processes say about the own rows.
+        """
+        return x if len(self.counts) == 1 else _GatherRows.apply(x, self)
 
 
 class _GatherRows(torch.autograd.Function):
-    """See `gather_rows`."""
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Share) -> Tensor:
-        ctx.share = share
-        longest = max(1, *share.counts)  # the backends gather equal shapes only
+    def forward(ctx: Any, x: Tensor, gather: Gather) -> Tensor:
+        ctx.own = gather.own
+        longest = max(1, *gather.counts)  # the backends gather equal shapes only
         padded = x.new_zeros(longest, *x.shape[1:])
         padded[: len(x)] = x
-        gathered = x.new_empty(len(share.counts) * longest, *x.shape[1:])
+        gathered = x.new_empty(len(gather.counts) * longest, *x.shape[1:])
         dist.all_gather_into_tensor(gathered, padded)
         parts = gathered.split(longest)
-        return torch.cat([part[:count] for part, count in zip(parts, share.counts, strict=True)])
+        return torch.cat([part[:count] for part, count in zip(parts, gather.counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         total = grad_outputs[0].contiguous().clone()
         dist.all_reduce(total)
-        return total[ctx.share.own], None
+        return total[ctx.own], None

@@ -2,17 +2,18 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from trunkline import TrunklineError
+from trunkline.modules import networks
 from trunkline.modules.backbone import Transformer, TransformerConfig
-from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict
-from trunkline.modules.networks.bert import BERT
-from trunkline.modules.networks.gpt import GPT
-from trunkline.modules.networks.text_head import TextHead, without_heads
+from trunkline.modules.networks import TextHead
+from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, pretrained_folder
+from trunkline.modules.networks.text_head import without_heads
 from trunkline.modules.training.checkpoints import load_checkpoint
 
 N = TypeVar("N", bound=Network)
@@ -20,6 +21,109 @@ FREE = {"dropout", "drop_path", "activation_checkpointing", "next_sentence", "ti
 """Fields of a configuration in which a network may differ from the one that it starts from."""
 SHOWN = {"dim", "depth", "mlp_dim", "num_kv_heads"}
 """Fields of a trunk's configuration that the shapes of its weights tell."""
+NETWORK_OF = {
+    "CausalLM": "GPT",
+    "ContrastiveImageText": "CLIP",
+    "ImageClassifier": "ViT",
+    "MaskedLM": "BERT",
+    "QuestionAnswering": "TextHead",
+    "TextClassifier": "TextHead",
+    "TokenClassifier": "TextHead",
+}
+"""Objective -> network, for checkpoints from before they named their network."""
+
+
+def class_path(kind: type) -> str:
+    """`module.Class`, as a checkpoint names a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def network_class_of(content: Mapping[str, Any], known: tuple[type[Network], ...] = ()) -> type[Network] | None:
+    """The class of the network in a training checkpoint; None if it is none of the house's and none of `known`.
+
+    Nothing is imported: a checkpoint from elsewhere must not choose what code runs.
+    """
+    path = content.get("classes", {}).get("network", "")
+    for kind in known:
+        if class_path(kind) == path:
+            return kind
+    name = path.rpartition(".")[2] if path.startswith("trunkline.") else NETWORK_OF.get(content.get("objective", ""))
+    return getattr(networks, name or "", None)
+
+
+def network_of(network_class: type[N], content: Mapping[str, Any], path: str | Path) -> N:
+    """The network inside a training checkpoint (with averaged weights, where the run kept an average).
+
+    Raises:
+        TrunklineError: if it holds no such network.
+    """
+    config = content.get("hyper_parameters", {}).get("network")
+    if config is None:
+        raise TrunklineError(f"{path} is no checkpoint of a Trunkline run: it names no network")
+    network = network_class(config_from_dict(network_class.config_class, config))
+    prefix = "network."
+    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).split("\n")[1:2] or [str(error)]
+        raise TrunklineError(f"the weights in {path} do not fit its configuration: {first[0].strip()}") from error
+    return network
+
+
+def network_from_checkpoint(network_class: type[N], path: str | Path) -> N:
+    """The network inside a training checkpoint; see `network_of` and `load_checkpoint` for what is refused."""
+    return network_of(network_class, load_checkpoint(path), path)
+
+
+@dataclasses.dataclass
+class TrainedWeights:
+    """Weights to start from: of a training checkpoint, a folder that `save_pretrained` wrote, or a hub name."""
+
+    name: str
+    """Of the file, folder or repository."""
+    argument: str
+    """That gave the name, for messages."""
+    network_class: type[Network]
+    config: Any
+    """Of that network."""
+    content: dict[str, Any] | None
+    """Of a checkpoint."""
+
+    @classmethod
+    def read(cls, name: str, argument: str, accepted: tuple[type[Network], ...]) -> "TrainedWeights":
+        """Look what is there; the network itself is made later.
+
+        Raises:
+            TrunklineError: if there is nothing that can be read, or another network than the accepted ones.
+        """
+        content = None
+        if Path(name).is_file():
+            content = load_checkpoint(name)
+            kind = network_class_of(content, accepted)
+            config = content.get("hyper_parameters", {}).get("network")
+        else:
+            try:
+                config = json.loads((pretrained_folder(name) / CONFIG_FILE).read_text(encoding="utf-8"))
+                kind = getattr(networks, config.pop("network"), None)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                accepted[0].from_pretrained(name)  # says what is wrong
+                raise
+        if kind not in accepted or config is None:
+            objective = (content or {}).get("objective", "something else")
+            found = f"a {kind.__name__}" if kind else f"weights of {objective}"
+            raise TrunklineError(
+                f"{argument} {name} holds {found}; give a checkpoint or a folder of "
+                f"{' or '.join(k.__name__ for k in accepted)}",
+                field=f"model.{argument}",
+            )
+        return cls(name, argument, kind, config_from_dict(kind.config_class, config), content)
+
+    def network(self) -> Any:
+        """The network, in training mode."""
+        if self.content is None:
+            return self.network_class.from_pretrained(self.name)
+        return network_of(self.network_class, self.content, self.name)
 
 
 def freeze(network: Network, blocks: int) -> list[torch.nn.Module]:
@@ -35,53 +139,29 @@ def freeze(network: Network, blocks: int) -> list[torch.nn.Module]:
     return [m for m in network.modules() if m not in inside and kept.isdisjoint(m.parameters())]
 
 
-def network_from_checkpoint(network_class: type[N], path: str | Path) -> N:
-    """The network inside a training checkpoint (with averaged weights, where the run kept an average).
-
-    Raises:
-        TrunklineError: if the file is damaged, or holds no such network.
-    """
-    return network_of(network_class, load_checkpoint(path), path)
-
-
-def network_of(network_class: type[N], checkpoint: dict[str, Any], path: str | Path) -> N:
-    """See `network_from_checkpoint`; of a checkpoint that is read already."""
-    config = checkpoint.get("hyper_parameters", {}).get("network")
-    if config is None:
-        raise TrunklineError(f"{path} is no checkpoint of a Trunkline run: it names no network")
-    network = network_class(config_from_dict(network_class.config_class, config))
-    prefix = "network."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).split("\n")[1:2] or [str(error)]
-        raise TrunklineError(f"the weights in {path} do not fit its configuration: {first[0].strip()}") from error
-    return network
-
-
-def check_same_sizes(there: Any, here: Any, name: str, flag: str, free: set[str] = FREE) -> None:
+def check_same_sizes(there: Any, here: Any, name: str, place: str, free: set[str] = FREE) -> None:
     """Compare two configurations, of which weights tell a part only (the number of heads, say, not).
 
     Raises:
-        TrunklineError: naming the first difference and the flag.
+        TrunklineError: naming the first difference.
     """
     for field in dataclasses.fields(here):
         found, own = getattr(there, field.name), getattr(here, field.name)
         if dataclasses.is_dataclass(own):
-            check_same_sizes(found, own, name, f"{flag}.{field.name}", free)
+            check_same_sizes(found, own, name, f"{place}.{field.name}", free)
         elif found != own and field.name not in free:
             raise TrunklineError(
                 f"{name} was trained with {field.name}={found}, but the network has {own}; set "
-                f"{flag}.{field.name} {'null' if found is None else found}"
+                f"{place.removeprefix('model.')}.{field.name} to {'null' if found is None else found}",
+                field=f"{place}.{field.name}",
             )
 
 
-def trunks_of(config: Any, flag: str) -> dict[str, TransformerConfig]:
-    """Flag -> trunk, of all that a configuration holds."""
+def trunks_of(config: Any, place: str) -> dict[str, TransformerConfig]:
+    """Place in a recipe -> trunk, of all that a configuration holds."""
     found = {}
     for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), f"{flag}.{field.name}"
+        value, name = getattr(config, field.name), f"{place}.{field.name}"
         if isinstance(value, TransformerConfig):
             found[name] = value
         elif dataclasses.is_dataclass(value):
@@ -90,7 +170,7 @@ def trunks_of(config: Any, flag: str) -> dict[str, TransformerConfig]:
 
 
 def load_matching(
-    network: Network, source: Network, name: str, argument: str = "init_from", flag: str = "--model.network"
+    network: Network, source: Network, name: str, argument: str = "init_from", place: str = "model.network"
 ) -> None:
     """Copy weights from `source`; output modules may differ in shape, all else must fit.
 
@@ -99,7 +179,7 @@ def load_matching(
         source: of the same class.
         name: of the source, for messages, as the next two.
         argument: that gave the name.
-        flag: that sets the network's configuration.
+        place: of the network's configuration in a recipe.
 
     Raises:
         TrunklineError: naming the first weight or option that does not fit.
@@ -114,60 +194,36 @@ def load_matching(
             found = tuple(weights[key].shape) if key in weights else "missing"
             raise TrunklineError(
                 f"{argument} {name} does not fit: {key} is {found} there and {tuple(own.shape)} here; "
-                f"give {flag} the sizes in its config.json"
+                f"give {place.removeprefix('model.')} the sizes in its config.json",
+                field=f"model.{argument}",
             )
         weights[key] = own.detach()
-    there = trunks_of(source.config, flag)
-    for trunk_flag, trunk in trunks_of(network.config, flag).items():
-        check_same_sizes(there[trunk_flag], trunk, f"{argument} {name}", trunk_flag, FREE | SHOWN)
+    there = trunks_of(source.config, place)
+    for trunk_place, trunk in trunks_of(network.config, place).items():
+        check_same_sizes(there[trunk_place], trunk, f"{argument} {name}", trunk_place, FREE | SHOWN)
     network.load_state_dict({key: weights[key] for key in network.state_dict()})
 
 
-def start_from(network: TextHead, name: str, argument: str = "init_from") -> None:
-    """Copy the weights of a checkpoint, a folder or a hub name: a `TextHead`'s, or only those of its body.
-
-    Args:
-        network: to change.
-        name: see `read_network`.
-        argument: that gave it, for messages.
+def start_text_head(network: TextHead, weights: TrainedWeights) -> None:
+    """Copy the weights of another `TextHead`, or of a BERT or GPT into the body.
 
     Raises:
-        TrunklineError: if it holds another kind of network, or one of other sizes; names the flag.
+        TrunklineError: if they are of another kind of body, or of other sizes.
     """
-    source, config = read_network(name, type(network.body), argument), network.config
-    own, target = (network, config) if isinstance(source, TextHead) else (network.body, config.body)
-    body = source.config.body if isinstance(source, TextHead) else source.config
+    config, named = network.config, f"{weights.argument} {weights.name}"
+    own = "bert" if config.bert is not None else "gpt"
+    place = f"model.network.{own}"
+    whole = isinstance(weights.config, type(config))
+    body = weights.config.body if whole else weights.config
     if type(body) is not type(config.body):
-        kind = "gpt" if config.bert is not None else "bert"
+        other = "gpt" if own == "bert" else "bert"
         raise TrunklineError(
-            f"{argument} {name} holds a {kind.upper()}; set --model.network.{kind} instead of {config.body_flag}"
+            f"{named} holds a {other.upper()}; set network.{other} instead of network.{own}",
+            field=f"model.{weights.argument}",
         )
-    check_same_sizes(body, config.body, f"{argument} {name}", config.body_flag)
-    if target is config.body:
-        source = without_heads(source)
-    load_matching(own, source, name, argument, config.body_flag if own is network.body else "--model.network")
-
-
-def read_network(name: str, body: type[Network], argument: str) -> Any:
-    """The network of a checkpoint, a folder or a hub name: a `TextHead`, or a language model.
-
-    Args:
-        name: of it.
-        body: class that a hub name is taken for.
-        argument: that gave the name, for messages.
-    """
-    known: list[type[Network]] = [TextHead, BERT, GPT]
-    if Path(name).is_file():
-        fields = set(load_checkpoint(name).get("hyper_parameters", {}).get("network") or ())
-        fits = [c for c in known if fields == {field.name for field in dataclasses.fields(c.config_class)}]
-        if not fits:
-            raise TrunklineError(
-                f"{argument} {name} is no checkpoint of a language model or a task on text; give one of MaskedLM, "
-                "CausalLM or such a task"
-            )
-        return network_from_checkpoint(fits[0], name)
-    try:
-        kind = json.loads(Path(name, CONFIG_FILE).read_text(encoding="utf-8"))["network"]
-    except (OSError, ValueError, KeyError, TypeError):  # `from_pretrained` says what is wrong
-        kind = None
-    return next((c for c in known if c.__name__ == kind), body).from_pretrained(name)
+    check_same_sizes(body, config.body, named, place)
+    source = weights.network()
+    if whole:
+        load_matching(network, source, weights.name, weights.argument)
+    else:
+        load_matching(network.body, without_heads(source), weights.name, weights.argument, place)

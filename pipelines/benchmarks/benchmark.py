@@ -214,7 +214,7 @@ def trainer_overhead(rounds: int, batch_size: int | None) -> list[dict[str, Any]
 
     warmup, steps, size = 5, 50, batch_size or 16
     network = ViTConfig(image_size=64, patch_size=8, num_classes=10, backbone=TransformerConfig(dim=192, depth=4))
-    module = ImageClassifier(network, OptimizerConfig(schedule="constant", warmup=0))
+    module = ImageClassifier(network, optimizer=OptimizerConfig(schedule="constant", warmup=0))
     batches = [{"image": torch.randn(size, 3, 64, 64), "label": torch.randint(0, 10, (size,))} for _ in range(5)]
     data: Any = DataLoader([batches[i % 5] for i in range(steps + warmup)], batch_size=None)  # type: ignore[arg-type]
 

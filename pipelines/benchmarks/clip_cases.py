@@ -113,12 +113,13 @@ def clip_chunks(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
 def _contrastive_step(batch_size: int, chunk: int | None) -> Side:
     """A training step, its batch included."""
     torch.manual_seed(0)
-    module = ContrastiveImageText(small_clip().config)
+    module = ContrastiveImageText(small_clip().config, chunk_size=chunk)
     module.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def loss() -> Tensor:
-        batch = pairs(batch_size)
-        return module.mean_over_pairs(*module.contrast(module.embed(batch, chunk=chunk), batch["caption_key"]))
+        batch: Any = pairs(batch_size)
+        (term,) = module.loss(batch)
+        return term.total / term.count
 
     return bare_loop(module, loss)
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import ViTConfig
+from trunkline.modules.objectives.base import TrunklineModule, as_terms
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.training.optim import OptimizerConfig
 
@@ -24,7 +25,9 @@ def vit(depth: int = 2, **options: Any) -> ViTConfig:
 def classifier(network: ViTConfig | None = None, **options: Any) -> ImageClassifier:
     """With a head that does something: a new one is zero, and every image would look the same."""
     torch.manual_seed(0)
-    model = ImageClassifier(network or vit(), OptimizerConfig(schedule="constant", warmup=0, lr=0.01), **options)
+    model = ImageClassifier(
+        network or vit(), optimizer=OptimizerConfig(schedule="constant", warmup=0, lr=0.01), **options
+    )
     torch.nn.init.normal_(model.network.head.weight)
     torch.nn.init.normal_(model.network.head.bias)
     return model
@@ -52,3 +55,9 @@ def fit(model: ImageClassifier, folder: Path, data: list[dict[str, Tensor]], **o
 
 def weights(model: ImageClassifier) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.network.state_dict().items()}
+
+
+def mean_loss(objective: TrunklineModule, batch: Any) -> Tensor:
+    """What a training step of one process goes backward from."""
+    terms = as_terms(objective.loss(batch))
+    return torch.stack([term.total / term.count for term in terms]).sum()

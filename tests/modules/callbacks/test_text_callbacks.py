@@ -191,7 +191,7 @@ def test_text_classifier(gpt: bool, tmp_path: Path) -> None:
     backbone = TransformerConfig(dim=16, depth=3, num_heads=2, dropout=0.2)
     body = {"gpt": GPTConfig(**sizes, backbone=backbone)} if gpt else {"bert": BERTConfig(**sizes, backbone=backbone)}
     model = TextClassifier(
-        TextHeadConfig(**body, num_outputs=3, pool="last" if gpt else "cls"), OptimizerConfig(lr=0.1)
+        TextHeadConfig(**body, num_outputs=3, pool="last" if gpt else "cls"), optimizer=OptimizerConfig(lr=0.1)
     )
     report = ClassificationReport(images=2, projected=5)
     counted = CountedTokens()
@@ -229,7 +229,7 @@ def test_tagger_has_a_matrix_alone(tmp_path: Path) -> None:
     paths = {"path": str(tmp_path / "t.conll"), "val_path": str(tmp_path / "v.conll")}
     data = TaggedTextData(**paths, tokenizer=str(tmp_path / "t.json"), max_length=16, batch_size=4)
     body = BERTConfig(data.vocab_size, 16, backbone=TransformerConfig(dim=16, depth=1, num_heads=2))
-    model = TokenClassifier(TextHeadConfig(bert=body, pool="none"), OptimizerConfig(lr=0.01))
+    model = TokenClassifier(TextHeadConfig(bert=body, pool="none"), optimizer=OptimizerConfig(lr=0.01))
     report = ClassificationReport()
     trainer(tmp_path, 1, 1, report).fit(model, datamodule=data)
     assert report.matrix is not None

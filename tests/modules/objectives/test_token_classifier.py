@@ -7,16 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import f1_score
-from tiny import trainer
+from tiny import mean_loss, trainer
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.metrics.entities import EntityF1, entities
 from trunkline.modules.networks import BERTConfig
 from trunkline.modules.networks.text_head import TextHeadConfig
-from trunkline.modules.objectives.token_classifier import EntityF1, TokenClassifier, entities
+from trunkline.modules.objectives.token_classifier import TokenClassifier
 from trunkline.modules.training.optim import OptimizerConfig
 
 V, T, ROWS = 20, 7, 11
@@ -60,7 +61,7 @@ def model(**options: Any) -> TokenClassifier:
     trunk = TransformerConfig(dim=16, depth=1, num_heads=2)
     fields: dict[str, Any] = {"num_outputs": 5, "pool": "none", "dropout": 0.0, **options}
     network = TextHeadConfig(bert=BERTConfig(V, T, backbone=trunk), **fields)
-    return TokenClassifier(network, OptimizerConfig(schedule="constant", warmup=0, lr=0.01))
+    return TokenClassifier(network, optimizer=OptimizerConfig(schedule="constant", warmup=0, lr=0.01))
 
 
 class Rows(Dataset[Any]):
@@ -112,10 +113,9 @@ def test_metrics(stage: str, names: list[str], tmp_path: Path) -> None:
 def test_the_training_loss_is_the_mean_over_words() -> None:
     own, data = model(), Rows()
     own.log = lambda *_, **__: None  # type: ignore[method-assign]
-    own._trainer = type("OneProcess", (), {"world_size": 1})()
     batch = {"tokens": data.tokens, "mask": data.mask, "targets": data.targets}
     want = F.cross_entropy(own(data.tokens, mask=data.mask).flatten(0, 1), data.targets.flatten())
-    assert own.training_step(batch, 0).item() == pytest.approx(want.item(), rel=1e-6)
+    assert mean_loss(own, batch).item() == pytest.approx(want.item(), rel=1e-6)
 
 
 def test_learns_to_f1_1(tmp_path: Path) -> None:

@@ -1,0 +1,140 @@
+"""What fits together: the sizes of a network and the data, tokenizers, options of a loss."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+
+from trunkline import TrunklineError
+from trunkline.contract import DataFacts, HasFacts
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.training.checkpoints import load_checkpoint
+
+C = TypeVar("C")
+
+
+def facts_of(trainer: L.Trainer) -> DataFacts:
+    """What the data of a trainer knows; nothing where it was given bare loaders."""
+    data = getattr(trainer, "datamodule", None)
+    return data.facts if isinstance(data, HasFacts) else DataFacts()
+
+
+def sizes_of(facts: DataFacts) -> dict[str, Any]:
+    """Field of a network's configuration -> the data's size."""
+    classes = len(facts.class_names) if facts.class_names else None
+    sizes = {
+        "image_size": facts.image_size,
+        "in_chans": facts.channels,
+        "num_classes": classes,
+        "num_outputs": classes,
+        "vocab_size": facts.vocab_size,
+        "max_length": facts.max_length,
+    }
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+ROOMY = ("vocab_size", "max_length")
+"""Sizes in which a network may exceed the data."""
+
+
+def with_sizes_of_data(config: C, facts: DataFacts, source: Any = None, place: str = "model.network") -> C:
+    """A network's configuration with the sizes that the data knows, and that the recipe therefore leaves out.
+
+    A size that still has its default counts as left out. Of a vocabulary and a row length the network may have more
+    than the data; left out, they are those of `source`, if there is one, so that its weights fit.
+
+    Args:
+        config: a dataclass; dataclasses in it are filled likewise, but for trunks, which know no data.
+        facts: of the data.
+        source: configuration, of the same class, of a network whose weights will be copied.
+        place: of the configuration in a recipe, for messages.
+
+    Raises:
+        TrunklineError: for a size that was stated and is not the data's.
+    """
+    sizes, changed = sizes_of(facts), {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        own, at = getattr(config, field.name), f"{place}.{field.name}"
+        trained = getattr(source, field.name, None)
+        if dataclasses.is_dataclass(own) and not isinstance(own, TransformerConfig):
+            changed[field.name] = with_sizes_of_data(own, facts, trained, at)
+            continue
+        size = sizes.get(field.name)
+        roomy = field.name in ROOMY
+        if own == field.default and roomy and trained is not None:
+            own = changed[field.name] = trained
+        elif own == field.default and size is not None:
+            own = changed[field.name] = size
+        check_size(field.name, own, size, at)
+    return dataclasses.replace(config, **changed)  # type: ignore[type-var]
+
+
+def check_size(name: str, own: Any, size: Any, place: str) -> None:
+    """Compare a size of a network with the data's.
+
+    Raises:
+        TrunklineError: if the network is too small for the data, or made for another size.
+    """
+    if size is None or own == size or (name in ROOMY and own >= size):
+        return
+    if name == "image_size" and _sides(own) == _sides(size):
+        return
+    needed = "at least " if name in ROOMY else ""
+    raise TrunklineError(
+        f"the network has {name}={own}, but the data needs {needed}{size}; leave {name} out of the network, which then "
+        f"takes the data's, or set it to {size}",
+        field=place,
+    )
+
+
+def _sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
+def check_sizes(config: Any, facts: DataFacts, place: str = "model.network") -> None:
+    """Compare all sizes of a network's configuration with the data's; see `check_size`."""
+    sizes = sizes_of(facts)
+    for field in dataclasses.fields(config):
+        own, at = getattr(config, field.name), f"{place}.{field.name}"
+        if dataclasses.is_dataclass(own) and not isinstance(own, TransformerConfig):
+            check_sizes(own, facts, at)
+        else:
+            check_size(field.name, own, sizes.get(field.name), at)
+
+
+def check_tokenizer(facts: DataFacts, source: str | None, argument: str = "init_from") -> None:
+    """Compare the data's tokenizer with that of the checkpoint whose weights a run starts from.
+
+    Args:
+        facts: of the data.
+        source: the checkpoint; a folder or a hub name has no tokenizer to compare with.
+        argument: that names it.
+
+    Raises:
+        TrunklineError: if they differ, for then the ids mean other words.
+    """
+    if facts.tokenizer is None or source is None or not Path(source).is_file():
+        return
+    states = [s["tokenizer"] for s in load_checkpoint(source).values() if isinstance(s, dict) and s.get("tokenizer")]
+    if states and states[0] != facts.tokenizer.to_str():
+        raise TrunklineError(
+            f"{argument} {source} was trained with another tokenizer than the data's, so that its ids mean other "
+            f"words; set tokenizer to {source}",
+            field="data.tokenizer",
+        )
+
+
+def check_loss_options(label_smoothing: float, z_loss: float = 0.0) -> None:
+    """Refuse what no loss can be made with.
+
+    Raises:
+        TrunklineError: naming the field.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise TrunklineError(
+            f"label_smoothing must be from 0 up to below 1, not {label_smoothing}", field="model.label_smoothing"
+        )
+    if z_loss < 0:
+        raise TrunklineError(f"z_loss must be 0 or more, not {z_loss}", field="model.z_loss")
