@@ -46,10 +46,14 @@ class LossRecorder(Callback):
     Args:
         output: a .json file.
         weights: a .pt file for the network's first weights.
+        checkpoint: a .ckpt file for the state after `step`, in the midst of training.
+        step: number of optimiser steps.
     """
 
-    def __init__(self, output: str, weights: str | None = None) -> None:
-        self.output, self.weights = output, weights
+    def __init__(
+        self, output: str, weights: str | None = None, checkpoint: str | None = None, step: int | None = None
+    ) -> None:
+        self.output, self.weights, self.checkpoint, self.step = output, weights, checkpoint, step
         self.losses: list[str] = []
         self.start = 0
 
@@ -60,8 +64,10 @@ class LossRecorder(Callback):
             torch.save(weights_of(pl_module), self.weights)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """One loss, after any division by the steps of an accumulation."""
+        """One loss, after any division by the steps of an accumulation; and the checkpoint when it is time."""
         self.losses.append(float(outputs["loss"]).hex())
+        if self.checkpoint is not None and trainer.global_step == self.step:
+            trainer.save_checkpoint(self.checkpoint)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The file."""
@@ -223,7 +229,7 @@ def runs(folder: Path) -> dict[str, tuple[str, Shrunk, list[str]]]:
     return found
 
 
-def train(arguments: list[str], folder: Path, **recorder: str) -> dict[str, Any]:
+def train(arguments: list[str], folder: Path, **recorder: Any) -> dict[str, Any]:
     """What the recorder wrote of a `trunkline fit`.
 
     Args:

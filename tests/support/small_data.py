@@ -52,7 +52,7 @@ def save_tokenizers(folder: Path) -> None:
 
 
 def sentence(chance: random.Random) -> str:
-    """Such as `anna saw the very bad film .`"""
+    """A sentence of `WORDS`."""
     name, other = chance.sample(NAMES, 2)
     very, kind = chance.choice(["", "very "]), chance.choice(["good", "bad"])
     forms = [
@@ -65,7 +65,7 @@ def sentence(chance: random.Random) -> str:
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """Sentences of `WORDS`."""
+    """Several of them."""
     chance = random.Random(seed)
     return [sentence(chance) for _ in range(count)]
 

@@ -1,0 +1,250 @@
+"""Tiny checkpoints of every objective, the runs that made them, and what each command finds with them.
+
+`record_numbers.py checkpoints FOLDER` writes them; tests load the files that older code has written. Dropout is off
+and what is random comes from numpy, so that figures of another machine are nearly the same.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import small_data
+from record_numbers import Shrunk, images, network, text, train
+
+STEPS, LATER = 150, 152
+"""Optimiser steps of a checkpoint, and of the run that goes on from it."""
+TRUNK = {"dim": 8, "depth": 1, "num_heads": 2, "mlp_dim": 12, "dropout": 0.0, "drop_path": 0.0, "bias": False}
+LENGTH, SIZE = 24, 8
+"""Tokens of a row, and pixels of a side."""
+PLAIN = {"crop_scale": [1, 1]}
+"""An augmentation that changes nothing."""
+WORDS = len(small_data.MASKING + small_data.WORDS)
+
+
+def trunk(prefix: str = "", **flags: Any) -> dict[str, Any]:
+    """Flags of the trunk."""
+    return network(f"{prefix}backbone.", **TRUNK, **flags)
+
+
+def optimizer(name: str, lr: float) -> dict[str, Any]:
+    """Flags of an optimiser whose rate does not depend on the end of training; SGD's state is the smallest."""
+    flags = {"name": name, "lr": lr, "schedule": "constant", "warmup": 0, "weight_decay": 0.0, "momentum": 0.9}
+    return {f"model.optimizer.{flag}": value for flag, value in flags.items()}
+
+
+def tokens(folder: Path) -> dict[str, Any]:
+    """Flags of a datamodule with a tokenizer."""
+    return text(tokenizer=str(folder / "words.json"), max_length=LENGTH, batch_size=8)
+
+
+def bert(prefix: str = "bert.", segments: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flags of a body, and those that the data tells."""
+    sizes = network(prefix, vocab_size=WORDS, max_length=LENGTH)
+    return trunk(prefix, norm_first=False, final_norm=False) | network(prefix, num_segments=segments), sizes
+
+
+def image_classifier(folder: Path) -> Shrunk:
+    """Dark pictures and light ones."""
+    source = small_data.write_folders(folder / "kinds", 40, colour=False, size=(10, 10))
+    data = images(source=source, image_size=SIZE, channels=1, augmentation=PLAIN, batch_size=8)
+    shape = network(patch_size=4, pool="mean") | trunk() | optimizer("muon", 0.01)
+    return Shrunk(data | shape, network(image_size=SIZE, in_chans=1, num_classes=2))
+
+
+def causal_lm(folder: Path) -> Shrunk:
+    """Sentences, one after the other."""
+    data = text(source=small_data.write_text(folder / "lines.txt", 200)) | tokens(folder)
+    return Shrunk(data | text(tokenizer="chars") | trunk() | optimizer("adamw", 0.02), network(max_length=LENGTH))
+
+
+def masked_lm(folder: Path) -> Shrunk:
+    """The same with hidden words."""
+    data = text(source=small_data.write_text(folder / "lines.txt", 200)) | tokens(folder)
+    body, _ = bert("")
+    return Shrunk(data | body | optimizer("sgd", 0.3), network(max_length=LENGTH))
+
+
+def text_classifier(folder: Path) -> Shrunk:
+    """Good or bad."""
+    data = text(source=small_data.write_labelled(folder / "labelled.jsonl")) | tokens(folder)
+    body, sizes = bert()
+    shape = network(pool="mean", dropout=0.0)
+    return Shrunk(data | body | shape | optimizer("sgd", 0.1), sizes | network(num_outputs=2))
+
+
+def token_classifier(folder: Path) -> Shrunk:
+    """Persons and a place."""
+    data = text(source=small_data.write_tagged(folder / "tagged.conll")) | tokens(folder)
+    body, sizes = bert()
+    shape = network(pool="none", dropout=0.0)
+    return Shrunk(data | body | shape | optimizer("sgd", 0.1), sizes | network(num_outputs=3))
+
+
+def question_answering(folder: Path) -> Shrunk:
+    """Questions who saw the film."""
+    data = text(source=small_data.write_questions(folder / "asked.json"), doc_stride=8, max_question_length=8)
+    body, sizes = bert(segments=2)
+    shape = network(pool="none", num_outputs=2, dropout=0.0)
+    return Shrunk(data | tokens(folder) | body | shape | optimizer("sgd", 0.1), sizes)
+
+
+def contrastive(folder: Path) -> Shrunk:
+    """Small pictures and their captions."""
+    data = images(source=small_data.write_pairs(folder / "pairs"), image_size=SIZE, channels=1, augmentation=PLAIN)
+    body, sizes = bert()
+    vision = network("image.", patch_size=4, pool="mean") | trunk("image.")
+    shape = network(dim=8, text_pool="mean") | vision | body
+    sizes |= network("image.", image_size=SIZE, in_chans=1)
+    return Shrunk(data | tokens(folder) | shape | optimizer("sgd", 0.5), sizes)
+
+
+@dataclass
+class Objective:
+    """An objective that a checkpoint is of."""
+
+    data: str
+    make: Callable[[Path], Shrunk]
+    """Writes its data below a folder; returns its flags."""
+    ask: Callable[[str, Path], Any]
+    """What a command finds with a checkpoint; writes below a folder."""
+
+
+def call(*arguments: str) -> str:
+    """What a command prints."""
+    from trunkline.pipelines.cli import main
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main([*arguments])
+    return printed.getvalue()
+
+
+def predicted(checkpoint: str, folder: Path, *arguments: str) -> list[Any]:
+    """Rows of a table of predictions, paths shortened to names."""
+    output = folder / "predictions.csv"
+    call("predict", f"--checkpoint={checkpoint}", f"--output={output}", "--accelerator=cpu", *arguments)
+    table = pd.read_csv(output)
+    if "path" in table:
+        table["path"] = [Path(path).name for path in table["path"]]
+    rows: list[Any] = json.loads(table.to_json(orient="values"))
+    return rows
+
+
+def classify_pictures(checkpoint: str, folder: Path) -> Any:
+    """Name, label and probability of new pictures."""
+    (folder / "new").mkdir()
+    for number in range(100, 104):
+        kind = small_data.KINDS[number % 2]
+        small_data.picture(number, kind, (10, 10), colour=False).save(folder / "new" / f"{kind}-{number}.png")
+    return predicted(checkpoint, folder, f"--images={folder / 'new'}")
+
+
+def continue_text(checkpoint: str, folder: Path) -> Any:
+    """The likeliest text after a prompt."""
+    return call(
+        *("generate", f"--checkpoint={checkpoint}", "--prompt=anna saw ", "--max_new_tokens=16"),
+        *("--temperature=0", "--device=cpu"),
+    )
+
+
+def fill_and_embed(checkpoint: str, folder: Path) -> Any:
+    """The likeliest words for a mask with their probabilities, and the embeddings of two texts."""
+    sentence = "anna saw the [MASK] film ."
+    printed = call("fill-mask", sentence, f"--checkpoint={checkpoint}", "--top_k=3", "--device=cpu")
+    filled = [[word, float(number)] for word, number in re.findall(r"(\S+) (\d\.\d+)", printed)]
+    return {"filled": filled, "embedded": embedded(checkpoint, folder)}
+
+
+def embedded(checkpoint: str, folder: Path, *arguments: str) -> Any:
+    """Embeddings of two texts, and of what else is asked for."""
+    (folder / "texts.txt").write_text("a dark film of anna\na light film of bo\n")
+    output, texts = folder / "embeddings.parquet", folder / "texts.txt"
+    call("embed", f"--checkpoint={checkpoint}", f"--texts={texts}", f"--output={output}", "--device=cpu", *arguments)
+    return [[float(number) for number in vector] for vector in pd.read_parquet(output)["embedding"]]
+
+
+def classify_texts(checkpoint: str, folder: Path) -> Any:
+    """Text, label and probability."""
+    (folder / "new.txt").write_text(
+        "bo saw the film . the film was very bad .\ndora saw the film . the film was good .\n"
+    )
+    return predicted(checkpoint, folder, f"--texts={folder / 'new.txt'}")
+
+
+def tag_words(checkpoint: str, folder: Path) -> Any:
+    """Sentence, word, tag and probability."""
+    (folder / "new.txt").write_text("Dora saw in Berlin Carl .\n")
+    return predicted(checkpoint, folder, f"--texts={folder / 'new.txt'}")
+
+
+def answer_questions(checkpoint: str, folder: Path) -> Any:
+    """Identity, question, answer and score."""
+    small_data.write_questions(folder / "new.json", 3)
+    return predicted(checkpoint, folder, f"--texts={folder / 'new.json'}")
+
+
+def embed_and_search(checkpoint: str, folder: Path) -> Any:
+    """Embeddings of texts and pictures, and the order in which a text finds the pictures."""
+    (folder / "new").mkdir()
+    for number, kind in enumerate(small_data.KINDS, start=100):
+        small_data.picture(number, kind, (10, 10), colour=False).save(folder / "new" / f"{kind}.png")
+    vectors = embedded(checkpoint, folder, f"--images={folder / 'new'}")
+    printed = call(
+        *("search", "a light film of carl", f"--checkpoint={checkpoint}", f"--images={folder / 'new'}", "--count=2"),
+        *(f"--output={folder / 'found.png'}", "--device=cpu"),
+    )
+    return {"embedded": vectors, "found": re.findall(r"(dark|light)\.png", printed)}
+
+
+OBJECTIVES = {
+    "ImageClassifier": Objective("ImageData", image_classifier, classify_pictures),
+    "CausalLM": Objective("TextData", causal_lm, continue_text),
+    "MaskedLM": Objective("MaskedTextData", masked_lm, fill_and_embed),
+    "TextClassifier": Objective("LabelledTextData", text_classifier, classify_texts),
+    "TokenClassifier": Objective("TaggedTextData", token_classifier, tag_words),
+    "QuestionAnswering": Objective("SquadData", question_answering, answer_questions),
+    "ContrastiveImageText": Objective("ImageTextData", contrastive, embed_and_search),
+}
+
+
+def fit(objective: str, folder: Path, steps: int, *arguments: str, **recorder: Any) -> Any:
+    """What `record_numbers.LossRecorder` wrote of a run of an objective.
+
+    Args:
+        objective: its name.
+        folder: for data and run; must be a new one, or that of a run before.
+        steps: of the optimiser, counted from the start of training.
+        arguments: more of the command.
+        recorder: arguments of `LossRecorder`.
+    """
+    os.environ["TRUNKLINE_CACHE"] = str(folder / "cache")
+    small_data.save_tokenizers(folder)
+    made = OBJECTIVES[objective]
+    shutil.rmtree(folder / "pairs", ignore_errors=True)
+    flags = [*made.make(folder).arguments(), f"--trainer.max_steps={steps}", "--trainer.enable_checkpointing=false"]
+    config = folder / "objective.yaml"
+    config.write_text(f"model:\n  class_path: {objective}\ndata:\n  class_path: {made.data}\n")
+    return train(["--config", str(config), *flags, *arguments], folder, **recorder)
+
+
+def make_checkpoints(target: Path) -> None:
+    """Write a checkpoint of each objective, and `figures.json` with what each of them finds and how it goes on."""
+    target.mkdir(parents=True, exist_ok=True)
+    figures = {}
+    for name, objective in OBJECTIVES.items():
+        file = target / f"{name}.ckpt"
+        with tempfile.TemporaryDirectory() as folder:
+            recorded = fit(name, Path(folder), LATER, checkpoint=str(file), step=STEPS)
+            found = objective.ask(str(file), Path(folder))
+        later = [float.fromhex(loss) for loss in recorded["losses"][STEPS:]]
+        figures[name] = {"step": STEPS, "later": later, "found": found}
+    (target / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
