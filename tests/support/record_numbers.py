@@ -268,7 +268,17 @@ def record_losses(output: Path, only: str | None = None) -> None:
             seconds, losses = time.perf_counter() - begin, found[title]["losses"]
             shown = " ".join(f"{float.fromhex(loss):.4f}" for loss in (losses[0], losses[-1]))
             print(f"{title}: {len(losses)} losses, {shown}, {seconds:.1f} s", flush=True)
+    check_origin()
     output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def check_origin() -> None:
+    """Refuse figures of two mixed checkouts: an editable installation lends its modules where another one has none."""
+    root = Path(trunkline.__file__).resolve().parent.parent
+    files = [Path(str(module.__file__)) for name, module in sys.modules.items() if name.startswith("trunkline.")]
+    strangers = [file for file in files if not file.resolve().is_relative_to(root)]
+    assert not strangers, f"{strangers[0]} is not of {root}"
+    print(f"recorded {root}")
 
 
 def run_script(arguments: list[str]) -> None:
