@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from trunkline import TrunklineError
+from trunkline.files import load_checkpoint
 
 # A forked process (a loader's worker) has none of the library's threads and would wait for them for ever. Left to
 # itself the library would print a page about it in each.
@@ -210,7 +210,7 @@ def load_tokenizer(name: str, flag: str = "--data.tokenizer") -> Tokenizer:
         raise TrunklineError(f"{flag} {name}: there is no file {path}; mend the path")
     try:
         if path.suffix == ".ckpt":
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = load_checkpoint(path, mmap=True, field=flag.lstrip("-"))
             text = tokenizer_of_checkpoint(content)
             if text is None:
                 raise TrunklineError(f"{flag} {name}: this checkpoint keeps no tokenizer; give one of a run on text")

@@ -24,7 +24,7 @@ from trunkline.datamodules.pairs.captions import caption_list
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI, EmojiPictures
 from trunkline.datamodules.pairs.tar_shards import TarPairs
 from trunkline.datamodules.tables import kind, read_table
-from trunkline.datamodules.text.token_shards import file_state
+from trunkline.files import file_state
 
 LISTS = (".jsonl", ".csv", ".jsonl.gz")
 """Tables of paths."""

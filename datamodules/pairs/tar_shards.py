@@ -23,7 +23,7 @@ from PIL import Image
 from trunkline import TrunklineError
 from trunkline.datamodules.images.image_sources import IMAGE_SUFFIXES, open_image
 from trunkline.datamodules.pairs.captions import caption_list
-from trunkline.datamodules.text.token_shards import atomic_write, file_state, lock
+from trunkline.files import atomic_write, file_state, lock
 
 FORMAT = 1
 """Of an index; another number makes all be written anew."""

@@ -22,18 +22,7 @@ from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
 from trunkline.datamodules.text.text_sources import Piece, TextSource
-from trunkline.datamodules.text.token_shards import (
-    INDEX,
-    TokenStream,
-    atomic_write,
-    digests,
-    ends_name,
-    file_state,
-    lock,
-    read_json,
-    token_type,
-    write_json,
-)
+from trunkline.datamodules.text.token_shards import INDEX, TokenStream, ends_name, token_type
 from trunkline.datamodules.tokenizers import (
     DEFAULT_VOCAB_SIZE,
     TRAINED,
@@ -43,6 +32,7 @@ from trunkline.datamodules.tokenizers import (
     size_of,
     train_tokenizer,
 )
+from trunkline.files import atomic_write, digests, file_state, lock, read_json, write_json
 
 FORMAT = 1
 """Of the files; another number makes all caches be written anew."""

@@ -1,131 +1,16 @@
-"""Files of a prepared corpus: written whole or not at all, read as one stream of tokens."""
+"""Files of a prepared corpus, read as one stream of tokens."""
 
-import errno
-import hashlib
-import json
-import os
-import shutil
-import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
-
-from trunkline import TrunklineError
 
 INDEX = "index.json"
-
-
-def atomic_write(path: Path, content: Iterable[bytes | memoryview]) -> None:
-    """Write a file that appears whole or not at all, whatever ends the process or the machine.
-
-    Raises:
-        TrunklineError: if it cannot be written; names the path and the free space.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            for part in content:
-                stream.write(part)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def cannot_write(path: Path, error: OSError) -> TrunklineError:
-    """The message for a disk that is full or closed to us."""
-    there = next((p for p in path.parents if p.exists()), Path("/"))
-    free = f"{shutil.disk_usage(there).free / 1e9:.1f} GB are free there"
-    full = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return TrunklineError(
-        f"cannot write {path}: {error.strerror or error}; {free}; {full}choose another folder with --data.cache_dir"
-    )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Atomically."""
-    atomic_write(path, [(json.dumps(content, indent=1) + "\n").encode()])
-
-
-def read_json(path: Path) -> Any:
-    """Content of a file that we wrote; None if it is missing or was damaged since."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def token_type(vocab_size: int) -> type[np.unsignedinteger[Any]]:
     """The smallest type for ids below `vocab_size`."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
-def file_state(file: Path) -> list[int]:
-    """[size, time of the last change in ns], by which an unchanged file is known again."""
-    state = file.stat()
-    return [state.st_size, state.st_mtime_ns]
-
-
-def digests(files: list[Path], cache: Path) -> list[str]:
-    """BLAKE2b of each file's content; remembered in the cache folder by path, size and time of change.
-
-    Raises:
-        TrunklineError: if a file cannot be read or the cache not written.
-    """
-    memory = cache / "digests.json"
-    result = []
-    with lock(memory.with_suffix(".lock")):
-        known: dict[str, Any] = read_json(memory) or {}
-        before = dict(known)
-        for file in files:
-            path = str(file.resolve())
-            try:
-                state = file_state(file)
-                entry = known.get(path)
-                if not entry or entry[0] != state:
-                    with file.open("rb") as stream:
-                        digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
-                    entry = [state, digest]
-            except OSError as error:
-                raise TrunklineError(f"cannot read {file}: {error.strerror}; check its permissions") from error
-            # A file that changed a moment ago may change again within the same tick of its clock.
-            if time.time_ns() - state[1] > 2_000_000_000:
-                known[path] = entry
-            result.append(entry[1])
-        if known != before:
-            write_json(memory, known)
-    return result
-
-
-def lock(path: Path) -> FileLock:
-    """A lock between processes, freed when its process ends.
-
-    Raises:
-        TrunklineError: if its folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    return FileLock(path)
 
 
 class TokenStream:

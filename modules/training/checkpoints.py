@@ -1,10 +1,6 @@
 """Checkpoints that survive a kill, a full disk and a flipped bit."""
 
-import hashlib
 import os
-import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from trunkline import TrunklineError
-
-DIGEST_SUFFIX = ".sha256"
+from trunkline.files import cannot_write, digest, digest_file, find_fault, known_digests, load_checkpoint, replacing
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -34,26 +28,16 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             for left_over in path.parent.glob(".*.ckpt.*"):  # of a save that was killed
                 left_over.unlink(missing_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-                temporary = Path(file.name)
-            try:
-                torch.save(checkpoint, temporary)
-                digest = _digest(temporary)
-                # The digest goes first and names the file that is about to be replaced too, so that a kill
-                # between the two renames leaves a valid pair, even if that happens several times.
-                known = _known_digests(path)[:7]
-                _replace(path, temporary, "\n".join([digest, *known]) + "\n")
-            finally:
-                temporary.unlink(missing_ok=True)
+            # The digest goes first and names the file that is about to be replaced too, so that a kill
+            # between the two renames leaves a valid pair, even if that happens several times.
+            with replacing(digest_file(path), path) as (digests, content):
+                torch.save(checkpoint, content)
+                known = known_digests(path)[:7]
+                digests.write_text("\n".join([digest(content), *known]) + "\n", encoding="ascii")
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            free = shutil.disk_usage(_existing(path.parent)).free / 1e6
-            raise TrunklineError(
-                f"cannot write the checkpoint {path} ({free:,.0f} MB free there): {error}; free some space or choose "
-                "another --run_dir, then --resume auto"
-            ) from error
+            raise cannot_write(path, error, "run_dir", then=", then resume the run") from error
 
     def load_checkpoint(
         self,
@@ -61,56 +45,23 @@ class SafeCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """See `load_checkpoint`; never unpickles code, whatever `weights_only` says."""
+        """Load by `trunkline.files.load_checkpoint`, which runs no code in a file, whatever `weights_only` says."""
         return load_checkpoint(path, map_location)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove a file and its digest."""
         path = Path(path)
         super().remove_checkpoint(path)
-        _digest_file(path).unlink(missing_ok=True)
-
-
-def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint after comparing it with its digest.
-
-    Raises:
-        TrunklineError: if it is missing, damaged, or holds more than plain data.
-    """
-    path = Path(path)
-    fault = find_fault(path)
-    if fault is not None:
-        raise TrunklineError(f"{fault}; use an older checkpoint, or --resume auto, which finds the newest valid one")
-    try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # on other files torch raises nearly anything
-        refused = re.search("WeightsUnpickler error: *(.*)", str(error))
-        reason = (refused[1] if refused else str(error).partition("\n")[0]) or type(error).__name__
-        raise TrunklineError(
-            f"{path} is no checkpoint of plain data: {reason}; it is refused, because loading anything else could run "
-            "code"
-        ) from error
-    if not isinstance(content, dict):
-        raise TrunklineError(f"{path} is no checkpoint of a training run: it holds a {type(content).__name__}")
-    return content
-
-
-def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, or None if it is whole."""
-    if not path.is_file():
-        return f"there is no checkpoint {path}"
-    if path.stat().st_size == 0:
-        return f"the checkpoint {path} is empty"
-    known = _known_digests(path)
-    if known and _digest(path) not in known:
-        return f"the checkpoint {path} is damaged: it does not match its {DIGEST_SUFFIX} file"
-    return None
+        digest_file(path).unlink(missing_ok=True)
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint below a folder, and what is wrong with the newer ones."""
+    """The newest valid checkpoint below a folder, and what is wrong with the newer ones.
+
+    Files without a digest are passed over, for nothing tells whether they are whole.
+    """
     faults: list[str] = []
-    files = [p for p in folder.rglob("*.ckpt") if _digest_file(p).exists()]
+    files = [p for p in folder.rglob("*.ckpt") if digest_file(p).exists()]
     for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         fault = find_fault(path)
         if fault is None:
@@ -136,46 +87,3 @@ def follow_folder(state: dict[str, Any], folder: str) -> None:
     paths = ("best_model_path", "kth_best_model_path", "last_model_path")
     kept = {moved(path): score for path, score in state["best_k_models"].items()}
     state.update({name: moved(state[name]) for name in paths}, best_k_models=kept, dirpath=folder)
-
-
-def _replace(path: Path, temporary: Path, digests: str) -> None:
-    """Put a written file and its digests in their places, durably."""
-    digest_temporary = temporary.with_suffix(DIGEST_SUFFIX)
-    try:
-        digest_temporary.write_text(digests, encoding="ascii")
-        for file in (temporary, digest_temporary):
-            _fsync(file)
-        os.replace(digest_temporary, _digest_file(path))
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    finally:
-        digest_temporary.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_file(path: Path) -> Path:
-    return path.with_name(path.name + DIGEST_SUFFIX)
-
-
-def _known_digests(path: Path) -> list[str]:
-    """The file's digest, then those of the files before it, the newest first."""
-    file = _digest_file(path)
-    return file.read_text(encoding="ascii", errors="replace").split() if file.exists() else []
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return next(f for f in (folder, *folder.parents) if f.exists())

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from trunkline import TrunklineError
@@ -21,6 +22,7 @@ from trunkline.datamodules.tokenizers import (
     train_tokenizer,
     treats_words_alone,
 )
+from trunkline.files import digest
 
 TEXT = "".join(piece.text for piece in open_source("pydoc", "text").pieces({"train": 1.0}))[:100_000]
 ODD = (
@@ -209,6 +211,22 @@ def test_unreadable_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         TrunklineError, match="tokenizer bep: there is no such file here, and as a hub name: no network"
     ):
         load_tokenizer("bep")
+
+
+def test_the_tokenizer_of_a_checkpoint(tmp_path: Path, trained: dict[str, Tokenizer]) -> None:
+    """Read like any checkpoint: after its digest is compared, and without running code."""
+    path, beside = tmp_path / "a.ckpt", tmp_path / "a.ckpt.sha256"
+    torch.save({"TextData": {"tokenizer": trained["bpe"].to_str()}}, path)
+    beside.write_text(digest(path))
+    assert load_tokenizer(str(path)).to_str() == trained["bpe"].to_str()
+    beside.write_text("0" * 64)
+    with pytest.raises(TrunklineError, match=r"a\.ckpt is damaged") as caught:
+        load_tokenizer(str(path))
+    assert caught.value.field == "data.tokenizer"
+    beside.unlink()
+    torch.save({"TextData": {"tokenizer": path}}, path)
+    with pytest.raises(TrunklineError, match=r"a\.ckpt is no checkpoint of plain data"):
+        load_tokenizer(str(path))
 
 
 def test_other_pipelines_are_encoded_by_the_library() -> None:

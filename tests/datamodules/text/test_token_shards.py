@@ -8,7 +8,6 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from tokenizers import Tokenizer, models
 
 from trunkline import TrunklineError
 from trunkline.datamodules.text import preparation
-from trunkline.datamodules.text import token_shards as shards
 from trunkline.datamodules.text.preparation import Preparation, default_cache
 from trunkline.datamodules.text.text_sources import open_source
-from trunkline.datamodules.text.token_shards import INDEX, TokenStream, atomic_write, digests, file_state, token_type
+from trunkline.datamodules.text.token_shards import INDEX, TokenStream, token_type
 from trunkline.datamodules.tokenizers import end_of_text_id
+from trunkline.files import file_state
 
 SHARES = {"train": 0.8, "val": 0.2}
 
@@ -187,25 +186,6 @@ def test_the_folder_is_of_the_content_and_the_settings(corpus: Path, tmp_path: P
     assert len(set(others)) == len(others)
 
 
-def test_digests_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, hashed = tmp_path / "a.txt", []
-    real = shards.hashlib.file_digest
-    monkeypatch.setattr(shards.hashlib, "file_digest", lambda *a: (hashed.append(1), real(*a))[1])
-    path.write_text("one")
-    digests([path], tmp_path)
-    assert len(hashed) == 1  # too young to be remembered
-    os.utime(path, ns=(0, 10**9))
-    first = digests([path], tmp_path)
-    assert digests([path], tmp_path) == first
-    assert len(hashed) == 2
-    path.write_text("two")
-    os.utime(path, ns=(0, 2 * 10**9))
-    assert digests([path], tmp_path) != first
-    (tmp_path / "digests.json").write_text("{ torn")
-    assert digests([path], tmp_path) != first
-    assert len(hashed) == 4
-
-
 def test_default_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRUNKLINE_CACHE", "/somewhere")
     assert default_cache() == Path("/somewhere")
@@ -298,8 +278,9 @@ def test_a_full_disk_leaves_no_torn_file(
     with pytest.raises(TrunklineError) as caught:
         prepared(corpus, tmp_path / "cache")
     message = str(caught.value)
-    assert f"/{name}: No space left on device; " in message
-    assert " GB are free there; make room, or choose another folder with --data.cache_dir" in message
+    assert f"/{name} (" in message
+    assert " MB free there): No space left on device; free some space, or choose another cache_dir" in message
+    assert caught.value.field == "data.cache_dir"
     monkeypatch.setattr(Path, "open", real)
     folder = next(f for f in (tmp_path / "cache").iterdir() if f.is_dir())
     assert not list(folder.glob(".*"))
@@ -310,19 +291,8 @@ def test_a_full_disk_leaves_no_torn_file(
 
 def test_a_folder_that_cannot_be_made(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(TrunklineError, match=r"cannot write .*/file/cache/.*--data.cache_dir"):
+    with pytest.raises(TrunklineError, match=r"cannot write .*/file/cache/.*Not a directory; choose another cache_dir"):
         prepared(corpus, tmp_path / "file" / "cache")
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
-    def parts() -> Iterator[bytes]:
-        yield b"new"
-        raise KeyboardInterrupt
-
-    atomic_write(tmp_path / "a", [b"old"])
-    with pytest.raises(KeyboardInterrupt):
-        atomic_write(tmp_path / "a", parts())
-    assert files(tmp_path) == {"a": b"old"}
 
 
 def test_a_file_that_changes_meanwhile_is_refused(

@@ -22,9 +22,10 @@ from recorded_run import CONTEXT
 
 from trunkline import TrunklineError
 from trunkline.datamodules import ImageData
+from trunkline.files import load_checkpoint
 from trunkline.modules.networks import ViT
 from trunkline.modules.objectives.image_classifier import ImageClassifier
-from trunkline.modules.training.checkpoints import SafeCheckpointIO, follow_folder, load_checkpoint, newest_valid
+from trunkline.modules.training.checkpoints import SafeCheckpointIO, follow_folder, newest_valid
 from trunkline.modules.training.warm_start import network_from_checkpoint
 from trunkline.pipelines.runs import choose_run
 
@@ -97,7 +98,7 @@ def test_damaged_file_is_refused_and_skipped(damage: Callable[[Path], None], wor
     assert newest_valid(tmp_path) == (new, [])
     damage(new)
     for load in (load_checkpoint, IO.load_checkpoint, lambda path: network_from_checkpoint(ViT, path)):
-        with pytest.raises(TrunklineError, match=f"{re.escape(str(new))} {words}.*--resume auto"):
+        with pytest.raises(TrunklineError, match=f"{re.escape(str(new))} {words}.*resume=auto"):
             load(new)
     found, faults = newest_valid(tmp_path)
     assert found == old
@@ -204,8 +205,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_full_disk(small_disk: Path) -> None:
     path = save(small_disk / "a.ckpt", 1)
     for _ in range(2):
-        with pytest.raises(TrunklineError, match=rf"cannot write .*{path} \(\d MB free there\).*free some space"):
+        with pytest.raises(
+            TrunklineError, match=rf"cannot write .*{path} \(\d MB free there\).*free some space"
+        ) as caught:
             save(path, 2)
+        assert caught.value.field == "run_dir"
         assert number_in(path) == 1
         assert names(small_disk) == {"a.ckpt", "a.ckpt.sha256"}
 
