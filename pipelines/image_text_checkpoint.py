@@ -18,8 +18,8 @@ from trunkline.datamodules.images.image_sources import FileRows, image_files, to
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI, EmojiPictures
 from trunkline.datamodules.samplers import SampleKey, plain_errors
+from trunkline.files import load_checkpoint
 from trunkline.modules.networks import CLIP, ViT
-from trunkline.modules.training.checkpoints import load_checkpoint
 from trunkline.modules.training.warm_start import network_of
 from trunkline.pipelines.text_checkpoint import own_tokenizer
 

@@ -7,7 +7,8 @@ from datetime import datetime
 from pathlib import Path
 
 from trunkline import TrunklineError
-from trunkline.modules.training.checkpoints import find_fault, newest_valid
+from trunkline.files import find_fault
+from trunkline.modules.training.checkpoints import newest_valid
 
 RUN = "TRUNKLINE_RUN"
 """Variable with the name of a new run's folder."""

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
 from trunkline.datamodules.tokenizers import load_tokenizer, size_of, tokenizer_of_checkpoint
+from trunkline.files import load_checkpoint
 from trunkline.modules.networks import BERT, GPT
-from trunkline.modules.training.checkpoints import load_checkpoint
 from trunkline.modules.training.warm_start import network_of
 
 LANGUAGE_MODELS: dict[str, type[GPT | BERT]] = {"CausalLM": GPT, "MaskedLM": BERT}

@@ -19,8 +19,9 @@ from rich.table import Table
 
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.files import find_fault
 from trunkline.modules.objectives.base import TrunklineModule
-from trunkline.modules.training.checkpoints import SafeCheckpointIO, find_fault
+from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.parser import Parser
 from trunkline.pipelines.runs import choose_run, forgotten_run

@@ -9,7 +9,7 @@ import lightning as L
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts, HasFacts
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.training.checkpoints import load_checkpoint
+from trunkline.files import load_checkpoint
 
 C = TypeVar("C")
 

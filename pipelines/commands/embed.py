@@ -17,10 +17,10 @@ from trunkline.datamodules.images.image_sources import to_channels
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.tables import read_column, reader_of
 from trunkline.datamodules.text.masking import special_ids
+from trunkline.files import load_checkpoint
 from trunkline.modules.callbacks.retrieval import sprites
 from trunkline.modules.networks import BERT, CLIP, GPT, TextHead, TextHeadConfig
 from trunkline.modules.networks.clip import unit
-from trunkline.modules.training.checkpoints import load_checkpoint
 from trunkline.pipelines.commands.output import check_output
 from trunkline.pipelines.image_text_checkpoint import (
     Pictures,

@@ -13,8 +13,8 @@ from trunkline import TrunklineError
 from trunkline.datamodules.images.image_data import ImageFiles, Preprocessing
 from trunkline.datamodules.images.image_sources import image_files
 from trunkline.datamodules.samplers import SampleKey, plain_errors
+from trunkline.files import load_checkpoint
 from trunkline.modules.objectives.image_classifier import ImageClassifier
-from trunkline.modules.training.checkpoints import load_checkpoint
 from trunkline.pipelines.commands.output import check_output
 from trunkline.pipelines.commands.predict_text import TASKS, Run, predict_texts, write_conll
 

@@ -12,7 +12,7 @@ from trunkline import TrunklineError
 from trunkline.datamodules.images.image_data import ImageData
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI
 from trunkline.datamodules.pairs.image_text_data import ImageTextData
-from trunkline.modules.training.checkpoints import load_checkpoint
+from trunkline.files import load_checkpoint
 from trunkline.pipelines.commands.output import check_output
 from trunkline.pipelines.evaluation.measures import (
     Features,

@@ -16,7 +16,7 @@ from recorded_run import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trunkline import TrunklineError, __version__
-from trunkline.modules.training.checkpoints import load_checkpoint
+from trunkline.files import load_checkpoint
 from trunkline.pipelines import cli, training
 from trunkline.pipelines.cli import main, report
 from trunkline.pipelines.configs import config_names
