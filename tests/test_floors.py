@@ -58,7 +58,7 @@ def test_wings_do_not_meet(wing: str, forbidden: tuple[str, ...]) -> None:
 def test_the_trunk_stays_small() -> None:
     lines = {file.name: len(file.read_text().splitlines()) for file in (ROOT / "modules/backbone").rglob("*.py")}
     assert lines["transformer.py"] < 400
-    assert sum(lines.values()) < 750
+    assert sum(lines.values()) < 800
 
 
 def python(code: str, *arguments: object) -> str:

@@ -64,10 +64,13 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def reorder(self, index: Tensor) -> None:
-        """Let row b continue row `index[b]`, for beam search. `index`: (B,) integers."""
-        held = slice(0, self.length)
-        self.keys[:, :, :, held] = self.keys[:, index, :, held]
-        self.values[:, :, :, held] = self.values[:, index, :, held]
+        """Let row b continue row `index[b]`, for beam search; fewer or more rows than before are allowed."""
+        if len(index) == self.keys.shape[1]:
+            held = slice(0, self.length)
+            self.keys[:, :, :, held] = self.keys[:, index, :, held]
+            self.values[:, :, :, held] = self.values[:, index, :, held]
+        else:
+            self.keys, self.values = self.keys[:, index], self.values[:, index]
         self.cross = {layer: (k[index], v[index]) for layer, (k, v) in self.cross.items()}
 
 
@@ -116,16 +119,18 @@ def explicit_attention(
 
     A query that may attend to nothing gets zeros, as it does there.
     """
+    may = mask if mask is None or mask.dtype == torch.bool else mask > -math.inf  # (B, H, T, S)
     groups = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))  # (B, H, S, E)
     scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # (B, H, T, S)
     if is_causal:  # each query sees itself at least
         scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu(1)
-    elif mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None and may is not None:
+        scores = scores if mask is may else scores + mask
+        scores = scores.masked_fill(~may, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1).to(v.dtype)
-    if mask is not None:
-        weights = weights * mask
+    if may is not None:
+        weights = weights * may
     return F.dropout(weights, dropout_p) @ v, weights
 
 
@@ -207,9 +212,9 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) -> (B, T, D), and the (B, H, T, S) weights if asked for.
 
-        `context` (B, S, D) is attended to by a module made with `cross=True`; `mask` is boolean and
-        broadcastable to (B, H, T, S), True where a query may attend. With `keep` only those tokens ask, and T
-        becomes their number, in the mask as well.
+        `context` (B, S, D) is attended to by a module made with `cross=True`. `mask` is broadcastable to
+        (B, H, T, S) and either boolean, True where a query may attend, or added to the scores. With `keep` only
+        those tokens ask, and T becomes their number, in the mask as well.
         """
         if context is None:
             q, k, v = self.project(x, keep)
@@ -236,6 +241,8 @@ class Attention(nn.Module):
             out, weights = explicit_attention(q, k, v, mask, is_causal, dropout_p)
             weights = weights if return_attention else None
         else:
+            if mask is not None and mask.is_floating_point():
+                mask = mask.to(q.dtype)  # the fused kernels take no other
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, enable_gqa=self.gqa
             )

@@ -8,6 +8,7 @@ Shape legend: B batch, T target (query) tokens, S source (key) tokens, D model w
 F hidden width of the MLP.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -159,6 +160,45 @@ def causal_mask(start: int, end: int, device: torch.device) -> Tensor:
     return torch.ones(1, 1, end - start, end, dtype=torch.bool, device=device).tril(start)
 
 
+def restrict(mask: Tensor | None, allowed: Tensor) -> Tensor:
+    """A boolean or additive mask, or none, with everything forbidden that the boolean `allowed` forbids."""
+    if mask is None:
+        return allowed
+    return mask & allowed if mask.dtype == torch.bool else torch.where(allowed, mask, -math.inf)
+
+
+def four_dimensional(mask: Tensor | None) -> Tensor | None:
+    """(B, S) mask -> (B, 1, 1, S), (H or 1, T, S) -> (1, H or 1, T, S); four dimensions stay.
+
+    Raises:
+        TrunklineError: if it is neither boolean nor floating point.
+    """
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TrunklineError(
+            "an attention mask is boolean, True where a token may attend, or floating point, added to the scores, "
+            f"but got {mask.dtype}; make it boolean"
+        )
+    if mask.ndim == 2:
+        return mask[:, None, None, :]
+    return mask[None] if mask.ndim == 3 else mask
+
+
+def self_attention_mask(
+    mask: Tensor | None, causal: bool, start: int, end: int, device: torch.device
+) -> tuple[Tensor | None, bool]:
+    """Mask and `is_causal` flag for queries start..end over keys 0..end.
+
+    The flag stands alone wherever it says enough, because then no (T, S) mask is ever built.
+    """
+    if not causal or end - start == 1:  # one new token sees all that came before it
+        return mask, False
+    if mask is None and start == 0:
+        return None, True
+    return restrict(mask, causal_mask(start, end, device)), False
+
+
 class Transformer(nn.Module):
     """A stack of blocks over embeddings: encoder, decoder or both, after its `TransformerConfig`."""
 
@@ -176,6 +216,7 @@ class Transformer(nn.Module):
         *,
         context: Tensor | None = None,
         mask: Tensor | None = None,
+        causal: bool | None = None,
         context_mask: Tensor | None = None,
         cache: KVCache | None = None,
         keep: Keep | None = None,
@@ -186,9 +227,12 @@ class Transformer(nn.Module):
         Args:
             x: (B, T, D) embeddings; with `cache`, of the new tokens only.
             context: (B, S, D) encoder states; needed exactly if `config.cross_attention`.
-            mask: boolean, True where a token may attend: (B, S) for padding, with `cache` over the old and
-                new tokens together, or anything broadcastable to (B, H, T, S). A causal trunk applies it
-                on top of causality.
+            mask: boolean, True where a token may attend, or floating point and added to the scores before the
+                softmax (a bias by relative position, say; it may be learned), where minus infinity forbids. (B, S)
+                for padding, with `cache` over the old and new tokens together, or anything broadcastable to
+                (B, H, T, S). Causality is applied on top of it.
+            causal: whether a token sees only itself and the tokens before it, in this call; None means
+                `config.causal`.
             context_mask: the same over `context`.
             cache: keys and values of earlier tokens; the new ones are added to it.
             keep: tokens whose final states are wanted, a slice or (B, N) positions: the last block then runs
@@ -200,7 +244,8 @@ class Transformer(nn.Module):
             `TransformerOutput(x=(B, T, D), attention, cross_attention)`; x is (B, N, D) with `keep`.
 
         Raises:
-            TrunklineError: if `context` is given or missing against the configuration, or a mask is not boolean.
+            TrunklineError: if `context` is given or missing against the configuration, or a mask is
+                neither boolean nor floating point.
         """
         if (context is not None) != self.config.cross_attention:
             raise TrunklineError(
@@ -209,12 +254,13 @@ class Transformer(nn.Module):
             )
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
-        mask, is_causal = self.self_attention_mask(mask, start, end, x.device)
+        causal = self.config.causal if causal is None else causal
+        mask, is_causal = self_attention_mask(four_dimensional(mask), causal, start, end, x.device)
         rotation = None
         if self.config.rope_theta is not None:
             positions = torch.arange(start, end, device=x.device)
             rotation = rotation_table(positions, self.config.head_dim, self.config.rope_theta)
-        shared = (context, mask, _four_dimensional(context_mask), is_causal, rotation, cache)
+        shared = (context, mask, four_dimensional(context_mask), is_causal, rotation, cache)
         attention: list[Tensor] = []
         cross_attention: list[Tensor] = []
         recompute = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
@@ -227,32 +273,6 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length = end
         return TransformerOutput(self.norm(x), attention or None, cross_attention or None)
-
-    def self_attention_mask(
-        self, mask: Tensor | None, start: int, end: int, device: torch.device
-    ) -> tuple[Tensor | None, bool]:
-        """Mask and `is_causal` flag for queries start..end over keys 0..end.
-
-        The flag stands alone wherever it says enough, because then no (T, S) mask is ever built.
-        """
-        mask = _four_dimensional(mask)
-        if not self.config.causal or end - start == 1:  # one new token sees all that came before it
-            return mask, False
-        if mask is None and start == 0:
-            return None, True
-        causal = causal_mask(start, end, device)
-        return (causal if mask is None else mask & causal), False
-
-
-def _four_dimensional(mask: Tensor | None) -> Tensor | None:
-    """(B, S) padding mask -> (B, 1, 1, S), (H or 1, T, S) -> (1, H or 1, T, S); four dimensions stay."""
-    if mask is None:
-        return None
-    if mask.dtype != torch.bool:
-        raise TrunklineError(f"an attention mask is boolean, True where a token may attend, but got {mask.dtype}")
-    if mask.ndim == 2:
-        return mask[:, None, None, :]
-    return mask[None] if mask.ndim == 3 else mask
 
 
 def init_linear(module: nn.Module) -> None:

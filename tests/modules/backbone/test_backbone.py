@@ -179,11 +179,12 @@ def test_cache_equals_full_forward(cfg: TransformerConfig, padded: bool) -> None
 
 
 @every(causal=True)
-def test_reordered_cache_continues_other_rows(cfg: TransformerConfig) -> None:
+@pytest.mark.parametrize("rows", [[2, 0, 0], [2, 1], [1, 1, 0, 2]])
+def test_reordered_cache_continues_other_rows(cfg: TransformerConfig, rows: list[int]) -> None:
     model = trunk(cfg)
     x, context = inputs(cfg, batch=3)
-    index = torch.tensor([2, 0, 0])
-    new = torch.randn(3, 2, cfg.dim)
+    index = torch.tensor(rows)
+    new = torch.randn(len(rows), 2, cfg.dim)
     chosen = {k: v[index] for k, v in context.items()}
     cache = KVCache(cfg, batch_size=3, max_length=9)
     model(x, cache=cache, **context)

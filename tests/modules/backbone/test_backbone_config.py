@@ -128,10 +128,3 @@ def test_context_against_the_configuration(cross: bool, state: str) -> None:
 def test_rates_are_probabilities_below_one(rate: dict[str, float]) -> None:
     with pytest.raises(TrunklineError, match="at least 0, below 1"):
         TransformerConfig(dim=16, depth=1, num_heads=2, **rate)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
-def test_a_mask_that_is_not_boolean_is_refused(dtype: torch.dtype) -> None:
-    trunk = Transformer(TransformerConfig(dim=16, depth=1, num_heads=2))
-    with pytest.raises(TrunklineError, match="boolean"):
-        trunk(torch.randn(1, 3, 16), mask=torch.ones(1, 3, dtype=dtype))
