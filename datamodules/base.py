@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from trunkline import TrunklineError
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader
 
 
@@ -47,20 +46,6 @@ def outlive_signals(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))
-
-
-def check_fractions(fractions: dict[str, float]) -> None:
-    """Refuse shares of splits that leave nothing for training.
-
-    Raises:
-        TrunklineError: naming the flag.
-    """
-    for split, fraction in fractions.items():
-        if not 0 <= fraction < 1 or sum(fractions.values()) >= 1:
-            raise TrunklineError(
-                f"--data.{split}_fraction {fraction} leaves nothing for training; choose shares from 0 up that sum "
-                "to less than 1"
-            )
 
 
 class TrunklineDataModule(L.LightningDataModule):

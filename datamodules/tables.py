@@ -108,11 +108,11 @@ def opened(file: Path) -> Any:
         raise TrunklineError(f"cannot read {file}: {error.strerror}; check the path and its permissions") from error
 
 
-Rows = Iterator[tuple[str, Mapping[str, Any]]]
+PlacedRows = Iterator[tuple[str, Mapping[str, Any]]]
 """(place, cells) of each row of a table; the place is for messages."""
 
 
-def read_lines(file: Path, column: str) -> Rows:
+def read_lines(file: Path, column: str) -> PlacedRows:
     """The lines of a text file, as a table of one column.
 
     Raises:
@@ -126,7 +126,7 @@ def read_lines(file: Path, column: str) -> Rows:
                 raise broken_text(file) from error
 
 
-def read_json_lines(file: Path, column: str | None = None) -> Rows:
+def read_json_lines(file: Path, column: str | None = None) -> PlacedRows:
     """Each line; see `read_table`."""
     with opened(file) as stream:
         try:
@@ -151,7 +151,7 @@ def json_object(file: Path, number: int, line: bytes) -> dict[str, Any]:
     return cells
 
 
-def read_csv(file: Path, column: str | None = None) -> Rows:
+def read_csv(file: Path, column: str | None = None) -> PlacedRows:
     """Each row; see `read_table`."""
     csv.field_size_limit(LONGEST_LINE)
     opened(file).close()
@@ -168,7 +168,7 @@ def read_csv(file: Path, column: str | None = None) -> Rows:
             raise TrunklineError(f"{file}:{table.line_num} is no CSV ({error}); mend this line") from error
 
 
-def read_parquet(file: Path, column: str | None = None) -> Rows:
+def read_parquet(file: Path, column: str | None = None) -> PlacedRows:
     """Each row; see `read_table`."""
     import pyarrow
     from pyarrow import parquet
@@ -187,7 +187,7 @@ def read_parquet(file: Path, column: str | None = None) -> Rows:
         raise TrunklineError(f"{file} is no Parquet file, or a broken one: {error}; write it anew") from error
 
 
-def read_table(file: Path, column: str | None = None) -> Rows:
+def read_table(file: Path, column: str | None = None) -> PlacedRows:
     """The rows of a table, in bounded memory.
 
     Args:
@@ -235,7 +235,7 @@ def checked(value: Any, place: str, column: str) -> str:
     return value
 
 
-Reader = Callable[[Path, str | None], Rows]
+Reader = Callable[[Path, str | None], PlacedRows]
 TABLES: dict[str, Reader] = {
     ".jsonl": read_json_lines,
     ".json": read_json_lines,

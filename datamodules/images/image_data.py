@@ -1,6 +1,5 @@
 """Labelled images for classification."""
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from trunkline.datamodules.images.image_sources import (
     to_channels,
 )
 from trunkline.datamodules.samplers import SampleKey
+from trunkline.datamodules.splits import rows_by_class
 
 Transform = Callable[[Any], Tensor]
 
@@ -346,33 +346,14 @@ class ImageData(TrunklineDataModule):
 
 
 def carve_splits(splits: dict[str, ImageRows], fractions: dict[str, float], seed: int) -> dict[str, ImageRows]:
-    """Set stratified shares of the training rows aside for splits that the source does not have.
-
-    Args:
-        splits: at least `train`.
-        fractions: missing split -> share of all training rows, rounded up; the first is taken first, so that the test
-            rows do not depend on how much is taken for validation.
-        seed: of the choice.
+    """Set stratified shares of the training rows aside for splits that the source does not have; see `rows_by_class`.
 
     Raises:
         TrunklineError: if a class is too small to be in both parts.
     """
-    from sklearn.model_selection import train_test_split
-
-    rows, kept = splits["train"], np.arange(len(splits["train"].labels))
-    carved = dict(splits)
-    for split, fraction in fractions.items():
-        if split in splits or not fraction:
-            continue
-        try:
-            kept, taken = train_test_split(
-                kept, test_size=math.ceil(fraction * len(rows.labels)), random_state=seed, stratify=rows.labels[kept]
-            )
-        except ValueError as error:
-            raise TrunklineError(
-                f"cannot set {fraction:.0%} of the training rows aside for {split}: {error}; give each class more "
-                f"rows, name a split with --data.{split}_split, or set --data.{split}_fraction 0"
-            ) from error
-        carved[split] = Subset(rows, taken)
-        carved["train"] = Subset(rows, kept)
-    return carved
+    missing = {split: share for split, share in fractions.items() if share and split not in splits}
+    if not missing:
+        return splits
+    rows = splits["train"]
+    taken = rows_by_class(rows.labels, missing, seed)
+    return splits | {split: Subset(rows, numbers) for split, numbers in taken.items()}

@@ -175,7 +175,7 @@ def load_image_table(
     """
     if source == "digits":
         return load_digits_table()
-    chosen = choose_splits(open_source(source, split_names, cache_dir), source, split_names)
+    chosen = choose_splits(open_tables(source, split_names, cache_dir), source, split_names)
     if isinstance(chosen["train"], Path):
         return _read_folders(chosen)
     return _read_tables(chosen, source, image_column, label_column)
@@ -221,7 +221,7 @@ def image_files(folder: str | Path, flag: str = "--images") -> list[Path]:
     return sorted(files)
 
 
-def open_source(
+def open_tables(
     source: str, split_names: dict[str, str | None], cache_dir: str | None, offline: str = "`digits`"
 ) -> dict[str, Any]:
     """All splits by the source's names: `datasets` tables, or the `Path`s of image folders.

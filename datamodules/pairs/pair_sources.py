@@ -17,7 +17,7 @@ from trunkline.datamodules.images.image_sources import (
     check_columns,
     choose_splits,
     open_image,
-    open_source,
+    open_tables,
     undecoded,
 )
 from trunkline.datamodules.pairs.captions import caption_list
@@ -155,7 +155,7 @@ class PairList:
 
         columns = {"image": image_column, "caption": caption_column}
         schema = pa.schema([("image", pa.large_string()), ("caption", pa.large_string()), ("place", pa.large_string())])
-        rows, batches = listed(files, columns, image_folder), []
+        rows, batches = listed_pairs(files, columns, image_folder), []
         while batch := list(islice(rows, BATCH_ROWS)):
             batches.append(pa.RecordBatch.from_pylist(batch, schema))
         table = pa.Table.from_batches(batches, schema).group_by("image", use_threads=False)
@@ -185,7 +185,7 @@ class PairList:
         return generator.permutation(len(self))
 
 
-def listed(files: list[Path], columns: dict[str, str], image_folder: Path | None) -> Iterator[dict[str, str]]:
+def listed_pairs(files: list[Path], columns: dict[str, str], image_folder: Path | None) -> Iterator[dict[str, str]]:
     """`image` (a whole path), `caption` and `place` of each caption in lists."""
     for file in files:
         for place, cells in read_table(file):
@@ -311,7 +311,7 @@ def load_pairs(
         if chosen["train"][0].suffix == ".tar":
             return {s: TarPairs(f, caption_column, cache, shard_window, skip_corrupt) for s, f in chosen.items()}
         return {s: PairList(files, image_column, caption_column, folder) for s, files in chosen.items()}
-    chosen = choose_splits(open_source(source, split_names, cache_dir, f"`{TWEMOJI}`"), source, split_names)
+    chosen = choose_splits(open_tables(source, split_names, cache_dir, f"`{TWEMOJI}`"), source, split_names)
     if isinstance(chosen["train"], Path):
         raise TrunklineError(
             f"--data.source {source} is a folder without captions; it needs .tar, .jsonl, .csv or .parquet files"

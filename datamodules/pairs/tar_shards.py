@@ -25,7 +25,7 @@ from trunkline.datamodules.images.image_sources import IMAGE_SUFFIXES, open_imag
 from trunkline.datamodules.pairs.captions import caption_list
 from trunkline.files import atomic_write, file_state, lock
 
-FORMAT = 1
+INDEX_FORMAT = 1
 """Of an index; another number makes all be written anew."""
 ABSENT = -1
 SAMPLE = np.dtype([("image", "<i8"), ("image_size", "<i8"), ("text", "<i8"), ("text_size", "<i8"), ("json", "?")])
@@ -47,7 +47,7 @@ def read_index(shard: Path, cache: Path, skip_corrupt: bool) -> np.ndarray:
         state = file_state(shard)
     except OSError as error:
         raise TrunklineError(f"cannot read the shard {shard}: {error.strerror}; mend --data.source") from error
-    name = hashlib.blake2b(json.dumps([FORMAT, str(shard.resolve()), state]).encode(), digest_size=12).hexdigest()
+    name = hashlib.blake2b(json.dumps([INDEX_FORMAT, str(shard.resolve()), state]).encode(), digest_size=12).hexdigest()
     file = cache / "tar" / f"{name}.npy"
     if file.exists():
         return np.load(file)

@@ -7,8 +7,9 @@ import torch
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
+from trunkline.contract import IGNORE
 from trunkline.datamodules.samplers import SampleKey
-from trunkline.datamodules.text.masking import IGNORE, Masker, MaskingConfig, masked_sentence
+from trunkline.datamodules.text.masking import Masker, MaskingConfig, masked_sentence
 from trunkline.datamodules.text.packing import Blocks, cut_documents
 from trunkline.datamodules.text.text_data import TextData
 from trunkline.datamodules.text.token_shards import TokenStream
@@ -22,7 +23,7 @@ class MaskedTextData(TextData):
 
     Batches: `tokens` (B, T) int64 with `[CLS]` first and `[SEP]` last, some of them hidden; `positions` (B, N)
     int64 of the hidden ones and `targets` (B, N) int64, what stood there, -100 where a row has fewer than N;
-    `segments` (B, T) int64, 1 from the second text of a pair on; `mask` (B, T) bool, False for padding, where
+    `segment` (B, T) int64, 1 from the second text of a pair on; `mask` (B, T) bool, False for padding, where
     there is any; with pairs `follows` (B,) int64, 1 if the second text follows the first, -100 in fillers; `index`,
     `valid` (B,). Masks of evaluation are the same each time.
 
@@ -187,8 +188,8 @@ class MaskedRows(Dataset[dict[str, Any]]):
             parts = [[special["cls"]], first, [special["sep"]]]
         whole = np.concatenate(parts, dtype=np.int64)
         tokens = np.full(self.length, special["pad"], np.int64)
-        segments = np.zeros(self.length, np.int64)
-        segments[len(first) + 2 : len(whole)] = 1
+        segment = np.zeros(self.length, np.int64)
+        segment[len(first) + 2 : len(whole)] = 1
         chosen = self.masker.choose(whole, generator)
         tokens[: len(whole)] = self.masker.hide(whole, chosen, generator)
         count = self.masker.most(self.length - 3 if pair else self.length - 2)
@@ -196,7 +197,7 @@ class MaskedRows(Dataset[dict[str, Any]]):
         positions[: len(chosen)] = chosen
         if key.valid:
             targets[: len(chosen)] = whole[chosen]
-        row: dict[str, Any] = {"tokens": tokens, "positions": positions, "targets": targets, "segments": segments}
+        row: dict[str, Any] = {"tokens": tokens, "positions": positions, "targets": targets, "segment": segment}
         if pair:
             row["follows"] = int(follows) if key.valid else IGNORE
         return {**row, "mask": np.arange(self.length) < len(whole), "index": key.index, "valid": key.valid}

@@ -9,8 +9,6 @@ from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
 
-IGNORE = -100
-"""Target where nothing is to be predicted, as `cross_entropy` has it."""
 NAMES = {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>"), "pad": ("[PAD]", "<pad>")}
 
 

@@ -6,11 +6,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from trunkline.contract import IGNORE
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.text.token_shards import TokenStream
-
-IGNORE = -100
-"""Target where nothing is to be predicted, as `cross_entropy` has it."""
 
 
 class Blocks:
@@ -81,7 +79,7 @@ class Documents:
         return len(self.borders) - 1
 
     def fill(self, key: SampleKey, row: dict[str, np.ndarray]) -> None:
-        """Write a row into `row`: `tokens` (T,) of 0, `targets` (T,) of -100, `segments` (T,) of 0."""
+        """Write a row into `row`: `tokens` (T,) of 0, `targets` (T,) of -100, `document` (T,) of 0."""
         place = 0
         begin, end = self.borders[key.index : key.index + 2]
         for number, chunk in enumerate(range(begin, end), start=1):
@@ -90,7 +88,7 @@ class Documents:
             stop = place + size
             row["tokens"][place:stop] = tokens[:size]
             row["targets"][place : place + len(tokens) - 1] = tokens[1:]
-            row["segments"][place:stop] = number
+            row["document"][place:stop] = number
             place = stop
 
 
@@ -153,7 +151,7 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
 class PackedRows(Dataset[dict[str, Any]]):
     """Rows as items; an item is a pure function of (seed, epoch, index).
 
-    Items: `tokens` and `targets` (T,) int64, `segments` (T,) int64 with packed documents, `index`, `valid`.
+    Items: `tokens` and `targets` (T,) int64, `document` (T,) int64 with packed documents, `index`, `valid`.
     A filler (`valid` False) has no targets.
     """
 
@@ -173,7 +171,7 @@ class PackedRows(Dataset[dict[str, Any]]):
         shape = len(keys), self.rows.length
         batch = {"tokens": np.zeros(shape, np.int64), "targets": np.full(shape, IGNORE, np.int64)}
         if isinstance(self.rows, Documents):
-            batch["segments"] = np.zeros(shape, np.int64)
+            batch["document"] = np.zeros(shape, np.int64)
         for n, key in enumerate(keys):
             self.rows.fill(key, {name: values[n] for name, values in batch.items()})
             if not key.valid:

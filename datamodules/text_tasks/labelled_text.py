@@ -31,7 +31,7 @@ class LabelledTextData(TaskTextData):
     """Classification data from local tables, a hub name, or the offline source `emoji` (names in 14 languages).
 
     Batches: `tokens` (B, T) int64, `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`, or with a tokenizer of a GPT `a
-    <|endoftext|>`; `segments` (B, T) int64, 1 for the second text; `mask` (B, T) bool, False for padding; `label` (B,)
+    <|endoftext|>`; `segment` (B, T) int64, 1 for the second text; `mask` (B, T) bool, False for padding; `label` (B,)
     int64, a number in `class_names`; `index` (B,) row numbers in the split; `valid` (B,) bool. Texts that are too
     long lose their end, the longer one of a pair first.
 
@@ -158,11 +158,11 @@ class LabelledTextData(TaskTextData):
         """Tokenise rows; `classes` are (N,) numbers."""
         frame, encoder = Frame.of(self.tokenizer), TextEncoder(self.tokenizer)
         texts = [list(self.texts(row)) for row in rows]
-        columns = [Ragged(encode(encoder, list(column)), np.uint32) for column in zip(*texts, strict=True)]
+        columns = [Ragged(encode_each(encoder, list(column)), np.uint32) for column in zip(*texts, strict=True)]
         return LabelledRows(columns, classes, frame, self.max_length)
 
 
-def encode(encoder: TextEncoder, texts: list[str]) -> list[np.ndarray]:
+def encode_each(encoder: TextEncoder, texts: list[str]) -> list[np.ndarray]:
     """Ids of each text."""
     ids, counts = encoder.encode(texts)
     return np.split(ids, counts.cumsum()[:-1])
@@ -216,7 +216,7 @@ class LabelledRows(Dataset[dict[str, Any]]):
         places = np.arange(self.length)
         return {
             "tokens": torch.from_numpy(padded(row, self.length, frame.pad)),
-            "segments": torch.from_numpy(((places >= begin) & (places < len(row))).astype(np.int64)),
+            "segment": torch.from_numpy(((places >= begin) & (places < len(row))).astype(np.int64)),
             "mask": torch.from_numpy(places < len(row)),
             "label": int(self.classes[key.index]),
             "index": key.index,

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,21 +11,10 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
+from trunkline.contract import Question
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.tables import TABLES, broken_text, kind, opened
 from trunkline.datamodules.text_tasks.task_text import Frame, Row, Source, TaskTextData, padded
-
-
-class Question(NamedTuple):
-    """A question and its text."""
-
-    id: str
-    text: str
-    context: str
-    answers: list[str]
-    """All right ones; none if it cannot be answered."""
-    starts: list[int]
-    """Their first characters in the context."""
 
 
 class SquadData(TaskTextData):
@@ -35,7 +24,7 @@ class SquadData(TaskTextData):
     or less, so that each answer lies whole in at least one of them.
 
     Batches: `tokens` (B, T) int64, `[CLS] question [SEP] window [SEP]` (with a tokenizer of a GPT `question
-    <|endoftext|> window <|endoftext|>`); `segments` (B, T) int64, 1 for the window; `mask` (B, T) bool, False for
+    <|endoftext|> window <|endoftext|>`); `segment` (B, T) int64, 1 for the window; `mask` (B, T) bool, False for
     padding; `context` (B, T) bool, True for tokens of the text; `offsets` (B, T, 2) int64, characters of the text;
     `null` (B,) int64, the place that means no answer: `[CLS]`, with a GPT the last token; `start`, `end` (B,)
     int64, first and last token of the first answer that lies in the window, else `null`; `question` (B,) int64,
@@ -199,7 +188,7 @@ class Windows(Dataset[dict[str, Any]]):
         null = 0 if frame.first else len(row) - 1
         return {
             "tokens": torch.from_numpy(padded(row, self.length, frame.pad)),
-            "segments": torch.from_numpy(((places >= shift) & (places < len(row))).astype(np.int64)),
+            "segment": torch.from_numpy(((places >= shift) & (places < len(row))).astype(np.int64)),
             "mask": torch.from_numpy(places < len(row)),
             "context": torch.from_numpy((places >= shift) & (places < shift + stop - begin)),
             "offsets": torch.from_numpy(characters),

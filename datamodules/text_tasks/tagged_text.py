@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
+from trunkline.contract import IGNORE
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.tables import broken_text, kind, opened
-from trunkline.datamodules.text.masking import IGNORE
 from trunkline.datamodules.text_tasks.task_text import (
     TABLES,
     Frame,
@@ -103,11 +103,11 @@ class TaggedTextData(TaskTextData):
             yield Row(number, place, cells)
 
     def _words(self, row: Row) -> list[str]:
-        return listed(row, self.tokens_column, "tokens_column", str)
+        return list_cell(row, self.tokens_column, "tokens_column", str)
 
     def _tags(self, row: Row) -> list[str]:
         column = self.tags_column
-        values = listed(row, column, "tags_column", str | int)
+        values = list_cell(row, column, "tags_column", str | int)
         return [class_name(value, row.place, column, "tags_column") for value in values]
 
     def setup(self, stage: str) -> None:
@@ -225,7 +225,7 @@ class TaggedRows(Dataset[dict[str, Any]]):
         }
 
 
-def listed(row: Row, column: str, flag: str, kinds: Any) -> list[Any]:
+def list_cell(row: Row, column: str, flag: str, kinds: Any) -> list[Any]:
     """A cell that must be a list.
 
     Raises:

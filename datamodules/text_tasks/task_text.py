@@ -11,10 +11,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
-from trunkline.datamodules.base import TrunklineDataModule, check_fractions
+from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.splits import check_fractions, shares_of, split_of
 from trunkline.datamodules.tables import TABLES, kind, read_table
 from trunkline.datamodules.text.masking import NAMES
-from trunkline.datamodules.text.text_sources import HUB_NAME, hub_rows, split_of
+from trunkline.datamodules.text.text_sources import HUB_NAME, hub_rows
 from trunkline.datamodules.tokenizers import TRAINED, TokenizerState, end_of_text_id, load_tokenizer
 
 
@@ -215,7 +216,7 @@ class TaskTextData(TokenizerState, TrunklineDataModule):
         Raises:
             TrunklineError: if a source cannot be read, or a split comes out empty.
         """
-        shares = {"train": 1 - sum(self.fractions.values()), **{s: f for s, f in self.fractions.items() if f}}
+        shares = shares_of(self.fractions)
         splits: dict[str, list[Row]] = {split: [] for split in shares}
         for row in self.rows(self.sources["path"]):
             splits[split_of(row.number, shares)].append(row)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
-from trunkline.datamodules.text.text_sources import open_source
+from trunkline.datamodules.text.text_sources import open_text
 from trunkline.datamodules.tokenizers import TextEncoder, train_tokenizer
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.generation.low_precision import to_bfloat16, to_int8
@@ -162,7 +162,7 @@ def generation(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
 
 def tokenization(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     """Byte-level BPE of 8,192 tokens over the King James Bible, from an empty memory, against the bare library."""
-    texts = [piece.text for piece in open_source("kjv", "text").pieces({"train": 1.0})]
+    texts = [piece.text for piece in open_text("kjv", "text").pieces({"train": 1.0})]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = train_tokenizer("bpe", texts, 8192)
 

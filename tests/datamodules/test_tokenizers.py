@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from trunkline import TrunklineError
 from trunkline.datamodules import tokenizers as ours
-from trunkline.datamodules.text.text_sources import open_source
+from trunkline.datamodules.text.text_sources import open_text
 from trunkline.datamodules.tokenizers import (
     END_OF_TEXT,
     UNKNOWN,
@@ -24,7 +24,7 @@ from trunkline.datamodules.tokenizers import (
 )
 from trunkline.files import digest
 
-TEXT = "".join(piece.text for piece in open_source("pydoc", "text").pieces({"train": 1.0}))[:100_000]
+TEXT = "".join(piece.text for piece in open_text("pydoc", "text").pieces({"train": 1.0}))[:100_000]
 ODD = (
     "\ufeff a  b\n\n\n   c\t\td\u00a0 e \u2003 f! !\r\n\x1c!\x1c g 's it's\x85 日本 語\u3000 e\u0301 🙂 "
     "<|endoftext|> [SEP]\x00 "

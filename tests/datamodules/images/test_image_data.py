@@ -96,7 +96,7 @@ def test_splits_of_the_source_are_kept_and_only_missing_ones_carved() -> None:
 
 def test_a_class_too_small_to_split_is_an_error() -> None:
     rows = ArrayRows(np.zeros((10, 2, 2), np.uint8), np.array([0] * 9 + [1]), "zeros")
-    with pytest.raises(TrunklineError, match=r"20% .* for val: .*--data\.val_split, or set --data\.val_fraction 0$"):
+    with pytest.raises(TrunklineError, match=r"20% .* for val: .*val_split, or set val_fraction=0$"):
         carve_splits({"train": rows}, {"val": 0.2}, seed=0)
 
 

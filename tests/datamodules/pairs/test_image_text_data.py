@@ -365,8 +365,8 @@ def test_an_empty_split_is_named(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"val_fraction": 1.0}, "--data.val_fraction 1.0 leaves nothing for training"),
-        ({"val_fraction": 0.5, "test_fraction": 0.5}, "_fraction 0.5 leaves nothing for training"),
+        ({"val_fraction": 1.0}, "val_fraction=1.0 leaves nothing for training"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "_fraction=0.5 leaves nothing for training"),
         ({"shard_window": 0}, "--data.shard_window must be 1 or more, not 0"),
         ({"channels": 2}, r"--data\.channels must be 1 \(grey\)"),
         ({"vocab_size": 3, "tokenizer": "bpe"}, "--data.vocab_size 3 is too small for bpe"),

@@ -203,7 +203,7 @@ def test_pairs_come_from_document_order(tmp_path: Path) -> None:
             row = whole(item)
             first = row[1 : row.index(3)]
             second = row[len(first) + 2 : row.index(3, len(first) + 2)]
-            assert item["segments"].tolist() == [0] * (len(first) + 2) + [1] * (len(second) + 1) + [0] * (
+            assert item["segment"].tolist() == [0] * (len(first) + 2) + [1] * (len(second) + 1) + [0] * (
                 16 - len(first) - len(second) - 3
             )
             assert first

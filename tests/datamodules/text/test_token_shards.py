@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 from trunkline import TrunklineError
 from trunkline.datamodules.text import preparation
 from trunkline.datamodules.text.preparation import Preparation, default_cache
-from trunkline.datamodules.text.text_sources import open_source
+from trunkline.datamodules.text.text_sources import open_text
 from trunkline.datamodules.text.token_shards import INDEX, TokenStream, token_type
 from trunkline.datamodules.tokenizers import end_of_text_id
 from trunkline.files import file_state
@@ -42,7 +42,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def prepared(path: Path, cache: Path, tokenizer: str = "bpe", size: int | None = 300, **shares: float) -> Preparation:
-    result = Preparation([(open_source(str(path), "text"), shares or SHARES)], tokenizer, size, cache)
+    result = Preparation([(open_text(str(path), "text"), shares or SHARES)], tokenizer, size, cache)
     result.prepare()
     return result
 
@@ -109,8 +109,8 @@ def test_ids_at_the_border_of_16_bits(size: int, dtype: str, tmp_path: Path) -> 
 def test_sources_of_their_own(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("a b c")
     sources = [
-        (open_source(str(corpus), "text"), {"train": 1.0}),
-        (open_source(str(tmp_path / "val.txt"), "text"), {"val": 1.0}),
+        (open_text(str(corpus), "text"), {"train": 1.0}),
+        (open_text(str(tmp_path / "val.txt"), "text"), {"val": 1.0}),
     ]
     done = Preparation(sources, "bpe", 300, tmp_path / "cache")
     stream = done.stream("val")
@@ -161,7 +161,7 @@ def test_the_folder_is_of_the_content_and_the_settings(corpus: Path, tmp_path: P
     def folder(
         path: Path, tokenizer: str = "bpe", size: int | None = 300, column: str = "text", **shares: float
     ) -> str:
-        source = open_source(str(path), column)
+        source = open_text(str(path), column)
         return Preparation([(source, shares or SHARES)], tokenizer, size, tmp_path / "cache").folder.name
 
     copy = tmp_path / "copy.jsonl"
@@ -221,7 +221,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(
         process.start()
         process.join(timeout=60)
         assert process.exitcode == -signal.SIGKILL
-        rest = Preparation([(open_source(str(corpus), "text"), SHARES)], "bpe", 300, cache)
+        rest = Preparation([(open_text(str(corpus), "text"), SHARES)], "bpe", 300, cache)
         assert rest.index() is None
         assert list(rest.folder.glob(".*.tmp"))
         encoded: list[int] = []

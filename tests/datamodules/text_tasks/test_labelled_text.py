@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from trunkline import TrunklineError
 from trunkline.datamodules.samplers import SampleKey
-from trunkline.datamodules.text.text_sources import open_source, split_of
+from trunkline.datamodules.splits import split_of
+from trunkline.datamodules.text.text_sources import open_text
 from trunkline.datamodules.text_tasks.labelled_text import LabelledTextData, evenly, truncated
 from trunkline.datamodules.tokenizers import train_bpe
 from trunkline.pipelines.benchmarks.ngrams import ngram_accuracy
@@ -78,12 +79,12 @@ def test_rows_of_a_table(suffix: str, tmp_path: Path) -> None:
             ids = [CLS, len(SPECIAL) + number % 8, len(SPECIAL) + 1, SEP]
             assert row["tokens"].tolist() == ids + [PAD] * 4
             assert row["mask"].tolist() == [True] * 4 + [False] * 4
-            assert row["segments"].tolist() == [0] * 8
+            assert row["segment"].tolist() == [0] * 8
             assert (row["label"], row["index"], row["valid"]) == (number % 2, index, True)
     batch = next(iter(made.train_dataloader()))
     shapes = {name: tuple(value.shape) for name, value in batch.items()}
     assert shapes == {
-        **dict.fromkeys(("tokens", "segments", "mask"), (4, 8)),
+        **dict.fromkeys(("tokens", "segment", "mask"), (4, 8)),
         **dict.fromkeys(("label", "index", "valid"), (4,)),
     }
     assert batch["tokens"].dtype == batch["label"].dtype == torch.int64
@@ -96,7 +97,7 @@ def test_pairs(tmp_path: Path) -> None:
     a, b, c, d, e, f, *_ = range(4, 14)
     row = item(made, "train", 1)
     assert row["tokens"].tolist() == [CLS, a, b, SEP, c, SEP, PAD, PAD, PAD]
-    assert row["segments"].tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0]
+    assert row["segment"].tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0]
     row = item(made, "train", 0)
     assert row["tokens"].tolist() == [CLS, a, b, SEP, c, d, e, f, SEP]
     assert row["mask"].all()
@@ -180,7 +181,7 @@ def test_few_rows_are_drawn_evenly(tmp_path: Path) -> None:
         ({}, {"pair_column": "second"}, r"t\.jsonl:1 has no 'second'; it has text, label; set --data\.pair_column"),
         ({}, {"label_column": "y"}, r"t\.jsonl:1 has no 'y'; it has text, label; set --data\.label_column"),
         ({}, {"label_column": "c"}, r"t\.jsonl:1 has no 'c'"),
-        ({}, {"val_fraction": 1.0}, r"--data\.val_fraction 1\.0 leaves nothing for training"),
+        ({}, {"val_fraction": 1.0}, r"val_fraction=1.0 leaves nothing for training"),
         ({}, {"val_fraction": 0.001}, r"the val split .* comes out empty; give more rows, or .*--data\.val_path"),
         ({}, {"max_length": 4}, r"--data\.max_length 4 leaves no room"),
         ({}, {"vocab_size": 5}, r"--data\.vocab_size 5 is smaller than the 14 tokens"),
@@ -299,7 +300,7 @@ def test_emoji_names_are_held_out_by_concept_as_in_pre_training(tmp_path: Path) 
     made = data("emoji", tmp_path, val_fraction=0.1, test_fraction=0.1)
     labelled = {split: [str(row.cells["text"]) for row in own] for split, own in made.splits.items()}
     unlabelled: dict[str, list[str]] = {split: [] for split in shares}
-    for piece in open_source("emoji", "text").pieces(shares):
+    for piece in open_text("emoji", "text").pieces(shares):
         unlabelled[piece.split].append(piece.text)
         assert piece.ends
     assert labelled == unlabelled

@@ -101,7 +101,7 @@ def test_rows(tokenizers: dict[str, str], tmp_path: Path) -> None:
         n, words = len(ids), len(context.ids)
         assert row["tokens"].tolist() == ids + [pad] * (40 - n)
         assert row["mask"].tolist() == [True] * n + [False] * (40 - n)
-        assert row["segments"].tolist() == [0] * shift + [1] * (n - shift) + [0] * (40 - n)
+        assert row["segment"].tolist() == [0] * shift + [1] * (n - shift) + [0] * (40 - n)
         assert row["context"].tolist() == [False] * shift + [True] * words + [False] * (40 - shift - words)
         assert row["offsets"][shift : shift + words].tolist() == [list(pair) for pair in context.offsets]
         assert row["null"] == (0 if first else n - 1)

@@ -30,7 +30,7 @@ from tiny_clip import (
 from trunkline import TrunklineError
 from trunkline.datamodules import ImageData
 from trunkline.datamodules.pairs.emoji_pictures import concepts
-from trunkline.datamodules.text.text_sources import split_of
+from trunkline.datamodules.splits import split_of
 from trunkline.modules.metrics.probes import STRENGTHS
 from trunkline.modules.networks import CLIP
 from trunkline.modules.objectives.base import as_plain
