@@ -9,10 +9,12 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import machine_settings
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, Dataset
@@ -25,17 +27,57 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["recorded_run", "trunkline.pipelines.training", "sklearn.datasets", "timm.data"])
 
 
+HALT = "halt.json"
+POINTS = ("batch start", "backward", "batch end", "validation", "saving", "writing")
+
+
+def halt_at(folder: Path, point: str, step: int, ranks: list[int]) -> None:
+    """Let the next run stop at one of the `POINTS`, the first time that it comes by after `step` optimiser steps.
+
+    Args:
+        folder: of the `Recorder`.
+        point: `saving` is while a checkpoint is gathered, `writing` while it is flushed to the disk (rank 0 only).
+        step: optimiser steps of the run, those before it was resumed among them.
+        ranks: processes that stop; the others go on until they need one that stands.
+    """
+    assert point in POINTS
+    for rank in ranks:
+        halted_file(folder, rank).unlink(missing_ok=True)
+    (folder / HALT).write_text(json.dumps({"point": point, "step": step, "ranks": ranks}))
+
+
+def wait_until_halted(folder: Path, ranks: list[int], alive: Callable[[], bool]) -> bool:
+    """Whether the run got there; False if it ended before."""
+    while not all(halted_file(folder, rank).exists() for rank in ranks):
+        if not alive():
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def go_on(folder: Path) -> None:
+    """Let a run that stands go on."""
+    (folder / HALT).unlink()
+
+
+def halted_file(folder: Path, rank: int) -> Path:
+    return folder / f"halted{rank}"
+
+
 class Recorder(Callback):
     """Append a line for each start of training, batch trained on, and validation; one file a process.
 
     Args:
         folder: where `rank0.jsonl`, `rank1.jsonl`, … go.
-        pause: seconds to wait at each batch, so that a kill has a step to hit.
         keep: save a checkpoint at each point where one may be saved, as `KEEP/<hook><batch>/checkpoints/kept.ckpt`.
+
+    A run stops where `FOLDER/halt.json` says, and waits there until it is killed or the file is gone (`halt_at`).
     """
 
-    def __init__(self, folder: str, pause: float = 0.0, keep: str | None = None) -> None:
-        self.folder, self.pause, self.keep = Path(folder), pause, keep
+    def __init__(self, folder: str, keep: str | None = None) -> None:
+        self.folder, self.keep = Path(folder), keep
+        self.halt: dict[str, Any] | None = None
+        self.fsync = os.fsync
 
     def write(self, trainer: L.Trainer, hook: str, line: dict[str, Any]) -> None:
         with (self.folder / f"rank{trainer.global_rank}.jsonl").open("ab", buffering=0) as file:
@@ -46,6 +88,39 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.write(trainer, "start", {"started_at": trainer.global_step})
+        file = self.folder / HALT
+        self.halt = json.loads(file.read_text()) if file.exists() else None
+        if self.halt and self.halt["point"] == "writing":
+            os.fsync = lambda descriptor: (self.wait_at("writing", trainer), self.fsync(descriptor))[1]
+
+    def wait_at(self, point: str, trainer: L.Trainer) -> None:
+        """Wait here, if this is where the run shall stop: the first time that it comes by after so many steps."""
+        halt = self.halt
+        if not halt or (halt["point"], trainer.global_step >= halt["step"]) != (point, True):
+            return
+        if trainer.global_rank not in halt["ranks"]:
+            return
+        self.halt = None
+        halted_file(self.folder, trainer.global_rank).touch()
+        while (self.folder / HALT).exists():
+            time.sleep(0.005)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.wait_at("batch start", trainer)
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.wait_at("backward", trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        self.wait_at("validation", trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        self.wait_at("saving", trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        os.fsync = self.fsync
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -59,7 +134,7 @@ class Recorder(Callback):
             "loss": outputs["loss"].item(),
         }
         self.write(trainer, "batch", line)
-        time.sleep(self.pause)
+        self.wait_at("batch end", trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         line = {"validated_at": trainer.fit_loop.total_batch_idx, "loss": trainer.callback_metrics["val/loss"].item()}
@@ -153,6 +228,10 @@ class Run:
         for process in self.processes:
             process.join()
 
+    def alive(self) -> bool:
+        """Whether no process has ended."""
+        return all(process.is_alive() for process in self.processes)
+
     def output(self) -> str:
         """What the run printed."""
         return self.log.read_text()
@@ -162,13 +241,13 @@ def run_command(arguments: list[str], folder: Path, log: Path, environ: dict[str
     """What the `trunkline` script does, in a new process."""
     os.setsid()
     os.chdir(folder)
-    os.environ.update(environ, OMP_NUM_THREADS="1")
+    os.environ.update(environ)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method("fork", force=True)  # of the processes that load data, as in an ordinary process
-    torch.set_num_threads(1)
+    machine_settings.apply()
     sys.argv = ["trunkline", *arguments]
     from trunkline.pipelines.cli import main
 

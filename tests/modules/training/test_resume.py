@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import pytest
 import recorded_run
 import torch
 import yaml
-from recorded_run import Run, kill_sessions
+from recorded_run import POINTS, Run, go_on, halt_at, kill_sessions, wait_until_halted
 from tasks import BATCHES, TASKS
 
 EPOCHS = 3
@@ -44,7 +43,7 @@ def write_config(
         **trainer: more of its options.
     """
     checkpoint = "lightning.pytorch.callbacks.ModelCheckpoint"
-    recorder = {"folder": str(folder), "pause": 0.0 if keep else 0.02, "keep": keep}
+    recorder = {"folder": str(folder), "keep": keep}
     model, source = TASKS[task](folder, exact)
     # With its usual eps, AdamW makes steps of full size out of rounding errors.
     optimizer = {"name": "adamw", "lr": 0.01, "eps": 1e-3} if exact else {"name": "muon", "lr": 0.01}
@@ -135,23 +134,34 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         assert differences(*states) == [], name
 
 
-def wait_for(run: Run | subprocess.Popen[bytes], folder: Path, step: int) -> None:
-    """Until the run has trained that step."""
-    alive: Callable[[], bool] = run.processes[0].is_alive if isinstance(run, Run) else lambda: run.poll() is None
-    while not any(line.get("step", 0) >= step for line in lines(folder)[-3:]):
-        assert alive(), run.output() if isinstance(run, Run) else run.returncode
-        time.sleep(0.005)
+def wait_for_halt(run: Run | subprocess.Popen[bytes], folder: Path, ranks: list[int]) -> None:
+    """Until these processes of the run stand where `halt_at` told them to."""
+    alive: Callable[[], bool] = run.alive if isinstance(run, Run) else lambda: run.poll() is None
+    halted = wait_until_halted(folder, ranks, alive)
+    assert halted, run.output() if isinstance(run, Run) else run.returncode
 
 
-def kill_three_times(config: Path, processes: int, workers: int, steps: int) -> None:
-    """Start, kill and resume at random steps, then run to the end."""
-    folder, chance = config.parent, random.Random(f"{processes} {workers}")
-    for kill in range(3):
+def draw_halt(chance: random.Random, point: str, kill: int, steps: int, processes: int) -> tuple[int, list[int]]:
+    """In the third of the run that belongs to this kill, a step and the processes that stand there."""
+    first, end = 3 + kill * steps // 3, (kill + 1) * steps // 3  # at 2 a checkpoint is saved
+    if point == "validation":  # comes a few steps later
+        end = first + 3
+    every = list(range(processes))
+    ranks = [0] if point == "writing" else chance.choice([every, [chance.choice(every)]])
+    return chance.randrange(first, end), ranks
+
+
+def kill_three_times(config: Path, processes: int, workers: int, steps: int, seed: str = "") -> None:
+    """Start, kill and resume at random steps, each time at another point of the step, then run to the end."""
+    folder, chance = config.parent, random.Random(seed)
+    for kill, point in enumerate(chance.sample(POINTS, 3)):
+        step, ranks = draw_halt(chance, point, kill, steps, processes)
+        halt_at(folder, point, step, ranks)
         run = Run(arguments(config, processes, workers, resume=kill > 0), folder, processes)
-        wait_for(run, folder, chance.randrange(3 + kill * steps // 3, (kill + 1) * steps // 3))  # 2 is saved
-        time.sleep(chance.uniform(0, 0.08))
+        wait_for_halt(run, folder, ranks)
         run.signal(signal.SIGKILL)
         assert run.wait() == [-signal.SIGKILL] * processes
+    go_on(folder)
     run = Run(arguments(config, processes, workers, resume=True), folder, processes)
     assert run.wait() == [0] * processes, run.output()
     starts = [line["started_at"] for line in lines(folder) if "started_at" in line]
@@ -199,7 +209,8 @@ def test_kills(
 ) -> None:
     """Three SIGKILLs; the number of workers changes nothing either: the reference has none."""
     config = write_config(tmp_path, task, accumulate_grad_batches=accumulate)
-    kill_three_times(config, processes, workers, steps=EPOCHS * -(-BATCHES // accumulate))
+    seed = f"{task} {processes} {workers} {accumulate}"  # of the steps and points
+    kill_three_times(config, processes, workers, EPOCHS * -(-BATCHES // accumulate), seed)
     assert_same_run(tmp_path, uninterrupted(processes, accumulate, task))
 
 
@@ -277,14 +288,20 @@ def test_save_points(
 
 
 @pytest.mark.parametrize(
-    ("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGINT)], ids=str
+    ("processes", "number", "point"),
+    [(1, signal.SIGINT, "batch end"), (1, signal.SIGTERM, "validation"), (2, signal.SIGINT, "backward")],
+    ids=str,
 )
-def test_signal(processes: int, number: signal.Signals, uninterrupted: Callable[..., Path], tmp_path: Path) -> None:
+def test_signal(
+    processes: int, number: signal.Signals, point: str, uninterrupted: Callable[..., Path], tmp_path: Path
+) -> None:
     """A signal to all processes ends the run with 128 + its number, a checkpoint, and the command to go on."""
-    config = write_config(tmp_path)
+    config, ranks = write_config(tmp_path), list(range(processes))
+    halt_at(tmp_path, point, 10, ranks)  # at which a validation is due too
     run = Run(arguments(config, processes, workers=2), tmp_path, processes)
-    wait_for(run, tmp_path, 10)  # at which a validation is due too, if the signal is quick
+    wait_for_halt(run, tmp_path, ranks)
     run.signal(number)
+    go_on(tmp_path)
     assert run.wait() == [128 + number] * processes, run.output()
     assert_stopped_and_resume(run.output(), tmp_path, processes)
     assert_same_run(tmp_path, uninterrupted(processes))
@@ -293,16 +310,18 @@ def test_signal(processes: int, number: signal.Signals, uninterrupted: Callable[
 def test_sigterm_to_the_first_of_two(uninterrupted: Callable[..., Path], tmp_path: Path) -> None:
     """The installed command, whose second process Lightning starts and no signal reaches."""
     command = Path(sys.executable).with_name("trunkline")
-    environ = {**os.environ, "PYTHONPATH": str(Path(recorded_run.__file__).parent), "OMP_NUM_THREADS": "1"}
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     config = write_config(tmp_path)
+    halt_at(tmp_path, "batch start", 17, [0, 1])
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
             [command, *arguments(config, 2)],
             cwd=tmp_path, env=environ, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         try:
-            wait_for(process, tmp_path, 17)
+            wait_for_halt(process, tmp_path, [0, 1])
             process.send_signal(signal.SIGTERM)
+            go_on(tmp_path)
             assert process.wait(60) == 128 + signal.SIGTERM
         finally:
             kill_sessions([process.pid])

@@ -1,0 +1,33 @@
+"""Settings in which machines differ, forced by environment variables (`make test-everywhere` sets them).
+
+TRUNKLINE_TEST_THREADS: threads of PyTorch in each process; 1 unless set, because the models are tiny.
+TRUNKLINE_TEST_BFLOAT16: `on` or `off`: whether the CPU seems to multiply bfloat16, which Muon asks.
+TRUNKLINE_TEST_ORDER: a number; files, classes and tests run in a random order drawn from it.
+"""
+
+import os
+import random
+from typing import Any
+
+import torch
+
+
+def apply() -> None:
+    """Set threads and bfloat16 of this process; processes that tests start call it too."""
+    torch.set_num_threads(int(os.environ.get("TRUNKLINE_TEST_THREADS", "1")))
+    forced = os.environ.get("TRUNKLINE_TEST_BFLOAT16")
+    if forced is not None:
+        native = {"on": True, "off": False}[forced]
+        torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: native
+
+
+def reorder(items: list[Any]) -> None:
+    """Shuffle test files, classes in a file and tests in a class, which keeps what they share set up once."""
+    seed = os.environ.get("TRUNKLINE_TEST_ORDER")
+    if seed is None:
+        return
+
+    def place(*names: object) -> float:
+        return random.Random(f"{seed} {names}").random()
+
+    items.sort(key=lambda item: (place(item.path), place(item.path, item.cls), place(item.nodeid)))
