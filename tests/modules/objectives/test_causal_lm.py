@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.causal_lm import CausalLM
+from trunkline.modules.checkpoints import SafeCheckpointIO
 from trunkline.modules.networks import GPTConfig
-from trunkline.modules.objectives.causal_lm import CausalLM
-from trunkline.modules.training.checkpoints import SafeCheckpointIO
-from trunkline.modules.training.optim import OptimizerConfig
+from trunkline.modules.optim import OptimizerConfig
 
 
 def config(**options: Any) -> GPTConfig:
@@ -29,7 +29,7 @@ def config(**options: Any) -> GPTConfig:
 
 def model(**options: Any) -> CausalLM:
     torch.manual_seed(0)
-    made = CausalLM(config(), optimizer=OptimizerConfig(schedule="constant", warmup=0, lr=0.01), **options)
+    made = CausalLM(config(), optimizer=OptimizerConfig(lr=0.01, warmup=0.1), **options)
     with torch.no_grad():
         for p in made.network.parameters():
             p.add_(torch.randn_like(p), alpha=0.3)

@@ -11,11 +11,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from trunkline import TrunklineError
-from trunkline.datamodules.text_tasks.squad import SquadData
+from trunkline.datamodules.squad import SquadData
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import BERTConfig, GPTConfig
 from trunkline.modules.networks.text_head import TextHeadConfig
-from trunkline.modules.objectives.question_answering import (
+from trunkline.modules.optim import OptimizerConfig
+from trunkline.modules.question_answering import (
     Found,
     QuestionAnswering,
     best_spans,
@@ -24,7 +25,6 @@ from trunkline.modules.objectives.question_answering import (
     merge,
     normalize,
 )
-from trunkline.modules.training.optim import OptimizerConfig
 
 
 @pytest.mark.parametrize("longest", [1, 3, 30])
@@ -130,14 +130,13 @@ def model(gpt: bool = False, **options: Any) -> QuestionAnswering:
     trunk = TransformerConfig(dim=32, depth=2, num_heads=2)
     body: Any = {"gpt": GPTConfig(60, 20, backbone=trunk)} if gpt else {"bert": BERTConfig(60, 20, backbone=trunk)}
     network = TextHeadConfig(**{**body, "pool": "none", "dropout": 0.0, **options})
-    return QuestionAnswering(
-        network, optimizer=OptimizerConfig(schedule="constant", warmup=0, lr=0.005, weight_decay=0.0)
-    )
+    # AdamW learns this too, but how far it gets depends on the seed and on rounding; Muon arrives from all of them.
+    return QuestionAnswering(network, optimizer=OptimizerConfig("muon", lr=0.02, warmup=0.1, weight_decay=0.0))
 
 
 @pytest.mark.parametrize(("gpt", "impossible"), [(False, False), (False, True), (True, True)])
 def test_overfits_a_file_to_exact_match(gpt: bool, impossible: bool, tmp_path: Path) -> None:
-    fitted = trainer(tmp_path, max_epochs=90, num_sanity_val_steps=1, check_val_every_n_epoch=90)
+    fitted = trainer(tmp_path, max_epochs=60, num_sanity_val_steps=1, check_val_every_n_epoch=60)
     fitted.fit(model(gpt), datamodule=data(tmp_path, gpt, impossible))
     metrics = {name: float(value) for name, value in fitted.callback_metrics.items() if name.startswith("val/")}
     assert metrics["val/loss"] < 0.2

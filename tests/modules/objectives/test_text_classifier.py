@@ -17,14 +17,14 @@ from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.causal_lm import CausalLM
+from trunkline.modules.image_classifier import ImageClassifier
+from trunkline.modules.masked_lm import MaskedLM
 from trunkline.modules.networks import BERTConfig, GPTConfig
 from trunkline.modules.networks.text_head import TextHeadConfig
-from trunkline.modules.objectives.causal_lm import CausalLM
-from trunkline.modules.objectives.image_classifier import ImageClassifier
-from trunkline.modules.objectives.masked_lm import MaskedLM
-from trunkline.modules.objectives.text_classifier import TextClassifier
-from trunkline.modules.objectives.token_classifier import TokenClassifier
-from trunkline.modules.training.optim import OptimizerConfig
+from trunkline.modules.optim import OptimizerConfig
+from trunkline.modules.text_classifier import TextClassifier
+from trunkline.modules.token_classifier import TokenClassifier
 
 V, T, ROWS, CLASSES = 30, 6, 23, 4
 
@@ -37,9 +37,7 @@ def network(pool: Any = "cls", gpt: bool = False, **options: Any) -> TextHeadCon
 
 def model(config: TextHeadConfig | None = None, **options: Any) -> TextClassifier:
     torch.manual_seed(0)
-    made = TextClassifier(
-        config or network(), optimizer=OptimizerConfig(schedule="constant", warmup=0, lr=0.01), **options
-    )
+    made = TextClassifier(config or network(), optimizer=OptimizerConfig(lr=0.01, warmup=0.1), **options)
     torch.nn.init.normal_(made.network.head.weight)
     return made
 

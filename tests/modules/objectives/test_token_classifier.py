@@ -14,11 +14,10 @@ from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.metrics.entities import EntityF1, entities
 from trunkline.modules.networks import BERTConfig
 from trunkline.modules.networks.text_head import TextHeadConfig
-from trunkline.modules.objectives.token_classifier import TokenClassifier
-from trunkline.modules.training.optim import OptimizerConfig
+from trunkline.modules.optim import OptimizerConfig
+from trunkline.modules.token_classifier import EntityF1, TokenClassifier, entities
 
 V, T, ROWS = 20, 7, 11
 BIO = ["B-LOC", "B-PER", "I-LOC", "I-PER", "O"]
@@ -61,7 +60,7 @@ def model(**options: Any) -> TokenClassifier:
     trunk = TransformerConfig(dim=16, depth=1, num_heads=2)
     fields: dict[str, Any] = {"num_outputs": 5, "pool": "none", "dropout": 0.0, **options}
     network = TextHeadConfig(bert=BERTConfig(V, T, backbone=trunk), **fields)
-    return TokenClassifier(network, optimizer=OptimizerConfig(schedule="constant", warmup=0, lr=0.01))
+    return TokenClassifier(network, optimizer=OptimizerConfig(lr=0.01, warmup=0.1))
 
 
 class Rows(Dataset[Any]):

@@ -48,7 +48,8 @@ def test_fit_and_predict(task: str, tmp_path: Path) -> None:
     own = {
         "classify": "--trainer.max_epochs 30",
         "tagging": "--trainer.max_epochs 30 --model.network.num_outputs 3",
-        "squad": "--trainer.max_epochs 150 --model.optimizer.lr 5e-3 --data.max_question_length 8 --data.doc_stride 8",
+        "squad": "--trainer.max_epochs 60 --model.optimizer.name muon --model.optimizer.lr 0.02 "
+        "--data.max_question_length 8 --data.doc_stride 8",
     }
     fit = f"fit --config bert/{task} --data.path {path} --data.val_path {path} --model.init_from {start}"
     printed = trunkline(tmp_path, f"{fit} --data.tokenizer {start} {SIZES} {SMALL} {own[task]}")
