@@ -66,21 +66,16 @@ def python(code: str, *arguments: object) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
-def test_import_is_light_and_fast() -> None:
+def test_import_is_light() -> None:
+    """Nothing is imported that torch has not, so that there is nothing to take time, on whatever machine."""
     code = """
-import sys, time
-start = time.perf_counter()
+import sys
 import torch
-middle = time.perf_counter()
+before = set(sys.modules)
 import trunkline.modules.backbone, trunkline.modules.networks
-print(middle - start, time.perf_counter() - start, *{name.partition(".")[0] for name in sys.modules})
+print(*{name.partition(".")[0] for name in sys.modules.keys() - before} - sys.stdlib_module_names)
 """
-    runs = [python(code).split() for _ in range(3)]
-    heavy = {"lightning", "pytorch_lightning", "datasets", "timm", "transformers", "sklearn", "torchvision", "PIL"}
-    assert "trunkline" in runs[0][2:]
-    assert heavy.isdisjoint(runs[0][2:])
-    torch_alone, both = (min(float(run[column]) for run in runs) for column in (0, 1))
-    assert both <= 1.2 * torch_alone
+    assert python(code).split() == ["trunkline"]
 
 
 def test_networks_need_only_torch_and_safetensors(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import lightning as L
 
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts, HasFacts
-from trunkline.modules.backbone import TransformerConfig
 from trunkline.files import load_checkpoint
+from trunkline.modules.backbone import TransformerConfig
 
 C = TypeVar("C")
 

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 
 from trunkline import TrunklineError
+from trunkline.files import load_checkpoint
 from trunkline.modules import networks
 from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.networks import TextHead
 from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, pretrained_folder
 from trunkline.modules.networks.text_head import without_heads
-from trunkline.files import load_checkpoint
 
 N = TypeVar("N", bound=Network)
 FREE = {"dropout", "drop_path", "activation_checkpointing", "next_sentence", "tie_embeddings"}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import machine_settings
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -117,7 +118,7 @@ def evaluation(counts: list[int]) -> dict[str, float]:
 def worker(rank: int, counts: list[int], port: int, folder: Path) -> None:
     """One process; the first writes what came out."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
+    machine_settings.apply()
     dist.init_process_group("gloo", rank=rank, world_size=len(counts))
     results, logged = losses_and_gradients(counts), evaluation(counts)
     if rank == 0:

@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning as L
 import machine_settings
-import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, Dataset
 

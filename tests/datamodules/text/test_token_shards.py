@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -323,16 +322,23 @@ def test_an_empty_split_is_refused(split: str, flag: str, tmp_path: Path) -> Non
 # --- several processes
 
 
-def prepare_in_a_process(corpus: str, cache: str, start: Any, results: Any) -> None:
+def prepare_in_a_process(corpus: str, cache: str, start: Any, waiting: Any, results: Any) -> None:
     encoded = []
     real = preparation.add
 
     def add(*args: Any) -> int:
+        if not encoded:  # the others find the lock taken
+            for _ in range(2):
+                waiting.acquire()
         encoded.append(1)
-        time.sleep(0.005)  # so that the others find the lock taken
         return real(*args)
 
+    def report(*args: Any, **options: Any) -> None:
+        print(*args, **options)
+        waiting.release()
+
     preparation.add = add
+    preparation.print = report  # type: ignore[attr-defined]
     start.wait()
     done = prepared(Path(corpus), Path(cache))
     results.put((len(encoded), files(done.folder), done.tokenizer.to_str()))
@@ -340,8 +346,8 @@ def prepare_in_a_process(corpus: str, cache: str, start: Any, results: Any) -> N
 
 def test_processes_at_once_do_the_work_once(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     context = multiprocessing.get_context("fork")
-    start, results = context.Barrier(3), context.Queue()
-    arguments = (str(corpus), str(tmp_path / "cache"), start, results)
+    start, waiting, results = context.Barrier(3), context.Semaphore(0), context.Queue()
+    arguments = (str(corpus), str(tmp_path / "cache"), start, waiting, results)
     processes = [context.Process(target=prepare_in_a_process, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import machine_settings
 import numpy as np
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_top5_needs_more_than_5_classes(tmp_path: Path, classes: int, names: set
 
 def evaluate_rank(rank: int, port: int, folder: Path) -> None:
     """One of two processes that evaluate together, as a cluster starts them; 4 + 4 + 4 rows each, 1 a filler."""
-    torch.set_num_threads(1)
+    machine_settings.apply()
     names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     os.environ.update({name: str(value) for name, value in names.items()})

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from tiny import mean_loss, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
+from trunkline.modules.filling import fill_masks
+from trunkline.modules.masked_lm import MaskedLM
+from trunkline.modules.optim import OptimizerConfig
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.filling import fill_masks
-from trunkline.modules.masked_lm import MaskedLM
 from trunkline.modules.networks import BERT, BERTConfig
-from trunkline.modules.optim import OptimizerConfig
 
 CONSTANT = OptimizerConfig(schedule="constant", warmup=0, lr=0.01)
 
@@ -46,7 +46,7 @@ def batches(count: int, pairs: bool = False) -> list[dict[str, Tensor]]:
         targets[torch.arange(3) >= torch.tensor([[0], [1], [3], [2]])] = -100
         batch = {"tokens": tokens, "positions": positions, "targets": targets}
         if pairs:
-            batch["segments"] = (torch.arange(8) > 4).long().expand(4, 8)
+            batch["segment"] = (torch.arange(8) > 4).long().expand(4, 8)
             batch["mask"] = torch.arange(8) < torch.tensor([[8], [7], [8], [6]])
             batch["follows"] = torch.tensor([0, 1, -100, 1])
         made.append(batch)
@@ -58,7 +58,7 @@ def slow(net: BERT, data: list[dict[str, Tensor]]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"loss": [], "acc": [], "next_loss": [], "next_acc": []}
     for batch in data:
         for n in range(4):
-            row = {name: batch[name][n : n + 1] for name in ("tokens", "segments", "mask") if name in batch}
+            row = {name: batch[name][n : n + 1] for name in ("tokens", "segment", "mask") if name in batch}
             logits = net(**row)[0].double()
             for position, target in zip(batch["positions"][n].tolist(), batch["targets"][n].tolist(), strict=True):
                 if target != -100:
@@ -103,7 +103,7 @@ def test_training_loss_and_gradient(pairs: bool) -> None:
     got = {name: p.grad.clone() for name, p in made.network.named_parameters() if p.grad is not None}
     made.zero_grad()
     labels = torch.full_like(batch["tokens"], -100).scatter(1, batch["positions"], batch["targets"])
-    inputs = {name: batch[name] for name in ("tokens", "segments", "mask") if name in batch}
+    inputs = {name: batch[name] for name in ("tokens", "segment", "mask") if name in batch}
     want = F.cross_entropy(made.network(**inputs).flatten(0, 1), labels.flatten())
     if pairs:
         first = made.network(**inputs, return_logits=False)[:, 0]

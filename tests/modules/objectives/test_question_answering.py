@@ -9,12 +9,7 @@ import torch
 from tiny import mean_loss, trainer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
-
-from trunkline import TrunklineError
 from trunkline.datamodules.squad import SquadData
-from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.networks import BERTConfig, GPTConfig
-from trunkline.modules.networks.text_head import TextHeadConfig
 from trunkline.modules.optim import OptimizerConfig
 from trunkline.modules.question_answering import (
     Found,
@@ -25,6 +20,11 @@ from trunkline.modules.question_answering import (
     merge,
     normalize,
 )
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks import BERTConfig, GPTConfig
+from trunkline.modules.networks.text_head import TextHeadConfig
 
 
 @pytest.mark.parametrize("longest", [1, 3, 30])
@@ -214,7 +214,7 @@ def test_the_loss_is_the_mean_of_both_borders(tmp_path: Path) -> None:
     own.log = lambda *_, **__: None  # type: ignore[method-assign]
     squad.setup("fit")
     batch = next(iter(squad.val_dataloader()))
-    logits = own(batch["tokens"], batch["segments"], batch["mask"]).double()
+    logits = own(batch["tokens"], batch["segment"], batch["mask"]).double()
     want = 0.0
     for row, mask in enumerate(batch["mask"]):
         scores = logits[row, mask].log_softmax(dim=0)

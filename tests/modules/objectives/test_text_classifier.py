@@ -12,19 +12,19 @@ from sklearn.metrics import f1_score
 from tiny import mean_loss, trainer
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader, Dataset
+from trunkline.modules.causal_lm import CausalLM
+from trunkline.modules.image_classifier import ImageClassifier
+from trunkline.modules.masked_lm import MaskedLM
+from trunkline.modules.optim import OptimizerConfig
+from trunkline.modules.text_classifier import TextClassifier
+from trunkline.modules.token_classifier import TokenClassifier
 
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.causal_lm import CausalLM
-from trunkline.modules.image_classifier import ImageClassifier
-from trunkline.modules.masked_lm import MaskedLM
 from trunkline.modules.networks import BERTConfig, GPTConfig
 from trunkline.modules.networks.text_head import TextHeadConfig
-from trunkline.modules.optim import OptimizerConfig
-from trunkline.modules.text_classifier import TextClassifier
-from trunkline.modules.token_classifier import TokenClassifier
 
 V, T, ROWS, CLASSES = 30, 6, 23, 4
 
@@ -56,7 +56,7 @@ class Rows(Dataset[Any]):
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         row = key.index
-        own = {"tokens": self.tokens[row], "mask": self.mask[row], "segments": self.tokens[row] % 2}
+        own = {"tokens": self.tokens[row], "mask": self.mask[row], "segment": self.tokens[row] % 2}
         return {**own, "label": self.label[row], "index": row, "valid": key.valid and row != 5}
 
 
@@ -99,7 +99,7 @@ def test_what_steps_return() -> None:
 def test_label_smoothing() -> None:
     own, batch = model(label_smoothing=0.2).eval(), next(iter(DataLoader([Rows()[SampleKey(0, 0)]], batch_size=1)))
     own.log = lambda *_, **__: None  # type: ignore[method-assign]
-    scores = own(batch["tokens"], batch["segments"], batch["mask"]).log_softmax(dim=1)[0]
+    scores = own(batch["tokens"], batch["segment"], batch["mask"]).log_softmax(dim=1)[0]
     want = -0.8 * scores[batch["label"][0]] - 0.2 * scores.mean()
     assert mean_loss(own, batch).item() == pytest.approx(want.item(), rel=1e-5)
 

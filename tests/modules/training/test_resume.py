@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import recorded_run
 import torch
 import yaml
 from recorded_run import POINTS, Run, go_on, halt_at, kill_sessions, wait_until_halted
