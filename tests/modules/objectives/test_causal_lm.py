@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from tiny import mean_loss, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
-from trunkline.modules.causal_lm import CausalLM
-from trunkline.modules.checkpoints import SafeCheckpointIO
-from trunkline.modules.optim import OptimizerConfig
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import GPTConfig
+from trunkline.modules.objectives.causal_lm import CausalLM
+from trunkline.modules.training.checkpoints import SafeCheckpointIO
+from trunkline.modules.training.optim import OptimizerConfig
 
 
 def config(**options: Any) -> GPTConfig:

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from tiny import mean_loss, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
-from trunkline.modules.filling import fill_masks
-from trunkline.modules.masked_lm import MaskedLM
-from trunkline.modules.optim import OptimizerConfig
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.generation.filling import fill_masks
 from trunkline.modules.networks import BERT, BERTConfig
+from trunkline.modules.objectives.masked_lm import MaskedLM
+from trunkline.modules.training.optim import OptimizerConfig
 
 CONSTANT = OptimizerConfig(schedule="constant", warmup=0, lr=0.01)
 

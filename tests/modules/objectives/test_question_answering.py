@@ -9,9 +9,13 @@ import torch
 from tiny import mean_loss, trainer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
-from trunkline.datamodules.squad import SquadData
-from trunkline.modules.optim import OptimizerConfig
-from trunkline.modules.question_answering import (
+
+from trunkline import TrunklineError
+from trunkline.datamodules.text_tasks.squad import SquadData
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks import BERTConfig, GPTConfig
+from trunkline.modules.networks.text_head import TextHeadConfig
+from trunkline.modules.objectives.question_answering import (
     Found,
     QuestionAnswering,
     best_spans,
@@ -20,11 +24,7 @@ from trunkline.modules.question_answering import (
     merge,
     normalize,
 )
-
-from trunkline import TrunklineError
-from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.networks import BERTConfig, GPTConfig
-from trunkline.modules.networks.text_head import TextHeadConfig
+from trunkline.modules.training.optim import OptimizerConfig
 
 
 @pytest.mark.parametrize("longest", [1, 3, 30])

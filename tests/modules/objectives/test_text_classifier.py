@@ -12,12 +12,6 @@ from sklearn.metrics import f1_score
 from tiny import mean_loss, trainer
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader, Dataset
-from trunkline.modules.causal_lm import CausalLM
-from trunkline.modules.image_classifier import ImageClassifier
-from trunkline.modules.masked_lm import MaskedLM
-from trunkline.modules.optim import OptimizerConfig
-from trunkline.modules.text_classifier import TextClassifier
-from trunkline.modules.token_classifier import TokenClassifier
 
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
@@ -25,6 +19,12 @@ from trunkline.datamodules.samplers import SampleKey
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import BERTConfig, GPTConfig
 from trunkline.modules.networks.text_head import TextHeadConfig
+from trunkline.modules.objectives.causal_lm import CausalLM
+from trunkline.modules.objectives.image_classifier import ImageClassifier
+from trunkline.modules.objectives.masked_lm import MaskedLM
+from trunkline.modules.objectives.text_classifier import TextClassifier
+from trunkline.modules.objectives.token_classifier import TokenClassifier
+from trunkline.modules.training.optim import OptimizerConfig
 
 V, T, ROWS, CLASSES = 30, 6, 23, 4
 

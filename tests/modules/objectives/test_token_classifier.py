@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from sklearn.metrics import f1_score
 from tiny import mean_loss, trainer
 from torch.utils.data import Dataset
-from trunkline.modules.optim import OptimizerConfig
-from trunkline.modules.token_classifier import EntityF1, TokenClassifier, entities
 
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.metrics.entities import EntityF1, entities
 from trunkline.modules.networks import BERTConfig
 from trunkline.modules.networks.text_head import TextHeadConfig
+from trunkline.modules.objectives.token_classifier import TokenClassifier
+from trunkline.modules.training.optim import OptimizerConfig
 
 V, T, ROWS = 20, 7, 11
 BIO = ["B-LOC", "B-PER", "I-LOC", "I-PER", "O"]
