@@ -58,12 +58,13 @@ class Throughput(Callback):
         self.per_second = self.samples / elapsed
         metrics = {
             f"throughput/{pl_module.unit}_per_sec": self.per_second,
-            "throughput/flops_per_sec": self.per_second * self.flops,
             f"{pl_module.unit}_seen": trainer.global_step * self.samples_a_step,
         }
         if tokens := int(self.tokens):  # Lightning, too, reads its metrics off the device only when it logs
             metrics["throughput/tokens_per_sec"] = tokens * trainer.world_size / elapsed
-        if self.peak:
+        if self.flops:
+            metrics["throughput/flops_per_sec"] = self.per_second * self.flops
+        if self.flops and self.peak:
             metrics["throughput/mfu"] = metrics["throughput/flops_per_sec"] / (self.peak * trainer.world_size)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics import Metric, SumMetric
+from torchmetrics import MeanMetric, Metric, SumMetric
 
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts, Loss
@@ -216,11 +216,15 @@ class TrunklineModule(L.LightningModule):
 
     def make_metrics(self) -> dict[str, Metric]:
         """New metrics of a split, by the name under which they are logged."""
-        return {}
+        return {"loss": MeanMetric()}
 
     def evaluate(self, batch: Any, metrics: Any) -> Any:
-        """Count a batch towards the metrics of its split; what is returned is there for callbacks."""
-        raise NotImplementedError(f"{type(self).__name__} has no evaluation")
+        """Count a batch towards the metrics of its split; what is returned is there for callbacks.
+
+        By default the mean of `loss`, which does not know rows that only fill a batch (`valid` False).
+        """
+        for term in as_terms(self.loss(batch)):
+            metrics[term.name].update(term.total / term.count, weight=term.count)
 
     def logged(self, metrics: Any) -> dict[str, Metric]:
         """Which of a split's metrics are logged."""
@@ -384,8 +388,8 @@ class TrunklineModule(L.LightningModule):
         return len(next(iter(batch.values())))
 
     def flops_per_batch(self, batch: Any) -> int:
-        """Floating-point operations of a training step on this batch."""
-        raise NotImplementedError(f"{type(self).__name__} does not count its operations")
+        """Floating-point operations of a training step on this batch; 0 where nobody counts them."""
+        return 0
 
     def network_flops(self, *inputs: Any, **options: Any) -> int:
         """Floating-point operations of one training step (forward and twice that backward) on such inputs."""
