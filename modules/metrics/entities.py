@@ -1,4 +1,4 @@
-"""Entities in tagged sentences, counted whole."""
+"""Entities in tagged sentences: names of persons, places and the like, and how many were found."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,10 @@ from torchmetrics import Metric
 
 
 class EntityF1(Metric):
-    """F1 of entities over all sentences, as the script conlleval counts them (Tjong Kim Sang and Buchholz, 2000)."""
+    """F1 of entities over all sentences, as the script conlleval counts them (Tjong Kim Sang and Buchholz, 2000).
+
+    An entity counts as right if its borders and its type are. torchmetrics has scores of single tags only.
+    """
 
     full_state_update = False
     right: Tensor
@@ -21,7 +24,12 @@ class EntityF1(Metric):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, predicted: Sequence[str], true: Sequence[str]) -> None:
-        """Count one sentence's tags."""
+        """Count the entities of one sentence.
+
+        Args:
+            predicted: tag of each word, such as `B-PER`, `I-PER` or `O`.
+            true: the right ones.
+        """
         found, wanted = entities(predicted), entities(true)
         self.right += len(found & wanted)
         self.predicted += len(found)
@@ -33,9 +41,10 @@ class EntityF1(Metric):
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """(type, first word, word after the last) of the entities in a sentence's BIO tags.
+    """(type, first word, word after the last) of the entities that a sentence's tags mark.
 
-    As in conlleval, an `I-` that follows no tag of its type begins an entity, so that IOB1 is read as well.
+    Read as conlleval reads them: `B-` begins an entity, and so does an `I-` that follows no tag of its type. So both
+    usual schemes, IOB1 and BIO (IOB2), are understood.
     """
     found = set()
     kind, start = "", 0

@@ -18,7 +18,8 @@ from trunkline.datamodules.text_tasks.labelled_text import LabelledTextData
 from trunkline.datamodules.text_tasks.squad import SquadData, numbered, questions_of, read_squad
 from trunkline.datamodules.text_tasks.tagged_text import CONLL, TaggedTextData, read_conll
 from trunkline.datamodules.text_tasks.task_text import Row
-from trunkline.modules.objectives.question_answering import Found, QuestionAnswering, merge
+from trunkline.modules.metrics.squad import WindowAnswer, merge_windows
+from trunkline.modules.objectives.question_answering import QuestionAnswering
 from trunkline.modules.objectives.text_classifier import TextClassifier, TextTask
 from trunkline.modules.objectives.token_classifier import TokenClassifier
 
@@ -141,13 +142,13 @@ def answer_table(model: Any, data: SquadData, file: Path, state: dict[str, Any],
     for question in questions:
         check_text(bool(question.text.strip()), f"{file}, question {question.id}")
     dataset = data.dataset(questions)
-    found: list[Found] = [window for batch in run(model, dataset) for window in batch]
+    found: list[WindowAnswer] = [window for batch in run(model, dataset) for window in batch]
     warn_of_cut(dataset.cut, f"questions were longer than {data.max_question_length} tokens")
     null: dict[int, float] = defaultdict(lambda: float("inf"))
     for window in found:
         null[window.question] = min(null[window.question], window.null_score)
     answers = []
-    for number, best in merge(found, state["unanswerable"]).items():
+    for number, best in merge_windows(found, state["unanswerable"]).items():
         question = questions[number]
         text = "" if best is None else question.context[best.start : best.end]
         answers.append((question.id, question.text, text, null[number] if best is None else best.score))

@@ -1,4 +1,4 @@
-"""QuestionAnswering: spans by brute force, cases of the official script, windows, exact match 100% on a file."""
+"""QuestionAnswering: windows of all processes, fillers, the loss, and exact match 100% on a file."""
 
 import json
 from pathlib import Path
@@ -13,72 +13,11 @@ from torch import Tensor
 from trunkline import TrunklineError
 from trunkline.datamodules.text_tasks.squad import SquadData
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.metrics.squad import WindowAnswer
 from trunkline.modules.networks import BERTConfig, GPTConfig
 from trunkline.modules.networks.text_head import TextHeadConfig
-from trunkline.modules.objectives.question_answering import (
-    Found,
-    QuestionAnswering,
-    best_spans,
-    exact_match,
-    f1_score,
-    merge,
-    normalize,
-)
+from trunkline.modules.objectives.question_answering import QuestionAnswering
 from trunkline.modules.training.optim import OptimizerConfig
-
-
-@pytest.mark.parametrize("longest", [1, 3, 30])
-def test_best_spans_by_brute_force(longest: int) -> None:
-    start, end = torch.randn(6, 9), torch.randn(6, 9)
-    context = torch.rand(6, 9) < 0.6
-    context[:, 4] = True
-    score, first, last = best_spans(start, end, context, longest)
-    for row in range(6):
-        spans = {
-            (s, e): (start[row, s] + end[row, e]).item()
-            for s in range(9)
-            for e in range(s, min(s + longest, 9))
-            if context[row, s] and context[row, e]
-        }
-        best = max(spans, key=lambda span: spans[span])
-        assert (first[row].item(), last[row].item()) == best
-        assert score[row].item() == spans[best]
-
-
-@pytest.mark.parametrize(
-    ("answer", "golds", "exact", "f1"),
-    [
-        ("The Cat!", ["cat"], 1, 1),
-        ("a  cat,  sat", ["the cat sat"], 1, 1),
-        ("cat sat", ["the cat"], 0, 2 / 3),
-        ("big cat", ["dog", "a big black cat"], 0, 0.8),
-        ("dog", ["cat"], 0, 0),
-        ("cat cat", ["cat"], 0, 2 / 3),  # a word counts as often as it stands there
-        ("U.S.", ["US"], 1, 1),
-        ("", ["cat"], 0, 0),
-        ("", [], 1, 1),
-        ("cat", [], 0, 0),
-        ("the", ["a"], 1, 1),
-    ],
-)
-def test_scores(answer: str, golds: list[str], exact: float, f1: float) -> None:
-    assert exact_match(answer, golds) == exact
-    assert f1_score(answer, golds) == pytest.approx(f1)
-
-
-def test_normalize() -> None:
-    assert normalize(" The  theatre, (an OLD one)\n") == "theatre old one"
-
-
-def test_merge() -> None:
-    found = [Found(3, 1.0, 0.5, 0, 4), Found(1, 2.0, 1.0, 5, 9), Found(3, 2.0, 3.0, 7, 8), Found(1, 0.0, 2.5, 1, 2)]
-    assert merge(found, unanswerable=False) == {1: found[1], 3: found[2]}
-    assert merge(found, unanswerable=True) == {1: found[1], 3: found[2]}  # some window thinks that there is one
-    assert list(merge(found, False)) == [1, 3]
-    sure = [window._replace(null_score=window.score + 5) for window in found]
-    assert merge(sure, unanswerable=True) == {1: None, 3: None}
-    assert merge(sure, unanswerable=False) == {1: sure[1], 3: sure[2]}
-
 
 # --- on a file
 
@@ -185,12 +124,12 @@ def test_windows_of_all_processes_are_merged(tmp_path: Path, monkeypatch: pytest
     questions = squad.questions["val"]
     starts = [q.starts[0] if q.answers else 0 for q in questions]
     ends = [s + len(q.answers[0]) if q.answers else 0 for s, q in zip(starts, questions, strict=True)]
-    here = [Found(n, 1.0, 5.0, 0, 3) for n in range(12)]  # each would be "The", or no answer
-    there = [Found(n, 2.0, 1.0 if q.answers else 9.0, starts[n], ends[n]) for n, q in enumerate(questions)]
+    here = [WindowAnswer(n, 1.0, 5.0, 0, 3) for n in range(12)]  # each would be "The", or no answer
+    there = [WindowAnswer(n, 2.0, 1.0 if q.answers else 9.0, starts[n], ends[n]) for n, q in enumerate(questions)]
     own._trainer = type("TwoProcesses", (), {"world_size": 2, "datamodule": squad})()
     own.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
 
-    def gather(parts: list[Any], mine: list[Found]) -> None:
+    def gather(parts: list[Any], mine: list[WindowAnswer]) -> None:
         parts[:] = [mine, there]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)

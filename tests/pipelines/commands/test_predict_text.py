@@ -14,8 +14,9 @@ from tiny import trainer
 
 from trunkline import TrunklineError
 from trunkline.datamodules import LabelledTextData, SquadData, TaggedTextData
+from trunkline.modules.metrics.squad import squad_scores
 from trunkline.modules.networks import TextHeadConfig
-from trunkline.modules.objectives.question_answering import QuestionAnswering, exact_match
+from trunkline.modules.objectives.question_answering import QuestionAnswering
 from trunkline.modules.objectives.text_classifier import TextClassifier
 from trunkline.modules.objectives.token_classifier import TokenClassifier
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
@@ -184,8 +185,8 @@ def test_answers(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> N
     questions = {question.id: question for question in answerer.data.questions["val"]}
     assert found.id.tolist() == list(questions)
     assert found.question.tolist() == [question.text for question in questions.values()]
-    exact = [exact_match(row.answer, questions[row.id].answers) for row in found.itertuples()]
-    assert sum(exact) / len(exact) == pytest.approx(answerer.metrics["val/exact"])
+    scores = squad_scores((row.answer, questions[row.id].answers) for row in found.itertuples())
+    assert scores["exact"] == pytest.approx(answerer.metrics["val/exact"])
     assert all(row.answer in questions[row.id].context for row in found.itertuples())
     content = json.loads(source.read_text())
     for paragraph in content["data"][0]["paragraphs"]:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from task_files import LENGTH, SPECIAL, WORDS, asked, labelled, pretrained, tagged
 
-from trunkline.modules.objectives.question_answering import exact_match
+from trunkline.modules.metrics.squad import squad_scores
 
 PREFIX = "--model.network.bert"
 SIZES = (
@@ -70,4 +70,4 @@ def test_fit_and_predict(task: str, tmp_path: Path) -> None:
         entries = [q for p in pd.read_json(path).data[0]["paragraphs"] for q in p["qas"]]
         assert found.id.tolist() == [entry["id"] for entry in entries]
         for answer, entry in zip(found.answer, entries, strict=True):
-            assert exact_match(answer, [gold["text"] for gold in entry["answers"]])
+            assert squad_scores([(answer, [gold["text"] for gold in entry["answers"]])])["exact"] == 1
