@@ -1,4 +1,4 @@
-"""How good frozen features are: what simple classifiers on them get right."""
+"""Probes: how well simple classifiers do on the features of a frozen network."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 TEMPERATURE = 0.07
-"""Of the neighbours' votes."""
+"""Divides the cosine by which a neighbour's vote is weighted."""
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-"""Inverse regularisation strengths C that a linear probe tries."""
+"""Values of C, the inverse of the regularisation, that a linear probe chooses from."""
 
 
 class Labelled(NamedTuple):
-    """Features and what they are of."""
+    """Features and their classes."""
 
     features: np.ndarray
     """(N, D)."""
@@ -24,18 +24,20 @@ class Labelled(NamedTuple):
 
 
 def knn_accuracy(train: Labelled, test: Labelled, k: int) -> float:
-    """Share of the test rows whose `k` nearest training rows by cosine vote for the right class.
+    """Accuracy of a nearest-neighbour classifier on the test rows.
 
-    Votes count by exp(cosine / 0.07) (arXiv:1805.01978, as DINO takes it).
+    The `k` training rows of highest cosine vote, each with the weight exp(cosine / 0.07), as in DINO (arXiv:2104.14294)
+    and before it in arXiv:1805.01978.
     """
     voters = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE))
     return float(voters.fit(*train).score(*test))
 
 
 def linear_probe_accuracy(train: Labelled, val: Labelled, test: Labelled) -> tuple[float, float]:
-    """Accuracy on the test rows of a logistic regression on standardised features, and its C.
+    """Accuracy of a logistic regression on the test rows, and its C.
 
-    C is the one of `STRENGTHS` that does best on the validation rows; then the probe learns from them too.
+    Features are standardised. C is the one of `STRENGTHS` that does best on the validation rows after learning from the
+    training rows; the probe that is tested has then learned from both.
     """
 
     def fitted(strength: float, rows: Labelled) -> LogisticRegression:

@@ -1,6 +1,6 @@
-"""Finding the right partner by cosine: ranks, and what is reported of them. Needs torch alone.
+"""Retrieval by cosine similarity: at which rank a query finds its right answer, and how often by chance.
 
-Shape legend: Q queries, G gallery, E numbers of an embedding.
+Needs torch only. Shape legend: Q queries, G gallery (what is searched), E size of an embedding.
 """
 
 import torch
@@ -8,20 +8,21 @@ from torch import Tensor
 
 RECALL_AT = (1, 5, 10)
 CHUNK_ELEMENTS = 2**24
-"""Cosines held at a time."""
+"""Most cosines that are in memory at once."""
 
 
 @torch.no_grad()
 def retrieval_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_keys: Tensor) -> Tensor:
-    """Rank, from 1, of the best right answer to each query; a wrong one that is as similar comes first.
+    """Rank of the best right answer to each query, counted from 1.
 
-    So embeddings that are all the same, or no numbers, find nothing.
+    Of equally similar answers the wrong ones come first, and NaN counts as more similar than anything. So embeddings
+    that are all the same, or NaN, find nothing.
 
     Args:
         queries: (Q, E) of length 1.
         gallery: (G, E) of length 1.
-        query_keys: (Q,) integers; right answers are those of equal key.
-        gallery_keys: (G,), with every query's key among them.
+        query_keys: (Q,) integers; the right answers to a query are those with the same key.
+        gallery_keys: (G,) integers, among them the key of every query.
 
     Returns:
         (Q,) int64.
@@ -36,13 +37,15 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, galler
 
 
 def retrieval_metrics(image: Tensor, text: Tensor, image_keys: Tensor, text_keys: Tensor) -> dict[str, Tensor]:
-    """Recall at 1, 5 and 10, the share of queries with a right answer among so many, and median rank, both ways.
+    """Recall at 1, 5 and 10 and the median rank, from image to text and from text to image.
+
+    Recall at k is the share of queries with a right answer among the k most similar ones.
 
     Args:
         image: (N, E) of length 1.
         text: (M, E) of length 1.
-        image_keys: (N,) integers, see `retrieval_ranks`.
-        text_keys: (M,).
+        image_keys: (N,) integers; an image and a text belong together if their keys are equal.
+        text_keys: (M,) integers.
 
     Returns:
         Scalars under open_clip's names, such as `text_to_image_R@10` and `image_to_text_median_rank`.
@@ -60,15 +63,18 @@ def retrieval_metrics(image: Tensor, text: Tensor, image_keys: Tensor, text_keys
 
 
 def chance_ranks(query_keys: Tensor, gallery_keys: Tensor) -> Tensor:
-    """(G,) float64 probabilities that of a random order's first 1, 2, … G answers one is right, over all queries.
+    """Recall at 1, 2, … G that a gallery in random order would have.
 
     Args:
-        query_keys: see `retrieval_ranks`.
-        gallery_keys: see there.
+        query_keys: (Q,) integers, as in `retrieval_ranks`.
+        gallery_keys: (G,) integers.
+
+    Returns:
+        (G,) float64: at k - 1 the probability of a right answer among the first k, averaged over the queries.
     """
     keys, counts = gallery_keys.unique(return_counts=True)
     rights, queries = counts[torch.searchsorted(keys, query_keys)].unique(return_counts=True)
     total, place = len(gallery_keys), torch.arange(len(gallery_keys), device=keys.device)
-    # Of the next answer being wrong too, if all before it were.
+    # Probability that the next answer is wrong too, if all before it were: (different numbers of right answers, G)
     wrong = (total - rights[:, None] - place).clamp(min=0).double() / (total - place)
     return queries.double() @ (1 - wrong.cumprod(dim=1)) / queries.sum()
