@@ -55,7 +55,7 @@ class ClassificationReport(Callback):
         writer = tensorboard(trainer)
         if trainer.sanity_checking or writer is None or not self.kept:
             return
-        names, kept = class_names(trainer, pl_module), self._gathered()
+        names, kept = names_of_classes(trainer, pl_module), self._gathered()
         if "image" in kept:
             self._draw_images(kept, names, trainer, writer)
         if counts is not None:
@@ -81,7 +81,7 @@ class ClassificationReport(Callback):
         if writer is None or not self.kept or not self.projected or not {"image", "tokens"} & self.kept[0].keys():
             return
         kept = {name: value[: self.projected].to(pl_module.device) for name, value in self._gathered().items()}
-        names = class_names(trainer, pl_module)
+        names = names_of_classes(trainer, pl_module)
         module: Any = pl_module
         training = module.network.training
         module.network.eval()
@@ -101,7 +101,7 @@ class ClassificationReport(Callback):
         return {name: torch.cat([k[name] for k in self.kept]) for name in self.kept[0]}
 
 
-def class_names(trainer: L.Trainer, module: L.LightningModule) -> list[str]:
+def names_of_classes(trainer: L.Trainer, module: L.LightningModule) -> list[str]:
     """As the data has them, or numbers."""
     return facts_of(trainer).class_names or [str(n) for n in range(module.num_classes)]  # type: ignore[arg-type]
 

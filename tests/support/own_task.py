@@ -1,7 +1,4 @@
-"""A task of one's own in one file: which figure a cloud of points shows. `trunkline fit --config own_task.yaml`.
-
-Network, objective, data and callback stand on the public classes, and nothing in the package knows them.
-"""
+"""A task of one's own: which figure a cloud of points shows. Nothing in the package knows it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,9 +43,6 @@ class CloudNet(Network):
         self.backbone = trunk or Transformer(config.backbone)
         self.head = nn.Linear(config.backbone.dim, config.num_classes)
 
-    def output_modules(self) -> list[nn.Module]:
-        return [self.head]
-
     def forward(self, points: Tensor) -> Tensor:
         return self.head(self.backbone(self.embed(points)).x.mean(dim=1))
 
@@ -81,8 +75,6 @@ class CloudClassifier(TrunklineModule):
 
 
 class CloudRows(Dataset[dict[str, Any]]):
-    """Clouds made of nothing but their number."""
-
     def __init__(self, first: int, count: int, seed: int) -> None:
         self.first, self.count, self.seed = first, count, seed
 
