@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 from torch import nn
 
 from trunkline import TrunklineError
+from trunkline.modules.backbone import Transformer, TransformerConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -36,11 +37,41 @@ def config_from_dict(config_class: type[C], data: Mapping[str, Any]) -> C:
     return config_class(**values)
 
 
+OWN_TO_TRUNK = {"causal", "dropout", "drop_path", "activation_checkpointing"}
+"""Fields of a trunk's configuration that change neither its weights nor what it computes in evaluation; `causal` does,
+but each network says it in each call."""
+
+
+def trunk_for(config: TransformerConfig, trunk: Transformer | None) -> Transformer:
+    """A new trunk, or the given one with the weights that it has.
+
+    Args:
+        config: what the network's configuration says of its trunk.
+        trunk: an existing one, whose dropout and checkpointing stay as they are; None makes a new one.
+
+    Raises:
+        TrunklineError: if the given trunk is of another shape; names the field.
+    """
+    if trunk is None:
+        return Transformer(config)
+    resolved = {"num_kv_heads": "kv_heads", "mlp_dim": "hidden_dim"}  # None stands for a default
+    for field in dataclasses.fields(config):
+        name = resolved.get(field.name, field.name)
+        found, own = getattr(trunk.config, name), getattr(config, name)
+        if found != own and field.name not in OWN_TO_TRUNK:
+            raise TrunklineError(
+                f"the given trunk has {field.name}={found}, but the network's configuration has "
+                f"backbone.{field.name}={own}; make them equal"
+            )
+    return trunk
+
+
 class Network(nn.Module):
     """A plain torch network that is rebuilt from its configuration and saved as two public files.
 
-    A subclass names its configuration dataclass in `config_class`, takes an instance of it as its only
-    argument and keeps it as `config`.
+    A subclass names its configuration dataclass in `config_class`, takes an instance of it as its first
+    argument and keeps it as `config`. The second, `trunk`, is an existing `Transformer` to be built around, so that
+    several networks can share its weights; without it the network makes its own.
     """
 
     config_class: ClassVar[type]

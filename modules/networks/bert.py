@@ -11,7 +11,7 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer, TransformerConfig, TransformerOutput
 from trunkline.modules.backbone.attention import Keep, make_norm
 from trunkline.modules.backbone.transformer import init_linear
-from trunkline.modules.networks.base import Network
+from trunkline.modules.networks.base import Network, trunk_for
 
 
 def bert_trunk() -> TransformerConfig:
@@ -78,25 +78,32 @@ class BERT(Network):
     """Token, position and segment embeddings, trunk, and a head that names masked tokens.
 
     Shape legend: B batch, T tokens, N chosen tokens, D width, V vocabulary.
+
+    Args:
+        config: shape of the network.
+        trunk: an existing trunk to build around, which then looks both ways here, whatever its configuration says.
+
+    Raises:
+        TrunklineError: if the given trunk is of another shape than `config.backbone`.
     """
 
     config_class = BERTConfig
 
-    def __init__(self, config: BERTConfig) -> None:
+    def __init__(self, config: BERTConfig, trunk: Transformer | None = None) -> None:
         super().__init__()
         self.config = config
-        trunk = config.backbone
-        self.token_embed = nn.Embedding(config.vocab_size, trunk.dim)
-        self.pos_embed = nn.Embedding(config.max_length, trunk.dim) if config.positions == "learned" else None
-        self.segment_embed = nn.Embedding(config.num_segments, trunk.dim) if config.num_segments else None
-        self.embed_norm = make_norm(trunk, trunk.dim) if not trunk.norm_first else nn.Identity()
-        self.dropout = nn.Dropout(trunk.dropout)
-        self.backbone = Transformer(trunk)
-        self.masked_head = MaskedHead(trunk)
-        self.head = nn.Linear(trunk.dim, config.vocab_size)
+        shape = config.backbone
+        self.token_embed = nn.Embedding(config.vocab_size, shape.dim)
+        self.pos_embed = nn.Embedding(config.max_length, shape.dim) if config.positions == "learned" else None
+        self.segment_embed = nn.Embedding(config.num_segments, shape.dim) if config.num_segments else None
+        self.embed_norm = make_norm(shape, shape.dim) if not shape.norm_first else nn.Identity()
+        self.dropout = nn.Dropout(shape.dropout)
+        self.backbone = trunk_for(shape, trunk)
+        self.masked_head = MaskedHead(shape)
+        self.head = nn.Linear(shape.dim, config.vocab_size)
         self.head.weight = self.token_embed.weight
-        self.pooler = Pooler(trunk.dim) if config.next_sentence else None
-        self.next_head = nn.Linear(trunk.dim, 2) if config.next_sentence else None
+        self.pooler = Pooler(shape.dim) if config.next_sentence else None
+        self.next_head = nn.Linear(shape.dim, 2) if config.next_sentence else None
         nn.init.zeros_(self.head.bias)
         for embedding in (self.token_embed, self.pos_embed, self.segment_embed):
             if embedding is not None:
@@ -108,7 +115,7 @@ class BERT(Network):
         """The heads."""
         return [m for m in (self.masked_head, self.head, self.pooler, self.next_head) if m is not None]
 
-    def embed(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
+    def embed(self, tokens: Tensor, segment: Tensor | None = None) -> Tensor:
         """(B, T) token ids and segments (all 0 if None) -> (B, T, D).
 
         Raises:
@@ -124,26 +131,26 @@ class BERT(Network):
         if self.pos_embed is not None:
             x = x + self.pos_embed.weight[:length]
         if self.segment_embed is not None:
-            x = x + (self.segment_embed.weight[0] if segments is None else self.segment_embed(segments))
+            x = x + (self.segment_embed.weight[0] if segment is None else self.segment_embed(segment))
         return self.dropout(self.embed_norm(x))
 
     def forward_features(
         self,
         tokens: Tensor,
-        segments: Tensor | None = None,
+        segment: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         keep: Keep | None = None,
         return_attention: bool = False,
     ) -> TransformerOutput:
         """States after the trunk, (B, T, D), and on request the attention weights; arguments as for `forward`."""
-        x = self.embed(tokens, segments)
-        return self.backbone(x, mask=mask, keep=keep, return_attention=return_attention)
+        x = self.embed(tokens, segment)
+        return self.backbone(x, causal=False, mask=mask, keep=keep, return_attention=return_attention)
 
     def forward(
         self,
         tokens: Tensor,
-        segments: Tensor | None = None,
+        segment: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         keep: Keep | None = None,
@@ -153,7 +160,7 @@ class BERT(Network):
 
         Args:
             tokens: (B, T) token ids.
-            segments: (B, T) number of the text within the row, 0 or 1 for a pair.
+            segment: (B, T) number of the text within the row, 0 or 1 for a pair.
             mask: (B, T) bool, False for padding.
             keep: compute these positions only, such as the masked ones (B, N); T becomes their number.
             return_logits: False stops at the trunk's states, for `masked_head`, a chunked loss and `next_sentence`.
@@ -164,7 +171,7 @@ class BERT(Network):
         Raises:
             TrunklineError: if there are more tokens than positions.
         """
-        x = self.forward_features(tokens, segments, mask=mask, keep=keep).x
+        x = self.forward_features(tokens, segment, mask=mask, keep=keep).x
         return self.head(self.masked_head(x)) if return_logits else x
 
     def next_sentence(self, first: Tensor) -> Tensor:

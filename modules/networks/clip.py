@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
+from trunkline.modules.backbone import Transformer
 from trunkline.modules.networks.base import Network, config_from_dict
 from trunkline.modules.networks.bert import BERTConfig
 from trunkline.modules.networks.gpt import GPTConfig
@@ -58,11 +59,12 @@ class CLIPConfig:
                 f"{self.init_logit_scale} from 0 to {MAX_LOGIT_SCALE:.3f}, the logarithm of 100"
             )
         own, other, flag = self.image.backbone, self.text.body.backbone, self.text.body_flag
-        different = [f.name for f in fields(own) if getattr(own, f.name) != getattr(other, f.name)]
+        names = [f.name for f in fields(own) if f.name != "causal"]  # each tower says that in each call
+        different = [name for name in names if getattr(own, name) != getattr(other, name)]
         if self.share_trunk and different:
             raise TrunklineError(
                 f"share_trunk needs the same trunk twice, but they differ in {', '.join(different)}; make --model."
-                f"network.image.backbone and {flag}.backbone equal (a GPT's is causal: take --model.network.bert)"
+                f"network.image.backbone and {flag}.backbone equal"
             )
 
     @property
@@ -114,16 +116,27 @@ class CLIP(Network):
     """A ViT and a text trunk, each with a linear projection into the shared space.
 
     Shape legend: B batch, T tokens, E numbers of an embedding.
+
+    Args:
+        config: shape of the network.
+        trunk: an existing trunk for both towers; needs `config.share_trunk`.
+
+    Raises:
+        TrunklineError: if a trunk is given where the towers share none, or one of another shape.
     """
 
     config_class = CLIPConfig
 
-    def __init__(self, config: CLIPConfig) -> None:
+    def __init__(self, config: CLIPConfig, trunk: Transformer | None = None) -> None:
         super().__init__()
+        if trunk is not None and not config.share_trunk:
+            raise TrunklineError("the towers of this CLIP share no trunk, so none can be given; set share_trunk=True")
         self.config = config
-        self.image = ViT(config.vision)
-        self.text = TextHead(config.text)
+        self.image = ViT(config.vision, trunk)
+        self.text = TextHead(config.text, trunk)
         if config.share_trunk:
+            # The text tower's own is dropped, not left unmade: its random draws come before those of the heads, and
+            # runs with a seed must start from the weights that they always started from.
             self.text.body.backbone = self.image.backbone
         self.scale = LogitScale(config.init_logit_scale, config.init_logit_bias)
         for head in (self.image.head, self.text.head):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from trunkline import TrunklineError
 from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, TransformerOutput
 from trunkline.modules.backbone.attention import Keep
-from trunkline.modules.networks.base import Network
+from trunkline.modules.backbone.transformer import four_dimensional, restrict
+from trunkline.modules.networks.base import Network, trunk_for
 
 
 def gpt2_trunk() -> TransformerConfig:
@@ -42,19 +43,26 @@ class GPT(Network):
     """Token embedding, positions, causal trunk, output layer.
 
     Shape legend: B batch, T given tokens, S those and the ones in the cache, D width, V vocabulary.
+
+    Args:
+        config: shape of the network.
+        trunk: an existing trunk to build around, which then runs causally here, whatever its configuration says.
+
+    Raises:
+        TrunklineError: if the given trunk is of another shape than `config.backbone`.
     """
 
     config_class = GPTConfig
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, trunk: Transformer | None = None) -> None:
         super().__init__()
         self.config = config
-        trunk = config.backbone
-        self.token_embed = nn.Embedding(config.vocab_size, trunk.dim)
-        self.pos_embed = nn.Embedding(config.max_length, trunk.dim) if config.positions == "learned" else None
-        self.dropout = nn.Dropout(trunk.dropout)
-        self.backbone = Transformer(trunk)
-        self.head = nn.Linear(trunk.dim, config.vocab_size, bias=False)
+        dim = config.backbone.dim
+        self.token_embed = nn.Embedding(config.vocab_size, dim)
+        self.pos_embed = nn.Embedding(config.max_length, dim) if config.positions == "learned" else None
+        self.dropout = nn.Dropout(config.backbone.dropout)
+        self.backbone = trunk_for(config.backbone, trunk)
+        self.head = nn.Linear(dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embed.weight
         for module in (self.token_embed, self.pos_embed, self.head):
@@ -63,58 +71,106 @@ class GPT(Network):
         if not config.tie_embeddings:
             # No output depends on its size, and updates of 0.02 would turn smaller rows about: learns visibly faster.
             nn.init.normal_(self.token_embed.weight, std=0.5)
-        with torch.no_grad():  # the residual stream's variance grows with depth: GPT-2 scales what is added to it
-            for block in self.backbone.blocks:
-                for linear in (block.get_submodule("attn.proj"), block.get_submodule("mlp.fc2")):
-                    linear.get_parameter("weight").div_(math.sqrt(2 * trunk.depth))
+        if trunk is None:
+            self._scale_residual_branches()
+
+    @torch.no_grad()
+    def _scale_residual_branches(self) -> None:
+        """The residual stream's variance grows with depth: GPT-2 scales down what is added to it."""
+        for block in self.backbone.blocks:
+            for linear in (block.get_submodule("attn.proj"), block.get_submodule("mlp.fc2")):
+                linear.get_parameter("weight").div_(math.sqrt(2 * self.config.backbone.depth))
 
     def output_modules(self) -> list[nn.Module]:
         """The output layer, unless it is the embedding."""
         return [] if self.config.tie_embeddings else [self.head]
 
-    def embed(self, tokens: Tensor, segments: Tensor | None, mask: Tensor | None, start: int) -> Tensor:
-        """(B, T) token ids from position `start` on -> (B, T, D); see `forward`."""
+    def embed(
+        self, tokens: Tensor, document: Tensor | None = None, mask: Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """First step of `forward`: token ids become embeddings with positions.
+
+        Args:
+            tokens: (B, T) token ids.
+            document: (B, T) number of the document within a packed row; positions count from 0 in each.
+            mask: (B, start + T) bool, False for padding on the left, which positions do not count.
+            start: position of the first token, if others stand before it.
+
+        Returns:
+            (B, T, D) embeddings for `run`.
+
+        Raises:
+            TrunklineError: if there are more tokens than positions.
+        """
+        self._check_length(start + tokens.shape[1])
         x = self.token_embed(tokens)
         if self.pos_embed is not None:
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-            if segments is not None:
-                positions = positions_in_segment(segments)
-            elif mask is not None:  # padding on the left does not count
+            if document is not None:
+                positions = positions_in_document(document)
+            elif mask is not None:
                 positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:]
             x = x + self.pos_embed(positions)
         return self.dropout(x)
 
+    def run(
+        self,
+        x: Tensor,
+        *,
+        document: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        keep: Keep | None = None,
+        return_attention: bool = False,
+    ) -> TransformerOutput:
+        """Second step of `forward`: embeddings become states, which `head` turns into logits.
+
+        Args:
+            x: (B, T, D) embeddings from `embed`, in which or before which may stand others of the same width, such
+                as those of an image. Where positions are learned, these others have only those that were added.
+            document: (B, T) number of the document within a packed row; a token sees its own document only.
+            mask: which tokens may be attended to, as `Transformer.forward` takes it.
+            cache: keys and values of the tokens before these.
+            keep: compute these positions only; T becomes their number.
+            return_attention: also return the attention weights.
+
+        Returns:
+            States after the trunk, (B, T, D), and on request the attention weights.
+
+        Raises:
+            TrunklineError: if there are more tokens than positions.
+        """
+        self._check_length(x.shape[1] + (0 if cache is None else cache.length))
+        if document is not None:
+            same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
+            mask = restrict(four_dimensional(mask), same)
+        return self.backbone(x, causal=True, mask=mask, cache=cache, keep=keep, return_attention=return_attention)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.max_length:
+            raise TrunklineError(
+                f"{length} tokens are more than the {self.config.max_length} the network can see; "
+                "shorten the text, or train with a larger max_length"
+            )
+
     def forward_features(
         self,
         tokens: Tensor,
-        segments: Tensor | None = None,
+        document: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         keep: Keep | None = None,
         return_attention: bool = False,
     ) -> TransformerOutput:
-        """States after the trunk, (B, T, D), and on request the attention weights; arguments as for `forward`.
-
-        Raises:
-            TrunklineError: if there are more tokens than positions.
-        """
-        start = cache.length if cache is not None else 0
-        if start + tokens.shape[1] > self.config.max_length:
-            raise TrunklineError(
-                f"{start + tokens.shape[1]} tokens are more than the {self.config.max_length} the network can see; "
-                "shorten the text, or train with a larger max_length"
-            )
-        attend = mask
-        if segments is not None:
-            attend = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, T)
-        x = self.embed(tokens, segments, mask, start)
-        return self.backbone(x, mask=attend, cache=cache, keep=keep, return_attention=return_attention)
+        """States after the trunk, (B, T, D), and on request the attention weights; arguments as for `forward`."""
+        x = self.embed(tokens, document, mask, 0 if cache is None else cache.length)
+        return self.run(x, document=document, mask=mask, cache=cache, keep=keep, return_attention=return_attention)
 
     def forward(
         self,
         tokens: Tensor,
-        segments: Tensor | None = None,
+        document: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
@@ -125,7 +181,7 @@ class GPT(Network):
 
         Args:
             tokens: (B, T) token ids.
-            segments: (B, T) number of the document within a packed row; a token sees its own document only,
+            document: (B, T) number of the document within a packed row; a token sees its own document only,
                 whose positions count from 0.
             mask: (B, S) bool, False for padding on the left.
             cache: keys and values of the tokens before these.
@@ -138,7 +194,7 @@ class GPT(Network):
         Raises:
             TrunklineError: if there are more tokens than positions.
         """
-        x = self.forward_features(tokens, segments, mask=mask, cache=cache, keep=keep).x
+        x = self.forward_features(tokens, document, mask=mask, cache=cache, keep=keep).x
         return self.head(x) if return_logits else x
 
     def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
@@ -148,9 +204,9 @@ class GPT(Network):
         return KVCache(self.config.backbone, batch_size, length, dtype=weight.dtype, device=weight.device)
 
 
-def positions_in_segment(segments: Tensor) -> Tensor:
+def positions_in_document(document: Tensor) -> Tensor:
     """(B, T) numbers of documents that follow one another in a row -> (B, T) positions within each."""
-    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    begins = torch.ones_like(segments, dtype=torch.bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    index = torch.arange(document.shape[1], device=document.device).expand_as(document)
+    begins = torch.ones_like(document, dtype=torch.bool)
+    begins[:, 1:] = document[:, 1:] != document[:, :-1]
     return index - torch.where(begins, index, 0).cummax(dim=1).values

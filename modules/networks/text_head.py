@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
+from trunkline.modules.backbone import Transformer
 from trunkline.modules.backbone.attention import Keep
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import Network, config_from_dict
@@ -68,14 +69,22 @@ class TextHead(Network):
     """A BERT or GPT without its own output layers, pooling, dropout, and a linear layer.
 
     Shape legend: B batch, T tokens, D width, K outputs.
+
+    Args:
+        config: shape of the network.
+        trunk: an existing trunk for the body.
+
+    Raises:
+        TrunklineError: if the given trunk is of another shape than that of the body's configuration.
     """
 
     config_class = TextHeadConfig
 
-    def __init__(self, config: TextHeadConfig) -> None:
+    def __init__(self, config: TextHeadConfig, trunk: Transformer | None = None) -> None:
         super().__init__()
         self.config = config
-        self.body = without_heads(BERT(config.bert) if config.bert is not None else GPT(config.body))  # type: ignore[arg-type]
+        body = BERT(config.bert, trunk) if config.bert is not None else GPT(config.body, trunk)  # type: ignore[arg-type]
+        self.body = without_heads(body)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.body.backbone.dim, config.num_outputs)
         init_linear(self.head)
@@ -84,7 +93,7 @@ class TextHead(Network):
         """The linear layer, and its dropout."""
         return [self.dropout, self.head]
 
-    def states(self, tokens: Tensor, segments: Tensor | None, mask: Tensor | None) -> Tensor:
+    def states(self, tokens: Tensor, segment: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """What the output layer reads, (B, D) or (B, T, D); arguments as for `forward`.
 
         The last block computes no more than that.
@@ -96,7 +105,7 @@ class TextHead(Network):
         elif pool == "last":
             keep = slice(-1, None) if mask is None else last_position(mask)
         if isinstance(self.body, BERT):
-            x = self.body(tokens, segments, mask=mask, keep=keep, return_logits=False)
+            x = self.body(tokens, segment, mask=mask, keep=keep, return_logits=False)
         else:  # padding on the right needs no mask where nobody looks to the right
             x = self.body(tokens, keep=keep, return_logits=False)
         if pool == "none":
@@ -106,12 +115,12 @@ class TextHead(Network):
             return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
         return x.mean(dim=1)  # of the one that was kept, or of all
 
-    def forward(self, tokens: Tensor, segments: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, segment: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
         """Outputs of texts, or with `pool="none"` of their tokens.
 
         Args:
             tokens: (B, T) token ids.
-            segments: (B, T) number of the text within the row, 0 or 1 for a pair; a GPT has no use for it.
+            segment: (B, T) number of the text within the row, 0 or 1 for a pair; a GPT has no use for it.
             mask: (B, T) bool, False for padding, which is on the right.
 
         Returns:
@@ -120,7 +129,7 @@ class TextHead(Network):
         Raises:
             TrunklineError: if there are more tokens than positions.
         """
-        return self.head(self.dropout(self.states(tokens, segments, mask)))
+        return self.head(self.dropout(self.states(tokens, segment, mask)))
 
 
 def without_heads(body: BERT | GPT) -> BERT | GPT:

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trunkline import TrunklineError
 from trunkline.modules.backbone import (
     AttentionPool,
     PatchEmbed,
@@ -15,12 +16,16 @@ from trunkline.modules.backbone import (
     sincos_positions_2d,
 )
 from trunkline.modules.backbone.attention import make_norm
-from trunkline.modules.networks.base import Network
+from trunkline.modules.networks.base import Network, trunk_for
 
 
 @dataclass
 class ViTConfig:
-    """Shape of a Vision Transformer; the defaults are ViT-Ti/16 at 224 pixels."""
+    """Shape of a Vision Transformer; the defaults are ViT-Ti/16 at 224 pixels.
+
+    Raises:
+        TrunklineError: for a causal trunk.
+    """
 
     image_size: int | tuple[int, int] = 224
     """Pixels: one side, or (height, width)."""
@@ -41,6 +46,10 @@ class ViTConfig:
     backbone: TransformerConfig = field(default_factory=TransformerConfig)
     """The trunk."""
 
+    def __post_init__(self) -> None:
+        if self.backbone.causal:
+            raise TrunklineError("in a ViT every patch sees every other: its trunk cannot be causal; leave causal out")
+
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
@@ -59,11 +68,21 @@ class ViTFeatures(NamedTuple):
 
 
 class ViT(Network):
-    """Image classifier: patch embedding, trunk, pooling, linear head."""
+    """Image classifier: patch embedding, trunk, pooling, linear head.
+
+    Args:
+        config: shape of the network.
+        trunk: an existing trunk to build around, in which every patch sees every other, whatever its configuration
+            says.
+
+    Raises:
+        TrunklineError: if the patches do not tile the image, or the given trunk is of another shape than
+            `config.backbone`.
+    """
 
     config_class = ViTConfig
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, trunk: Transformer | None = None) -> None:
         super().__init__()
         self.config = config
         dim = config.backbone.dim
@@ -81,7 +100,7 @@ class ViT(Network):
             self.pos_embed = None
         self.embed_norm = make_norm(config.backbone, dim) if config.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(config.backbone.dropout)
-        self.backbone = Transformer(config.backbone)
+        self.backbone = trunk_for(config.backbone, trunk)
         self.attn_pool = AttentionPool(config.backbone) if config.pool == "map" else None
         self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
         for token in (self.cls_token, self.reg_token, self.pos_embed):
@@ -134,7 +153,7 @@ class ViT(Network):
 
     def forward_features(self, image: Tensor, return_attention: bool = False) -> ViTFeatures:
         """(B, C, height, width) -> states after the trunk."""
-        out = self.backbone(self.embed(image), return_attention=return_attention)
+        out = self.backbone(self.embed(image), causal=False, return_attention=return_attention)
         split = self.num_prefix_tokens
         return ViTFeatures(out.x[:, :split], out.x[:, split:], out.attention)
 
@@ -149,5 +168,5 @@ class ViT(Network):
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, height, width) -> (B, num_classes) logits."""
         if self.config.pool == "cls":  # the last block need not compute what no head reads
-            return self.head(self.backbone(self.embed(image), keep=slice(0, 1)).x[:, 0])
+            return self.head(self.backbone(self.embed(image), causal=False, keep=slice(0, 1)).x[:, 0])
         return self.forward_head(self.forward_features(image))

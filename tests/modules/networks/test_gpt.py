@@ -10,7 +10,7 @@ from torch import Tensor
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import GPT, GPTConfig
-from trunkline.modules.networks.gpt import positions_in_segment
+from trunkline.modules.networks.gpt import positions_in_document
 from trunkline.modules.training.optim import OptimizerConfig, parameter_groups
 
 MODERN = {"mlp": "swiglu", "norm": "rmsnorm", "num_kv_heads": 2, "qk_norm": True, "bias": False, "rope_theta": 1e4}
@@ -62,16 +62,16 @@ def test_left_padding_counts_for_nothing(kind: str) -> None:
 @each_kind
 def test_packed_documents_are_as_if_alone(kind: str) -> None:
     net, x = network(kind), tokens(2, 9)
-    segments = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1, 2, 3, 3, 3, 3, 3, 3, 3]])
-    out = net(x, segments)
+    document = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1, 2, 3, 3, 3, 3, 3, 3, 3]])
+    out = net(x, document)
     for row, start, end in ((0, 0, 3), (0, 3, 7), (1, 0, 1), (1, 1, 2), (1, 2, 9)):
         assert_near(out[row, start:end], net(x[row : row + 1, start:end])[0])
     assert out.isfinite().all()
 
 
-def test_positions_in_segment() -> None:
-    segments = torch.tensor([[1, 1, 2, 2, 2, 0], [4, 4, 4, 4, 4, 4]])
-    assert positions_in_segment(segments).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
+def test_positions_in_document() -> None:
+    document = torch.tensor([[1, 1, 2, 2, 2, 0], [4, 4, 4, 4, 4, 4]])
+    assert positions_in_document(document).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
 
 
 @each_kind

@@ -28,9 +28,9 @@ def bert_pair(next_sentence: bool) -> tuple[Any, BERT, dict[str, Tensor]]:
     backbone = TransformerConfig(**trunk, norm_first=False, final_norm=False)
     bert = BERT(BERTConfig(50, 16, next_sentence=next_sentence, backbone=backbone)).eval()
     bert.load_state_dict(bert_from_transformers(peer.state_dict()))
-    tokens, segments = torch.randint(1, 50, (2, 14)), (torch.arange(14) > 6).long().expand(2, 14)
+    tokens, segment = torch.randint(1, 50, (2, 14)), (torch.arange(14) > 6).long().expand(2, 14)
     mask = torch.arange(14) < torch.tensor([[14], [9]])
-    return peer, bert, {"tokens": tokens, "segments": segments, "mask": mask}
+    return peer, bert, {"tokens": tokens, "segment": segment, "mask": mask}
 
 
 @pytest.mark.parametrize("next_sentence", [False, True])
@@ -38,7 +38,7 @@ def bert_pair(next_sentence: bool) -> tuple[Any, BERT, dict[str, Tensor]]:
 def test_bert_against_transformers(next_sentence: bool) -> None:
     peer, bert, batch = bert_pair(next_sentence)
     mask = batch["mask"]
-    theirs = peer(batch["tokens"], attention_mask=mask.long(), token_type_ids=batch["segments"])
+    theirs = peer(batch["tokens"], attention_mask=mask.long(), token_type_ids=batch["segment"])
     want = theirs.prediction_logits if next_sentence else theirs.logits
     assert 0.2 < want.std() < 20
     assert_near(bert(**batch)[mask], want[mask])
@@ -52,7 +52,7 @@ def test_bert_against_transformers(next_sentence: bool) -> None:
 def test_bert_gradients_against_transformers() -> None:
     peer, bert, batch = bert_pair(next_sentence=False)
     labels = torch.randint(0, 50, (2, 14)).masked_fill(~batch["mask"], -100)
-    theirs = {"attention_mask": batch["mask"].long(), "token_type_ids": batch["segments"], "labels": labels}
+    theirs = {"attention_mask": batch["mask"].long(), "token_type_ids": batch["segment"], "labels": labels}
     peer(batch["tokens"], **theirs).loss.backward()
     F.cross_entropy(bert(**batch).flatten(0, 1), labels.flatten()).backward()
     grads = {name: p.grad for name, p in peer.named_parameters()}

@@ -53,12 +53,12 @@ def test_outputs_are_those_of_the_language_models_states(body: str, pool: Any) -
     source: Any = (BERT(bert()) if body == "bert" else GPT(gpt())).eval()
     source.load_state_dict({**source.state_dict(), **network.body.state_dict()})
     tokens, mask = rows()
-    segments = torch.zeros_like(tokens)
-    segments[:, 4:] = 1
-    output = network(tokens, segments, mask=mask)
+    segment = torch.zeros_like(tokens)
+    segment[:, 4:] = 1
+    output = network(tokens, segment, mask=mask)
     for row, own in enumerate(mask):  # row by row, without padding: (1, n, D) states
         n = int(own.sum())
-        given = (tokens[row : row + 1, :n], *((segments[row : row + 1, :n],) if body == "bert" else ()))
+        given = (tokens[row : row + 1, :n], *((segment[row : row + 1, :n],) if body == "bert" else ()))
         states = source(*given, return_logits=False)[0]
         read = {"cls": states[0], "mean": states.mean(dim=0), "last": states[-1], "none": states}[pool]
         want = read @ network.head.weight.T + network.head.bias
