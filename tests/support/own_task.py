@@ -87,7 +87,8 @@ class CloudRows(Dataset[dict[str, Any]]):
         circle, line = np.stack([np.cos(np.pi * t), np.sin(np.pi * t)], 1), np.stack([t, t], 1)
         cross = np.concatenate([np.stack([t, zero], 1)[:12], np.stack([zero, t], 1)[12:]])
         points = (circle, line, cross)[label] + draw.normal(0, 0.05, (24, 2))
-        return {"points": torch.tensor(points, dtype=torch.float32), "label": label, "valid": key.valid}
+        place = {"index": key.index, "valid": key.valid}
+        return {"points": torch.tensor(points, dtype=torch.float32), "label": label, **place}
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -102,6 +102,12 @@ def pairs(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     return model, {"class_path": "ImageTextData", "init_args": data}
 
 
+def own(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of `own_task.py`, which the package does not know."""
+    model = {"class_path": "own_task.CloudClassifier", "init_args": {"network": {"backbone": trunk(exact)}}}
+    return model, {"class_path": "own_task.CloudData", "init_args": {"rows": 270}}
+
+
 TASKS = {
     "image": image,
     "block": text_block,
@@ -110,4 +116,5 @@ TASKS = {
     "masked_pairs": masked_pairs,
     "classify": classify,
     "pairs": pairs,
+    "own": own,
 }

@@ -193,6 +193,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         ("documents", 2, 0, 1),
         ("masked_pairs", 2, 0, 1),
         ("pairs", 2, 0, 2),
+        ("own", 1, 0, 1),
         pytest.param("block", 1, 0, 1, marks=pytest.mark.slow),
         pytest.param("masked", 1, 2, 1, marks=pytest.mark.slow),
         pytest.param("image", 1, 0, 2, marks=pytest.mark.slow),
