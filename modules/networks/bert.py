@@ -155,6 +155,7 @@ class BERT(Network):
         mask: Tensor | None = None,
         keep: Keep | None = None,
         return_logits: bool = True,
+        return_next: bool = False,
     ) -> Any:
         """Logits of the tokens that stand at each position, masked or not.
 
@@ -163,19 +164,33 @@ class BERT(Network):
             segment: (B, T) number of the text within the row, 0 or 1 for a pair.
             mask: (B, T) bool, False for padding.
             keep: compute these positions only, such as the masked ones (B, N); T becomes their number.
-            return_logits: False stops at the trunk's states, for `masked_head`, a chunked loss and `next_sentence`.
+            return_logits: False stops before the output layer, at what it multiplies, for a chunked loss.
+            return_next: also tell whether the second text follows the first, from the state of the first token, which
+                is computed besides those of `keep`.
 
         Returns:
-            (B, T, V) logits, or (B, T, D) states.
+            (B, T, V) logits, or (B, T, D) of what `head` multiplies. With `return_next` a tuple of that and of
+            (B, 2) logits, of which class 1 says that the second text follows the first.
 
         Raises:
-            TrunklineError: if there are more tokens than positions.
+            TrunklineError: if there are more tokens than positions, or for `return_next` without
+                `config.next_sentence`.
         """
-        x = self.forward_features(tokens, segment, mask=mask, keep=keep).x
-        return self.head(self.masked_head(x)) if return_logits else x
+        if not return_next:
+            x = self.masked_head(self.forward_features(tokens, segment, mask=mask, keep=keep).x)
+            return self.head(x) if return_logits else x
+        if self.pooler is None or self.next_head is None:
+            raise TrunklineError("this BERT has no output for the next sentence; make it with next_sentence=True")
+        if keep is not None:
+            keep = with_first(keep, tokens)
+        states = self.forward_features(tokens, segment, mask=mask, keep=keep).x
+        follows = self.next_head(self.pooler(states[:, 0]))
+        x = self.masked_head(states if keep is None else states[:, 1:])
+        return (self.head(x) if return_logits else x), follows
 
-    def next_sentence(self, first: Tensor) -> Tensor:
-        """State (B, D) of the first token -> (B, 2) logits; class 1: the second text follows the first."""
-        assert self.pooler is not None
-        assert self.next_head is not None
-        return self.next_head(self.pooler(first))
+
+def with_first(keep: Keep, tokens: Tensor) -> Tensor:
+    """Positions in rows of tokens (B, T), with that of the first token before them: (B, 1 + N)."""
+    if isinstance(keep, slice):
+        keep = torch.arange(tokens.shape[1], device=tokens.device)[keep].expand(len(tokens), -1)
+    return torch.cat([keep.new_zeros(len(keep), 1), keep], dim=1)

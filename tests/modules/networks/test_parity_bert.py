@@ -45,8 +45,9 @@ def test_bert_against_transformers(next_sentence: bool) -> None:
     keep = torch.tensor([[3, 7], [0, 8]])
     assert_near(bert(**batch, keep=keep), torch.stack([want[0, [3, 7]], want[1, [0, 8]]]))
     if next_sentence:
-        states = bert(**batch, keep=slice(0, 1), return_logits=False)
-        assert_near(bert.next_sentence(states[:, 0]).flip(1), theirs.seq_relationship_logits)
+        logits, follows = bert(**batch, keep=keep, return_next=True)
+        assert_near(follows.flip(1), theirs.seq_relationship_logits)
+        assert_near(logits, bert(**batch, keep=keep))
 
 
 def test_bert_gradients_against_transformers() -> None:

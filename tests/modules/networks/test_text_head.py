@@ -59,7 +59,7 @@ def test_outputs_are_those_of_the_language_models_states(body: str, pool: Any) -
     for row, own in enumerate(mask):  # row by row, without padding: (1, n, D) states
         n = int(own.sum())
         given = (tokens[row : row + 1, :n], *((segment[row : row + 1, :n],) if body == "bert" else ()))
-        states = source(*given, return_logits=False)[0]
+        states = source.forward_features(*given).x[0]
         read = {"cls": states[0], "mean": states.mean(dim=0), "last": states[-1], "none": states}[pool]
         want = read @ network.head.weight.T + network.head.bias
         torch.testing.assert_close(output[row, :n] if pool == "none" else output[row], want, rtol=1e-4, atol=1e-5)

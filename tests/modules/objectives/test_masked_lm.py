@@ -65,7 +65,7 @@ def slow(net: BERT, data: list[dict[str, Tensor]]) -> dict[str, list[float]]:
                     found["loss"].append(-logits[position].log_softmax(-1)[target].item())
                     found["acc"].append(float(logits[position].argmax() == target))
             if "follows" in batch and (follows := int(batch["follows"][n])) != -100:
-                pair = net.next_sentence(net(**row, return_logits=False)[:, 0])[0].double()
+                pair = net.next_head(net.pooler(net.forward_features(**row).x[:, 0]))[0].double()
                 found["next_loss"].append(-pair.log_softmax(-1)[follows].item())
                 found["next_acc"].append(float(pair.argmax() == follows))
     return found
@@ -106,8 +106,8 @@ def test_training_loss_and_gradient(pairs: bool) -> None:
     inputs = {name: batch[name] for name in ("tokens", "segment", "mask") if name in batch}
     want = F.cross_entropy(made.network(**inputs).flatten(0, 1), labels.flatten())
     if pairs:
-        first = made.network(**inputs, return_logits=False)[:, 0]
-        want = want + F.cross_entropy(made.network.next_sentence(first), batch["follows"])
+        first = made.network.pooler(made.network.forward_features(**inputs).x[:, 0])
+        want = want + F.cross_entropy(made.network.next_head(first), batch["follows"])
     want.backward()
     assert loss.item() == pytest.approx(want.item(), rel=1e-6)
     for name, p in made.network.named_parameters():

@@ -94,7 +94,7 @@ def test_embed(pool: Any, checkpoint: str, tmp_path: Path) -> None:
     for text, vector in zip(TEXTS, vectors, strict=True):  # alone, so without padding
         ids = [2, *(NAMES.index(word) for word in text.split()), 3]
         with torch.no_grad():
-            states = network().network(torch.tensor([ids]), return_logits=False)[0]
+            states = network().network.forward_features(torch.tensor([ids])).x[0]
         want = states[0] if pool == "cls" else states.mean(dim=0)
         np.testing.assert_allclose(vector, want / want.norm(), atol=1e-5)
     assert table.nearest[0] == table.nearest[2] == "the cat"
