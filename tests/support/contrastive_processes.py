@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import machine_settings
@@ -15,6 +16,8 @@ from torchmetrics import Metric
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import CLIPConfig, GPTConfig, ViTConfig
 from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
+from trunkline.modules.objectives.reduction import mean_count
+from trunkline.modules.training.distributed import Gather
 
 CASES: list[dict[str, Any]] = [
     {"loss": loss, "same_captions": same, "chunk_size": chunk}
@@ -60,21 +63,34 @@ def large_step(count: int, chunk: int | None) -> Callable[[], None]:
             "tokens": torch.randint(0, 50, (count, 6)),
             "mask": torch.ones(count, 6, dtype=torch.bool),
         }
-        module.mean_over_pairs(*module.contrast(module.embed(batch, chunk=chunk), torch.arange(count))).backward()
+        keys = torch.arange(count)
+        module.contrast(module.embed(batch, chunk=chunk), keys, Gather(keys)).backward()
 
     return step
 
 
 class Step(nn.Module):
-    """The part of `training_step` that does not need a trainer."""
+    """What a training step of this process goes backward from."""
 
     def __init__(self, module: ContrastiveImageText) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        embeddings = self.module.embed(batch, chunk=self.module.chunk_size)
-        return self.module.mean_over_pairs(*self.module.contrast(embeddings, batch["caption_key"]))
+        (term,) = self.module.loss(batch)  # type: ignore[arg-type]
+        return term.total / mean_count(group(), term.count)
+
+
+def group() -> Any:
+    """Enough of a trainer to take means over the processes of this group."""
+
+    def reduce(count: Tensor, reduce_op: str) -> Tensor:
+        assert reduce_op == "mean"
+        dist.all_reduce(count := count.clone())
+        return count / dist.get_world_size()
+
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    return SimpleNamespace(world_size=processes, strategy=SimpleNamespace(reduce=reduce))
 
 
 def losses_and_gradients(counts: list[int] | None = None) -> list[dict[str, Tensor]]:
@@ -111,7 +127,7 @@ def evaluation(counts: list[int]) -> dict[str, float]:
         module.validation_step(share, 0)
         module.validation_step({**share, "valid": torch.zeros(counts[rank], dtype=torch.bool)}, 1)
         module.on_validation_epoch_end()
-    module.losses["val"].sync_on_compute = dist.is_initialized()
+    module.metrics["val"]["loss"].sync_on_compute = dist.is_initialized()  # type: ignore[index]
     return {name: float(value.compute() if isinstance(value, Metric) else value) for name, value in logged.items()}
 
 

@@ -68,7 +68,7 @@ class Witness(Callback):
 
 def run(folder: Path, witness: Witness, *callbacks: Callback, **options: Any) -> ImageClassifier:
     torch.manual_seed(0)
-    model = ImageClassifier(vit(), OPTIMIZER)
+    model = ImageClassifier(vit(), optimizer=OPTIMIZER)
     data = ImageData("digits", image_size=8, channels=1, batch_size=BATCH, eval_batch_size=50)
     trainer = L.Trainer(
         accelerator="cpu",

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tiny import vit
 
+from trunkline.contract import DataFacts
 from trunkline.modules.callbacks.attention_maps import attention_rollout, overlay, to_patches
 from trunkline.modules.callbacks.classification import draw_confusion
 from trunkline.modules.callbacks.drawing import GREEN, RED, captioned, grid, to_pictures
@@ -54,7 +55,7 @@ def test_overlay_is_brightest_where_the_weight_is() -> None:
 def test_pictures_of_normalised_images() -> None:
     pixels = torch.randint(0, 256, (4, 3, 5, 7), dtype=torch.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    data = SimpleNamespace(preprocessing=SimpleNamespace(mean=mean, std=std))
+    data = SimpleNamespace(facts=DataFacts(mean=mean, std=std))
     normalised = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     shown = to_pictures(normalised, SimpleNamespace(datamodule=data), side=7)  # type: ignore[arg-type]
     assert len(shown) == 4

@@ -1,6 +1,7 @@
 """What TensorBoard shows of a CLIP, read back from its event files."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from tiny_clip import picture as drawn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from trunkline.contract import DataFacts
 from trunkline.modules.callbacks import RetrievalReport
 from trunkline.modules.callbacks.drawing import GREEN, GREY, LINE, RED, captioned, wrapped, written
 from trunkline.modules.callbacks.retrieval import draw_similarity
@@ -30,7 +32,7 @@ POOL, TILE = 20, (80 + 6 + 3 * LINE, 80 + 6)
 class Data(L.LightningDataModule):
     """Batches of 7 pairs."""
 
-    preprocessing = PREPROCESSING
+    facts = DataFacts(mean=PREPROCESSING.mean, std=PREPROCESSING.std)
 
     def loader(self) -> DataLoader[Any]:
         tokens, mask, _ = encoder().encode([f"a {colour}" for colour, _ in ROWS])
@@ -44,10 +46,13 @@ class Data(L.LightningDataModule):
     train_dataloader = val_dataloader = loader
 
 
+def caption(split: str, row: int) -> str:
+    assert split == "val"
+    return f"a {ROWS[row][0]}\nthing"
+
+
 class Captioned(Data):
-    def caption(self, split: str, row: int) -> str:
-        assert split == "val"
-        return f"a {ROWS[row][0]}\nthing"
+    facts = replace(Data.facts, caption=caption)
 
 
 class Witness(Callback):

@@ -58,10 +58,10 @@ def run(folder: Path, masked: bool, *callbacks: Any) -> SimpleNamespace:
     data: TextData
     if masked:
         data = MaskedTextData(**fields, vocab_size=70, batch_size=4)
-        model = MaskedLM(BERTConfig(data.vocab_size, 16, backbone=backbone), optimizer)
+        model = MaskedLM(BERTConfig(data.vocab_size, 16, backbone=backbone), optimizer=optimizer)
     else:
         data = TextData(**fields, tokenizer="chars", batch_size=4)
-        model = CausalLM(GPTConfig(data.vocab_size, 16, backbone=backbone), optimizer)
+        model = CausalLM(GPTConfig(data.vocab_size, 16, backbone=backbone), optimizer=optimizer)
     trainer(folder, 8, 4, *callbacks, Throughput()).fit(model, datamodule=data)
     found = EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
     return SimpleNamespace(model=model, data=data, found=found)
@@ -153,7 +153,7 @@ def test_heads_are_drawn_where_they_look() -> None:
         (False, TextSamples([""]), "TextSamples: the prompt '' has no tokens"),
         (True, FilledMasks(["the cat"]), r"^FilledMasks: the sentence 'the cat' has no \[MASK\]; write it where"),
         (True, FilledMasks(["[MASK]" * 15]), r"^FilledMasks: the sentence '.*' has 17 tokens, .* can see 16; cut it$"),
-        (False, FilledMasks(["[MASK]"]), "^FilledMasks needs MaskedTextData as --data; leave the callback out"),
+        (False, FilledMasks(["[MASK]"]), "^FilledMasks needs MaskedTextData; leave the callback out with other data$"),
     ],
 )
 def test_bad_texts_are_found_before_the_first_step(masked: bool, callback: Any, message: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trunkline import TrunklineError
+from trunkline.contract import DataFacts
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import GPTConfig
 from trunkline.modules.objectives.causal_lm import CausalLM
@@ -62,7 +63,7 @@ def slow_losses(net: Any, data: list[dict[str, Tensor]]) -> tuple[list[float], l
 
 
 class Bytes(L.LightningDataModule):
-    bytes_per_token = {"val": 2.5, "test": 4.0}  # noqa: RUF012
+    facts = DataFacts(bytes_per_token={"val": 2.5, "test": 4.0})
 
     def val_dataloader(self) -> Any:
         return DataLoader(batches(3), batch_size=None)  # type: ignore[arg-type]
@@ -82,7 +83,7 @@ def test_metrics_against_a_slow_loop(stage: str, tmp_path: Path) -> None:
             f"{stage}/loss": mean,
             f"{stage}/acc": sum(right) / len(right),
             f"{stage}/ppl": math.exp(mean),
-            f"{stage}/bpb": mean / math.log(2) / Bytes.bytes_per_token[stage],
+            f"{stage}/bpb": mean / math.log(2) / Bytes.facts.bytes_per_token[stage],
         },
         rel=1e-5,
     )
@@ -121,18 +122,17 @@ def test_learns_to_count(tmp_path: Path) -> None:
     assert made.network(row[:1, :-1]).argmax(-1).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"vocab_size": 12}, "the data has vocab_size=12, but the network takes 11; set --model.network.vocab_size 12"),
-        ({"max_length": 9}, "the data has max_length=9, but the network takes 8; set --model.network.max_length 9"),
-    ],
-)
-def test_data_that_does_not_fit(data: dict[str, int], message: str) -> None:
-    made = model()
-    made._trainer = SimpleNamespace(datamodule=SimpleNamespace(**data))  # type: ignore[assignment]
-    with pytest.raises(TrunklineError, match=message):
+@pytest.mark.parametrize(("name", "needed", "own"), [("vocab_size", 12, 11), ("max_length", 9, 8)])
+def test_data_that_does_not_fit(name: str, needed: int, own: int) -> None:
+    made, facts = model(), DataFacts(**{name: needed})  # type: ignore[arg-type]
+    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(facts=facts))  # type: ignore[assignment]
+    message = (
+        f"the network has {name}={own}, but the data needs at least {needed}; leave {name} out of the network, which "
+        f"then takes the data's, or set it to {needed}"
+    )
+    with pytest.raises(TrunklineError, match=f"^{message}$") as caught:
         made.setup("fit")
+    assert caught.value.field == f"model.network.{name}"
 
 
 def test_hyperparameters_are_plain_and_rebuild_it() -> None:
@@ -169,9 +169,12 @@ def test_start_from_weights_with_another_tokenizer(tokenizer: str, tmp_path: Pat
     content |= {"hyper_parameters": dict(source.hparams), "TextData": {"tokenizer": "same"}}
     SafeCheckpointIO().save_checkpoint(content, tmp_path / "a.ckpt")
     made = model(init_from=str(tmp_path / "a.ckpt"))
-    made._trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=Words(tokenizer)))  # type: ignore[assignment]
+    facts = DataFacts(tokenizer=Words(tokenizer))  # type: ignore[arg-type]
+    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(facts=facts))  # type: ignore[assignment]
     if tokenizer == "same":
         made.setup("fit")
     else:
-        with pytest.raises(TrunklineError, match=r"a\.ckpt was trained with another tokenizer .*set --data\.tokenizer"):
+        message = r"^init_from .*a\.ckpt was trained with another tokenizer .*; set tokenizer to .*a\.ckpt$"
+        with pytest.raises(TrunklineError, match=message) as caught:
             made.setup("fit")
+        assert caught.value.field == "data.tokenizer"

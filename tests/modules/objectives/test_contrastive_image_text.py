@@ -15,7 +15,9 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.metrics.retrieval import retrieval_metrics
 from trunkline.modules.networks import BERT, GPT, BERTConfig, CLIPConfig, GPTConfig, ViT, ViTConfig
+from trunkline.modules.networks.clip import Embeddings
 from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
+from trunkline.modules.training.distributed import Gather
 from trunkline.modules.training.optim import OptimizerConfig
 from trunkline.pipelines.benchmarks.memory import peak_memory
 
@@ -27,6 +29,12 @@ def cut(sizes: list[int]) -> list[dict[str, Tensor]]:
     """The 11 pairs in batches."""
     parts = {name: value.split(sizes) for name, value in pairs().items()}
     return [{name: part[i] for name, part in parts.items()} for i in range(len(sizes))]
+
+
+def contrast(module: ContrastiveImageText, embeddings: Embeddings, batch: dict[str, Tensor]) -> Tensor:
+    """The mean loss of pairs whose embeddings are there."""
+    keys = batch["caption_key"]
+    return module.contrast(embeddings, keys, Gather(keys)) / len(keys)
 
 
 def fit(module: ContrastiveImageText, folder: Path, data: Any, **options: Any) -> L.Trainer:
@@ -67,9 +75,8 @@ def test_chunks_drop_the_same_twice() -> None:
     for chunk in (11, 10):  # 11 is the whole batch; of 10 the second chunk is one pair
         torch.manual_seed(1)
         found = module.embed(batch, chunk=chunk)
-        total, share = module.contrast(found, batch["caption_key"])
         module.zero_grad()
-        module.mean_over_pairs(total, share).backward()
+        contrast(module, found, batch).backward()
         gradients.append((found, module.network.image.patch_embed.proj.weight.grad))
     torch.manual_seed(1)
     first = {name: value[:10] for name, value in batch.items()}
@@ -82,7 +89,7 @@ def test_chunks_drop_the_same_twice() -> None:
     ]
     joined = type(plain)(torch.cat([p.image for p in parts]), torch.cat([p.text for p in parts]))
     module.zero_grad()
-    module.mean_over_pairs(*module.contrast(joined, batch["caption_key"])).backward()
+    contrast(module, joined, batch).backward()
     torch.testing.assert_close(module.network.image.patch_embed.proj.weight.grad, gradients[1][1], rtol=1e-4, atol=1e-6)
 
 
@@ -93,7 +100,7 @@ def test_chunks_of_a_compiled_network() -> None:
         module = model(loss="infonce")
         if compiled:
             module.network.compile()
-        module.mean_over_pairs(*module.contrast(module.embed(batch, chunk=4), batch["caption_key"])).backward()
+        contrast(module, module.embed(batch, chunk=4), batch).backward()
         gradients.append([p.grad for p in module.network.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
 
@@ -126,8 +133,8 @@ def test_evaluation_over_the_whole_split(tmp_path: Path) -> None:
     with torch.no_grad():
         found = module.network(every["image"], every["tokens"], every["mask"])
         losses = [
-            module.contrast(type(found)(found.image[part], found.text[part]), every["caption_key"][part])[0]
-            for part in (slice(6), slice(6, 10))
+            contrast(module, type(found)(found.image[part], found.text[part]), {"caption_key": key}) * len(key)
+            for part, key in ((part, every["caption_key"][part]) for part in (slice(6), slice(6, 10)))
         ]
     want = retrieval_metrics(*found, every["caption_key"], every["caption_key"])
     assert {f"val/{name}" for name in want} <= metrics.keys()
@@ -174,9 +181,10 @@ def test_towers_start_from_trained_ones(kind: str, tmp_path: Path) -> None:
     config.image.backbone = TransformerConfig(dim=32, depth=2, num_heads=2)
     with pytest.raises(
         TrunklineError,
-        match=r"init_image_from .*image does not fit: pos_embed is .* give --model\.network\.image the sizes",
-    ):
+        match=r"^init_image_from .*image does not fit: pos_embed is .* give network\.image the sizes",
+    ) as caught:
         ContrastiveImageText(config, **names)
+    assert caught.value.field == "model.init_image_from"
 
 
 def test_towers_that_only_look_alike(tmp_path: Path) -> None:
@@ -184,15 +192,20 @@ def test_towers_that_only_look_alike(tmp_path: Path) -> None:
     ViT(ViTConfig(16, 8, pool="mean", backbone=TRUNK)).save_pretrained(tmp_path / "image")
     other = TransformerConfig(dim=16, depth=2, num_heads=4)
     config = CLIPConfig(ViTConfig(16, 8, pool="mean", backbone=other), gpt=GPTConfig(50, 6, backbone=TRUNK))
-    with pytest.raises(
-        TrunklineError, match=r"init_image_from .* num_heads=2.*; set --model\.network\.image\.backbone\.num"
-    ):
+    message = r"^init_image_from .* num_heads=2.*; set network\.image\.backbone\.num_heads to 2$"
+    with pytest.raises(TrunklineError, match=message) as caught:
         ContrastiveImageText(config, init_image_from=str(tmp_path / "image"))
-    with pytest.raises(TrunklineError, match=r"image/config.json describes a ViT, not a GPT"):
+    assert caught.value.field == "model.network.image.backbone.num_heads"
+    with pytest.raises(
+        TrunklineError, match=r"^init_text_from .*image holds a ViT; .* TextHead or BERT or GPT$"
+    ) as caught:
         ContrastiveImageText(config, init_text_from=str(tmp_path / "image"))
+    assert caught.value.field == "model.init_text_from"
     GPT(GPTConfig(50, 6, backbone=TRUNK)).save_pretrained(tmp_path / "text")
-    with pytest.raises(TrunklineError, match=r"--model\.init_image_from .*text is no ViT: .* describes a GPT"):
+    message = r"^init_image_from .*text holds a GPT; give a checkpoint or a folder of ViT$"
+    with pytest.raises(TrunklineError, match=message) as caught:
         ContrastiveImageText(config, init_image_from=str(tmp_path / "text"))
+    assert caught.value.field == "model.init_image_from"
 
 
 def test_no_valid_pair_at_all(tmp_path: Path) -> None:
@@ -204,19 +217,25 @@ def test_no_valid_pair_at_all(tmp_path: Path) -> None:
 
 def test_bad_arguments(tmp_path: Path) -> None:
     config = CLIPConfig(ViTConfig(16, 8, backbone=TRUNK), gpt=GPTConfig(50, 6, backbone=TRUNK))
-    with pytest.raises(TrunklineError, match=r"needs a bias; set --model\.network\.init_logit_bias -10"):
+    with pytest.raises(TrunklineError, match=r"needs a bias; set network\.init_logit_bias to -10") as caught:
         ContrastiveImageText(config, loss="sigmoid")
-    with pytest.raises(TrunklineError, match=r"--model\.chunk_size 0 must be 1 or more"):
+    assert caught.value.field == "model.network.init_logit_bias"
+    with pytest.raises(TrunklineError, match=r"^chunk_size 0 must be 1 or more") as caught:
         ContrastiveImageText(config, chunk_size=0)
+    assert caught.value.field == "model.chunk_size"
     shared = CLIPConfig(ViTConfig(16, 8, backbone=TRUNK), bert=BERTConfig(50, 6, backbone=TRUNK), share_trunk=True)
-    with pytest.raises(TrunklineError, match=r"with share_trunk both towers have the same blocks; set .*freeze_image"):
-        ContrastiveImageText(shared, freeze_image_blocks=1)
-    with pytest.raises(TrunklineError, match=r"give --model\.init_image_from or --model\.init_text_from, not both"):
+    for tower in ("image", "text"):
+        message = r"with share_trunk both towers have the same blocks; set freeze_image_blocks and freeze_text_blocks"
+        with pytest.raises(TrunklineError, match=message) as caught:
+            ContrastiveImageText(shared, **{f"freeze_{tower}_blocks": 1})  # type: ignore[arg-type]
+        assert caught.value.field == f"model.freeze_{tower}_blocks"
+    with pytest.raises(TrunklineError, match=r"give init_image_from or init_text_from, not both") as caught:
         ContrastiveImageText(shared, init_image_from="a", init_text_from="b")
-    with pytest.raises(
-        TrunklineError, match=r"a batch of one pair has nothing to tell it from; set --data\.batch_size"
-    ):
+    assert caught.value.field == "model.init_image_from"
+    message = r"a batch of one pair has nothing to tell it from; set batch_size to 2 or more"
+    with pytest.raises(TrunklineError, match=message) as caught:
         fit(model(loss="infonce"), tmp_path, cut([1, 10]))
+    assert caught.value.field == "data.batch_size"
 
 
 def test_chance() -> None:

@@ -70,8 +70,9 @@ def test_mix_prob_is_the_share_of_mixed_batches() -> None:
 
 
 def test_mixing_an_odd_batch_is_an_error() -> None:
-    with pytest.raises(TrunklineError, match=r"5 a process is odd; set --data\.batch_size"):
-        classifier(mixup=0.1).training_step(batches(1, size=5)[0], 0)
+    with pytest.raises(TrunklineError, match=r"5 a process is odd; set batch_size to an even number") as caught:
+        classifier(mixup=0.1).loss(batches(1, size=5)[0])
+    assert caught.value.field == "data.batch_size"
 
 
 # --- metrics
@@ -167,11 +168,13 @@ def test_metrics_of_two_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_another_number_of_classes_than_the_data(tmp_path: Path, command: str) -> None:
     data = ImageData("digits", image_size=8, channels=1)
-    message = r"the data has 10 classes .* network has 7 outputs; set --model\.network\.num_classes 10$"
-    with pytest.raises(TrunklineError, match=message):
+    message = r"the network has num_classes=7, but the data needs 10; leave num_classes out .* or set it to 10$"
+    with pytest.raises(TrunklineError, match=message) as caught:
         getattr(trainer(tmp_path, max_steps=1), command)(classifier(vit(num_classes=7)), datamodule=data)
-    with pytest.raises(TrunklineError, match="at least 2 classes, not num_classes=1"):
+    assert caught.value.field == "model.network.num_classes"
+    with pytest.raises(TrunklineError, match="at least 2 classes, not num_classes=1") as caught:
         ImageClassifier(vit(num_classes=1))
+    assert caught.value.field == "model.network.num_classes"
 
 
 # --- checkpoints, cost, divergence, averages
@@ -221,7 +224,7 @@ class Record(Callback):
 def test_divergence_stops_before_the_weights_change(tmp_path: Path) -> None:
     model, record, data = classifier(), Record(), batches(3)
     data[1]["image"][2, 0, 0, 0] = float("nan")
-    with pytest.raises(TrunklineError, match=r"loss is not finite by step 1 \(epoch 0\).*--model\.optimizer\.lr"):
+    with pytest.raises(TrunklineError, match=r"loss is not finite by step 1 \(epoch 0\).*Lower optimizer\.lr"):
         fit(model, tmp_path, data, callbacks=[record])
     (after_one_step,) = record.steps
     torch.testing.assert_close(weights(model), after_one_step, rtol=0, atol=0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trunkline import TrunklineError
+from trunkline.contract import DataFacts
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.generation.filling import fill_masks
 from trunkline.modules.networks import BERT, BERTConfig
@@ -28,7 +29,7 @@ def model(pairs: bool = False, noise: float = 0.3, optimizer: OptimizerConfig = 
     torch.manual_seed(0)
     backbone = TransformerConfig(dim=16, depth=2, num_heads=2, norm_first=False, final_norm=False)
     config = BERTConfig(vocab_size=11, max_length=8, next_sentence=pairs, backbone=backbone)
-    made = MaskedLM(config, optimizer)
+    made = MaskedLM(config, optimizer=optimizer)
     with torch.no_grad():
         for p in made.network.parameters():
             p.add_(torch.randn_like(p), alpha=noise)
@@ -72,7 +73,7 @@ def slow(net: BERT, data: list[dict[str, Tensor]]) -> dict[str, list[float]]:
 
 
 class Data(L.LightningDataModule):
-    unigram_entropy = 2.25
+    facts = DataFacts(unigram_entropy=2.25)
 
     def __init__(self, pairs: bool) -> None:
         super().__init__()
@@ -154,12 +155,14 @@ def test_learns_and_fills(tmp_path: Path) -> None:
     assert first.probabilities[0] == pytest.approx(logits.softmax(-1)[6].item(), rel=1e-4)
 
 
-@pytest.mark.parametrize(("name", "given", "taken"), [("vocab_size", 12, 11), ("max_length", 9, 8)])
-def test_data_that_does_not_fit(name: str, given: int, taken: int) -> None:
-    made = model()
-    made._trainer = SimpleNamespace(datamodule=SimpleNamespace(**{name: given}))  # type: ignore[assignment]
-    with pytest.raises(TrunklineError, match=f"{name}={given}, but the network takes {taken}; set --model.network"):
+@pytest.mark.parametrize(("name", "needed", "own"), [("vocab_size", 12, 11), ("max_length", 9, 8)])
+def test_data_that_does_not_fit(name: str, needed: int, own: int) -> None:
+    made, facts = model(), DataFacts(**{name: needed})  # type: ignore[arg-type]
+    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(facts=facts))  # type: ignore[assignment]
+    message = f"^the network has {name}={own}, but the data needs at least {needed}; .*, or set it to {needed}$"
+    with pytest.raises(TrunklineError, match=message) as caught:
         made.setup("fit")
+    assert caught.value.field == f"model.network.{name}"
 
 
 def test_a_causal_trunk_is_refused() -> None:

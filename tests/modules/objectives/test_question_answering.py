@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,7 +127,7 @@ def test_windows_of_all_processes_are_merged(tmp_path: Path, monkeypatch: pytest
     ends = [s + len(q.answers[0]) if q.answers else 0 for s, q in zip(starts, questions, strict=True)]
     here = [WindowAnswer(n, 1.0, 5.0, 0, 3) for n in range(12)]  # each would be "The", or no answer
     there = [WindowAnswer(n, 2.0, 1.0 if q.answers else 9.0, starts[n], ends[n]) for n, q in enumerate(questions)]
-    own._trainer = type("TwoProcesses", (), {"world_size": 2, "datamodule": squad})()
+    own.trainer = SimpleNamespace(world_size=2, datamodule=squad)  # type: ignore[assignment]
     own.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
 
     def gather(parts: list[Any], mine: list[WindowAnswer]) -> None:
@@ -163,7 +164,11 @@ def test_the_loss_is_the_mean_of_both_borders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"pool": "cls"}, {"num_outputs": 3}])
 def test_impossible_heads(options: dict[str, Any]) -> None:
-    with pytest.raises(TrunklineError, match=r"needs --model\.network\.num_outputs 2, not \d, and .*pool none, not"):
+    with pytest.raises(
+        TrunklineError, match=r"needs network\.num_outputs 2, not \d, and network\.pool none, not"
+    ) as caught:
         model(**options)
-    with pytest.raises(TrunklineError, match=r"--model\.max_answer_length must be at least 1, not 0"):
+    assert caught.value.field == "model.network"
+    with pytest.raises(TrunklineError, match=r"^max_answer_length must be at least 1, not 0") as caught:
         QuestionAnswering(model().network.config, max_answer_length=0)
+    assert caught.value.field == "model.max_answer_length"

@@ -1,6 +1,7 @@
 """TextClassifier: loss and metrics against scikit-learn, sizes against the data, and learning."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader, Dataset
 
 from trunkline import TrunklineError
+from trunkline.contract import DataFacts
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.modules.backbone import TransformerConfig
@@ -61,11 +63,11 @@ class Rows(Dataset[Any]):
 
 
 class RowsData(TrunklineDataModule):
-    class_names = ("a", "b", "c", "d")
-    vocab_size, max_length = V, T
+    facts = DataFacts(class_names=["a", "b", "c", "d"], vocab_size=V, max_length=T)
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, facts: DataFacts | None = None, **options: Any) -> None:
         super().__init__(batch_size=8, eval_batch_size=8, num_workers=0, seed=0)
+        self.facts = facts or self.facts
         self.datasets = {"train": Rows(**options), "val": Rows(**options), "test": Rows(**options)}
 
 
@@ -124,54 +126,56 @@ def test_flops(pool: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "message", "field"),
     [
-        ({"class_names": ["x", "y"]}, r"has 2 classes \(x, y\), but the network has 4 outputs; set .*num_outputs 2$"),
-        ({"class_names": list("abcde")}, r"has 5 classes \(a, b, c, …\).*set --model\.network\.num_outputs 5$"),
-        ({"max_length": 9}, r"the data has max_length=9, .* takes 6; set --model\.network\.bert\.max_length 9$"),
-        ({"vocab_size": 99}, r"set --model\.network\.bert\.vocab_size 99$"),
+        ({"class_names": ["x", "y"]}, r"has num_outputs=4, but the data needs 2; .*set it to 2$", "num_outputs"),
+        ({"class_names": list("abcde")}, r"has num_outputs=4, but the data needs 5; .*set it to 5$", "num_outputs"),
+        ({"max_length": 9}, r"has max_length=6, but the data needs at least 9; .*set it to 9$", "bert.max_length"),
+        ({"vocab_size": 99}, r"has vocab_size=30, but the data needs at least 99; .*to 99$", "bert.vocab_size"),
     ],
 )
-def test_sizes_are_compared_with_the_data(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    data = RowsData()
-    for name, value in change.items():
-        setattr(data, name, value)
-    with pytest.raises(TrunklineError, match=message):
+def test_sizes_are_compared_with_the_data(change: dict[str, Any], message: str, field: str, tmp_path: Path) -> None:
+    data = RowsData(replace(RowsData.facts, **change))
+    with pytest.raises(TrunklineError, match=rf"^the network {message}") as caught:
         trainer(tmp_path, max_steps=1).fit(model(), datamodule=data)
+    assert caught.value.field == f"model.network.{field}"
 
 
 def test_weights_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     """The ids of a pre-trained body mean the words of its own tokenizer."""
-    data, own = RowsData(), model()
-    content = {"hyper_parameters": dict(own.hparams), "state_dict": own.state_dict()}
+    own = model()
+    content = {"objective": "TextClassifier", "hyper_parameters": dict(own.hparams), "state_dict": own.state_dict()}
     for size, name in ((3, "own"), (4, "other")):
         words = Tokenizer(models.WordLevel({str(n): n for n in range(size)}, "0"))
         torch.save({**content, "MaskedTextData": {"tokenizer": words.to_str()}}, tmp_path / f"{name}.ckpt")
-        data.tokenizer = words
+    data = RowsData(replace(RowsData.facts, tokenizer=words))
     trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(
         model(init_from=str(tmp_path / "other.ckpt")), datamodule=data
     )
-    message = r"init_from .*own\.ckpt was trained with another tokenizer than the data's.*set --data\.tokenizer .*own"
-    with pytest.raises(TrunklineError, match=message):
+    message = r"^init_from .*own\.ckpt was trained with another tokenizer than the data's.*set tokenizer to .*own"
+    with pytest.raises(TrunklineError, match=message) as caught:
         trainer(tmp_path, max_steps=1).fit(model(init_from=str(tmp_path / "own.ckpt")), datamodule=data)
+    assert caught.value.field == "data.tokenizer"
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0])
 def test_impossible_label_smoothing(value: float) -> None:
     tasks = partial(TextClassifier, network()), partial(TokenClassifier, network("none"))
     for objective in (*tasks, CausalLM, MaskedLM, ImageClassifier):
-        with pytest.raises(
-            TrunklineError, match=rf"--model\.label_smoothing must be from 0 up to below 1, not {value}"
-        ):
+        message = rf"^label_smoothing must be from 0 up to below 1, not {value}$"
+        with pytest.raises(TrunklineError, match=message) as caught:
             objective(label_smoothing=value)
-    with pytest.raises(TrunklineError, match=r"--model\.z_loss must be 0 or more, not -1"):
+        assert caught.value.field == "model.label_smoothing"
+    with pytest.raises(TrunklineError, match=r"^z_loss must be 0 or more, not -1") as caught:
         CausalLM(z_loss=-1.0)
+    assert caught.value.field == "model.z_loss"
 
 
 @pytest.mark.parametrize("options", [{"num_outputs": 1}, {"pool": "none"}])
 def test_impossible_heads(options: dict[str, Any]) -> None:
-    with pytest.raises(TrunklineError, match=r"num_outputs of 2 or more, not \d, .*pool of cls, mean or last"):
+    with pytest.raises(TrunklineError, match=r"num_outputs of 2 or more, not \d, .*pool of cls, mean or last") as e:
         TextClassifier(network(**options))
+    assert e.value.field == "model.network"
 
 
 def test_hyperparameters_are_plain_data_and_rebuild(tmp_path: Path) -> None:

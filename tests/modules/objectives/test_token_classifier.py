@@ -11,6 +11,7 @@ from tiny import mean_loss, trainer
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
+from trunkline.contract import DataFacts
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.modules.backbone import TransformerConfig
@@ -54,9 +55,11 @@ class Rows(Dataset[Any]):
 
 
 class RowsData(TrunklineDataModule):
+    facts = DataFacts()
+
     def __init__(self, names: list[str]) -> None:
         super().__init__(batch_size=4, eval_batch_size=4, num_workers=0, seed=0)
-        self.class_names = names
+        self.facts = DataFacts(class_names=names)
         self.datasets = {"train": Rows(), "val": Rows(), "test": Rows()}
 
 
@@ -94,5 +97,8 @@ def test_learns_to_f1_1(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"pool": "cls"}, {"num_outputs": 1}])
 def test_impossible_heads(options: dict[str, Any]) -> None:
-    with pytest.raises(TrunklineError, match=r"tagging needs .*num_outputs of 2 or more, not \d, and .*pool none, not"):
+    with pytest.raises(
+        TrunklineError, match=r"tagging needs .*num_outputs of 2 or more, not \d, and .*pool none, not"
+    ) as e:
         model(**options)
+    assert e.value.field == "model.network"
