@@ -6,10 +6,10 @@ ARGS ?=
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train-vit train-gpt train-bert finetune-bert train-clip test test-all lint tensorboard benchmark clean
+.PHONY: help train-vit train-gpt train-bert finetune-bert train-clip test test-all test-everywhere lint tensorboard benchmark clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train-vit: $(READY) ## train a Vision Transformer on the digits, offline, in a minute or two
 	$(BIN)/trunkline fit --config vit/digits $(ARGS)
@@ -37,6 +37,9 @@ test: $(READY) ## the fast tests, without a network
 
 test-all: $(READY) ## all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-everywhere: $(READY) ## tests that could differ, as on other machines: kernels, bfloat16, threads, order, busy cores
+	$(BIN)/python tests/support/everywhere.py $(ARGS)
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .

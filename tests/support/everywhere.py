@@ -1,0 +1,85 @@
+"""Run the tests that could differ between machines under settings that stand for other machines.
+
+One line a setting; what failed follows it. Two settings run side by side, but the one beside two busy loops alone.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent
+
+# Files whose tests compute, and tests of others, by what `pytest -k` takes. None of them needs long.
+NUMERIC = (
+    "backbone callbacks causal_lm clip contrastive_distributed contrastive_image_text contrastive_losses evaluate "
+    "generation gpt image_classifier losses masked_lm networks optim parity parity_bert parity_gpt parity_vit "
+    "predict_text probe_callback question_answering retrieval search text_callbacks text_classifier text_head "
+    "token_classifier warm_start"
+).split()
+RUNS = "resume"  # costs more: all of it only where the machine is busy
+FEW = f"not peak_memory and (not test_{RUNS} or classify or (equal_losses and (image or pairs)))"
+TIMED = [RUNS, "checkpoints", "shards", "samplers", "memory", "benchmark"]  # could differ where the machine is busy
+
+SETTINGS: dict[str, dict[str, str]] = {
+    "ATEN_CPU_CAPABILITY=default": {"ATEN_CPU_CAPABILITY": "default"},
+    "ATEN_CPU_CAPABILITY=avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
+    "ATEN_CPU_CAPABILITY=avx512": {"ATEN_CPU_CAPABILITY": "avx512"},
+    "ONEDNN_MAX_CPU_ISA=AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "bfloat16 orthogonalisation on": {"TRUNKLINE_TEST_BFLOAT16": "on"},
+    "bfloat16 orthogonalisation off": {"TRUNKLINE_TEST_BFLOAT16": "off"},
+    "1 thread": {"TRUNKLINE_TEST_THREADS": "1", "OMP_NUM_THREADS": "1"},
+    "2 threads": {"TRUNKLINE_TEST_THREADS": "2", "OMP_NUM_THREADS": "2"},
+    "random order": {"TRUNKLINE_TEST_ORDER": "1"},
+}
+BUSY = "beside two busy loops"
+
+
+def file_of(name: str) -> str:
+    """The test file of this name, in whatever folder."""
+    (found,) = TESTS.rglob(f"test_{name}.py")
+    return str(found)
+
+
+def run(setting: str, environ: dict[str, str], names: list[str], *options: str) -> bool:
+    """Run these test files, print the setting's line, and return whether all passed."""
+    start = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *options]
+    done = subprocess.run(
+        [*command, *map(file_of, names)],
+        cwd=TESTS.parent, env={**os.environ, **environ}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    lines = done.stdout.splitlines() or done.stderr.splitlines()[-5:] or [""]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))] if done.returncode else []
+    print("\n    ".join([f"{setting:32} {time.monotonic() - start:4.0f} s  {lines[-1]}", *failed]), flush=True)
+    return done.returncode == 0
+
+
+def run_beside_busy_loops() -> bool:
+    """All that waits for something or is killed, with two other processes that take all of two cores."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        return run(BUSY, {}, [*NUMERIC, *TIMED])
+    finally:
+        for loop in loops:
+            loop.kill()
+
+
+def main() -> None:
+    """Run all settings, or those whose name holds one of the words given."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", help="only settings whose name holds one of these")
+    words = parser.parse_args().words
+    chosen = [name for name in SETTINGS if not words or any(word in name for word in words)]
+    with ThreadPoolExecutor(2) as pool:
+        passed = list(pool.map(lambda name: run(name, SETTINGS[name], [*NUMERIC, RUNS], "-k", FEW), chosen))
+    if not words or any(word in BUSY for word in words):
+        passed.append(run_beside_busy_loops())
+    sys.exit(0 if passed and all(passed) else 1)
+
+
+if __name__ == "__main__":
+    main()
