@@ -32,8 +32,8 @@ train-clip: $(READY) ## train a CLIP on emoji and their names, offline, in five 
 	@last=$$(ls -t runs/clip/emoji/*/checkpoints/last.ckpt | head -1) && set -x && \
 	$(BIN)/trunkline evaluate --checkpoint $$last --source openmoji --val_fraction 0 --split train
 
-test: $(READY) ## the fast tests, without a network
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: $(READY) ## the fast tests, without a network; two files side by side
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-all: $(READY) ## all tests
 	$(BIN)/python -m pytest $(ARGS)

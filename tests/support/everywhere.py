@@ -19,7 +19,7 @@ NUMERIC = (
     "generation gpt image_classifier losses masked_lm networks optim parity parity_bert parity_gpt parity_vit "
     "predict_text probe_callback question_answering retrieval search text_callbacks text_classifier text_head "
     "token_classifier warm_start"
-).split()
+)
 RUNS = "resume"  # costs more: all of it only where the machine is busy
 FEW = f"not peak_memory and (not test_{RUNS} or classify or (equal_losses and (image or pairs)))"
 TIMED = [RUNS, "checkpoints", "shards", "samplers", "memory", "benchmark"]  # could differ where the machine is busy
@@ -62,7 +62,7 @@ def run_beside_busy_loops() -> bool:
     """All that waits for something or is killed, with two other processes that take all of two cores."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
-        return run(BUSY, {}, [*NUMERIC, *TIMED])
+        return run(BUSY, {}, [*NUMERIC.split(), *TIMED])
     finally:
         for loop in loops:
             loop.kill()
@@ -75,7 +75,7 @@ def main() -> None:
     words = parser.parse_args().words
     chosen = [name for name in SETTINGS if not words or any(word in name for word in words)]
     with ThreadPoolExecutor(2) as pool:
-        passed = list(pool.map(lambda name: run(name, SETTINGS[name], [*NUMERIC, RUNS], "-k", FEW), chosen))
+        passed = list(pool.map(lambda name: run(name, SETTINGS[name], [*NUMERIC.split(), RUNS], "-k", FEW), chosen))
     if not words or any(word in BUSY for word in words):
         passed.append(run_beside_busy_loops())
     sys.exit(0 if passed and all(passed) else 1)
