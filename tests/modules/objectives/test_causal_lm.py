@@ -114,7 +114,7 @@ def test_training_loss_and_gradient(smoothing: float, z_loss: float) -> None:
 
 def test_learns_to_count(tmp_path: Path) -> None:
     row = torch.arange(9).expand(4, 9)
-    data: Any = DataLoader([{"tokens": row[:, :-1], "targets": row[:, 1:]}] * 60, batch_size=None)  # type: ignore[arg-type]
+    data: Any = DataLoader([{"tokens": row[:, :-1], "targets": row[:, 1:]}] * 150, batch_size=None)  # type: ignore[arg-type]
     made = model()
     run = trainer(tmp_path, max_epochs=1)
     run.fit(made, data)
