@@ -2,51 +2,19 @@
 
 import dataclasses
 import re
-import sys
-from collections.abc import Iterator
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Collection, Iterator
 from typing import Any, NoReturn, get_args, get_type_hints
 
-import lightning as L
-from lightning.pytorch import callbacks
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser
 
-import trunkline.modules.callbacks
 from trunkline import TrunklineError
-from trunkline.datamodules import (
-    ImageData,
-    ImageTextData,
-    LabelledTextData,
-    MaskedTextData,
-    SquadData,
-    TaggedTextData,
-    TextData,
-)
-from trunkline.modules.objectives.causal_lm import CausalLM
-from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
-from trunkline.modules.objectives.image_classifier import ImageClassifier
-from trunkline.modules.objectives.masked_lm import MaskedLM
-from trunkline.modules.objectives.question_answering import QuestionAnswering
-from trunkline.modules.objectives.text_classifier import TextClassifier
-from trunkline.modules.objectives.token_classifier import TokenClassifier
-from trunkline.pipelines.cli import own_error
 from trunkline.pipelines.configs import nearest
-
-# Importing a class makes its short name known: `class_path: ImageClassifier`.
-OBJECTIVES = (
-    CausalLM,
-    ContrastiveImageText,
-    ImageClassifier,
-    MaskedLM,
-    QuestionAnswering,
-    TextClassifier,
-    TokenClassifier,
-)
-DATA = (ImageData, ImageTextData, LabelledTextData, MaskedTextData, SquadData, TaggedTextData, TextData)
+from trunkline.pipelines.errors import Place, locate, own_error
+from trunkline.pipelines.objectives import KINDS, PROBES, data_classes, import_class, objective_classes, short
+from trunkline.pipelines.renamed import RENAMED, moved, outdated
 
 
-class Parser(LightningArgumentParser):
+class CommandParser(ArgumentParser):
     """Reports bad input as an error with a suggestion, where argparse would print a page of usage.
 
     Flags cannot be abbreviated: a misspelt one is an error.
@@ -63,8 +31,18 @@ class Parser(LightningArgumentParser):
     def known_names(self) -> set[str]:
         """Every option, dotted."""
         parsers = [self, *(getattr(self._subcommands_action, "choices", None) or {}).values()]
-        names = {action.dest for parser in parsers for action in parser._actions} | set(dotted(L.Trainer, "trainer"))
-        for group, classes in (("model", OBJECTIVES), ("data", DATA)):
+        return {action.dest for parser in parsers for action in parser._actions}
+
+
+class RecipeParser(CommandParser):
+    """The same of a parser that reads recipes."""
+
+    def known_names(self) -> set[str]:
+        """Every option, dotted, with those of all objectives, datamodules and the trainer."""
+        from lightning import Trainer
+
+        names = super().known_names() | set(dotted(Trainer, "trainer"))
+        for group, classes in (("model", objective_classes()), ("data", data_classes())):
             for cls in classes:
                 names |= set(dotted(cls, group))
         return names
@@ -80,26 +58,20 @@ def dotted(cls: type, prefix: str) -> Iterator[str]:
                     yield from dotted(kind, f"{prefix}.{name}")
 
 
-def explain(message: str, names: set[str]) -> str:
+def explain(message: str, names: Collection[str]) -> str:
     """Jsonargparse's message, in one line, as a sentence that names the flag or the line of a config, and the mend."""
     unknown = re.search(r"Option '(\S+)' is not|not accept option '(\S+)'|unrecognized arguments: ([^\s=]+)", message)
     if unknown:
-        key = next(group for group in unknown.groups() if group).lstrip("-")
-        place = locate(key)
-        name = place.removeprefix("--") if place.startswith("--") else key
-        level = name.count(".") + 1
-        hint = nearest(name, {".".join(n.split(".")[-level:]) for n in names}, cutoff=0.6)
-        return f"there is no option {place}{hint}" if place.startswith("--") else f"{place}: there is no '{key}'{hint}"
+        return explain_option(next(group for group in unknown.groups() if group).lstrip("-"), names)
     path = re.search(r"import path string: (\S+)|given class_path '(\S+)'", message)
     if path:
-        given = path[1] or path[2]
-        return f"{locate(given)}: there is no class '{given}'{nearest(given.rpartition('.')[2], class_names())}"
+        return explain_class(path[1] or path[2])
     wrong = re.search(
         r'key "(\S+)": .*?(?:Expected an? (.+?)\.|Subtypes: \[(.+)\] Errors.*) (?:Got|Given) value: (.*)', message
     )
     if wrong:
         place = locate(wrong[1])
-        subject = place if place.startswith("--") else f"{place}: {wrong[1]}"
+        subject = place.text if place.is_flag else f"{place.text}: {wrong[1]}"
         kinds = wrong[2] or wrong[3].replace(">, ", "> or ").replace("], ", "] or ").replace("NoneType", "null")
         kinds = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", kinds)
         return f"{subject} must be {kinds}, not '{wrong[4]}'"
@@ -108,24 +80,62 @@ def explain(message: str, names: set[str]) -> str:
     return message
 
 
+def explain_option(key: str, names: Collection[str]) -> str:
+    """What is wrong with an option that no one knows."""
+    place = locate(key, preferred=RENAMED)
+    if place.is_flag:
+        if place.key in RENAMED:
+            return f"there is no option {place.text} any more; it is --{RENAMED[place.key]} now"
+        return f"there is no option {place.text}{closest(place.key, names)}"
+    return of_older_version(place) or f"{place.text}: there is no '{key}'{closest(key, names)}"
+
+
+def closest(name: str, names: Collection[str]) -> str:
+    """The hint at the nearest known name with as many parts."""
+    level = name.count(".") + 1
+    return nearest(name, {".".join(known.split(".")[-level:]) for known in names}, cutoff=0.6)
+
+
+def explain_class(path: str) -> str:
+    """What is wrong with a class path that cannot be imported."""
+    place, names = locate(path), class_names()
+    older = of_older_version(place)
+    if older:
+        return older
+    if moved(path, names):
+        return f"{place.text}: there is no class '{path}' any more; it is {short(path)} now"
+    return f"{place.text}: there is no class '{path}'{nearest(short(path), names)}"
+
+
+def of_older_version(place: Place) -> str | None:
+    """That a config was written for an older version, with the new names; None if it was not."""
+    found = outdated(place.entries, class_names())
+    if not any(entry.line == place.line for entry in found):
+        return None
+    mended = "; ".join(map(str, found))
+    return f"{place.config} was written for an older version; {mended}; change {'it' if len(found) == 1 else 'them'}"
+
+
 def class_names() -> list[str]:
     """Classes that a `class_path` is likely to name."""
-    return [c.__name__ for c in (*OBJECTIVES, *DATA)] + callbacks.__all__ + trunkline.modules.callbacks.__all__
+    import lightning.pytorch.callbacks
+
+    import trunkline.modules.callbacks
+
+    own = [short(path) for kind in KINDS.values() for path in (kind.objective, kind.data)] + [short(PROBES)]
+    return own + lightning.pytorch.callbacks.__all__ + trunkline.modules.callbacks.__all__
 
 
-def locate(text: str) -> str:
-    """The flag on the command line, or the config's file and line, that gives a key or value."""
-    arguments = sys.argv[1:]
-    for argument, following in pairwise([*arguments, ""]):
-        name, _, value = argument.partition("=")
-        dotted_name = name.replace(".init_args.", ".").removesuffix("+")
-        if name.startswith("--") and (f".{dotted_name[2:]}".endswith(f".{text}") or text in (value, following)):
-            return dotted_name
-    configs = [value for flag, value in pairwise(arguments) if flag in ("--config", "-c")]
-    configs += [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
-    word = re.compile(rf"(?<!\w){re.escape(text.rpartition('.')[2])}(?!\w)")
-    for config in reversed(configs):
-        for number, line in enumerate(Path(config).read_text(encoding="utf-8").splitlines(), start=1):
-            if word.search(line.partition("#")[0]):
-                return f"{config}, line {number}"
-    return text
+def import_recipe_classes(texts: Collection[str]) -> None:
+    """Import the classes that a recipe may call by their short name: `class_path: ImageClassifier`.
+
+    Args:
+        texts: the command line and the configs.
+    """
+    import trunkline.modules.callbacks
+
+    assert trunkline.modules.callbacks.__all__
+    objective_classes()
+    data_classes()
+    if any(short(PROBES) in text for text in texts):
+        import_class(PROBES)

@@ -23,8 +23,13 @@ from trunkline.files import find_fault
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
-from trunkline.pipelines.parser import Parser
+from trunkline.pipelines.errors import config_files
+from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
 from trunkline.pipelines.runs import choose_run, forgotten_run
+
+
+class TrainingParser(RecipeParser, LightningArgumentParser):
+    """What LightningCLI asks for."""
 
 
 class TrainingCLI(LightningCLI):
@@ -33,13 +38,15 @@ class TrainingCLI(LightningCLI):
     def __init__(self, arguments: list[str], recipe: str | None) -> None:
         self.recipe, self.run_dir = recipe, Path()
         self.checkpoint: Path | None = None
+        configs = [Path(file).read_text(encoding="utf-8") for file in config_files(arguments)]
+        import_recipe_classes([*arguments, *configs])
         defaults = {"default_config_files": [str(DEFAULTS)]}
         super().__init__(
             TrunklineModule,
             TrunklineDataModule,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_class=Parser,
+            parser_class=TrainingParser,
             parser_kwargs={name: dict(defaults) for name in self.subcommands()},
             subclass_mode_model=True,
             subclass_mode_data=True,

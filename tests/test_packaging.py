@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trunkline.pipelines.cli import FUNCTIONS, POSITIONAL, TRAINING, main
+from trunkline.pipelines.cli import FUNCTIONS, POSITIONAL, TRAINING, load, main
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -191,7 +191,7 @@ def test_other_commands_of_the_readme() -> None:
     for name, *options in found:
         if name in POSITIONAL and not options[0].startswith("-"):
             options.insert(0, POSITIONAL[name])
-        known = inspect.signature(FUNCTIONS[name][0]()).parameters
+        known = inspect.signature(load(FUNCTIONS[name])).parameters
         flags = [word.removeprefix("--").partition("=")[0] for word in options if word.startswith("--")]
         assert set(flags) <= known.keys()
         needed = {key for key, parameter in known.items() if parameter.default is parameter.empty}

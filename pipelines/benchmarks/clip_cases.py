@@ -10,7 +10,6 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.losses import infonce_loss
 from trunkline.modules.networks import CLIP, CLIPConfig, GPTConfig, ViTConfig
-from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
 from trunkline.pipelines.benchmarks.memory import peak_memory
 from trunkline.pipelines.benchmarks.timing import Side, bare_loop, compare
 
@@ -112,6 +111,8 @@ def clip_chunks(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
 
 def _contrastive_step(batch_size: int, chunk: int | None) -> Side:
     """A training step, its batch included."""
+    from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
+
     torch.manual_seed(0)
     module = ContrastiveImageText(small_clip().config, chunk_size=chunk)
     module.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,21 +17,13 @@ from trunkline.datamodules.images.image_sources import to_channels
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.tables import read_column, reader_of
 from trunkline.datamodules.text.masking import special_ids
-from trunkline.files import load_checkpoint
 from trunkline.modules.callbacks.retrieval import sprites
 from trunkline.modules.networks import BERT, CLIP, GPT, TextHead, TextHeadConfig
 from trunkline.modules.networks.clip import unit
 from trunkline.pipelines.commands.output import check_output
-from trunkline.pipelines.image_text_checkpoint import (
-    Pictures,
-    clip_of,
-    embed_images,
-    embed_texts,
-    open_pictures,
-    own_flags,
-    progress,
-)
-from trunkline.pipelines.text_checkpoint import find_device, load_language_model
+from trunkline.pipelines.devices import find_device
+from trunkline.pipelines.embedding import Pictures, clip_network, embed_images, embed_texts, open_pictures, progress_bar
+from trunkline.pipelines.trained import Trained, language_model_of
 
 PROJECTED = 10_000
 """Most images in the projector: a browser holds no more."""
@@ -79,22 +71,27 @@ def embed(
     check_output(output, (".parquet",))
     if texts is None and images is None:
         raise TrunklineError("there is nothing to embed; give --texts, --images or both")
-    place, content = find_device(device), load_checkpoint(checkpoint)
-    if content.get("objective") == "ContrastiveImageText":
+    place, trained = find_device(device), Trained.read(checkpoint, "embed")
+    if issubclass(trained.network_class, CLIP):
         if tokenizer is not None or not normalise or pool != "mean":
             raise TrunklineError(
                 f"--pool, --normalise and --tokenizer are for language models, and {checkpoint} is of images and "
                 "texts, which it embeds as it was trained to; leave them out"
             )
-        clip, shown = clip_of(content, checkpoint, place), 0 if projector is None else PROJECTED
+        clip, shown = clip_network(trained, place), 0 if projector is None else PROJECTED
         rows = [] if texts is None else read_texts(Path(texts), text_column)
         found = embed_clip(clip, batch_size, place, num_workers, rows, images, skip_corrupt, shown)
     elif texts is None or images is not None:
         raise TrunklineError(f"{checkpoint} knows texts alone; leave --images out, or give the checkpoint of a CLIP")
     else:
-        body, words = load_language_model(checkpoint, ("MaskedLM", "CausalLM"), tokenizer)
+        body, words = language_model_of(trained, tokenizer)
         rows = read_texts(Path(texts), text_column)
         found = [Embedded("text", rows, read_states(body, words, rows, pool, batch_size, place))]
+    write_embeddings(found, normalise, output, projector)
+
+
+def write_embeddings(found: list["Embedded"], normalise: bool, output: str, projector: str | None) -> None:
+    """The table, and what the projector shows; see `embed`."""
     tables = [part.table(normalise) for part in found]
     pd.concat(tables, ignore_index=True).to_parquet(output, index=False)
     if projector is not None:
@@ -122,7 +119,7 @@ class Embedded(NamedTuple):
         vectors = list((scaled if normalise else self.vectors).numpy())
         table = pd.DataFrame({self.column: self.names, "embedding": vectors})
         if self.column == "text" and len(scaled) > 1:
-            table["nearest"], table["similarity"] = nearest(scaled)
+            table["nearest"], table["similarity"] = most_similar(scaled)
             table["nearest"] = [self.names[n] for n in table["nearest"]]
         return table
 
@@ -163,8 +160,7 @@ def embed_clip(
     if images is not None:
         rows, length = open_pictures(images)
         pictures = Pictures(rows, length, preprocessing, skip_corrupt)
-        with own_flags():
-            vectors, kept = embed_images(network.encode_image, pictures, batch_size, device, num_workers)
+        vectors, kept = embed_images(network.encode_image, pictures, batch_size, device, num_workers)
         shown = [thumbnail(rows.image(row)) for row in kept[:thumbnails]]
         found.append(Embedded("path", [rows.name(row) for row in kept], vectors, shown))
     return found
@@ -231,7 +227,7 @@ def embeddings(network: TextHead, ids: list[list[int]], batch_size: int) -> Tens
     order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
     device = next(network.parameters()).device
     vectors = torch.empty(len(ids), network.config.body.backbone.dim)
-    for start in progress(range(0, len(order), batch_size), "embedding"):
+    for start in progress_bar(range(0, len(order), batch_size), "embedding"):
         chosen = order[start : start + batch_size]
         length = max(len(ids[n]) for n in chosen)
         tokens = torch.tensor([ids[n] + [0] * (length - len(ids[n])) for n in chosen], device=device)
@@ -240,7 +236,7 @@ def embeddings(network: TextHead, ids: list[list[int]], batch_size: int) -> Tens
     return vectors
 
 
-def nearest(vectors: Tensor) -> tuple[list[int], list[float]]:
+def most_similar(vectors: Tensor) -> tuple[list[int], list[float]]:
     """Of each of (N, D) rows of length 1: the most similar other row, and the cosine of their angle."""
     found, cosines = [], []
     for start in range(0, len(vectors), 1024):

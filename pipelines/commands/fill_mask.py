@@ -5,8 +5,8 @@ import torch
 from trunkline import TrunklineError
 from trunkline.datamodules.text.masking import masked_sentence
 from trunkline.modules.generation.filling import fill_masks
-from trunkline.modules.networks import BERT
-from trunkline.pipelines.text_checkpoint import find_device, load_language_model
+from trunkline.pipelines.devices import find_device
+from trunkline.pipelines.trained import read_language_model
 
 
 def fill_mask(
@@ -27,8 +27,7 @@ def fill_mask(
     if top_k < 1:
         raise TrunklineError(f"--top_k must be at least 1, not {top_k}")
     place = find_device(device)
-    network, words = load_language_model(checkpoint, ("MaskedLM",), tokenizer)
-    assert isinstance(network, BERT)
+    network, words = read_language_model(checkpoint, "fill-mask", tokenizer)
     network.to(place)
     texts = [sentence] if isinstance(sentence, str) else sentence
     rows = [masked_sentence(words, text, network.config.max_length, "--sentence") for text in texts]

@@ -15,13 +15,14 @@ from trunkline.modules.generation.low_precision import to_bfloat16, to_int8
 from trunkline.modules.generation.sampling import GenerationConfig, beam_search
 from trunkline.modules.generation.sampling import stream as next_tokens
 from trunkline.modules.networks import GPT
-from trunkline.pipelines.text_checkpoint import find_device, load_language_model
+from trunkline.pipelines.devices import find_device
+from trunkline.pipelines.trained import read_language_model
 
 HALF = "\ufffd"
 """Stands for bytes that are no whole character."""
 
 
-def generate(
+def generate_text(
     checkpoint: str,
     prompt: list[str] | str = "",
     max_new_tokens: int = 128,
@@ -79,27 +80,38 @@ def generate(
     stops = [stop] if isinstance(stop, str) else stop or []
     check_options(prompts, stops, num_samples, config)
     place = find_device(device)
-    network, words = load_language_model(checkpoint, ("CausalLM",), tokenizer)
-    assert isinstance(network, GPT)
+    network, words = read_language_model(checkpoint, "generate", tokenizer)
     end = next((i for name in END_TOKENS if (i := words.token_to_id(name)) is not None), None)
-    rows = encode(prompts, words, end, network.config.max_length)
+    rows = prompt_ids(prompts, words, end, network.config.max_length)
     texts = [Text(words, row, stops) for row in rows for _ in range(num_samples)]
     if num_beams == 1:
         rows = [row for row in rows for _ in range(num_samples)]
     method = grow if num_beams == 1 else grow_beams
     steps = method(texts, prepared(network, dtype, place), rows, config, [] if end is None else [end])
     try:
-        if stream and len(texts) == 1 and num_beams == 1:
-            write(prompts[0])
-            for _ in steps:
-                write(texts[0].take())
-            write(texts[0].take(last=True) + "\n")
-        else:
-            list(steps)
-            blocks = [prompts[n // num_samples] + text.take(last=True) + "\n" for n, text in enumerate(texts)]
-            write("---\n".join(blocks))
+        print_texts(texts, steps, prompts, one_by_one=stream and len(texts) == 1 and num_beams == 1)
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_texts(texts: list["Text"], steps: Iterator[None], prompts: list[str], one_by_one: bool) -> None:
+    """Let the texts grow to their end, and print each behind its prompt.
+
+    Args:
+        texts: as many of each prompt as of every other.
+        steps: let them grow.
+        prompts: before them.
+        one_by_one: print the only text token by token, as it grows.
+    """
+    if one_by_one:
+        write(prompts[0])
+        for _ in steps:
+            write(texts[0].take())
+        write(texts[0].take(last=True) + "\n")
+        return
+    list(steps)
+    each = len(texts) // len(prompts)
+    write("---\n".join(prompts[n // each] + text.take(last=True) + "\n" for n, text in enumerate(texts)))
 
 
 def write(text: str) -> None:
@@ -125,7 +137,7 @@ def check_options(prompts: list[str], stops: list[str], num_samples: int, config
         raise TrunklineError(f"--num_samples {num_samples} needs at least as many beams: --num_beams {num_samples}")
 
 
-def encode(prompts: list[str], words: Tokenizer, end: int | None, limit: int) -> list[list[int]]:
+def prompt_ids(prompts: list[str], words: Tokenizer, end: int | None, limit: int) -> list[list[int]]:
     """Token ids of each prompt; an empty one becomes the end-of-text token, after which a new text begins.
 
     Raises:

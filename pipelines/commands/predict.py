@@ -10,13 +10,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from trunkline import TrunklineError
-from trunkline.datamodules.images.image_data import ImageFiles, Preprocessing
+from trunkline.datamodules.images.image_data import ImageFiles
 from trunkline.datamodules.images.image_sources import image_files
 from trunkline.datamodules.samplers import SampleKey, plain_errors
-from trunkline.files import load_checkpoint
-from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.pipelines.commands.output import check_output
-from trunkline.pipelines.commands.predict_text import TASKS, Run, predict_texts, write_conll
+from trunkline.pipelines.commands.predict_text import Run, predict_texts, write_conll
+from trunkline.pipelines.objectives import PREDICT_IMAGES, PREDICT_TEXTS
+from trunkline.pipelines.trained import Trained
 
 
 def predict(
@@ -59,21 +59,15 @@ def predict(
         given = "neither" if images is None else "both"
         raise TrunklineError(f"trunkline predict needs either --images FOLDER or --texts FILE, not {given}")
     writer = table_writer(output)
-    content = load_checkpoint(checkpoint)
-    objective = content.get("objective")
+    trained = Trained.read(checkpoint)
     run = partial(run_batches, batch_size, num_workers, accelerator, precision)
-    if writer is write_conll and objective != "TokenClassifier":
+    if writer is write_conll and trained.objective != "TokenClassifier":
         raise TrunklineError(f"--output {output}: only tags are written so; give a .csv or .parquet file")
     if images is not None:
-        table = predict_images(content, checkpoint, images, skip_corrupt, run)
+        table = predict_images(trained, images, skip_corrupt, run)
     else:
         assert texts is not None
-        if objective not in TASKS:
-            raise TrunklineError(
-                f"{checkpoint} is no checkpoint of a task on texts ({', '.join(TASKS)}), but of "
-                f"{objective or 'something else'}; give one of these"
-            )
-        table = predict_texts(content, checkpoint, texts, {"text_column": text_column, "pair_column": pair_column}, run)
+        table = predict_texts(trained, texts, {"text_column": text_column, "pair_column": pair_column}, run)
     writer(table, output)
     print(f"wrote {len(table)} rows to {output}")
 
@@ -122,40 +116,22 @@ class ReadableImages(ImageFiles):
             return {"image": image, "index": key.index, "valid": False}
 
 
-def predict_images(content: dict[str, Any], checkpoint: str, folder: str, skip_corrupt: bool, run: Run) -> pd.DataFrame:
+def predict_images(trained: Trained, folder: str, skip_corrupt: bool, run: Run) -> pd.DataFrame:
     """`path`, `label`, `probability` of every image below a folder.
 
     Raises:
-        TrunklineError: for an image that cannot be read, unless `skip_corrupt`.
+        TrunklineError: if the checkpoint is of another objective, or for an image that cannot be read, unless
+            `skip_corrupt`.
     """
-    model, preprocessing, class_names = load_classifier(content, checkpoint)
+    if trained.suits(PREDICT_TEXTS):
+        trained.require(PREDICT_IMAGES, "give --texts instead of --images")
+    trained.require(PREDICT_IMAGES)
+    model, preprocessing, class_names = trained.module(), trained.preprocessing, trained.class_names
     files = image_files(folder)
-    dataset = (ReadableImages if skip_corrupt else ImageFiles)(files, preprocessing)
-    try:
-        batches = run(model, dataset)
-    except TrunklineError as error:
-        raise TrunklineError(str(error).replace("set --data.skip_corrupt true", "give --skip_corrupt true")) from error
+    batches = run(model, (ReadableImages if skip_corrupt else ImageFiles)(files, preprocessing))
     best, label = torch.cat([b["probability"] for b in batches]).max(dim=1)
     rows = [int(i) for b in batches for i in b["index"]]
     found = pd.DataFrame({"label": [class_names[n] for n in label.tolist()], "probability": best.tolist()}, index=rows)
     if len(rows) < len(files):
         print(f"{len(files) - len(rows)} images cannot be read; their labels are empty")
     return pd.concat([pd.Series(map(str, files), name="path"), found], axis=1)
-
-
-def load_classifier(content: dict[str, Any], checkpoint: str) -> tuple[ImageClassifier, Preprocessing, list[str]]:
-    """Model, preprocessing and class names of a training checkpoint.
-
-    Raises:
-        TrunklineError: if it is of another objective.
-    """
-    data: Any = content.get("ImageData")
-    objective = content.get("objective", "something else")
-    if objective != ImageClassifier.__name__:
-        hint = "; give --texts instead of --images" if objective in TASKS else "; give one of ImageClassifier"
-        raise TrunklineError(f"{checkpoint} is no checkpoint of an image classifier, but of {objective}{hint}")
-    if data is None:
-        raise TrunklineError(f"{checkpoint} was trained without ImageData, so how to prepare an image is not known")
-    model = ImageClassifier(**{**content["hyper_parameters"], "init_from": None})
-    model.load_state_dict(content["state_dict"])
-    return model, Preprocessing(**data["preprocessing"]), data["class_names"]

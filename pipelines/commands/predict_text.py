@@ -2,14 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
@@ -18,24 +16,19 @@ from trunkline.datamodules.text_tasks.labelled_text import LabelledTextData
 from trunkline.datamodules.text_tasks.squad import SquadData, numbered, questions_of, read_squad
 from trunkline.datamodules.text_tasks.tagged_text import CONLL, TaggedTextData, read_conll
 from trunkline.datamodules.text_tasks.task_text import Row
-from trunkline.modules.metrics.squad import WindowAnswer, merge_windows
-from trunkline.modules.objectives.question_answering import QuestionAnswering
-from trunkline.modules.objectives.text_classifier import TextClassifier, TextTask
-from trunkline.modules.objectives.token_classifier import TokenClassifier
+from trunkline.modules.metrics.squad import merge_windows
+from trunkline.pipelines.objectives import PREDICT_TEXTS
+from trunkline.pipelines.trained import Trained
 
 Run = Callable[[Any, Dataset[Any]], list[Any]]
 """Gives the batches that a module's `predict_step` makes of a dataset."""
-COLUMN_FLAGS = ("text_column", "pair_column")
 
 
-def predict_texts(
-    content: dict[str, Any], checkpoint: str, texts: str, columns: dict[str, str | None], run: Run
-) -> pd.DataFrame:
+def predict_texts(trained: Trained, texts: str, columns: dict[str, str | None], run: Run) -> pd.DataFrame:
     """The table of predictions.
 
     Args:
-        content: of the checkpoint.
-        checkpoint: its file.
+        trained: the checkpoint.
         texts: see `predict`.
         columns: `text_column` and `pair_column`; None takes those of training.
         run: does the work.
@@ -43,34 +36,43 @@ def predict_texts(
     Raises:
         TrunklineError: naming the flag, or the file and row, that is at fault.
     """
-    task = TASKS[content["objective"]]
-    state: Any = content.get(task.data.__name__)
-    if state is None or "settings" not in state:
-        raise TrunklineError(
-            f"{checkpoint} does not tell how its texts were prepared, because it was trained without "
-            f"{task.data.__name__} or by an older version; train again"
-        )
+    trained.require(PREDICT_TEXTS)
+    task = TASKS[trained.objective]
     given = {name: column for name, column in columns.items() if column is not None}
     if given and task.table is not class_table:
-        raise TrunklineError(f"--{next(iter(given))} is for classes of texts, but {checkpoint} is of {task.name}")
+        raise TrunklineError(f"--{next(iter(given))} is for classes of texts, but {trained.file} is of {task.name}")
     file = Path(texts)
     if not file.is_file():
         raise TrunklineError(f"--texts {texts}: there is no such file; mend the path")
-    data: Any = task.data(str(file), tokenizer="", **{**state["settings"], **given})
-    data.tokenizer, data.class_names = Tokenizer.from_str(state["tokenizer"]), state["class_names"]
-    if data.settings.get("pair_column") and state["settings"]["pair_column"] is None:
+    data = data_of(trained, file, given)
+    return task.table(trained.module(), data, file, trained.data or {}, run)
+
+
+def data_of(trained: Trained, file: Path, given: dict[str, str]) -> Any:
+    """A datamodule that prepares the texts of a file as those of training.
+
+    Args:
+        trained: with the settings of training.
+        file: has the texts.
+        given: columns that replace those of training.
+
+    Raises:
+        TrunklineError: if the checkpoint does not say how, or knows no pairs and is given some.
+    """
+    state = trained.data
+    if state is None or "settings" not in state:
         raise TrunklineError(
-            f"--pair_column {data.pair_column}: {checkpoint} was trained on single texts; leave it out"
+            f"{trained.file} does not tell how its texts were prepared, because it was trained without "
+            f"{trained.data_name} or by an older version; train again"
         )
-    model = task.module(**{**content["hyper_parameters"], "init_from": None})
-    model.load_state_dict(content["state_dict"])
-    try:
-        return task.table(model, data, file, state, run)
-    except TrunklineError as error:  # the datamodule names its own flags
-        message = str(error)
-        for flag in COLUMN_FLAGS:
-            message = message.replace(f"--data.{flag}", f"--{flag}")
-        raise TrunklineError(message) from error
+    settings = state["settings"]
+    if given.get("pair_column") and settings["pair_column"] is None:
+        raise TrunklineError(
+            f"--pair_column {given['pair_column']}: {trained.file} was trained on single texts; leave it out"
+        )
+    data: Any = trained.data_class(str(file), tokenizer="", **{**settings, **given})
+    data.tokenizer, data.class_names = trained.tokenizer(), trained.class_names
+    return data
 
 
 def class_table(model: Any, data: LabelledTextData, file: Path, state: dict[str, Any], run: Run) -> pd.DataFrame:
@@ -142,7 +144,7 @@ def answer_table(model: Any, data: SquadData, file: Path, state: dict[str, Any],
     for question in questions:
         check_text(bool(question.text.strip()), f"{file}, question {question.id}")
     dataset = data.dataset(questions)
-    found: list[WindowAnswer] = [window for batch in run(model, dataset) for window in batch]
+    found = [window for batch in run(model, dataset) for window in batch]
     warn_of_cut(dataset.cut, f"questions were longer than {data.max_question_length} tokens")
     null: dict[int, float] = defaultdict(lambda: float("inf"))
     for window in found:
@@ -195,20 +197,16 @@ def write_conll(table: pd.DataFrame, output: str) -> None:
             stream.write("\n")
 
 
-@dataclass
-class Task:
-    """What a checkpoint of an objective needs."""
+class TaskOnTexts(NamedTuple):
+    """What is made of a checkpoint."""
 
     name: str
-    module: type[TextTask]
-    data: Any
-    """The datamodule's class."""
     table: Callable[..., pd.DataFrame]
 
 
 TASKS = {
-    "TextClassifier": Task("classes of texts", TextClassifier, LabelledTextData, class_table),
-    "TokenClassifier": Task("tags of words", TokenClassifier, TaggedTextData, tag_table),
-    "QuestionAnswering": Task("answers to questions", QuestionAnswering, SquadData, answer_table),
+    "TextClassifier": TaskOnTexts("classes of texts", class_table),
+    "TokenClassifier": TaskOnTexts("tags of words", tag_table),
+    "QuestionAnswering": TaskOnTexts("answers to questions", answer_table),
 }
 """By objective."""

@@ -12,10 +12,11 @@ from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.text.text_data import TextData
 from trunkline.pipelines.configs import resolve_configs
-from trunkline.pipelines.parser import Parser
+from trunkline.pipelines.objectives import data_classes
+from trunkline.pipelines.parser import RecipeParser
 
 SECTIONS = ("model", "trainer", "optimizer", "lr_scheduler")
-FLAGS = ("seed_everything", "name", "run_dir", "resume", "threads", "compile", "test_with", "ckpt_path")
+UNREAD = ("seed_everything", "name", "run_dir", "resume", "threads", "compile", "test_with", "ckpt_path")
 
 
 def run_prepare(arguments: list[str]) -> None:
@@ -29,6 +30,7 @@ def run_prepare(arguments: list[str]) -> None:
     """
     arguments, _ = resolve_configs(arguments[1:] if arguments[:1] == ["prepare"] else arguments)
     sys.argv[1:] = arguments  # where the parser's messages look for flags and configs
+    data_classes()  # so that they may be called by their short names
     parser = make_parser()
     data = parser.instantiate_classes(parser.parse_args(own_arguments(arguments))).get("data")
     if data is None:
@@ -42,9 +44,9 @@ def run_prepare(arguments: list[str]) -> None:
     print(data.preparation.folder)  # a table would wrap it
 
 
-def make_parser() -> Parser:
+def make_parser() -> RecipeParser:
     """Takes all that a recipe holds; what is not of the data goes unread."""
-    parser = Parser(
+    parser = RecipeParser(
         prog="trunkline prepare",
         description="Tokenise the text of a recipe once; `trunkline fit` with the same data then starts at once. "
         "Other sections of the recipe are not read.",
@@ -53,7 +55,7 @@ def make_parser() -> Parser:
         "-c", "--config", action=ActionConfigFile, help="A recipe's file or short name; compose several."
     )
     parser.add_subclass_arguments(TrunklineDataModule, "data", required=False)
-    for name in (*SECTIONS, *FLAGS):
+    for name in (*SECTIONS, *UNREAD):
         parser.add_argument(f"--{name}", type=Any, default=None, help=SUPPRESS)
     return parser
 
@@ -65,7 +67,7 @@ def own_arguments(arguments: list[str]) -> list[str]:
     for argument in arguments:
         if argument.startswith("-") and not argument[1:2].isdigit():
             name = argument.lstrip("-").partition("=")[0].partition(".")[0]
-            foreign = argument.startswith("--") and name in (*SECTIONS, *FLAGS)
+            foreign = argument.startswith("--") and name in (*SECTIONS, *UNREAD)
             dropping = foreign and "=" not in argument
             if foreign:
                 continue

@@ -12,18 +12,18 @@ from trunkline import TrunklineError
 from trunkline.datamodules.images.image_sources import FileRows, to_channels
 from trunkline.modules.callbacks.drawing import GREY, captioned, grid, wrapped
 from trunkline.pipelines.commands.output import check_output
-from trunkline.pipelines.image_text_checkpoint import (
+from trunkline.pipelines.devices import find_device
+from trunkline.pipelines.embedding import (
     PictureRows,
     Pictures,
+    clip_network,
     embed_images,
     embed_texts,
-    load_clip,
     open_pictures,
-    own_flags,
 )
-from trunkline.pipelines.text_checkpoint import find_device
+from trunkline.pipelines.trained import Trained
 
-SIDE, COLUMNS = 160, 5
+TILE, COLUMNS = 160, 5
 """Of the contact sheet: pixels of a picture, and pictures in a row."""
 
 
@@ -64,19 +64,18 @@ def search(
     if images is None and embeddings is None:
         raise TrunklineError("there is nothing to search; give --images, or --embeddings that `trunkline embed` wrote")
     place = find_device(device)
-    network, preprocessing, encoder = load_clip(checkpoint, place)
+    network, preprocessing, encoder = clip_network(Trained.read(checkpoint, "search"), place)
     wanted = embed_texts(network, encoder, [query], batch_size, place)[0]
-    with own_flags():
-        if embeddings is not None:
-            rows, vectors, kept = read_embeddings(embeddings, images, len(wanted))
-        else:
-            assert images is not None
-            rows, length = open_pictures(images)
-            pictures = Pictures(rows, length, preprocessing, skip_corrupt)
-            vectors, kept = embed_images(network.encode_image, pictures, batch_size, place, num_workers)
-        cosines, places = (vectors @ wanted).topk(min(count, len(kept)))
-        best = [kept[n] for n in places.tolist()]
-        sheet = contact_sheet(rows, best, cosines.tolist())
+    if embeddings is not None:
+        rows, vectors, kept = read_embeddings(embeddings, images, len(wanted))
+    else:
+        assert images is not None
+        rows, length = open_pictures(images)
+        pictures = Pictures(rows, length, preprocessing, skip_corrupt)
+        vectors, kept = embed_images(network.encode_image, pictures, batch_size, place, num_workers)
+    cosines, places = (vectors @ wanted).topk(min(count, len(kept)))
+    best = [kept[n] for n in places.tolist()]
+    sheet = contact_sheet(rows, best, cosines.tolist())
     for rank, (row, cosine) in enumerate(zip(best, cosines.tolist(), strict=True), start=1):
         print(f"{rank:>4}  {cosine:.4f}  {rows.name(row)}")
     sheet.save(output)
@@ -127,7 +126,7 @@ def contact_sheet(rows: PictureRows, best: list[int], cosines: list[float]) -> I
     """Pictures with rank, cosine and name below each."""
     tiles = []
     for rank, (row, cosine) in enumerate(zip(best, cosines, strict=True), start=1):
-        picture = ImageOps.pad(to_channels(rows.image(row), 3), (SIDE, SIDE), color="white")
-        caption = f"{rank}. {cosine:.3f}\n" + wrapped(Path(rows.name(row)).name, SIDE, lines=2)
+        picture = ImageOps.pad(to_channels(rows.image(row), 3), (TILE, TILE), color="white")
+        caption = f"{rank}. {cosine:.3f}\n" + wrapped(Path(rows.name(row)).name, TILE, lines=2)
         tiles.append(captioned(picture, caption, GREY))
     return Image.fromarray(grid(tiles, min(COLUMNS, len(tiles))))

@@ -12,8 +12,9 @@ from trunkline import TrunklineError
 from trunkline.datamodules.images.image_data import ImageData
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI
 from trunkline.datamodules.pairs.image_text_data import ImageTextData
-from trunkline.files import load_checkpoint
 from trunkline.pipelines.commands.output import check_output
+from trunkline.pipelines.devices import find_device
+from trunkline.pipelines.embedding import ImageNetwork, image_network
 from trunkline.pipelines.evaluation.measures import (
     Features,
     Result,
@@ -24,12 +25,11 @@ from trunkline.pipelines.evaluation.measures import (
     retrieval,
     zero_shot,
 )
-from trunkline.pipelines.image_text_checkpoint import ImageNetwork, image_network_of, own_flags
-from trunkline.pipelines.text_checkpoint import find_device
+from trunkline.pipelines.trained import Trained
 
-Task = Literal["retrieval", "zero_shot", "knn", "linear_probe"]
+Measure = Literal["retrieval", "zero_shot", "knn", "linear_probe"]
 LABELLED = ("zero_shot", "knn", "linear_probe")
-FLAGS: dict[str, tuple[str, ...]] = {
+FLAGS_OF_TASKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("captions", "caption_column", "image_folder", "flags"), ("retrieval",)),
     **dict.fromkeys(("label_column", "split_seed"), LABELLED),
     **dict.fromkeys(("class_names", "templates"), ("zero_shot",)),
@@ -42,7 +42,7 @@ TEMPLATES = ("{}", "a photo of a {}", "a picture of a {}", "a drawing of a {}")
 def evaluate(
     checkpoint: str,
     source: str,
-    what: Task | Literal["all"] = "all",
+    what: Measure | Literal["all"] = "all",
     split: Literal["train", "val", "test"] | None = None,
     captions: Literal["first", "all"] = "first",
     class_names: list[str] | str | None = None,
@@ -107,8 +107,8 @@ def evaluate(
     """
     if output is not None:
         check_output(output, (".json",))
-    place, content = find_device(device), load_checkpoint(checkpoint)
-    network = image_network_of(content, checkpoint, place)
+    place, trained = find_device(device), Trained.read(checkpoint)
+    network = image_network(trained, place)
     run = Runner(network, batch_size, place, num_workers, skip_corrupt)
     paired = what == "retrieval" or source in (TWEMOJI, OPENMOJI) or (what == "all" and caption_column is not None)
     tasks = choose_tasks(what, paired, network, checkpoint, source)
@@ -136,41 +136,44 @@ def evaluate(
     options: dict[str, Any] = {"source": source, "image_column": image_column, "skip_corrupt": skip_corrupt}
     options |= {name: value for name, value in given.items() if value is not None}
     options |= asdict(network.preprocessing)
-    with own_flags():
-        if paired:
-            trained: Any = content["ImageTextData"]
-            shares = {f"{part}_fraction": share for part, share in trained.get("fractions", {}).items()}
-            tested, results = of_pairs(run, shares | options, split, captions)
-        else:
-            tested, results = of_labels(run, options, split, tasks, class_names, templates, 20 if k is None else k)
+    if paired:
+        pairs = ImageTextData(**{**trained_fractions(trained), **options})
+        tested, results = of_pairs(run, pairs, split, captions)
+    else:
+        labelled = ImageData(**options)
+        tested, results = of_labels(run, labelled, split, tasks, class_names, templates, 20 if k is None else k)
     show(results, f"{checkpoint} on {source} ({tested})")
     if output is not None:
         save(results, output, {"checkpoint": checkpoint, "source": source, "split": tested})
 
 
-def of_pairs(run: Runner, options: dict[str, Any], split: str | None, captions: str) -> tuple[str, list[Result]]:
-    """The split that is looked at, and its figures; `options` are those of `ImageTextData`."""
-    pairs = ImageTextData(**options).rows
-    tested = choose_split(split, pairs, options["source"])
-    return tested, retrieval(run, pairs[tested], captions)
+def trained_fractions(trained: Trained) -> dict[str, float]:
+    """Shares of the splits that a checkpoint of images with captions was trained with, as far as it says so."""
+    shares = (trained.data or {}).get("fractions", {})
+    return {f"{part}_fraction": share for part, share in shares.items()}
+
+
+def of_pairs(run: Runner, data: ImageTextData, split: str | None, captions: str) -> tuple[str, list[Result]]:
+    """The split that is looked at, and its figures."""
+    tested = choose_split(split, data.rows, data.source)
+    return tested, retrieval(run, data.rows[tested], captions)
 
 
 def of_labels(
     run: Runner,
-    options: dict[str, Any],
+    data: ImageData,
     split: str | None,
     tasks: list[str],
     class_names: list[str] | str | None,
     templates: list[str] | str | None,
     k: int,
 ) -> tuple[str, list[Result]]:
-    """See `of_pairs`; `options` are those of `ImageData`, for the others see `evaluate`."""
-    data = ImageData(**options)
+    """The split that is looked at, and its figures; the arguments after `data` are those of `evaluate`."""
     features = Features(run, data)
-    tested = choose_split(split, features.rows, options["source"])
+    tested = choose_split(split, features.rows, data.source)
     results = []
     if "zero_shot" in tasks:
-        names = named(class_names, data.class_names)
+        names = label_names(class_names, data.class_names)
         results += zero_shot(run, features.of(tested), names, read_templates(templates))
     if "knn" in tasks:
         results += neighbours(features, tested, k)
@@ -203,7 +206,7 @@ def check_flags(given: dict[str, Any], tasks: list[str], source: str) -> None:
     """Refuse what would do nothing.
 
     Args:
-        given: flags of `FLAGS` -> their values; None was not given.
+        given: flags of `FLAGS_OF_TASKS` -> their values; None was not given.
         tasks: are measured.
         source: on this.
 
@@ -211,29 +214,29 @@ def check_flags(given: dict[str, Any], tasks: list[str], source: str) -> None:
         TrunklineError: for the first of them.
     """
     for flag, value in given.items():
-        if value is not None and not set(FLAGS[flag]) & set(tasks):
+        if value is not None and not set(FLAGS_OF_TASKS[flag]) & set(tasks):
             raise TrunklineError(
-                f"--{flag} is for {' or '.join(FLAGS[flag])}, but --source {source} is measured by "
+                f"--{flag} is for {' or '.join(FLAGS_OF_TASKS[flag])}, but --source {source} is measured by "
                 f"{', '.join(tasks)}; leave it out, or choose with --what"
             )
     if given["flags"] is not None and source not in (TWEMOJI, OPENMOJI):
         raise TrunklineError(f"--flags is for {TWEMOJI} and {OPENMOJI}, not for --source {source}; leave it out")
 
 
-def named(given: list[str] | str | None, own: list[str]) -> list[str]:
+def label_names(given: list[str] | str | None, own: list[str]) -> list[str]:
     """Names of the classes.
 
     Raises:
         TrunklineError: for an empty one, or another number than the source's.
     """
-    names = own if given is None else read_list(given, "--class_names")
+    names = own if given is None else read_list(given, "class_names")
     if len(names) != len(own):
         raise TrunklineError(
-            f"--class_names has {len(names)} names, but the source has {len(own)} classes; give as many"
+            f"class_names has {len(names)} names, but the source has {len(own)} classes; give as many", "class_names"
         )
     for number, name in enumerate(names):
         if not name.strip():
-            raise TrunklineError(f"class {number} has an empty name; name all {len(names)} with --class_names")
+            raise TrunklineError(f"class {number} has an empty name; name all {len(names)}", "class_names")
     return names
 
 
@@ -243,14 +246,16 @@ def read_templates(given: list[str] | str | None) -> list[str]:
     Raises:
         TrunklineError: for one without, or none.
     """
-    templates = [given] if isinstance(given, str) and "{}" in given else read_list(given or [*TEMPLATES], "--templates")
+    templates = [given] if isinstance(given, str) and "{}" in given else read_list(given or [*TEMPLATES], "templates")
     for template in templates:
         if "{}" not in template:
-            raise TrunklineError(f"--templates: {template!r} has no {{}}; write it where the class is to stand")
+            raise TrunklineError(
+                f"the template {template!r} has no {{}}; write it where the class is to stand", "templates"
+            )
     return templates
 
 
-def read_list(given: list[str] | str, flag: str) -> list[str]:
+def read_list(given: list[str] | str, field: str) -> list[str]:
     """A list as it is, or the lines of a file.
 
     Raises:
@@ -261,7 +266,8 @@ def read_list(given: list[str] | str, flag: str) -> list[str]:
     try:
         return Path(given).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise TrunklineError(f"cannot read {flag} {given}: {error}; give a list, or a file with one a line") from error
+        message = f"cannot read {field} {given}: {error}; give a list, or a file with one a line"
+        raise TrunklineError(message, field) from error
 
 
 def show(results: list[Result], title: str) -> None:

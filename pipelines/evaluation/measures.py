@@ -15,7 +15,7 @@ from trunkline.datamodules.pairs.pair_sources import PairRows
 from trunkline.modules.metrics.probes import Labelled, knn_accuracy, linear_probe_accuracy
 from trunkline.modules.metrics.retrieval import chance_ranks, retrieval_metrics
 from trunkline.modules.networks.clip import unit
-from trunkline.pipelines.image_text_checkpoint import ImageNetwork, Pictures, embed_images, embed_texts, pooled
+from trunkline.pipelines.embedding import ImageNetwork, Pictures, embed_images, embed_texts, pooled
 
 
 class Result(NamedTuple):
@@ -56,7 +56,8 @@ def choose_split(split: str | None, rows: Mapping[str, Any], source: str) -> str
         split = "test" if "test" in rows else "val"
     if split not in rows:
         raise TrunklineError(
-            f"--source {source} has no {split} split, but {', '.join(rows)}; set --{split}_fraction or --{split}_split"
+            f"{source} has no {split} split, but {', '.join(rows)}; set {split}_fraction or {split}_split",
+            "data.source",
         )
     return split
 
@@ -67,7 +68,7 @@ class CaptionedPictures(Pictures):
     rows: PairRows
 
     def read(self, row: int) -> dict[str, Any]:
-        """See `TransformedImages`."""
+        """As in the base class, and the captions."""
         self.rows.captions(row)
         return super().read(row)
 
@@ -130,7 +131,7 @@ class Features:
             TrunklineError: if it is the same.
         """
         if split == "train":
-            raise TrunklineError(f"{task} learns from the training split; measure it on --split val or test")
+            raise TrunklineError(f"{task} learns from the training split; set split to val or test", "split")
         return self.of("train")
 
 
@@ -166,7 +167,7 @@ def neighbours(features: Features, split: str, k: int) -> list[Result]:
     """
     train = features.learning(split, "knn")
     if not 1 <= k <= len(train.labels):
-        raise TrunklineError(f"--k {k} must be from 1 to {len(train.labels)}, the number of training rows")
+        raise TrunklineError(f"k={k} must be from 1 to {len(train.labels)}, the number of training rows", "k")
     test = features.of(split)
     return [Result("knn", "accuracy", knn_accuracy(train, test, k), commonest(train, test))]
 
@@ -179,7 +180,9 @@ def probe(features: Features, split: str) -> list[Result]:
     """
     train = features.learning(split, "linear_probe")
     if split == "val":
-        raise TrunklineError("linear_probe chooses its regularisation on the validation split; set --split test")
+        raise TrunklineError(
+            "linear_probe chooses its regularisation on the validation split; set split to test", "split"
+        )
     val, test = features.of(choose_split("val", features.rows, features.source)), features.of(split)
     accuracy, strength = linear_probe_accuracy(train, val, test)
     return [Result("linear_probe", "accuracy", accuracy, commonest(train, test)), Result("linear_probe", "C", strength)]

@@ -1,6 +1,5 @@
 """What an image network learns about labelled images that it is not trained on, seen during its training."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,11 +16,11 @@ from trunkline.datamodules.images.image_data import ImageData, LabelledImages
 from trunkline.datamodules.images.image_sources import Subset
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.modules.metrics.probes import Labelled, linear_probe_accuracy
-from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
-from trunkline.modules.objectives.image_classifier import ImageClassifier
-from trunkline.pipelines.evaluation.evaluate import named, read_templates
+from trunkline.modules.networks import CLIP, ViT
+from trunkline.pipelines.embedding import ImageNetwork
+from trunkline.pipelines.evaluation.evaluate import label_names, read_templates
 from trunkline.pipelines.evaluation.measures import Features, Runner, neighbours, zero_shot
-from trunkline.pipelines.image_text_checkpoint import ImageNetwork
+from trunkline.pipelines.objectives import able
 
 Probe = Literal["zero_shot", "knn", "linear_probe"]
 
@@ -88,7 +87,7 @@ class ImageProbes(Callback):
             ("batch_size", batch_size),
         ):
             if value < 1:
-                raise TrunklineError(f"ImageProbes.{name} must be 1 or more, not {value}")
+                raise TrunklineError(f"ImageProbes: {name} must be 1 or more, not {value}")
         self.what, self.every, self.k = what, every, k
         self.given_templates, self.given_names = templates, class_names
         self.limits = {"train": max_train, "val": max_val}
@@ -123,11 +122,11 @@ class ImageProbes(Callback):
             return
         self.tasks = choose_probes(trainer, pl_module, self.what)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        with own_options():
+        with said_by_the_probes():
             self.templates = read_templates(self.given_templates)
             if trainer.is_global_zero:
                 self.data = self._load(data)
-                self.names = named(self.given_names, self.data.class_names)
+                self.names = label_names(self.given_names, self.data.class_names)
         if "zero_shot" in self.tasks:
             self.encoder = CaptionEncoder(data.tokenizer, data.max_length)
 
@@ -137,7 +136,7 @@ class ImageProbes(Callback):
         data.setup("validate")
         source = self.options["source"]
         if "val" not in data.datasets:
-            raise TrunklineError(f"{source} has no validation rows; set --val_fraction or --val_split")
+            raise TrunklineError(f"{source} has no validation rows; set val_fraction or val_split")
         rows = {split: data.datasets[split].rows for split in self.limits}  # type: ignore[attr-defined]
         kept = {split: Subset(rows[split], spread(rows[split].labels, limit)) for split, limit in self.limits.items()}
         data.datasets = {
@@ -147,10 +146,10 @@ class ImageProbes(Callback):
         if len(data.class_names) < 2 or ("linear_probe" in self.tasks and (len(set(labels)) < 2 or len(labels) < 5)):
             raise TrunklineError(
                 f"the {len(labels)} training rows that are taken of {source} are too few to tell classes apart; give "
-                "it 5 rows of 2 classes or more, or raise --max_train"
+                "it 5 rows of 2 classes or more, or raise max_train"
             )
         if "knn" in self.tasks and not 1 <= self.k <= len(labels):
-            raise TrunklineError(f"--k {self.k} must be from 1 to {len(labels)}, the number of training rows")
+            raise TrunklineError(f"k={self.k} must be from 1 to {len(labels)}, the number of training rows")
         return data
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -165,7 +164,7 @@ class ImageProbes(Callback):
         """
         if self.due:
             self.due = False
-            with preserved_generators(), own_options():
+            with preserved_generators(), said_by_the_probes():
                 figures = self.measure(pl_module)
             for name, value in figures.items():
                 # With `rank_zero_only` there is no collective in spite of `sync_dist`, which only stills a warning.
@@ -178,7 +177,7 @@ class ImageProbes(Callback):
     def measure(self, module: Any) -> dict[str, float]:
         """Figures of a network in evaluation mode, without the `val/`."""
         assert self.data is not None
-        clip = module.network if isinstance(module, ContrastiveImageText) else None
+        clip = module.network if isinstance(module.network, CLIP) else None
         trunk = module.network if clip is None else clip.image
         network = ImageNetwork(trunk, self.data.preprocessing, clip, self.encoder)
         run = Runner(network, self.batch_size, module.device, self.num_workers, self.skip_corrupt)
@@ -198,7 +197,7 @@ class ImageProbes(Callback):
         return {"validations": self.validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
+        """Go on counting."""
         self.validations = state_dict["validations"]
 
 
@@ -217,12 +216,14 @@ def choose_probes(trainer: L.Trainer, module: L.LightningModule, what: list[Prob
         raise TrunklineError(
             f"ImageProbes needs weights in float32, not --trainer.precision {trainer.precision}; set bf16-mixed"
         )
-    if not isinstance(module, ContrastiveImageText | ImageClassifier):
+    network = getattr(module, "network", None)
+    if not isinstance(network, CLIP | ViT):
         raise TrunklineError(
-            f"ImageProbes knows ContrastiveImageText and ImageClassifier, not {type(module).__name__}; leave it out"
+            f"ImageProbes knows the networks of {' and '.join(able('evaluate'))}, not of {type(module).__name__}; "
+            "leave it out"
         )
     possible: list[Probe] = ["knn", "linear_probe"]
-    if isinstance(module, ContrastiveImageText):
+    if isinstance(network, CLIP):
         possible.insert(0, "zero_shot")
     needed = ("preprocessing", "tokenizer", "max_length") if "zero_shot" in possible else ("preprocessing",)
     if not all(hasattr(getattr(trainer, "datamodule", None), name) for name in needed):
@@ -230,7 +231,7 @@ def choose_probes(trainer: L.Trainer, module: L.LightningModule, what: list[Prob
     for probe in what or ():
         if probe not in possible:
             raise TrunklineError(
-                f"ImageProbes.what has {probe}, but {type(module).__name__} allows {', '.join(possible)}; remove it"
+                f"ImageProbes: what has {probe}, but {type(module).__name__} allows {', '.join(possible)}; remove it"
             )
     return possible if what is None else what
 
@@ -250,9 +251,9 @@ def fifth(rows: Labelled) -> tuple[Labelled, Labelled]:
 
 
 @contextmanager
-def own_options() -> Iterator[None]:
-    """What is `--data.source` to the data and `--k` to `trunkline evaluate` is `ImageProbes.source` here."""
+def said_by_the_probes() -> Iterator[None]:
+    """Errors of a source or a measure name arguments of this callback, not of the data that is trained on."""
     try:
         yield
     except TrunklineError as error:
-        raise TrunklineError(re.sub(r"(?<!\S)--(data\.)?(?=\w)", "ImageProbes.", str(error))) from error
+        raise TrunklineError(f"ImageProbes: {error}") from error

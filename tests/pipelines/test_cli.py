@@ -17,9 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trunkline import TrunklineError, __version__
 from trunkline.files import load_checkpoint
-from trunkline.pipelines import cli, training
-from trunkline.pipelines.cli import main, report
+from trunkline.pipelines import errors, training
+from trunkline.pipelines.cli import main
 from trunkline.pipelines.configs import config_names
+from trunkline.pipelines.errors import report
 
 DIGITS = ["fit", "--config", "vit/digits"]
 SMALL = """
@@ -232,7 +233,7 @@ def test_interrupt_and_bugs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 def test_report_by_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Another process than the first reports what it alone found, and is silent if the first has ended too."""
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(errors.time, "sleep", lambda seconds: None)
     for rank, parents, expected in (("0", [1, 2], 1), ("1", [7, 7], 1), ("1", [7, 1], 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setenv("MASTER_ADDR", "localhost")

@@ -17,6 +17,7 @@ from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import ViT
 from trunkline.pipelines.benchmarks import benchmark as module
 from trunkline.pipelines.benchmarks import clip_cases as benchmark_clip
+from trunkline.pipelines.benchmarks import image_cases as benchmark_image
 from trunkline.pipelines.benchmarks import text_cases as benchmark_text
 from trunkline.pipelines.benchmarks import timing
 from trunkline.pipelines.benchmarks.benchmark import benchmark
@@ -81,9 +82,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny networks on both sides, for the images that the cases draw; nothing is compiled."""
     config = vit(image_size=224, patch_size=112, in_chans=3, num_classes=1000)
     overhead = vit(image_size=64, patch_size=32, in_chans=3)
-    monkeypatch.setattr(module, "ViTConfig", lambda **options: overhead if options else config)
+    monkeypatch.setattr(benchmark_image, "ViTConfig", lambda **options: overhead if options else config)
     monkeypatch.setattr(timm, "create_model", lambda name: ViT(config))
-    monkeypatch.setattr(module, "TransformerConfig", lambda **options: config.backbone)
+    monkeypatch.setattr(benchmark_image, "TransformerConfig", lambda **options: config.backbone)
     monkeypatch.setattr(nn.Module, "compile", lambda self: None)
     monkeypatch.setattr(benchmark_text, "LENGTH", 8)
     monkeypatch.setattr(benchmark_text, "MASKED_LENGTH", 8)
@@ -141,30 +142,16 @@ def test_case(what: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_all_is_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    functions = {
-        "vit": "vit_eager",
-        "vit_compiled": "vit_compiled",
-        "gpt": "gpt_eager",
-        "gpt_compiled": "gpt_compiled",
-        "bert": "bert_eager",
-        "bert_compiled": "bert_compiled",
-        "clip": "clip_eager",
-        "clip_compiled": "clip_compiled",
-        "clip_chunks": "clip_chunks",
-        "generation": "generation",
-        "tokenization": "tokenization",
-        "muon": "muon_step",
-        "overhead": "trainer_overhead",
-    }
-    for name, function in functions.items():
+    assert set(module.CASES) == set(CASES)
+    for name in CASES:
         row = {"case": name, "peer": "", "ms": 1.0, "peer_ms": 2.0, "ratio": 2.0, "range": (1.5, 2.5)}
-        monkeypatch.setattr(module, function, lambda rounds, size, row=row: [row | {"given": (rounds, size)}])
+        monkeypatch.setitem(module.CASES, name, lambda rounds, size, row=row: [row | {"given": (rounds, size)}])
     monkeypatch.setattr(module, "svm_accuracy", lambda: 0.5)
     monkeypatch.setattr(module, "bert_memory", lambda size: (size + 5.2, 1e3))
     monkeypatch.setattr(module, "ngram_accuracy", lambda data: data.train_rows / 4000)
     benchmark(rounds=3, batch_size=7, output=str(tmp_path / "figures.json"))
     rows = json.loads((tmp_path / "figures.json").read_text())
-    assert {row["case"]: row["given"] for row in rows} == {name: [3, 7] for name in functions}
+    assert {row["case"]: row["given"] for row in rows} == {name: [3, 7] for name in CASES}
     shown = capsys.readouterr().out
     assert "test accuracy 0.5000" in shown
     assert "test accuracy 0.2500" in shown

@@ -18,7 +18,7 @@ from trunkline.modules.generation.sampling import generate as generate_tokens
 from trunkline.modules.networks import GPT, GPTConfig
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.cli import main
-from trunkline.pipelines.commands.generate import Text, generate
+from trunkline.pipelines.commands.generate import Text, generate_text
 
 CORPUS = ["the cat sat on the mat", "häuser über 東京 🎉🎉 naïve", "the dog ate the cat. the end"]
 END = "<|endoftext|>"
@@ -80,7 +80,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def printed(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def run(path: str = checkpoint, **options: Any) -> str:
-        generate(path, **{"device": "cpu", "max_new_tokens": 20, **options})
+        generate_text(path, **{"device": "cpu", "max_new_tokens": 20, **options})
         captured = capsys.readouterr()
         assert captured.err == ""
         return captured.out
@@ -264,13 +264,13 @@ def test_stop_ends_the_row(checkpoint: str, printed: Any) -> None:
 )
 def test_bad_options(checkpoint: str, capsys: pytest.CaptureFixture[str], options: Any, message: str) -> None:
     with pytest.raises(TrunklineError, match=message):
-        generate(checkpoint, **{"device": "cpu", **options})
+        generate_text(checkpoint, **{"device": "cpu", **options})
     assert capsys.readouterr().out == ""
 
 
 def test_an_empty_prompt_needs_an_end_token(tmp_path: Path) -> None:
     with pytest.raises(TrunklineError, match=r"--prompt is empty, and the tokenizer has no end-of-text token \(<\|end"):
-        generate(save(tmp_path, chars()), device="cpu")
+        generate_text(save(tmp_path, chars()), device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_an_empty_prompt_needs_an_end_token(tmp_path: Path) -> None:
 )
 def test_bad_checkpoints(tmp_path: Path, change: Any, message: str) -> None:
     with pytest.raises(TrunklineError, match=message):
-        generate(save(tmp_path, bpe(), change), prompt="the", device="cpu")
+        generate_text(save(tmp_path, bpe(), change), prompt="the", device="cpu")
 
 
 def test_damaged_checkpoint(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_damaged_checkpoint(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(TrunklineError, match=r"a\.ckpt is damaged"):
-        generate(str(path), prompt="the")
+        generate_text(str(path), prompt="the")
 
 
 def test_a_tokenizer_with_more_tokens_than_the_network(tmp_path: Path) -> None:
@@ -306,4 +306,4 @@ def test_a_tokenizer_with_more_tokens_than_the_network(tmp_path: Path) -> None:
     with pytest.raises(
         TrunklineError, match=rf"--tokenizer .*big\.json has {size} tokens, but the network of .* knows"
     ):
-        generate(path, prompt="the", tokenizer=str(tmp_path / "big.json"))
+        generate_text(path, prompt="the", tokenizer=str(tmp_path / "big.json"))

@@ -152,7 +152,7 @@ def test_no_images(grey_checkpoint: Path, tmp_path: Path) -> None:
 def test_corrupt_image_is_named(workers: int, grey_checkpoint: Path, images: Path, tmp_path: Path) -> None:
     whole = (images / "a/2.png").read_bytes()
     (images / "a/2.png").write_bytes(whole[: len(whole) // 2])
-    message = r"^cannot read the image .*images/a/2\.png: .*; replace or remove it, or give --skip_corrupt true$"
+    message = r"^cannot read the image .*images/a/2\.png: .*; replace or remove it, or .*skip_corrupt true$"
     with pytest.raises(TrunklineError, match=message):
         run(grey_checkpoint, images, tmp_path / "out.csv", num_workers=workers)
     assert not (tmp_path / "out.csv").exists()
@@ -203,8 +203,8 @@ def test_bad_checkpoint(grey_checkpoint: Path, images: Path, tmp_path: Path, mak
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": {}}, "no checkpoint of an image classifier, but of something else"),
-        ({"objective": "CausalLM", "ImageData": {}}, "no checkpoint of an image classifier, but of CausalLM"),
+        ({"state_dict": {}}, "no checkpoint of ImageClassifier, but of something else"),
+        ({"objective": "CausalLM", "ImageData": {}}, "no checkpoint of ImageClassifier, but of CausalLM"),
         (torch.zeros(3), "no checkpoint of a training run: it holds a Tensor"),
         (Path("x"), "no checkpoint of plain data: Unsupported global.*could run code"),
         (b"any text\n", "no checkpoint of plain data: "),

@@ -97,7 +97,7 @@ def test_a_broken_picture(checkpoint: str, tmp_path: Path, capsys: pytest.Captur
     options: dict[str, Any] = {"images": str(images), "output": output, "device": "cpu"}
     for workers in (0, 1):
         with pytest.raises(
-            TrunklineError, match=r"^cannot read the image .*blue/0\.png: .*or set --skip_corrupt true$"
+            TrunklineError, match=r"^cannot read the image .*blue/0\.png: .*or set .*skip_corrupt true$"
         ):
             search("red", checkpoint, **{**options, "num_workers": workers})
     assert not Path(output).exists()

@@ -15,7 +15,7 @@ from trunkline.modules.networks import BERTConfig
 from trunkline.modules.objectives.masked_lm import MaskedLM
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.cli import main
-from trunkline.pipelines.commands.embed import embed, nearest
+from trunkline.pipelines.commands.embed import embed, most_similar
 from trunkline.pipelines.commands.fill_mask import fill_mask
 
 NAMES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "paris", "is", "the", "capital", "of", "france", "cat"]
@@ -108,7 +108,7 @@ def test_embed(pool: Any, checkpoint: str, tmp_path: Path) -> None:
 
 def test_nearest_in_blocks() -> None:
     rows = torch.nn.functional.normalize(torch.randn(1500, 8), dim=1)
-    found, cosines = nearest(rows)
+    found, cosines = most_similar(rows)
     products = rows @ rows.T - 3 * torch.eye(1500)
     assert found == products.argmax(dim=1).tolist()
     torch.testing.assert_close(torch.tensor(cosines), products.max(dim=1).values)

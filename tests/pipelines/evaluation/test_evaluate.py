@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -143,7 +142,7 @@ class TestRetrieval:
         rows = [(colour, [f"a {colour} thing"]) for colour in COLOURS] + [("red", [" "])]
         source, checkpoint = listed(tmp_path / "list", rows), save(tmp_path, overfitted())
         (tmp_path / "list" / "1.png").write_bytes(b"no picture")
-        with pytest.raises(TrunklineError, match=r"1\.png.*, or set --skip_corrupt true"):
+        with pytest.raises(TrunklineError, match=r"1\.png.*, or set .*skip_corrupt"):
             judge(checkpoint, source, tmp_path, what="retrieval", **NOTHING)
         with pytest.warns(UserWarning, match="skipped: "):
             found = judge(checkpoint, source, tmp_path, what="retrieval", skip_corrupt=True, **NOTHING)
@@ -271,15 +270,15 @@ class TestFeatures:
                 "--templates is for zero_shot, but --source digits is measured by knn, linear_probe;",
             ),
             ({"source": "twemoji"}, "is of ImageClassifier, which knows no texts"),
-            ({"what": "knn", "k": 361}, "--k 361 must be from 1 to 269, the number of training rows"),
-            ({"what": "knn", "split": "train"}, "knn learns from the training split; measure it on --split val or"),
+            ({"what": "knn", "k": 361}, "k=361 must be from 1 to 269, the number of training rows"),
+            ({"what": "knn", "split": "train"}, "knn learns from the training split; set split to val or test"),
             ({"what": "linear_probe", "split": "val"}, "chooses its regularisation on the validation split"),
             (
                 {"what": "linear_probe", "val_fraction": 0},
-                "digits has no val split, but train, test; set --val_fraction",
+                "digits has no val split, but train, test; set val_fraction",
             ),
             ({"source": "digits", "output": "nowhere/a.json"}, "--output nowhere/a.json must be a .json file in a fol"),
-            ({"source": "digits", "test_fraction": 0.999}, "rows aside for test.* set --test_fraction 0"),
+            ({"source": "digits", "test_fraction": 0.999}, "rows aside for test.* set .*test_fraction"),
         ],
     )
     def test_bad_input(self, checkpoint: str, options: dict[str, Any], message: str) -> None:
@@ -290,11 +289,11 @@ class TestFeatures:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "test"}, r"--source .* has no test split, but train; set --test_fraction or --test_split"),
-        ({"class_names": ["red"]}, "--class_names has 1 names, but the source has 4 classes"),
-        ({"class_names": ["red", "", "a", "b"]}, "class 1 has an empty name; name all 4 with --class_names"),
-        ({"class_names": "nowhere.txt"}, "cannot read --class_names nowhere.txt"),
-        ({"templates": ["{}", "a photo"]}, "--templates: 'a photo' has no {}; write it where the class is to stand"),
+        ({"split": "test"}, r" has no test split, but train; set test_fraction or test_split"),
+        ({"class_names": ["red"]}, "class_names has 1 names, but the source has 4 classes"),
+        ({"class_names": ["red", "", "a", "b"]}, "class 1 has an empty name; name all 4"),
+        ({"class_names": "nowhere.txt"}, "cannot read class_names nowhere.txt"),
+        ({"templates": ["{}", "a photo"]}, "the template 'a photo' has no {}; write it where the class is to stand"),
         ({"what": "knn", "source": "openmoji"}, "openmoji has captions and no classes; give --what retrieval"),
         (
             {"caption_column": "x"},
@@ -340,12 +339,24 @@ def test_bad_checkpoint(changes: dict[str, Any], message: str, tmp_path: Path) -
         evaluate(save(tmp_path, **changes), "digits", device="cpu")
 
 
-def test_messages_name_the_commands_own_flags(tmp_path: Path) -> None:
-    pd.DataFrame({"image": [b""], "label": ["a"]}).to_parquet(tmp_path / "t.parquet")
-    with pytest.raises(TrunklineError, match=r"has no column 'x'; it has image, label; set --label_column$"):
-        evaluate(
-            save(tmp_path), str(tmp_path / "t.parquet"), label_column="x", cache_dir=str(tmp_path / "c"), **NOTHING
-        )
+def test_messages_name_the_commands_own_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below the message stands the flag, whether it was given or is the mend."""
+    monkeypatch.setattr("sys.argv", ["trunkline"])
+    source = str(folders(tmp_path / "images", 1))
+    given = ["evaluate", "--checkpoint", save(tmp_path), "--source", source, "--what=zero_shot", "--device", "cpu"]
+    given += ["--val_fraction", "0", "--test_fraction", "0"]
+    for options, expected, flag in (
+        (["--split", "train", "--class_names", "[a]"], "class_names has 1 names, .* give as many$", "--class_names"),
+        (["--split=train", "--templates=a photo"], "cannot read templates a photo: ", "--templates"),
+        (["--split=test"], "has no test split, but train; ", "--source"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*given, *options])
+        message, _, place = capsys.readouterr().err.strip().rpartition("\n")
+        assert re.search(expected, " ".join(message.split()))
+        assert place == f"  ({flag})"
 
 
 def test_the_colours_are_learnt() -> None:

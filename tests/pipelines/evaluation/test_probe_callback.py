@@ -203,7 +203,7 @@ def test_what_cannot_be_read_is_found_or_skipped(tmp_path: Path, capsys: pytest.
         for n in range(2):
             (source / colour / f"{n}.png").write_bytes(b"no picture")
     options: dict[str, Any] = {"source": str(source), "k": 3, "val_fraction": 0.3, "test_fraction": 0}
-    with pytest.raises(TrunklineError, match=r"cannot read the image .*png.*, or set ImageProbes\.skip_corrupt true"):
+    with pytest.raises(TrunklineError, match=r"^ImageProbes: cannot read the image .*png.*skip_corrupt true"):
         run(tmp_path, ImageProbes(**options))
     with pytest.warns(UserWarning, match="skipped: "):
         fitted = run(tmp_path, ImageProbes(**options, skip_corrupt=True))
@@ -221,17 +221,17 @@ class Bare(L.LightningDataModule):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "./nowhere"}, r"cannot read ImageProbes\.source \./nowhere: there is no such file"),
-        ({"k": 21, "max_train": 20}, r"^ImageProbes\.k 21 must be from 1 to 20, the number of training rows"),
-        ({"max_train": 4}, r"the 4 training rows .* digits are too few .* or raise ImageProbes\.max_train"),
+        ({"source": "./nowhere"}, r"^ImageProbes: .*source.*\./nowhere.* there is no such file"),
+        ({"k": 21, "max_train": 20}, r"^ImageProbes: k=21 must be from 1 to 20, the number of training rows"),
+        ({"max_train": 4}, r"the 4 training rows .* digits are too few .* or raise max_train"),
         (
             {"val_fraction": 0},
-            r"digits has no validation rows; set ImageProbes\.val_fraction or ImageProbes\.val_split",
+            r"digits has no validation rows; set val_fraction or val_split",
         ),
-        ({"templates": ["a photo"]}, r"^ImageProbes\.templates: 'a photo' has no {}"),
-        ({"class_names": ["red"]}, r"^ImageProbes\.class_names has 1 names, but the source has 10 classes"),
-        ({"every": 0}, r"ImageProbes\.every must be 1 or more, not 0"),
-        ({"max_val": 0}, r"ImageProbes\.max_val must be 1 or more, not 0"),
+        ({"templates": ["a photo"]}, r"^ImageProbes: the template 'a photo' has no {}"),
+        ({"class_names": ["red"]}, r"^ImageProbes: class_names has 1 names, but the source has 10 classes"),
+        ({"every": 0}, r"^ImageProbes: every must be 1 or more, not 0"),
+        ({"max_val": 0}, r"^ImageProbes: max_val must be 1 or more, not 0"),
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_what_cannot_be_probed(tmp_path: Path) -> None:
     with pytest.raises(TrunklineError, match="prepares images as the data does; train with ImageTextData or Image"):
         run(tmp_path, ImageProbes("digits"), data=Bare)
     for made, strategy, precision, message in (
-        (L.LightningModule(), None, "32-true", "and ImageClassifier, not LightningModule; leave it out"),
+        (L.LightningModule(), None, "32-true", "and ImageClassifier, not of LightningModule; leave it out"),
         (module(), FSDPStrategy(), "32-true", "FSDPStrategy shards over processes; set --trainer.strategy ddp"),
         (module(), None, "bf16-true", "float32, not --trainer.precision bf16-true; set bf16-mixed"),
     ):

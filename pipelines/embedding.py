@@ -1,8 +1,7 @@
-"""Image networks out of training checkpoints, CLIPs above all, and the embeddings that they make of many inputs."""
+"""Embeddings of many pictures and texts, by the network of an image classifier or of a CLIP."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,13 +17,8 @@ from trunkline.datamodules.images.image_sources import FileRows, image_files, to
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI, EmojiPictures
 from trunkline.datamodules.samplers import SampleKey, plain_errors
-from trunkline.files import load_checkpoint
 from trunkline.modules.networks import CLIP, ViT
-from trunkline.modules.training.warm_start import network_of
-from trunkline.pipelines.text_checkpoint import own_tokenizer
-
-DATA = {"ContrastiveImageText": "ImageTextData", "ImageClassifier": "ImageData"}
-"""Objectives, and the data that they learn from."""
+from trunkline.pipelines.trained import Trained
 
 
 class PictureRows(Protocol):
@@ -38,62 +32,41 @@ class PictureRows(Protocol):
 
 
 class ImageNetwork(NamedTuple):
-    """What a checkpoint says of images."""
+    """A network that sees images, and how its inputs are prepared."""
 
     trunk: ViT
     """In evaluation mode."""
     preprocessing: Preprocessing
-    clip: CLIP | None
-    """With `trunk` inside; None: a classifier."""
-    encoder: CaptionEncoder | None
+    clip: CLIP | None = None
+    """With `trunk` inside; None: a classifier, which knows no texts."""
+    encoder: CaptionEncoder | None = None
     """Of the texts, if `clip` is there."""
 
 
-def load_image_network(checkpoint: str, device: torch.device) -> ImageNetwork:
-    """The ViT of an image classifier or of a CLIP (with averaged weights, where the run kept an average).
+def image_network(trained: Trained, device: torch.device) -> ImageNetwork:
+    """The network of a checkpoint that suits `evaluate`, on a device.
 
     Raises:
-        TrunklineError: if the file is damaged, of another objective, or does not say how its inputs were prepared.
+        TrunklineError: if the checkpoint is of another objective, or does not say how its inputs were prepared.
     """
-    return image_network_of(load_checkpoint(checkpoint), checkpoint, device)
+    trained.require("evaluate")
+    preprocessing = trained.preprocessing
+    network: Any = trained.network.to(device)
+    if not isinstance(network, CLIP):
+        return ImageNetwork(network, preprocessing)
+    return ImageNetwork(network.image, preprocessing, network, trained.encoder())
 
 
-def image_network_of(content: dict[str, Any], checkpoint: str, device: torch.device) -> ImageNetwork:
-    """See `load_image_network`; of a checkpoint that is read already."""
-    objective = content.get("objective", "something else")
-    if objective not in DATA:
-        raise TrunklineError(f"{checkpoint} is no checkpoint of {' or '.join(DATA)}, but of {objective}")
-    data: Any = content.get(DATA[objective])
-    if data is None:
-        raise TrunklineError(
-            f"{checkpoint} was trained without {DATA[objective]}, so how to prepare its inputs is not known"
-        )
-    preprocessing = Preprocessing(**data["preprocessing"])
-    if objective == "ImageClassifier":
-        return ImageNetwork(network_of(ViT, content, checkpoint).to(device).eval(), preprocessing, None, None)
-    network = network_of(CLIP, content, checkpoint).to(device).eval()
-    words = own_tokenizer(content, checkpoint, "give a checkpoint that `trunkline fit` wrote")
-    encoder = CaptionEncoder(words, data["max_length"])
-    return ImageNetwork(network.image, preprocessing, network, encoder)
-
-
-def load_clip(checkpoint: str, device: torch.device) -> tuple[CLIP, Preprocessing, CaptionEncoder]:
-    """Network in evaluation mode, and how its images and texts are prepared.
+def clip_network(trained: Trained, device: torch.device) -> tuple[CLIP, Preprocessing, CaptionEncoder]:
+    """The CLIP of a checkpoint in evaluation mode, and how its images and texts are prepared.
 
     Raises:
-        TrunklineError: see `load_image_network`; for a classifier too.
+        TrunklineError: see `image_network`; for a classifier too.
     """
-    return clip_of(load_checkpoint(checkpoint), checkpoint, device)
-
-
-def clip_of(
-    content: dict[str, Any], checkpoint: str, device: torch.device
-) -> tuple[CLIP, Preprocessing, CaptionEncoder]:
-    """See `load_clip`; of a checkpoint that is read already."""
-    found = image_network_of(content, checkpoint, device)
+    found = image_network(trained, device)
     if found.clip is None or found.encoder is None:
         raise TrunklineError(
-            f"{checkpoint} is of ImageClassifier, which knows no texts; give a checkpoint of ContrastiveImageText"
+            f"{trained.file} is of {trained.objective}, which knows no texts; give a checkpoint of ContrastiveImageText"
         )
     return found.clip, found.preprocessing, found.encoder
 
@@ -113,7 +86,7 @@ class Pictures(TransformedImages):
         self.rows = rows
 
     def read(self, row: int) -> dict[str, Any]:
-        """See `TransformedImages`."""
+        """An item without its transform."""
         return {"image": to_channels(self.rows.image(row), self.preprocessing.channels)}
 
 
@@ -130,7 +103,7 @@ def open_pictures(images: str) -> tuple[PictureRows, int]:
     return FileRows(files, np.zeros(len(files), np.int64)), len(files)
 
 
-def progress(batches: Any, description: str) -> Any:
+def progress_bar(batches: Any, description: str) -> Any:
     """The batches, with a bar where a person looks on."""
     return track(batches, description, transient=True, disable=not sys.stdout.isatty())
 
@@ -158,7 +131,7 @@ def embed_images(
     loader = DataLoader(pictures, batch_size, sampler=keys, num_workers=num_workers)
     found, rows = [], []
     with plain_errors(num_workers):
-        for batch in progress(loader, "looking at pictures"):
+        for batch in progress_bar(loader, "looking at pictures"):
             valid = batch["valid"]
             found.append(encode(batch["image"].to(device))[valid.to(device)].float().cpu())
             rows += batch["index"][valid].tolist()
@@ -173,7 +146,7 @@ def embed_texts(
 ) -> Tensor:
     """(M, E) float32 of length 1 on the CPU; texts that lose their end are counted in print."""
     found, cut = [], 0
-    for start in progress(range(0, len(texts), batch_size), "reading texts"):
+    for start in progress_bar(range(0, len(texts), batch_size), "reading texts"):
         tokens, mask, truncated = encoder.encode(texts[start : start + batch_size])
         found.append(network.encode_text(tokens.to(device), mask.to(device)).float().cpu())
         cut += int(truncated.sum())
@@ -185,12 +158,3 @@ def embed_texts(
 def pooled(trunk: ViT) -> Callable[[Tensor], Tensor]:
     """Images -> the (B, D) features that the head of a ViT reads."""
     return lambda image: trunk.forward_head(trunk.forward_features(image), pre_logits=True)
-
-
-@contextmanager
-def own_flags() -> Iterator[None]:
-    """What the data call `--data.source` is `--source` to a command: errors say so."""
-    try:
-        yield
-    except TrunklineError as error:
-        raise TrunklineError(str(error).replace("--data.", "--")) from error

@@ -1,0 +1,106 @@
+"""The table of objectives: paths of their classes, which are imported when needed, and the commands that use them."""
+
+import sys
+from importlib import import_module
+from typing import Any, NamedTuple
+
+
+class Kind(NamedTuple):
+    """What a run of an objective is made of, and what can be done with its checkpoints."""
+
+    objective: str
+    """Path of a class, as the next two."""
+    network: str
+    data: str
+    commands: tuple[str, ...]
+    """Beside those that train and test."""
+
+
+_OBJECTIVES, _NETWORKS, _DATA = "trunkline.modules.objectives", "trunkline.modules.networks", "trunkline.datamodules"
+PREDICT_IMAGES, PREDICT_TEXTS = "predict --images", "predict --texts"
+
+KINDS = {
+    "CausalLM": Kind(
+        f"{_OBJECTIVES}.causal_lm.CausalLM",
+        f"{_NETWORKS}.GPT",
+        f"{_DATA}.TextData",
+        ("generate", "embed"),
+    ),
+    "ContrastiveImageText": Kind(
+        f"{_OBJECTIVES}.contrastive_image_text.ContrastiveImageText",
+        f"{_NETWORKS}.CLIP",
+        f"{_DATA}.ImageTextData",
+        ("embed", "search", "evaluate"),
+    ),
+    "ImageClassifier": Kind(
+        f"{_OBJECTIVES}.image_classifier.ImageClassifier",
+        f"{_NETWORKS}.ViT",
+        f"{_DATA}.ImageData",
+        (PREDICT_IMAGES, "evaluate"),
+    ),
+    "MaskedLM": Kind(
+        f"{_OBJECTIVES}.masked_lm.MaskedLM",
+        f"{_NETWORKS}.BERT",
+        f"{_DATA}.MaskedTextData",
+        ("fill-mask", "embed"),
+    ),
+    "QuestionAnswering": Kind(
+        f"{_OBJECTIVES}.question_answering.QuestionAnswering",
+        f"{_NETWORKS}.TextHead",
+        f"{_DATA}.SquadData",
+        (PREDICT_TEXTS,),
+    ),
+    "TextClassifier": Kind(
+        f"{_OBJECTIVES}.text_classifier.TextClassifier",
+        f"{_NETWORKS}.TextHead",
+        f"{_DATA}.LabelledTextData",
+        (PREDICT_TEXTS,),
+    ),
+    "TokenClassifier": Kind(
+        f"{_OBJECTIVES}.token_classifier.TokenClassifier",
+        f"{_NETWORKS}.TextHead",
+        f"{_DATA}.TaggedTextData",
+        (PREDICT_TEXTS,),
+    ),
+}
+"""By the name of the objective."""
+
+PROBES = "trunkline.pipelines.evaluation.probe_callback.ImageProbes"
+"""A callback that imports much, and is imported only where it is named."""
+
+
+def short(path: str) -> str:
+    """The name of a class, of its path."""
+    return path.rpartition(".")[2]
+
+
+def import_class(path: str) -> Any:
+    """The class of a path."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def known_class(path: str) -> Any:
+    """The class that a file names, or None: a file may not choose what is imported, unless it is Trunkline's own."""
+    if path.startswith("trunkline."):
+        try:
+            return import_class(path)
+        except (ImportError, AttributeError):
+            return None
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
+def able(command: str) -> list[str]:
+    """The objectives whose checkpoints a command can use."""
+    return [name for name, kind in KINDS.items() if command in kind.commands]
+
+
+def objective_classes() -> list[type]:
+    """All objectives."""
+    return [import_class(kind.objective) for kind in KINDS.values()]
+
+
+def data_classes() -> list[type]:
+    """All datamodules."""
+    return [import_class(kind.data) for kind in KINDS.values()]

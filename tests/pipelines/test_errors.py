@@ -1,0 +1,221 @@
+"""Which flag or line of a config a message names, and what it says of names that older versions had."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trunkline import TrunklineError
+from trunkline.pipelines import renamed
+from trunkline.pipelines.cli import main
+from trunkline.pipelines.errors import locate, place_of, read_entries, report
+
+CONFIG = """\
+# batch_size in a comment
+data:
+  class_path: ImageData
+  init_args:
+    batch_size: 8
+    augmentation: {hflip: 0.5, crop_scale: [0.5, 1.0]}
+model:
+  init_args:
+    network:
+      max_length: 16
+trainer:
+  callbacks+:
+    - class_path: mine.Callback
+      init_args: {batch_size: 3}
+"""
+
+
+@pytest.fixture
+def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets it; the files are `one.yaml`, and `two.yaml` with a batch size alone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.yaml").write_text(CONFIG)
+    (tmp_path / "two.yaml").write_text("\n\ndata: {init_args: {batch_size: 4}}\n")
+    return lambda text: monkeypatch.setattr(sys, "argv", ["trunkline", *text.split()])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "place"),
+    [
+        ("fit --data.batch_size 3", "data.batch_size", "--data.batch_size"),
+        ("fit --data.init_args.batch_size=3 --data.seed 1", "data.batch_size", "--data.batch_size"),
+        ("fit --config one.yaml --data.batch_size 3", "data.batch_size", "--data.batch_size"),
+        ("fit --config one.yaml", "data.batch_size", "one.yaml, line 5"),
+        ("fit --config=one.yaml", "model.network.max_length", "one.yaml, line 10"),
+        ("fit -c one.yaml", "data.augmentation.hflip", "one.yaml, line 6"),
+        ("fit --config one.yaml --config two.yaml", "data.batch_size", "two.yaml, line 3"),
+        ("fit --config two.yaml --config one.yaml", "data.batch_size", "one.yaml, line 5"),
+        ("fit --config one.yaml --config two.yaml", "data.class_path", "one.yaml, line 3"),
+        ("fit --config one.yaml", "trainer.max_epochs", "--trainer.max_epochs"),
+        ("fit --config gone.yaml", "data.seed", "--data.seed"),
+        ("fit --model.seed 3", "data.seed", "--data.seed"),
+        ("fit --model.network.max_length 4", "data.max_length", "--data.max_length"),
+    ],
+)
+def test_place_of_a_field(arguments: str, field: str, place: str, command_line: Callable[..., None]) -> None:
+    command_line(arguments)
+    assert place_of(field) == place
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "place"),
+    [
+        ("evaluate --batch_size 3", "data.batch_size", "--batch_size"),
+        ("evaluate", "data.batch_size", "--batch_size"),
+        ("evaluate --split test", "split", "--split"),
+        ("evaluate", "data.seed", None),
+        ("evaluate --data.batch_size 3", "data.batch_size", "--data.batch_size"),
+        ("evaluate --size 3", "data.batch_size", "--batch_size"),
+    ],
+)
+def test_place_of_a_field_for_a_function(
+    arguments: str, field: str, place: str | None, command_line: Callable[..., None]
+) -> None:
+    """Whose flags have no groups."""
+    command_line(arguments)
+    assert place_of(field, ("batch_size", "split")) == place
+
+
+def test_report(command_line: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    command_line("fit --config one.yaml")
+    report(TrunklineError("batch_size=8 is larger than the data; set it to at most 5", "data.batch_size"))
+    assert capsys.readouterr().err == (
+        "\nerror: batch_size=8 is larger than the data; set it to at most 5\n  (one.yaml, line 5)\n"
+    )
+    report(TrunklineError("nothing is named"))
+    report(TrunklineError("no flag sets it", "data.seed"), ("batch_size",))
+    assert capsys.readouterr().err == "\nerror: nothing is named\n\nerror: no flag sets it\n"
+
+
+def test_locate_ends_of_keys_and_values(command_line: Callable[..., None]) -> None:
+    command_line("fit --config one.yaml --trainer.callbacks+=mine.Other --model Net")
+    for text, place, key in (
+        ("mine.Other", "--trainer.callbacks", "trainer.callbacks"),
+        ("Net", "--model", "model"),
+        ("mine.Callback", "one.yaml, line 13", "trainer.callbacks.class_path"),
+        ("crop_scale", "one.yaml, line 6", "data.augmentation.crop_scale"),
+        ("batch_size", "one.yaml, line 14", "trainer.callbacks.batch_size"),
+        ("data.batch_size", "one.yaml, line 5", "data.batch_size"),
+        ("size", "size", "size"),
+    ):
+        found = locate(text)
+        assert (found.text, found.key) == (place, key)
+    assert locate("batch_size", preferred=["data.batch_size"]).text == "one.yaml, line 5"
+
+
+def test_entries_of_what_is_no_yaml(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("model: [1,\n")
+    (tmp_path / "b.yaml").write_text("")
+    assert read_entries(str(tmp_path / "a.yaml")) == read_entries(str(tmp_path / "b.yaml")) == []
+
+
+# --- names of older versions
+
+
+@pytest.fixture
+def message(capsys: pytest.CaptureFixture[str], command_line: Callable[..., None]) -> Callable[[list[str]], str]:
+    """Run a command that must fail with one message, and return that in one line."""
+    command_line("")
+
+    def run(arguments: list[str]) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    return run
+
+
+OLD_CLASSES = {
+    "trunkline.modules.image_classifier.ImageClassifier": "ImageClassifier",
+    "trunkline.datamodules.image.ImageData": "ImageData",
+    "trunkline.pipelines.probe_callback.ImageProbes": "ImageProbes",
+}
+
+
+def saved_config(folder: Path) -> Path:
+    """The config that a run of an older version left, with its checkpoint."""
+    model, data, probes = OLD_CLASSES
+    config: dict[str, Any] = {
+        "seed_everything": 0,
+        "trainer": {"callbacks": [{"class_path": probes, "init_args": {"source": "digits"}}]},
+        "model": {"class_path": model, "init_args": {"network": {"patch_size": 4}}},
+        "data": {"class_path": data, "init_args": {"path": "digits", "hub_split": None, "batch_size": 8}},
+    }
+    (folder / "run/checkpoints").mkdir(parents=True)
+    (folder / "run/config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    checkpoint = folder / "run/checkpoints/last.ckpt"
+    checkpoint.write_bytes(b"not read")
+    return checkpoint
+
+
+def test_the_saved_config_of_an_older_version(tmp_path: Path, message: Callable[[list[str]], str]) -> None:
+    """All that has another name now is said at once, with its line."""
+    checkpoint = saved_config(tmp_path)
+    said = message(["test", "--ckpt_path", str(checkpoint)])
+    config = checkpoint.parent.parent / "config.yaml"
+    assert f"error: {config} was written for an older version; line" in said
+    lines = config.read_text().splitlines()
+    for old, new in {**OLD_CLASSES, "data.path": "data.source", "data.hub_split": "data.train_split"}.items():
+        (number,) = [n for n, line in enumerate(lines, 1) if old.removeprefix("data.") in line.split(": ")[-1] + line]
+        assert f"line {number}: {old} is {new} now" in said
+    # With the new names it is read; the checkpoint is looked at only then.
+    text = config.read_text().replace("path: digits", "source: digits").replace("hub_split:", "train_split:")
+    for old, new in OLD_CLASSES.items():
+        text = text.replace(old, new)
+    config.write_text(text)
+    said = message(["test", "--ckpt_path", str(checkpoint)])
+    assert "older version" not in said
+    assert "last.ckpt is no checkpoint of plain data" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "data:\n  init_args:\n    path: digits\n",
+            r"own.yaml was .* older version; line 3: data.path is data.source now",
+        ),
+        ("data: {init_args: {test_path: x}}\n", "line 1: data.test_path is data.test_source now; change it$"),
+        *(
+            (f"model:\n  class_path: {old}\n", rf"line 2: {old} is {new} now")
+            for old, new in [*OLD_CLASSES.items()][:1]
+        ),
+        *(
+            (f"data:\n  class_path: {old}\n", rf"line 2: {old} is {new} now")
+            for old, new in [*OLD_CLASSES.items()][1:2]
+        ),
+        *(
+            (f"trainer:\n  callbacks+:\n    - class_path: {old}\n", rf"line 3: {old} is {new} now")
+            for old, new in [*OLD_CLASSES.items()][2:]
+        ),
+    ],
+)
+def test_old_names_in_a_config(text: str, expected: str, tmp_path: Path, message: Callable[[list[str]], str]) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    said = message(["fit", "--config", "vit/digits", "--config", "own.yaml"])
+    assert re.search(expected, said), said
+
+
+@pytest.mark.parametrize("old", renamed.RENAMED)
+def test_old_flags(old: str, message: Callable[[list[str]], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    said = message(["fit", "--config", "vit/digits", f"--{old}", "x"])
+    assert said == f"error: there is no option --{old} any more; it is --{renamed.RENAMED[old]} now"
+    for name, new in list(OLD_CLASSES.items())[:2]:
+        group = "model" if "modules.image" in name and "data" not in name else "data"
+        said = message(["fit", "--config", "vit/digits", f"--{group}", name])
+        assert said == f"error: --{group}: there is no class '{name}' any more; it is {new} now"
+
+
+def test_a_misspelt_path_is_not_taken_for_an_old_one(message: Callable[[list[str]], str]) -> None:
+    said = message(["fit", "--config", "vit/digits", "--model", "trunkline.modules.ImageClasifier"])
+    assert "; did you mean 'ImageClassifier'?" in said
+    assert not renamed.moved("trunkline.datamodules.ImageData", ["ImageData"])  # it is there
+    assert not renamed.moved("mine.ImageData", ["ImageData"])
