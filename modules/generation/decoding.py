@@ -1,19 +1,59 @@
-"""Parts of text generation: the options, the window of tokens that the network sees, the choice of a token.
+"""Parts of text generation: what writes, the options, the window of tokens that is seen, the choice of a token.
 
 Needs torch alone. Shape legend: B rows, T tokens of the prompt, V vocabulary.
 """
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trunkline import TrunklineError
-from trunkline.modules.networks import GPT
+
+
+class Decoder(Protocol):
+    """What generation asks of a model that writes tokens; a `GPT` is one.
+
+    Whatever else the tokens depend on (the states of an encoder, embeddings that stand before the prompt) belongs to
+    the decoder, which holds it for each row in its state. A decoder that is a torch module is in evaluation mode while
+    it writes.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens V; ids are from 0 to V - 1."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and text that can be seen at once. When a text is longer, its older half is forgotten."""
+
+    def prefill(self, tokens: Tensor, mask: Tensor | None, room: int, state: Any = None) -> tuple[Tensor, Any]:
+        """Read prompts.
+
+        Args:
+            tokens: (B, T) token ids, padded on the left.
+            mask: (B, T) bool, False for padding; None where there is none.
+            room: tokens that will follow by `step`.
+            state: None at first. Later, when texts have filled `max_length`, their state: all tokens in it are to be
+                forgotten for those given now, while what else its rows depend on stays.
+
+        Returns:
+            (B, V) logits of the next token, and a state that nobody else looks into.
+        """
+
+    def step(self, tokens: Tensor, state: Any) -> Tensor:
+        """Add one token (B,) to each row, changing the state in place -> (B, V) logits of the next token."""
+
+    def reorder(self, state: Any, rows: Tensor) -> Any:
+        """A state in which row b continues row `rows[b]` of the given one, which is not used again.
+
+        Beam search repeats and drops rows; rows whose text has ended leave. So `rows` may be of any length.
+        """
 
 
 @dataclass
@@ -74,53 +114,49 @@ _OFF = dict.fromkeys(("top_k", "top_p", "min_p"), "; leave it out to take all to
 
 
 class Window:
-    """The newest tokens of each row, and the network's cache of them.
+    """The newest tokens of each row, and the decoder's state after them.
 
-    A row that fills the network's `max_length` forgets its older half, and the cache is computed anew from
+    A row that fills the decoder's `max_length` forgets its older half, and the state is computed anew from
     what is left. What a row sees depends on that row alone: never on how long its neighbours are.
 
     Args:
-        network: in evaluation mode.
+        decoder: in evaluation mode.
         tokens: (B, T) prompts, padded on the left.
         mask: (B, T) bool, False for padding; None without.
         room: how many tokens will follow.
     """
 
-    def __init__(self, network: GPT, tokens: Tensor, mask: Tensor | None, room: int) -> None:
-        self.network, self.limit = network, network.config.max_length
-        width = min(self.limit, tokens.shape[1] + room)
-        rows = len(tokens)
-        self.tokens = tokens.new_zeros(rows, width)
-        self.mask = torch.ones(rows, width, dtype=torch.bool, device=tokens.device)
-        self.cache = network.make_cache(rows, width)
+    state: Any = None
+    logits: Tensor
+    """(B, V) of the token that comes next."""
+
+    def __init__(self, decoder: Decoder, tokens: Tensor, mask: Tensor | None, room: int) -> None:
+        self.decoder, self.limit = decoder, decoder.max_length
+        self.tokens = tokens.new_zeros(len(tokens), min(self.limit, tokens.shape[1] + room))
         self.fill(tokens, mask)
 
     def fill(self, tokens: Tensor, mask: Tensor | None) -> None:
         """Hold these (B, T) tokens and nothing before them; `logits` are then of the token after them."""
-        self.padded = mask is not None and not bool(mask.all())
-        self.mask.fill_(True)
-        if mask is not None:
-            self.mask[:, : mask.shape[1]] = mask
-        self.cache.length = 0
-        self._run(tokens)
-
-    def _run(self, tokens: Tensor) -> None:
-        start, end = self.cache.length, self.cache.length + tokens.shape[1]
-        self.tokens[:, start:end] = tokens
-        mask = self.mask[:, :end] if self.padded else None
-        keep = slice(-1, None) if tokens.shape[1] > 1 else None
-        self.logits = self.network(tokens, mask=mask, cache=self.cache, keep=keep)[:, -1]  # (B, V)
+        self.length = tokens.shape[1]
+        self.tokens[:, : self.length] = tokens
+        if mask is not None and bool(mask.all()):
+            mask = None
+        self.padding = self.tokens.new_zeros(len(tokens)) if mask is None else (~mask).sum(dim=1)  # (B,)
+        room = self.tokens.shape[1] - self.length
+        self.logits, self.state = self.decoder.prefill(tokens, mask, room, self.state)
 
     def append(self, tokens: Tensor) -> None:
         """Add one token (B,) to each row."""
-        if self.cache.length == self.limit:
+        if self.length == self.limit:
             self.slide(tokens)
-        else:
-            self._run(tokens[:, None])
+            return
+        self.tokens[:, self.length] = tokens
+        self.length += 1
+        self.logits = self.decoder.step(tokens, self.state)
 
     def slide(self, tokens: Tensor) -> None:
         """Forget the older half of each row that is full, then add one token (B,) to each row."""
-        held = self.mask.sum(dim=1)  # padding is on the left, and the window is full
+        held = self.limit - self.padding
         kept = torch.where(held == self.limit, self.limit // 2, held)
         width = int(kept.max())
         recent = torch.cat((self.tokens[:, self.limit - width :], tokens[:, None]), dim=1)
@@ -129,12 +165,8 @@ class Window:
 
     def take(self, rows: Tensor) -> None:
         """Let row b continue row `rows[b]`; fewer rows than before leave the others out."""
-        self.tokens, self.mask = self.tokens[rows], self.mask[rows]
-        if len(rows) == len(self.logits):
-            self.cache.reorder(rows)
-        else:
-            self.cache.keys, self.cache.values = self.cache.keys[:, rows], self.cache.values[:, rows]
-        self.logits = self.logits[rows]
+        self.tokens, self.padding, self.logits = self.tokens[rows], self.padding[rows], self.logits[rows]
+        self.state = self.decoder.reorder(self.state, rows)
 
 
 def filter_logits(logits: Tensor, config: GenerationConfig, seen: Tensor | None = None) -> Tensor:
@@ -180,10 +212,12 @@ def choose(logits: Tensor, draws: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def evaluating(network: GPT) -> Iterator[None]:
-    """Evaluation mode; afterwards the modules are in the mode in which they were."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
+def evaluating(decoder: Decoder) -> Iterator[None]:
+    """Evaluation mode, if the decoder is a module; afterwards its modules are in the mode in which they were."""
+    modules = list(decoder.modules()) if isinstance(decoder, nn.Module) else []
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
@@ -202,23 +236,22 @@ def draw(generators: list[torch.Generator], device: torch.device) -> Tensor:
     return torch.stack(numbers).to(device, torch.float32 if device.type == "mps" else None)
 
 
-def tokens_seen(network: GPT, tokens: Tensor, mask: Tensor | None, config: GenerationConfig) -> Tensor | None:
+def tokens_seen(decoder: Decoder, tokens: Tensor, mask: Tensor | None, config: GenerationConfig) -> Tensor | None:
     """(B, V) bool, True for tokens in the prompt; None where nothing penalises them."""
     if config.repetition_penalty == 1:
         return None
-    seen = torch.zeros(len(tokens), network.config.vocab_size, dtype=torch.bool, device=tokens.device)
+    seen = torch.zeros(len(tokens), decoder.vocab_size, dtype=torch.bool, device=tokens.device)
     row, column = (torch.ones_like(tokens) if mask is None else mask).nonzero(as_tuple=True)
     seen[row, tokens[row, column]] = True
     return seen
 
 
-def check_prompts(network: GPT, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def check_prompts(decoder: Decoder, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Prompts without the columns that are padding in all rows; `mask` is None where no padding is left.
 
     Raises:
         TrunklineError: see `stream`.
     """
-    config = network.config
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
     if tokens.ndim != 2 or not len(tokens) or mask.shape != tokens.shape or mask.dtype != torch.bool:
@@ -229,15 +262,20 @@ def check_prompts(network: GPT, tokens: Tensor, mask: Tensor | None) -> tuple[Te
     for row, length in enumerate(mask.sum(dim=1).tolist()):
         if length == 0:
             raise TrunklineError(f"prompt {row} has no token; begin it with the end-of-text token")
-        if length > config.max_length:
+        if length > decoder.max_length:
             raise TrunklineError(
-                f"prompt {row} has {length} tokens, but the network can see {config.max_length}; shorten it"
+                f"prompt {row} has {length} tokens, but the network can see {decoder.max_length}; shorten it"
             )
     filled = mask.any(dim=0)
     tokens, mask = tokens[:, filled], mask[:, filled]
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < decoder.vocab_size:
         raise TrunklineError(
             f"a prompt has token ids from {int(tokens.min())} to {int(tokens.max())}, but the network knows 0 to "
-            f"{config.vocab_size - 1}; use the tokenizer that it was trained with"
+            f"{decoder.vocab_size - 1}; use the tokenizer that it was trained with"
         )
     return tokens, None if mask.all() else mask
+
+
+def cut(tokens: list[int], end_ids: Sequence[int]) -> list[int]:
+    """The tokens before the first that is an end."""
+    return tokens[: next((n for n, token in enumerate(tokens) if token in end_ids), len(tokens))]

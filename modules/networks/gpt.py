@@ -39,6 +39,15 @@ class GPTConfig:
             self.backbone = replace(self.backbone, causal=True)
 
 
+@dataclass
+class GPTState:
+    """How far a GPT has written: what `prefill` and `step` keep between calls."""
+
+    cache: KVCache
+    mask: Tensor | None
+    """(B, length of the cache) bool, False for padding; None where there is none."""
+
+
 class GPT(Network):
     """Token embedding, positions, causal trunk, output layer.
 
@@ -202,6 +211,53 @@ class GPT(Network):
         weight = next(self.backbone.parameters())  # the embedding may be of another type
         length = max_length or self.config.max_length
         return KVCache(self.config.backbone, batch_size, length, dtype=weight.dtype, device=weight.device)
+
+    # --- what generation asks for: a `Decoder`, see `trunkline.modules.generation.decoding`
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens V."""
+        return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the network can see at once."""
+        return self.config.max_length
+
+    def prefill(
+        self, tokens: Tensor, mask: Tensor | None, room: int, state: GPTState | None = None
+    ) -> tuple[Tensor, GPTState]:
+        """Read prompts.
+
+        Args:
+            tokens: (B, T) token ids.
+            mask: (B, T) bool, False for padding on the left; None without.
+            room: tokens that will follow.
+            state: of the same rows, whose tokens are forgotten; its memory is used again.
+
+        Returns:
+            (B, V) logits of the next token, and the state for `step`.
+        """
+        rows, length = tokens.shape
+        if state is None or state.cache.max_length < length + room:
+            state = GPTState(self.make_cache(rows, length + room), None)
+        state.cache.length, state.mask = 0, None
+        if mask is not None:
+            state.mask = mask.new_ones(rows, state.cache.max_length)
+            state.mask[:, :length] = mask
+        keep = slice(-1, None) if length > 1 else None
+        return self(tokens, mask=mask, cache=state.cache, keep=keep)[:, -1], state
+
+    def step(self, tokens: Tensor, state: GPTState) -> Tensor:
+        """Add one token (B,) to each row -> (B, V) logits of the next."""
+        mask = None if state.mask is None else state.mask[:, : state.cache.length + 1]
+        return self(tokens[:, None], mask=mask, cache=state.cache)[:, -1]
+
+    def reorder(self, state: GPTState, rows: Tensor) -> GPTState:
+        """Let row b continue row `rows[b]`."""
+        state.cache.reorder(rows)
+        state.mask = None if state.mask is None else state.mask[rows]
+        return state
 
 
 def positions_in_document(document: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.datamodules.tokenizers import END_TOKENS
+from trunkline.modules.generation.beams import beam_search
 from trunkline.modules.generation.low_precision import to_bfloat16, to_int8
-from trunkline.modules.generation.sampling import GenerationConfig, beam_search
+from trunkline.modules.generation.sampling import GenerationConfig
 from trunkline.modules.generation.sampling import stream as next_tokens
 from trunkline.modules.networks import GPT
 from trunkline.pipelines.devices import find_device

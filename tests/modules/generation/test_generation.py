@@ -13,9 +13,10 @@ from transformers.generation import logits_process
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.generation import low_precision
+from trunkline.modules.generation.beams import beam_search
 from trunkline.modules.generation.decoding import GenerationConfig, choose, draw, filter_logits, row_generator
 from trunkline.modules.generation.low_precision import Int8Linear, RowLinear, round_rows, to_bfloat16, to_int8
-from trunkline.modules.generation.sampling import beam_search, generate, stream
+from trunkline.modules.generation.sampling import generate, stream
 from trunkline.modules.networks import GPT, GPTConfig
 from trunkline.modules.networks.convert import gpt_config_from_transformers, gpt_from_transformers
 

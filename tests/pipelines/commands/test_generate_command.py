@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.generation.sampling import GenerationConfig, beam_search
+from trunkline.modules.generation.beams import beam_search
+from trunkline.modules.generation.sampling import GenerationConfig
 from trunkline.modules.generation.sampling import generate as generate_tokens
 from trunkline.modules.networks import GPT, GPTConfig
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
