@@ -1,6 +1,7 @@
 """Data of the house: LightningDataModules by modality and task, on shared sources and a resumable order."""
 
-from trunkline.datamodules.images.image_data import Augmentation, ImageData
+from trunkline.datamodules.images.image_data import ImageData
+from trunkline.datamodules.images.preprocessing import Augmentation
 from trunkline.datamodules.pairs.image_text_data import ImageTextData
 from trunkline.datamodules.text.masked_text import MaskedTextData
 from trunkline.datamodules.text.text_data import TextData

@@ -5,6 +5,7 @@ import random
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from trunkline.contract import DataFacts
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader
 
 
@@ -48,27 +50,44 @@ def outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))
 
 
-class TrunklineDataModule(L.LightningDataModule):
+@dataclass(kw_only=True, eq=False, repr=False)
+class Loading:
+    """How samples are loaded."""
+
+    batch_size: int = 64
+    """Samples a step over all processes, so that a recipe means the same on any machine."""
+    eval_batch_size: int | None = None
+    """The same for evaluation; None takes `batch_size`."""
+    num_workers: int | None = None
+    """Processes that load data; None chooses: none for data in memory, else one a core less one for the training
+    itself, 8 at most."""
+    seed: int = 0
+    """Of order, augmentation and masking."""
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class TrunklineDataModule(Loading, L.LightningDataModule):
     """Loaders for the datasets that a subclass puts into `datasets` in its `setup`.
 
-    Args:
-        batch_size: samples a step over all processes, so that a recipe means the same on any machine.
-        eval_batch_size: the same for evaluation; None takes `batch_size`.
-        num_workers: processes that load data; None chooses: none for data in memory, else one a core
-            less one for the training itself, 8 at most.
-        seed: of order and augmentation.
+    Subclasses are dataclasses, with `@dataclass(kw_only=True, eq=False, repr=False)`: a field is an argument, and holds
+    what the recipe says. What follows from it are properties, of which the others read `facts` alone.
     """
 
-    in_memory = False
-    """Whether reading a sample costs less than sending it between processes."""
-
-    def __init__(self, batch_size: int, eval_batch_size: int | None, num_workers: int | None, seed: int) -> None:
-        super().__init__()
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.num_workers, self.seed = num_workers, seed
+    def __post_init__(self) -> None:
+        L.LightningDataModule.__init__(self)
         self.datasets: dict[str, Dataset[Any]] = {}
         """Map-style datasets by split (train, val, test), indexed with `SampleKey`s; one that has a method `order` says
         itself how an epoch is shuffled, see `ResumableBatchSampler`."""
+
+    @property
+    def facts(self) -> DataFacts:
+        """What a network, an objective or a callback may need to know of this data."""
+        return DataFacts()
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading a sample costs less than sending it between processes."""
+        return False
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled full batches; resumes where the trainer's counters stand."""
@@ -87,7 +106,7 @@ class TrunklineDataModule(L.LightningDataModule):
         dataset = self.datasets[split]
         sampler = ResumableBatchSampler(
             len(dataset),  # type: ignore[arg-type]
-            self.batch_size if train else self.eval_batch_size,
+            self.batch_size if train else self.eval_batch_size or self.batch_size,
             seed=self.seed,
             shuffle=train,
             drop_last=train,

@@ -57,12 +57,14 @@ class ResumableBatchSampler:
         if batch_size < 1 or batch_size % world_size:
             raise TrunklineError(
                 f"batch_size={batch_size} (over all processes) cannot be shared by {world_size} process(es); "
-                f"set --data.batch_size and --data.eval_batch_size to multiples of {world_size}"
+                f"set batch_size and eval_batch_size to multiples of {world_size}",
+                field="data.batch_size" if drop_last else "data.eval_batch_size",
             )
         if drop_last and length < batch_size:
             raise TrunklineError(
                 f"batch_size={batch_size} is larger than the training data ({length} samples), so that not one "
-                f"batch is full; set --data.batch_size to at most {length}"
+                f"batch is full; set batch_size to at most {length}",
+                field="data.batch_size",
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.shuffle, self.drop_last, self.rank, self.world_size = shuffle, drop_last, rank, world_size

@@ -2,13 +2,46 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 import numpy as np
 
 from trunkline import TrunklineError
 
 GOLDEN = (5**0.5 - 1) / 2
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Splits:
+    """Which part of a source is for training, validation and test."""
+
+    train_split: str | None = None
+    """The source's name of the training split; None finds `train`."""
+    val_split: str | None = None
+    """The same for validation. None takes `val_fraction`, unless a source of images has a split of a usual name."""
+    test_split: str | None = None
+    """The same for testing, with `test_fraction`."""
+    val_fraction: float | None = None
+    """Share of the training rows set aside for validation, if there is no such split; None is this data's usual one:
+    0.1."""
+    test_fraction: float | None = None
+    """The same for testing; None is 0.2 of labelled images, else 0."""
+
+    usual_fractions: ClassVar[dict[str, float]] = {"val": 0.1, "test": 0.0}
+    """What None stands for; the first is taken first."""
+
+    @property
+    def split_names(self) -> dict[str, str | None]:
+        """Our split -> the source's name of it, as given."""
+        return {"train": self.train_split, "val": self.val_split, "test": self.test_split}
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """Split -> share of the rows that is set aside for it, if it is missing: as given, else the usual one."""
+        given = {"val": self.val_fraction, "test": self.test_fraction}
+        return self.usual_fractions | {split: share for split, share in given.items() if share is not None}
 
 
 def check_fractions(fractions: Mapping[str, float]) -> None:

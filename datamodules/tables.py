@@ -212,13 +212,15 @@ def read_column(files: list[Path], column: str) -> Iterator[str]:
     for file in files:
         for place, cells in read_table(file, column):
             if column not in cells:
-                raise TrunklineError(f"{place} has no '{column}'; it has {', '.join(cells)}; set --data.text_column")
+                raise no_column(place, column, cells)
             yield checked(cells[column], place, column)
 
 
-def no_column(file: Path, column: str, columns: Any) -> TrunklineError:
+def no_column(place: Path | str, column: str, columns: Any) -> TrunklineError:
     """The message for a table without the text."""
-    return TrunklineError(f"{file} has no column '{column}'; it has {', '.join(columns)}; set --data.text_column")
+    return TrunklineError(
+        f"{place} has no column '{column}'; it has {', '.join(columns)}; set text_column", field="data.text_column"
+    )
 
 
 def kind(value: Any) -> str:
@@ -230,7 +232,8 @@ def checked(value: Any, place: str, column: str) -> str:
     """A cell that must be a string."""
     if not isinstance(value, str):
         raise TrunklineError(
-            f"{place}: '{column}' is no text but {kind(value)}; mend the row or set --data.text_column"
+            f"{place}: '{column}' is no text but {kind(value)}; mend the row or set text_column",
+            field="data.text_column",
         )
     return value
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from trunkline import TrunklineError
+from trunkline.contract import DataFacts
 from trunkline.files import load_checkpoint
 
 # A forked process (a loader's worker) has none of the library's threads and would wait for them for ever. Left to
@@ -44,7 +46,8 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
             return number
     raise TrunklineError(
         f"the tokenizer has no token that ends a document ({END_OF_TEXT}, [SEP], </s> or <eos>); add one to its "
-        "tokenizer.json, or choose another --data.tokenizer"
+        "tokenizer.json, or choose another tokenizer",
+        field="data.tokenizer",
     )
 
 
@@ -53,24 +56,38 @@ def size_of(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-class TokenizerState:
-    """Mixin of datamodules with a tokenizer, before `TrunklineDataModule`: its size, and what a checkpoint keeps.
+@dataclass(kw_only=True, eq=False, repr=False)
+class Vocabulary:
+    """Which tokenizer turns text into rows of tokens; a mixin of datamodules, before `TrunklineDataModule`."""
 
-    The datamodule sets `tokenizer_name` and `declared_size`, what the flags say, and has `tokenizer`.
-    """
-
-    tokenizer_name: str
-    declared_size: int | None
+    tokenizer: str
+    """`chars`, `bpe` (byte-level), `masked_bpe` (the same with `[MASK]` and its like) or `wordpiece`, learnt from the
+    training texts, of which 100 MB at most are read; else a tokenizer.json, a training checkpoint (.ckpt) or a hub
+    name."""
+    vocab_size: int | None = None
+    """Rows of the network's embedding; None takes the tokenizer's own size. A tokenizer that is learnt here gets this
+    size (None: 8192; `chars` has its own), others are padded to it."""
+    max_length: int
+    """T, tokens of a row with the special ones."""
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer."""
+    def vocabulary(self) -> Tokenizer:
+        """The tokenizer itself, read or learnt at the first use."""
         raise NotImplementedError(f"{type(self).__name__} has no tokenizer")
 
     @property
-    def vocab_size(self) -> int:
+    def embedding_rows(self) -> int:
         """Rows of the embedding that a network needs: as declared, else the tokenizer's size; see `check_size`."""
-        return self.declared_size or size_of(self.tokenizer)
+        return self.vocab_size or size_of(self.vocabulary)
+
+    def token_facts(self) -> DataFacts:
+        """The tokenizer, and the sizes that follow from it.
+
+        Raises:
+            TrunklineError: if the tokenizer cannot be had, or the declared size is too small for it.
+        """
+        self.check_size()
+        return DataFacts(tokenizer=self.vocabulary, vocab_size=self.embedding_rows, max_length=self.max_length)
 
     def check_size(self) -> None:
         """Refuse a declared size that the tokenizer exceeds.
@@ -78,20 +95,21 @@ class TokenizerState:
         Raises:
             TrunklineError: naming both.
         """
-        own = size_of(self.tokenizer)
-        if self.declared_size and self.declared_size < own:
+        own = size_of(self.vocabulary)
+        if self.vocab_size and self.vocab_size < own:
             raise TrunklineError(
-                f"--data.vocab_size {self.declared_size} is smaller than the {own} tokens of the tokenizer "
-                f"{self.tokenizer_name}; set it to at least {own}, or to null"
+                f"vocab_size={self.vocab_size} is smaller than the {own} tokens of the tokenizer {self.tokenizer}; set "
+                f"it to at least {own}, or to null",
+                field="data.vocab_size",
             )
 
     def tokenizer_origin(self) -> str:
         """Where it comes from, for messages."""
-        return f"--data.tokenizer {self.tokenizer_name}"
+        return f"tokenizer={self.tokenizer}"
 
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer as JSON, so that a checkpoint can read and write text by itself."""
-        return {"tokenizer": self.tokenizer.to_str()}
+        return {"tokenizer": self.vocabulary.to_str()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare a checkpoint's tokenizer with this one.
@@ -99,10 +117,11 @@ class TokenizerState:
         Raises:
             TrunklineError: if they differ, for then the ids mean other words.
         """
-        if state_dict["tokenizer"] != self.tokenizer.to_str():
+        if state_dict["tokenizer"] != self.vocabulary.to_str():
             raise TrunklineError(
                 f"the checkpoint was trained with another tokenizer than {self.tokenizer_origin()}; give that "
-                "checkpoint as --data.tokenizer"
+                "checkpoint as tokenizer",
+                field="data.tokenizer",
             )
 
 
@@ -192,28 +211,40 @@ def check_vocab_size(name: str, vocab_size: int | None) -> None:
     """Refuse a vocabulary that cannot hold what every such tokenizer has."""
     smallest = SMALLEST.get(name, 1)
     if vocab_size is not None and vocab_size < smallest:
-        raise TrunklineError(f"--data.vocab_size {vocab_size} is too small for {name}; set it to at least {smallest}")
+        raise TrunklineError(
+            f"vocab_size={vocab_size} is too small for {name}; set it to at least {smallest}", field="data.vocab_size"
+        )
 
 
-def load_tokenizer(name: str, flag: str = "--data.tokenizer") -> Tokenizer:
+def check_room(max_length: int, smallest: int = 5) -> None:
+    """Refuse rows that hold special tokens only."""
+    if max_length < smallest:
+        raise TrunklineError(
+            f"max_length={max_length} leaves no room for text beside the special tokens", field="data.max_length"
+        )
+
+
+def load_tokenizer(name: str, field: str = "data.tokenizer") -> Tokenizer:
     """Read a tokenizer that somebody trained.
 
     Args:
         name: a `tokenizer.json`, a folder that holds one, a training checkpoint (.ckpt), or a hub name.
-        flag: that gave the name, for messages.
+        field: that gave the name, for messages.
 
     Raises:
         TrunklineError: if there is none.
     """
     path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
     if not path.exists() and (path.suffix in (".json", ".ckpt") or name.startswith((".", "/", "~"))):
-        raise TrunklineError(f"{flag} {name}: there is no file {path}; mend the path")
+        raise TrunklineError(f"tokenizer={name}: there is no file {path}; mend the path", field)
     try:
         if path.suffix == ".ckpt":
-            content = load_checkpoint(path, mmap=True, field=flag.lstrip("-"))
+            content = load_checkpoint(path, mmap=True, field=field)
             text = tokenizer_of_checkpoint(content)
             if text is None:
-                raise TrunklineError(f"{flag} {name}: this checkpoint keeps no tokenizer; give one of a run on text")
+                raise TrunklineError(
+                    f"tokenizer={name}: this checkpoint keeps no tokenizer; give one of a run on text", field
+                )
             tokenizer = Tokenizer.from_str(text)
         else:
             tokenizer = Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(name)
@@ -221,10 +252,11 @@ def load_tokenizer(name: str, flag: str = "--data.tokenizer") -> Tokenizer:
         raise
     except Exception as error:  # the library raises bare `Exception`s
         missing = "" if path.exists() else "there is no such file here, and as a hub name: "
-        offers = [*TRAINED, ""] if flag == "--data.tokenizer" else []
+        offers = [*TRAINED, ""] if field == "data.tokenizer" else []
         raise TrunklineError(
-            f"cannot read {flag} {name}: {missing}{' '.join(str(error).split())}; give {', '.join(offers)}the path of "
-            "a tokenizer.json, or the name of a hub model that has one"
+            f"cannot read tokenizer={name}: {missing}{' '.join(str(error).split())}; give {', '.join(offers)}the path "
+            "of a tokenizer.json, or the name of a hub model that has one",
+            field,
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trunkline import TrunklineError
-from trunkline.datamodules.images.image_data import Preprocessing, TransformedImages
 from trunkline.datamodules.images.image_sources import FileRows, image_files, to_channels
+from trunkline.datamodules.images.preprocessing import Preprocessing, TransformedImages
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI, EmojiPictures
 from trunkline.datamodules.samplers import SampleKey, plain_errors

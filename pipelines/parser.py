@@ -5,13 +5,16 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any, NoReturn, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from trunkline import TrunklineError
 from trunkline.pipelines.configs import nearest
 from trunkline.pipelines.errors import Place, locate, own_error
 from trunkline.pipelines.objectives import KINDS, PROBES, data_classes, import_class, objective_classes, short
 from trunkline.pipelines.renamed import RENAMED, moved, outdated
+
+# Fields of dataclasses are documented below each, and so in `--help`.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class CommandParser(ArgumentParser):

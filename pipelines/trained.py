@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
-from trunkline.datamodules.images.image_data import Preprocessing
+from trunkline.datamodules.images.preprocessing import Preprocessing
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.tokenizers import load_tokenizer, size_of, tokenizer_of_checkpoint
 from trunkline.files import load_checkpoint
@@ -238,7 +238,7 @@ def language_model_of(trained: Trained, tokenizer: str | None = None) -> tuple[A
         words = trained.tokenizer("name its file with --tokenizer tokenizer.json")
         source = f"the tokenizer in {trained.file}"
     else:
-        words, source = load_tokenizer(tokenizer, "--tokenizer"), f"--tokenizer {tokenizer}"
+        words, source = load_tokenizer(tokenizer, "tokenizer"), f"--tokenizer {tokenizer}"
     network: Any = trained.network
     if size_of(words) > network.config.vocab_size:
         raise TrunklineError(

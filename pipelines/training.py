@@ -86,8 +86,8 @@ class TrainingCLI(LightningCLI):
         )
         for group in ("model", "data"):
             parser.link_arguments("seed_everything", f"{group}.init_args.seed", compute_fn=int)
-        # Where there is a vocabulary, the tokenizer decides its size.
-        parser.link_arguments("data.vocab_size", "model.init_args.network.vocab_size", apply_on="instantiate")
+        # A recipe states what the data knows once: image size, classes, vocabulary, row length.
+        parser.link_arguments("data.facts", "model.init_args.facts", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's hyperparameters win over the flags; here flags win last."""

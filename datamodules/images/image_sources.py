@@ -128,7 +128,8 @@ def open_image(file: bytes | str | Path | None, name: str) -> Image.Image:
     except Exception as error:  # on broken files decoders raise nearly anything
         reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
         raise TrunklineError(
-            f"cannot read the image {name}: {reason}; replace or remove it, or set --data.skip_corrupt true"
+            f"cannot read the image {name}: {reason}; replace or remove it, or set skip_corrupt=true",
+            field="data.skip_corrupt",
         ) from error
 
 
@@ -157,7 +158,13 @@ def load_digits_table() -> ImageTable:
 
 
 def load_image_table(
-    source: str, image_column: str, label_column: str, split_names: dict[str, str | None], cache_dir: str | None = None
+    source: str,
+    image_column: str,
+    label_column: str,
+    split_names: dict[str, str | None],
+    cache_dir: str | None = None,
+    hub_config: str | None = None,
+    revision: str | None = None,
 ) -> ImageTable:
     """Read a source's splits.
 
@@ -169,13 +176,15 @@ def load_image_table(
         split_names: our split (train, val, test) -> the source's name of it (of an image folder: its
             sub-folder); None finds the usual names.
         cache_dir: of `datasets`.
+        hub_config: configuration of a hub dataset.
+        revision: its commit or branch.
 
     Raises:
         TrunklineError: naming the folder, column, split or row that is at fault.
     """
     if source == "digits":
         return load_digits_table()
-    chosen = choose_splits(open_tables(source, split_names, cache_dir), source, split_names)
+    chosen = choose_splits(open_tables(source, split_names, cache_dir, hub_config, revision), source, split_names)
     if isinstance(chosen["train"], Path):
         return _read_folders(chosen)
     return _read_tables(chosen, source, image_column, label_column)
@@ -194,35 +203,44 @@ def choose_splits(available: dict[str, Any], source: str, split_names: dict[str,
             chosen[split] = available[found[0]]
         elif name or split == "train":
             raise TrunklineError(
-                f"{source} has no split '{name or split}'; it has {', '.join(available)}; set --data.{split}_split"
+                f"{source} has no split '{name or split}'; it has {', '.join(available)}; set {split}_split",
+                field=f"data.{split}_split",
             )
     return chosen
 
 
-def image_files(folder: str | Path, flag: str = "--images") -> list[Path]:
+def image_files(folder: str | Path, field: str = "images") -> list[Path]:
     """All image files below a folder, sorted.
 
     Args:
         folder: that.
-        flag: that named it, for messages.
+        field: that named it, for messages.
 
     Raises:
         TrunklineError: if there is no such folder, or it holds none.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise TrunklineError(f"{flag} {folder} is no folder; give one that holds images")
+        raise TrunklineError(f"{field.rpartition('.')[2]}={folder} is no folder; give one that holds images", field)
     files = []
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         subfolders[:] = [n for n in subfolders if not n.startswith(".")]
         files += [Path(parent, n) for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
     if not files:
-        raise TrunklineError(f"{flag} {folder} holds no image file ({' '.join(IMAGE_SUFFIXES)}); give one that does")
+        raise TrunklineError(
+            f"{field.rpartition('.')[2]}={folder} holds no image file ({' '.join(IMAGE_SUFFIXES)}); give one that does",
+            field,
+        )
     return sorted(files)
 
 
 def open_tables(
-    source: str, split_names: dict[str, str | None], cache_dir: str | None, offline: str = "`digits`"
+    source: str,
+    split_names: dict[str, str | None],
+    cache_dir: str | None,
+    hub_config: str | None = None,
+    revision: str | None = None,
+    offline: str = "`digits`",
 ) -> dict[str, Any]:
     """All splits by the source's names: `datasets` tables, or the `Path`s of image folders.
 
@@ -251,15 +269,16 @@ def open_tables(
             return {f.name: f for f in _subfolders(path) if f.name in known} or {"train": path}
         if path.exists():
             raise TrunklineError(f"{source} is no folder, Parquet (.parquet) or Arrow (.arrow) file")
-        return dict(datasets.load_dataset(source, cache_dir=cache_dir))
+        return dict(datasets.load_dataset(source, hub_config, revision=revision, cache_dir=cache_dir))
     except TrunklineError:
         raise
     except Exception as error:  # `datasets` raises many kinds for missing, broken and unreachable data
         missing = "" if path.exists() else "there is no such file or folder here, and as a hub name: "
         cause = error.__cause__ or error  # its own are often "an error occurred"
         raise TrunklineError(
-            f"cannot read --data.source {source}: {missing}{type(cause).__name__}: {cause}; give {offline}, a "
-            "local path that holds images or tables, or the name of a hub dataset that can be reached"
+            f"cannot read source={source}: {missing}{type(cause).__name__}: {cause}; give {offline}, a "
+            "local path that holds images or tables, or the name of a hub dataset that can be reached",
+            field="data.source",
         ) from error
 
 
@@ -274,7 +293,7 @@ def _read_folders(folders: dict[str, Path]) -> ImageTable:
     number = {name: n for n, name in enumerate(class_names)}
     splits: dict[str, ImageRows] = {}
     for split, folder in folders.items():
-        files = image_files(folder, "--data.source")
+        files = image_files(folder, "data.source")
         classes = [file.relative_to(folder).parts[0] for file in files]
         for file, name in zip(files, classes, strict=True):
             if name == file.name:
@@ -304,17 +323,17 @@ def _read_tables(tables: dict[str, Any], source: str, image_column: str, label_c
 
 
 def check_columns(tables: dict[str, Any], source: str, columns: dict[str, str]) -> None:
-    """Look for columns (flag -> name) in splits of `datasets` tables.
+    """Look for columns (field -> name) in splits of `datasets` tables.
 
     Raises:
         TrunklineError: for the first that one does not have.
     """
     for split, table in tables.items():
-        for flag, column in columns.items():
+        for field, column in columns.items():
             if column not in table.column_names:
                 raise TrunklineError(
-                    f"{source} ({split}) has no column '{column}'; it has {', '.join(table.column_names)}; "
-                    f"set --data.{flag}"
+                    f"{source} ({split}) has no column '{column}'; it has {', '.join(table.column_names)}; set {field}",
+                    field=f"data.{field}",
                 )
 
 
@@ -331,7 +350,8 @@ def _class_names(table: Any, column: str) -> list[str]:
         return [str(n) for n in range(max(values, default=-1) + 1)]
     raise TrunklineError(
         f"the labels in column '{column}' are neither all names nor all class numbers from 0 up, but {kind} "
-        f"(such as {values[:1]}); set --data.label_column"
+        f"(such as {values[:1]}); set label_column",
+        field="data.label_column",
     )
 
 
@@ -350,7 +370,8 @@ def _class_numbers(table: Any, column: str, class_names: list[str], title: str) 
         if not isinstance(found, int) or not 0 <= found < len(class_names):
             raise TrunklineError(
                 f"{title}, row {row}: the label {label!r} is outside the {len(class_names)} classes of the "
-                "training split; mend the row or choose another --data.label_column"
+                "training split; mend the row or choose another label_column",
+                field="data.label_column",
             )
         labels[row] = found
     return labels
@@ -364,5 +385,6 @@ def undecoded(table: Any, column: str, title: str) -> Any:
         return table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
     except Exception as error:  # of pyarrow, by the kind of column
         raise TrunklineError(
-            f"{title}: column '{column}' holds no images but {table.features[column]}; set --data.image_column"
+            f"{title}: column '{column}' holds no images but {table.features[column]}; set image_column",
+            field="data.image_column",
         ) from error

@@ -11,7 +11,7 @@ from torch import Tensor
 from trunkline import TrunklineError
 from trunkline.datamodules.tables import kind
 from trunkline.datamodules.text_tasks.task_text import Frame
-from trunkline.datamodules.tokenizers import TextEncoder
+from trunkline.datamodules.tokenizers import TextEncoder, check_room
 
 START_OF_TEXT = "<|startoftext|>"
 """Begins a text of the tokenizer of OpenAI's CLIP."""
@@ -29,13 +29,15 @@ def caption_list(value: Any, place: str, column: str) -> list[str]:
         if isinstance(value, dict):
             found = kind(value)
         raise TrunklineError(
-            f"{place}: '{column}' is no text or list of texts but {found}; mend the row, set --data.caption_column, or "
-            "--data.skip_corrupt true"
+            f"{place}: '{column}' is no text or list of texts but {found}; mend the row, set caption_column, or "
+            "skip_corrupt=true",
+            field="data.caption_column",
         )
     if not captions or not all(caption.strip() for caption in captions):
         raise TrunklineError(
             f"{place}: '{column}' {'has an empty caption' if captions else 'has no caption'}; write one, remove the "
-            "row, or set --data.skip_corrupt true"
+            "row, or set skip_corrupt=true",
+            field="data.skip_corrupt",
         )
     return captions
 
@@ -62,8 +64,7 @@ class CaptionEncoder:
         self.first = frame.first or ([] if start is None else [start])
         self.end, self.pad, self.max_length = frame.end, frame.pad, max_length
         self.room = max_length - len(self.first) - 1
-        if self.room < 1:
-            raise TrunklineError(f"--data.max_length {max_length} leaves no room for text beside the special tokens")
+        check_room(max_length, smallest=len(self.first) + 2)
         self.encoder = TextEncoder(tokenizer)
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:

@@ -192,12 +192,15 @@ def listed_pairs(files: list[Path], columns: dict[str, str], image_folder: Path 
             for role, column in columns.items():
                 if column not in cells:
                     names = ", ".join(map(str, cells))
-                    raise TrunklineError(f"{place} has no '{column}'; it has {names}; set --data.{role}_column")
+                    raise TrunklineError(
+                        f"{place} has no '{column}'; it has {names}; set {role}_column", field=f"data.{role}_column"
+                    )
             image, captions = cells[columns["image"]], cells[columns["caption"]]
             if not isinstance(image, str) or not image:
                 raise TrunklineError(
                     f"{place}: '{columns['image']}' is no path but {kind(image) if image != '' else 'empty'}; mend the "
-                    "row or set --data.image_column"
+                    "row or set image_column",
+                    field="data.image_column",
                 )
             path = str((image_folder or file.parent) / image)
             # An empty list is an empty caption, so that it is found when the row is read, or skipped.
@@ -238,7 +241,8 @@ def local_files(source: str) -> tuple[Path, list[Path]]:
         return path.parent, [path] if source.endswith((".tar", *LISTS)) else []
     if re.match(r"\w+:", source):
         raise TrunklineError(
-            f"--data.source {source}: data must be local files or on a mounted file system; mount or copy it first"
+            f"source={source}: data must be local files or on a mounted file system; mount or copy it first",
+            field="data.source",
         )
     if not source.endswith((".tar", *LISTS)):
         return path, []
@@ -247,7 +251,7 @@ def local_files(source: str) -> tuple[Path, list[Path]]:
         found = sorted(glob(name)) if re.search(r"[*?[]", name) else [name]
         files += [Path(file) for file in found]
         if not found or not files[-1].exists():
-            raise TrunklineError(f"--data.source {source}: there is no file {name}; mend the path or pattern")
+            raise TrunklineError(f"source={source}: there is no file {name}; mend the path or pattern", "data.source")
     fixed = re.split(r"[{*?[]", source)[0].rpartition("/")[0]
     return Path(fixed), files
 
@@ -274,6 +278,8 @@ def load_pairs(
     cache: Path,
     image_folder: str | None = None,
     cache_dir: str | None = None,
+    hub_config: str | None = None,
+    revision: str | None = None,
     shard_window: int = 16,
     skip_corrupt: bool = False,
     flags: bool = False,
@@ -293,6 +299,8 @@ def load_pairs(
         cache: our folder for indices.
         image_folder: where paths in tables begin; None is the folder of the table.
         cache_dir: of `datasets`.
+        hub_config: configuration of a hub dataset.
+        revision: its commit or branch.
         shard_window: see `TarPairs`.
         skip_corrupt: see `TarPairs`.
         flags: see `EmojiPictures`.
@@ -304,17 +312,19 @@ def load_pairs(
         return {"train": EmojiPictures(source, flags)}
     folder = Path(image_folder) if image_folder else None
     if folder and not folder.is_dir():
-        raise TrunklineError(f"--data.image_folder {folder}: there is no such folder; mend the path")
+        raise TrunklineError(f"image_folder={folder}: there is no such folder; mend the path", "data.image_folder")
     place, files = local_files(source)
     if files:
         chosen = choose_splits(by_split(place, files, split_names), source, split_names)
         if chosen["train"][0].suffix == ".tar":
             return {s: TarPairs(f, caption_column, cache, shard_window, skip_corrupt) for s, f in chosen.items()}
         return {s: PairList(files, image_column, caption_column, folder) for s, files in chosen.items()}
-    chosen = choose_splits(open_tables(source, split_names, cache_dir, f"`{TWEMOJI}`"), source, split_names)
+    available = open_tables(source, split_names, cache_dir, hub_config, revision, f"`{TWEMOJI}`")
+    chosen = choose_splits(available, source, split_names)
     if isinstance(chosen["train"], Path):
         raise TrunklineError(
-            f"--data.source {source} is a folder without captions; it needs .tar, .jsonl, .csv or .parquet files"
+            f"source={source} is a folder without captions; it needs .tar, .jsonl, .csv or .parquet files",
+            field="data.source",
         )
     check_columns(chosen, source, {"image_column": image_column, "caption_column": caption_column})
     folder = folder or (Path(source) if Path(source).is_dir() else Path(source).parent)

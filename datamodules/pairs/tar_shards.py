@@ -46,7 +46,7 @@ def read_index(shard: Path, cache: Path, skip_corrupt: bool) -> np.ndarray:
     try:
         state = file_state(shard)
     except OSError as error:
-        raise TrunklineError(f"cannot read the shard {shard}: {error.strerror}; mend --data.source") from error
+        raise TrunklineError(f"cannot read the shard {shard}: {error.strerror}; mend source", "data.source") from error
     name = hashlib.blake2b(json.dumps([INDEX_FORMAT, str(shard.resolve()), state]).encode(), digest_size=12).hexdigest()
     file = cache / "tar" / f"{name}.npy"
     if file.exists():
@@ -54,7 +54,9 @@ def read_index(shard: Path, cache: Path, skip_corrupt: bool) -> np.ndarray:
     samples, fault = scan(shard)
     if fault:
         if not skip_corrupt:
-            raise TrunklineError(f"{fault}; write it anew, or set --data.skip_corrupt true to use what is before")
+            raise TrunklineError(
+                f"{fault}; write it anew, or set skip_corrupt=true to use what is before", field="data.skip_corrupt"
+            )
         warnings.warn(f"{fault}; only the {len(samples)} samples before that are used", stacklevel=2)
         return samples  # not kept, so that each run tells
     content = BytesIO()
@@ -144,7 +146,8 @@ class TarPairs:
         if not len(self.samples):
             raise TrunklineError(
                 f"{shards[0]}{f' and {len(shards) - 1} more' if len(shards) > 1 else ''} holds no images with texts "
-                "(KEY.jpg with KEY.txt or KEY.json); mend --data.source"
+                "(KEY.jpg with KEY.txt or KEY.json); mend source",
+                field="data.source",
             )
         self.key = ["tar", caption_column, [[str(shard.resolve()), *file_state(shard)] for shard in shards]]
         self.opened: OrderedDict[int, FileIO] = OrderedDict()
@@ -165,13 +168,16 @@ class TarPairs:
         """See `PairRows`."""
         place, content = self._member(row, "text")
         if content is None:
-            raise TrunklineError(f"{place} has no .txt or .json beside it; add one, or set --data.skip_corrupt true")
+            raise TrunklineError(
+                f"{place} has no .txt or .json beside it; add one, or set skip_corrupt=true", field="data.skip_corrupt"
+            )
         try:
             text = content.decode("utf-8-sig")
             cells = json.loads(text) if self.samples[row]["json"] else {"txt": text.strip()}
         except ValueError as error:
             raise TrunklineError(
-                f"{place}: the caption cannot be read: {error}; mend it, or set --data.skip_corrupt true"
+                f"{place}: the caption cannot be read: {error}; mend it, or set skip_corrupt=true",
+                field="data.skip_corrupt",
             ) from error
         column = self.caption_column if self.samples[row]["json"] else "txt"
         return caption_list(cells.get(column) if isinstance(cells, dict) else None, place, column)
@@ -211,7 +217,8 @@ class TarPairs:
             content = os.pread(self.opened[shard].fileno(), size, start)
         except OSError as error:
             raise TrunklineError(
-                f"cannot read the shard {self.shards[shard]}: {error.strerror}; mend --data.source"
+                f"cannot read the shard {self.shards[shard]}: {error.strerror}; mend source",
+                field="data.source",
             ) from error
         if len(content) < size:
             raise TrunklineError(

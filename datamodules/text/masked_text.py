@@ -1,108 +1,77 @@
 """Text for masked language models: rows with hidden tokens, and pairs of texts."""
 
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from trunkline import TrunklineError
-from trunkline.contract import IGNORE
+from trunkline.contract import IGNORE, DataFacts
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.text.masking import Masker, MaskingConfig, masked_sentence
 from trunkline.datamodules.text.packing import Blocks, cut_documents
-from trunkline.datamodules.text.text_data import TextData
+from trunkline.datamodules.text.text_data import TokenisedText
 from trunkline.datamodules.text.token_shards import TokenStream
+from trunkline.datamodules.tokenizers import check_room
 
 COUNTED_TOKENS = 100_000_000
 """Tokens of the training split whose frequencies are counted, at most."""
 
 
-class MaskedTextData(TextData):
-    """The text of `TextData` for masked language models; masks and pairs depend on (seed, epoch, index) alone.
+@dataclass(kw_only=True, eq=False, repr=False)
+class MaskedTextData(TokenisedText):
+    """Text for masked language models, as `MaskedBatch`es: `[CLS]` first and `[SEP]` last.
 
-    Batches: `tokens` (B, T) int64 with `[CLS]` first and `[SEP]` last, some of them hidden; `positions` (B, N)
-    int64 of the hidden ones and `targets` (B, N) int64, what stood there, -100 where a row has fewer than N;
-    `segment` (B, T) int64, 1 from the second text of a pair on; `mask` (B, T) bool, False for padding, where
-    there is any; with pairs `follows` (B,) int64, 1 if the second text follows the first, -100 in fillers; `index`,
-    `valid` (B,). Masks of evaluation are the same each time.
-
-    Args:
-        masking: which tokens are hidden, and how.
-        next_sentence: rows are pairs of texts: one chunk of a document cut in two, whose second half is, half
-            of the time, another document's.
-        tokenizer: as for `TextData`, but it needs the tokens `[CLS]`, `[SEP]`, `[MASK]` and `[PAD]`.
-        path: see `TextData`, as all others.
-        text_column: see there.
-        vocab_size: see there.
-        max_length: see there; includes the special tokens.
-        val_fraction: see there.
-        test_fraction: see there.
-        val_path: see there.
-        test_path: see there.
-        hub_config: see there.
-        hub_split: see there.
-        revision: see there.
-        batch_size: see there.
-        eval_batch_size: see there.
-        num_workers: see there.
-        cache_dir: see there.
-        seed: see there.
+    Masks and pairs depend on (seed, epoch, index) alone; those of evaluation are the same each time. The tokenizer
+    needs the tokens `[CLS]`, `[SEP]`, `[MASK]` and `[PAD]`.
     """
 
-    def __init__(
-        self,
-        path: str = "kjv",
-        text_column: str = "text",
-        tokenizer: str = "wordpiece",
-        vocab_size: int | None = None,
-        max_length: int = 128,
-        masking: MaskingConfig | None = None,
-        next_sentence: bool = False,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.0,
-        val_path: str | None = None,
-        test_path: str | None = None,
-        hub_config: str | None = None,
-        hub_split: str = "train",
-        revision: str | None = None,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int | None = None,
-        cache_dir: str | None = None,
-        seed: int = 0,
-    ) -> None:
-        packing: Literal["block"] = "block"
-        super().__init__(
-            path, text_column, tokenizer, vocab_size, max_length, packing, val_fraction, test_fraction, val_path,
-            test_path, hub_config, hub_split, revision, batch_size, eval_batch_size, num_workers, cache_dir, seed,
-        )  # fmt: skip
-        if max_length < 5:
-            raise TrunklineError(f"--data.max_length {max_length} leaves no room for text beside the special tokens")
-        self.masking, self.next_sentence = masking or MaskingConfig(), next_sentence
+    tokenizer: str = "wordpiece"
+    max_length: int = 128
+    masking: MaskingConfig | None = None
+    """Which tokens are hidden, and how."""
+    next_sentence: bool = False
+    """Rows are pairs of texts: one chunk of a document cut in two, whose second half is, half of the time, another
+    document's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_room(self.max_length)
         self.unigram_entropy = 0.0
         """Nats a token that its frequency in the training split alone leaves open, after `setup`."""
 
+    @property
+    def masker(self) -> Masker:
+        """Hides tokens, as configured."""
+        return Masker(self.masking or MaskingConfig(), self.vocabulary)
+
+    @property
+    def facts(self) -> DataFacts:
+        """Tokenizer and sizes; how to read a sentence with a mask; after `setup` the entropy of a token."""
+        return replace(
+            super().facts,
+            unigram_entropy=self.unigram_entropy or None,
+            encode_masked=partial(masked_sentence, self.vocabulary),
+        )
+
     def setup(self, stage: str) -> None:
         """Open what is prepared, and count the tokens."""
-        masker = Masker(self.masking, self.tokenizer)
+        masker = self.masker
         super().setup(stage)
         if self.unigram_entropy == 0.0:
             self.unigram_entropy = entropy(self.preparation.stream("train"), masker)
 
     def make_rows(self, stream: TokenStream, train: bool) -> Dataset[Any]:
         """Rows of one split."""
-        masker = Masker(self.masking, self.tokenizer)
+        masker = self.masker
         texts: Blocks | Pairs
         if self.next_sentence:
             texts = Pairs(stream, self.max_length - 3)
         else:
             texts = Blocks(stream, self.max_length - 2, self.seed if train else None, overlap=0)
         return MaskedRows(texts, masker, self.max_length, self.seed, fixed=not train)
-
-    def masked_sentence(self, text: str, limit: int, where: str) -> tuple[list[int], int]:
-        """See `masking.masked_sentence`; for whoever shows what is found."""
-        return masked_sentence(self.tokenizer, text, limit, where)
 
 
 class Pairs:

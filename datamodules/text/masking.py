@@ -55,7 +55,8 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
         if not known:
             raise TrunklineError(
                 f"the tokenizer has no {' or '.join(names)} token, which masked language modelling needs; set "
-                "--data.tokenizer wordpiece, masked_bpe or another one that has it"
+                "tokenizer=wordpiece, masked_bpe or another one that has it",
+                field="data.tokenizer",
             )
         found[role] = known[0]
     return found

@@ -243,11 +243,13 @@ class Preparation:
         for name in dict.fromkeys(name for _, shares in self.sources for name in shares):
             entries = [entry["splits"][name] for entry in done if name in entry["splits"]]
             if not entries:
+                short = "val" if name == "train" else name
                 raise TrunklineError(
                     f"the {name} split comes out empty, because the source has too little text or too few documents; "
                     f"give more, "
-                    + ("lower --data.val_fraction" if name == "train" else f"raise --data.{name}_fraction")
-                    + f", or name a file of its own with --data.{'val' if name == 'train' else name}_path"
+                    f"{'lower' if name == 'train' else 'raise'} {short}_fraction, or name a file of its own with "
+                    f"{short}_source",
+                    field=f"data.{short}_fraction",
                 )
             splits[name] = {
                 "shards": [shard for entry in entries for shard in entry["shards"]],

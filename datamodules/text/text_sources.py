@@ -4,7 +4,7 @@ import importlib.util
 import json
 import re
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from trunkline import TrunklineError
+from trunkline.datamodules.hub import NamedSource
 from trunkline.datamodules.splits import split_of
 from trunkline.datamodules.tables import TABLES, checked, no_column, read_column, read_span, reader_of, spans
 
 FEW_FILES = 100
 """From this number of text files on, whole files go to the splits."""
-HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 VARIANT = re.compile("[\ufe0f\U0001f3fb-\U0001f3ff]")
 """Code points that choose the style or the skin tone of an emoji."""
 
@@ -87,57 +87,11 @@ class TextFiles:
                     yield Piece(split, held, True)
 
 
-def hub_rows(
-    name: str, config: str | None, split: str, revision: str | None, flag: str, offers: Iterable[str] = ()
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, cells) of each row of a hub dataset, streamed, with names for its numbered classes.
-
-    Args:
-        name: of the dataset.
-        config: its configuration, as the next two.
-        split: of it.
-        revision: its commit or branch.
-        flag: that gave the name, for messages.
-        offers: what else may be given, for messages.
-
-    Raises:
-        TrunklineError: if it cannot be reached, or breaks off; names the last row that was read.
-    """
-    place = ""
-    try:
-        import datasets
-
-        data = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
-        features = getattr(data, "features", None) or {}
-        for number, row in enumerate(data):
-            place = f"{name} ({split}), row {number}"
-            yield place, {column: with_class_names(value, features.get(column)) for column, value in row.items()}
-    except Exception as error:  # `datasets` raises many kinds for missing, broken and unreachable data
-        cause = error.__cause__ or error
-        reason = f"{type(cause).__name__}: {cause}"
-        if place:
-            raise TrunklineError(
-                f"--data.{flag} {name} broke off after {place}: {reason}; try again, or name a copy on disk"
-            ) from error
-        raise TrunklineError(
-            f"cannot read --data.{flag} {name}: there is no such file or folder here, and as a hub name: {reason}; "
-            f"give {', '.join([*offers, 'a local path'])}, or the name of a hub dataset that can be reached"
-        ) from error
-
-
-def with_class_names(value: Any, feature: Any) -> Any:
-    """A hub dataset's class, or list of classes, by name instead of number."""
-    if isinstance(value, list):
-        return [with_class_names(v, getattr(feature, "feature", None)) for v in value]
-    names = getattr(feature, "names", None)
-    return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
-
-
-def read_hub(name: str, column: str, config: str | None, split: str, revision: str | None, flag: str) -> Iterator[str]:
+def read_hub(source: NamedSource, column: str) -> Iterator[str]:
     """The column of each row of a hub dataset, streamed."""
-    for place, cells in hub_rows(name, config, split, revision, flag, OFFLINE):
+    for place, cells in source.hub_rows(list(OFFLINE)):
         if column not in cells:
-            raise no_column(Path(name), column, cells)
+            raise no_column(Path(source.hub_name), column, cells)
         yield checked(cells[column], place, column)
 
 
@@ -259,36 +213,27 @@ OFFLINE: dict[str, Callable[[], TextSource]] = {
 }
 
 
-def open_text(
-    name: str,
-    column: str,
-    hub_config: str | None = None,
-    hub_split: str = "train",
-    revision: str | None = None,
-    flag: str = "path",
-) -> TextSource:
+def open_text(source: NamedSource | str, column: str) -> TextSource:
     """The source of a name; nothing is read yet.
 
     Args:
-        name: `kjv`, `asv`, `pydoc`, `wordnet` or `emoji`; a local file (.jsonl, .jsonl.gz, .json, .csv, .parquet: a
+        source: `kjv`, `asv`, `pydoc`, `wordnet` or `emoji`; a local file (.jsonl, .jsonl.gz, .json, .csv, .parquet: a
             row is a document; any other: one document) or a folder of files of one kind; else a hub name.
         column: of tables.
-        hub_config: of a hub dataset, as the next two.
-        hub_split: its split.
-        revision: its commit or branch.
-        flag: that gave the name, for messages.
 
     Raises:
         TrunklineError: saying what is missing.
     """
-    if name in OFFLINE:
-        return OFFLINE[name]()
-    if Path(name).exists():
-        return local_source(Path(name), column)
-    if Path(name).suffix in (*TABLES, ".txt", ".md", ".gz") or not HUB_NAME.fullmatch(name):
+    source = NamedSource(source) if isinstance(source, str) else source
+    name = source.name
+    if name in OFFLINE or Path(name).exists():
+        source.refuse_split()
+        return OFFLINE[name]() if name in OFFLINE else local_source(Path(name), column)
+    if not source.is_hub_name((*TABLES, ".txt", ".md", ".gz")):
         raise TrunklineError(
-            f"--data.{flag} {name}: there is no such file or folder here, and it is no name of a hub dataset "
-            "(`owner/name`); mend the path"
+            f"{source.field}={name}: there is no such file or folder here, and it is no name of a hub dataset "
+            "(`owner/name`); mend the path",
+            field=f"data.{source.field}",
         )
-    rows = partial(read_hub, name, column, hub_config, hub_split, revision, flag)
-    return RowDocuments([], ["hub", name, column, hub_config, hub_split, revision], rows)
+    key = ["hub", source.hub_name, column, source.hub_config, source.hub_split, source.revision]
+    return RowDocuments([], key, partial(read_hub, source, column))

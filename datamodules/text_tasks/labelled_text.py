@@ -1,24 +1,27 @@
 """Texts, or pairs of texts, with one label each."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
+from trunkline.datamodules.hub import NamedSource
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.text.text_sources import emoji
 from trunkline.datamodules.text_tasks.task_text import (
     Frame,
     Ragged,
     Row,
-    Source,
     TaskTextData,
     class_name,
     in_order,
     padded,
+    table_rows,
     text_cell,
 )
 from trunkline.datamodules.text_tasks.task_text import cell as cell_of
@@ -27,76 +30,38 @@ from trunkline.datamodules.tokenizers import TextEncoder
 EMOJI = "emoji"
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class LabelledTextData(TaskTextData):
-    """Classification data from local tables, a hub name, or the offline source `emoji` (names in 14 languages).
+    """Classification data from local tables, a hub name, or the offline source `emoji` (names in 14 languages), as
+    `TextBatch`es.
 
-    Batches: `tokens` (B, T) int64, `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`, or with a tokenizer of a GPT `a
-    <|endoftext|>`; `segment` (B, T) int64, 1 for the second text; `mask` (B, T) bool, False for padding; `label` (B,)
-    int64, a number in `class_names`; `index` (B,) row numbers in the split; `valid` (B,) bool. Texts that are too
-    long lose their end, the longer one of a pair first.
+    A row is `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`, or with a tokenizer of a GPT `a <|endoftext|>`. Texts that are
+    too long lose their end, the longer one of a pair first.
 
     Rows go to a split by their number alone, those of `emoji` by concept, as in `TextData`: what a network was
     pre-trained on with the same fractions is never tested.
-
-    Args:
-        path: a .jsonl, .csv or .parquet file or a folder of such; `emoji`; else a Hugging Face hub name, with a split
-            after a colon or without.
-        tokenizer: a training checkpoint (.ckpt), whose tokenizer is taken; a tokenizer.json or a hub name.
-        text_column: of the text.
-        pair_column: of the second text of a pair.
-        label_column: of the label, a name or a whole number.
-        train_rows: use no more rows than these for training, as evenly by class as may be, drawn with `seed`.
-        vocab_size: what the network gets; None takes the tokenizer's own.
-        max_length: T, tokens of a row with the special ones.
-        val_fraction: share of the rows set aside for validation.
-        test_fraction: the same for testing.
-        val_path: a source of its own instead of `val_fraction`.
-        test_path: the same for testing.
-        hub_config: configuration of a hub dataset.
-        hub_split: its split that is read.
-        revision: its commit.
-        batch_size: see `TrunklineDataModule`, as the next three.
-        eval_batch_size: see there.
-        num_workers: see there.
-        seed: see there.
     """
 
-    def __init__(
-        self,
-        path: str,
-        tokenizer: str,
-        text_column: str = "text",
-        pair_column: str | None = None,
-        label_column: str = "label",
-        train_rows: int | None = None,
-        vocab_size: int | None = None,
-        max_length: int = 128,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.0,
-        val_path: str | None = None,
-        test_path: str | None = None,
-        hub_config: str | None = None,
-        hub_split: str = "train",
-        revision: str | None = None,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        paths = {"path": path, "val_path": val_path, "test_path": test_path}
-        hub = (hub_config, hub_split, revision)
-        fractions = {"val": val_fraction, "test": test_fraction}
-        loading = (batch_size, eval_batch_size, num_workers, seed)
-        super().__init__(paths, hub, fractions, tokenizer, vocab_size, max_length, loading)
-        self.text_column, self.pair_column, self.label_column = text_column, pair_column, label_column
-        self.train_rows = train_rows
-        self.settings |= {"text_column": text_column, "pair_column": pair_column}
+    source: str = field(kw_only=False)
+    """A .jsonl, .csv or .parquet file or a folder of such; `emoji`; else a Hugging Face hub name, with a split after a
+    colon or without."""
+    text_column: str = "text"
+    """Of the text."""
+    pair_column: str | None = None
+    """Of the second text of a pair."""
+    label_column: str = "label"
+    """Of the label, a name or a whole number."""
+    train_rows: int | None = None
+    """Use no more rows than these for training, as evenly by class as may be, drawn with `seed`."""
 
-    def rows(self, source: Source) -> Iterator[Row]:
+    setting_names: ClassVar[tuple[str, ...]] = ("max_length", "text_column", "pair_column")
+
+    def rows(self, source: NamedSource) -> Iterator[Row]:
         """Rows of a source."""
         if source.name != EMOJI:
-            yield from source.rows()
+            yield from table_rows(source)
             return
+        source.refuse_split()
         for concept, language, text in emoji().names():
             place = f"emoji, concept {concept} in {language}"
             yield Row(concept, place, {self.text_column: text, self.label_column: language})
@@ -107,34 +72,50 @@ class LabelledTextData(TaskTextData):
         if self.pair_column is not None:
             yield text_cell(row, self.pair_column, "pair_column")
 
+    @cached_property
+    def labels(self) -> dict[str, list[str]]:
+        """Label of each row, by split."""
+        return {split: [self._label(row) for row in rows] for split, rows in self.splits.items()}
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """Labels of the training rows.
+
+        Raises:
+            TrunklineError: if there is one only.
+        """
+        names = in_order(set(self.labels["train"]))
+        if len(names) < 2:
+            raise TrunklineError(
+                f"the training rows have one class only, {names[0]}; set label_column, or give rows of others",
+                field="data.label_column",
+            )
+        return names
+
     def read(self) -> dict[str, tuple[list[Row], np.ndarray]]:
-        """Rows and (N,) numbers of their classes, by split; makes `class_names`.
+        """Rows and (N,) numbers of their classes, by split.
 
         Raises:
             TrunklineError: for a label that is none, one that training does not have, or too few rows.
         """
-        labels = {split: [self._label(row) for row in rows] for split, rows in self.splits.items()}
-        self.class_names = in_order(set(labels["train"]))
-        if len(self.class_names) < 2:
-            raise TrunklineError(
-                f"the training rows have one class only, {self.class_names[0]}; set --data.label_column, or give rows "
-                "of others"
-            )
         numbers = {name: number for number, name in enumerate(self.class_names)}
         result = {}
         for split, rows in self.splits.items():
-            for row, label in zip(rows, labels[split], strict=True):
+            for row, label in zip(rows, self.labels[split], strict=True):
                 if label not in numbers:
                     raise TrunklineError(
                         f"{row.place} ({split} split): no training row has the label '{label}', but "
                         f"{', '.join(self.class_names[:5])}{', …' if len(numbers) > 5 else ''}; mend the row, or give "
-                        "training rows with this label"
+                        "training rows with this label",
+                        field="data.label_column",
                     )
-            result[split] = rows, np.array([numbers[label] for label in labels[split]])
+            result[split] = rows, np.array([numbers[label] for label in self.labels[split]])
         if self.train_rows is not None:
             rows, classes = result["train"]
             if not 1 <= self.train_rows <= len(rows):
-                raise TrunklineError(f"--data.train_rows {self.train_rows} must be 1 to {len(rows)}, all there are")
+                raise TrunklineError(
+                    f"train_rows={self.train_rows} must be 1 to {len(rows)}, all there are", field="data.train_rows"
+                )
             chosen = evenly(classes, self.train_rows, self.seed)
             result["train"] = [rows[i] for i in chosen], classes[chosen]
         return result
@@ -152,11 +133,11 @@ class LabelledTextData(TaskTextData):
             return
         for split, (rows, classes) in self.read().items():
             self.datasets[split] = self.dataset(rows, classes)
-        del self.splits  # texts take more room than tokens
+        del self.splits, self.labels  # texts take more room than tokens
 
     def dataset(self, rows: Sequence[Row], classes: np.ndarray) -> "LabelledRows":
         """Tokenise rows; `classes` are (N,) numbers."""
-        frame, encoder = Frame.of(self.tokenizer), TextEncoder(self.tokenizer)
+        frame, encoder = Frame.of(self.vocabulary), TextEncoder(self.vocabulary)
         texts = [list(self.texts(row)) for row in rows]
         columns = [Ragged(encode_each(encoder, list(column)), np.uint32) for column in zip(*texts, strict=True)]
         return LabelledRows(columns, classes, frame, self.max_length)

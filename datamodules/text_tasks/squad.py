@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,86 +12,56 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
-from trunkline.contract import Question
+from trunkline.contract import DataFacts, Question
+from trunkline.datamodules.hub import NamedSource
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.tables import TABLES, broken_text, kind, opened
-from trunkline.datamodules.text_tasks.task_text import Frame, Row, Source, TaskTextData, padded
+from trunkline.datamodules.text_tasks.task_text import Frame, Row, TaskTextData, padded, table_files, table_rows
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SquadData(TaskTextData):
-    """Extractive question answering from SQuAD's JSON, versions 1 and 2, or from a hub name in its flat form.
+    """Extractive question answering from SQuAD's JSON, versions 1 and 2, or from a hub name in its flat form, as
+    `WindowBatch`es.
 
     A text that is too long is read in windows, of which the next begins `doc_stride` tokens after the one before,
-    or less, so that each answer lies whole in at least one of them.
-
-    Batches: `tokens` (B, T) int64, `[CLS] question [SEP] window [SEP]` (with a tokenizer of a GPT `question
-    <|endoftext|> window <|endoftext|>`); `segment` (B, T) int64, 1 for the window; `mask` (B, T) bool, False for
-    padding; `context` (B, T) bool, True for tokens of the text; `offsets` (B, T, 2) int64, characters of the text;
-    `null` (B,) int64, the place that means no answer: `[CLS]`, with a GPT the last token; `start`, `end` (B,)
-    int64, first and last token of the first answer that lies in the window, else `null`; `question` (B,) int64,
-    number in `questions[split]`; `index` (B,) number of the window; `valid` (B,) bool.
-
-    Args:
-        path: a .json file or a folder of such, or a table (.jsonl, .parquet) or hub name, with a split after a colon
-            or without, that has the columns id, question, context and answers (lists `text` and `answer_start`).
-        tokenizer: see `LabelledTextData`.
-        doc_stride: tokens between the beginnings of two windows at most.
-        max_question_length: tokens of a question at most; the rest is left out.
-        vocab_size: see `LabelledTextData`, as all others.
-        max_length: see there; T, tokens of a question and a window.
-        val_fraction: share of the paragraphs.
-        test_fraction: see there.
-        val_path: see there.
-        test_path: see there.
-        hub_config: see there.
-        hub_split: see there.
-        revision: see there.
-        batch_size: see there.
-        eval_batch_size: see there.
-        num_workers: see there.
-        seed: see there.
+    or less, so that each answer lies whole in at least one of them. A row is `[CLS] question [SEP] window [SEP]`, and
+    `null` is its `[CLS]`; with a tokenizer of a GPT `question <|endoftext|> window <|endoftext|>` and its last token.
+    `start` and `end` are those of the first answer that lies in the window. Whole paragraphs go to a split.
     """
 
-    def __init__(
-        self,
-        path: str,
-        tokenizer: str,
-        doc_stride: int = 64,
-        max_question_length: int = 64,
-        vocab_size: int | None = None,
-        max_length: int = 384,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.0,
-        val_path: str | None = None,
-        test_path: str | None = None,
-        hub_config: str | None = None,
-        hub_split: str = "train",
-        revision: str | None = None,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        paths = {"path": path, "val_path": val_path, "test_path": test_path}
-        hub = (hub_config, hub_split, revision)
-        fractions = {"val": val_fraction, "test": test_fraction}
-        loading = (batch_size, eval_batch_size, num_workers, seed)
-        super().__init__(paths, hub, fractions, tokenizer, vocab_size, max_length, loading)
-        if doc_stride < 1 or max_question_length < 1 or max_length < max_question_length + 4:
+    source: str = field(kw_only=False)
+    """A .json file or a folder of such, or a table (.jsonl, .parquet) or hub name, with a split after a colon or
+    without, that has the columns id, question, context and answers (lists `text` and `answer_start`)."""
+    max_length: int = 384
+    doc_stride: int = 64
+    """Tokens between the beginnings of two windows at most."""
+    max_question_length: int = 64
+    """Tokens of a question at most; the rest is left out."""
+
+    setting_names: ClassVar[tuple[str, ...]] = ("max_length", "doc_stride", "max_question_length")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.doc_stride < 1 or self.max_question_length < 1 or self.max_length < self.max_question_length + 4:
             raise TrunklineError(
-                f"--data.max_length {max_length} must be at least 4 more than --data.max_question_length "
-                f"{max_question_length}, and that and --data.doc_stride {doc_stride} at least 1"
+                f"max_length={self.max_length} must be at least 4 more than max_question_length="
+                f"{self.max_question_length}, and that and doc_stride={self.doc_stride} at least 1",
+                field="data.max_length",
             )
-        self.doc_stride, self.max_question_length = doc_stride, max_question_length
-        self.settings |= {"doc_stride": doc_stride, "max_question_length": max_question_length}
         self.questions: dict[str, list[Question]] = {}
         """By split, after `setup`."""
 
-    def rows(self, source: Source) -> Iterator[Row]:
+    @property
+    def facts(self) -> DataFacts:
+        """Tokenizer and sizes; after `setup` the questions too."""
+        return replace(super().facts, questions=self.questions)
+
+    def rows(self, source: NamedSource) -> Iterator[Row]:
         """Paragraphs of a source."""
-        files = source.files(tuple(TABLES))
+        files = table_files(source, tuple(TABLES))
         if not files or files[0].suffix != ".json":
-            yield from numbered(source.rows())
+            yield from numbered(table_rows(source))
             return
         number = 0
         for file in files:
@@ -121,7 +92,7 @@ class SquadData(TaskTextData):
         Raises:
             TrunklineError: if an answer is longer than a window.
         """
-        tokenizer, frame = Tokenizer.from_str(self.tokenizer.to_str()), Frame.of(self.tokenizer)
+        tokenizer, frame = Tokenizer.from_str(self.vocabulary.to_str()), Frame.of(self.vocabulary)
         tokenizer.encode_special_tokens = True  # a special token's name within a text is text
         contexts = list(dict.fromkeys(question.context for question in questions))
         encoded = tokenizer.encode_batch(contexts, add_special_tokens=False)
@@ -141,7 +112,8 @@ class SquadData(TaskTextData):
             if longest > room:
                 raise TrunklineError(
                     f"question {question.id}: an answer has {longest} tokens, but a window has room for {room}; set "
-                    f"--data.max_length to at least {self.max_length + longest - room}, or leave this question out"
+                    f"max_length to at least {self.max_length + longest - room}, or leave this question out",
+                    field="data.max_length",
                 )
             for begin, stop in windows_of(len(offsets), room, min(self.doc_stride, room - longest + 1)):
                 inside = [(s, e) for s, e in spans if begin <= s and e < stop]

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,89 +15,51 @@ from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
 from trunkline.contract import IGNORE
+from trunkline.datamodules.hub import NamedSource
 from trunkline.datamodules.samplers import SampleKey
-from trunkline.datamodules.tables import broken_text, kind, opened
+from trunkline.datamodules.tables import TABLES, broken_text, kind, opened, read_table
 from trunkline.datamodules.text_tasks.task_text import (
-    TABLES,
     Frame,
     Ragged,
     Row,
-    Source,
     TaskTextData,
     cell,
     class_name,
     in_order,
     padded,
-    read_table,
+    table_files,
+    table_rows,
 )
 from trunkline.datamodules.tokenizers import TextEncoder
 
 CONLL = (".conll", ".txt", ".bio", ".iob", ".iob2")
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TaggedTextData(TaskTextData):
-    """Tagging data from tables with a list of words and a list of tags, from CoNLL files, or a hub name.
+    """Tagging data from tables with a list of words and a list of tags, from CoNLL files, or a hub name, as
+    `TaggedBatch`es.
 
-    Batches: `tokens` (B, T) int64, `[CLS]`, the sub-words of a sentence, `[SEP]` (or with a tokenizer of a GPT, the
-    sub-words and `<|endoftext|>`); `mask` (B, T) bool, False for padding; `targets` (B, T) int64, at the first
-    sub-word of each word its tag's number in `class_names`, -100 elsewhere; `index` (B,) row numbers in the split;
-    `valid` (B,) bool.
-
-    Args:
-        path: a .jsonl or .parquet file, a CoNLL file (.conll, .txt, .bio, .iob; a word a line, its tag in the last
-            column, an empty line after a sentence), or a folder of such; else a hub name, with a split after a colon
-            or without.
-        tokenizer: see `LabelledTextData`.
-        tokens_column: of tables.
-        tags_column: of tables; tags are names or whole numbers.
-        vocab_size: see `LabelledTextData`, as all others.
-        max_length: see there; a longer sentence is an error, for else some of its words would not be counted.
-        val_fraction: see there.
-        test_fraction: see there.
-        val_path: see there.
-        test_path: see there.
-        hub_config: see there.
-        hub_split: see there.
-        revision: see there.
-        batch_size: see there.
-        eval_batch_size: see there.
-        num_workers: see there.
-        seed: see there.
+    A row is `[CLS]`, the sub-words of a sentence, `[SEP]`, or with a tokenizer of a GPT the sub-words and
+    `<|endoftext|>`. A sentence that is longer than `max_length` is an error, for else some of its words would not be
+    counted.
     """
 
-    def __init__(
-        self,
-        path: str,
-        tokenizer: str,
-        tokens_column: str = "tokens",
-        tags_column: str = "tags",
-        vocab_size: int | None = None,
-        max_length: int = 128,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.0,
-        val_path: str | None = None,
-        test_path: str | None = None,
-        hub_config: str | None = None,
-        hub_split: str = "train",
-        revision: str | None = None,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        paths = {"path": path, "val_path": val_path, "test_path": test_path}
-        hub = (hub_config, hub_split, revision)
-        fractions = {"val": val_fraction, "test": test_fraction}
-        loading = (batch_size, eval_batch_size, num_workers, seed)
-        super().__init__(paths, hub, fractions, tokenizer, vocab_size, max_length, loading)
-        self.tokens_column, self.tags_column = tokens_column, tags_column
-        self.settings["tokens_column"] = tokens_column
+    source: str = field(kw_only=False)
+    """A .jsonl or .parquet file, a CoNLL file (.conll, .txt, .bio, .iob; a word a line, its tag in the last column, an
+    empty line after a sentence), or a folder of such; else a hub name, with a split after a colon or without."""
+    tokens_column: str = "tokens"
+    """Of tables."""
+    tags_column: str = "tags"
+    """Of tables; tags are names or whole numbers."""
 
-    def rows(self, source: Source) -> Iterator[Row]:
+    setting_names: ClassVar[tuple[str, ...]] = ("max_length", "tokens_column")
+
+    def rows(self, source: NamedSource) -> Iterator[Row]:
         """Sentences of a source."""
-        files = source.files((*TABLES, *CONLL))
+        files = table_files(source, (*TABLES, *CONLL))
         if not files:
-            yield from source.rows()
+            yield from table_rows(source)
             return
         columns = self.tokens_column, self.tags_column
         pairs = chain.from_iterable(read_conll(f, *columns) if f.suffix in CONLL else read_table(f) for f in files)
@@ -110,6 +74,26 @@ class TaggedTextData(TaskTextData):
         values = list_cell(row, column, "tags_column", str | int)
         return [class_name(value, row.place, column, "tags_column") for value in values]
 
+    @cached_property
+    def tags(self) -> dict[str, list[list[str]]]:
+        """Tags of each row, by split."""
+        return {split: [self._tags(row) for row in rows] for split, rows in self.splits.items()}
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """Tags of the training rows.
+
+        Raises:
+            TrunklineError: if there is one only.
+        """
+        names = in_order(set(chain.from_iterable(self.tags["train"])))
+        if len(names) < 2:
+            raise TrunklineError(
+                f"the training rows have fewer than two different tags ({names}); set tags_column",
+                field="data.tags_column",
+            )
+        return names
+
     def setup(self, stage: str) -> None:
         """Read and tokenise all rows.
 
@@ -118,23 +102,19 @@ class TaggedTextData(TaskTextData):
         """
         if self.datasets:
             return
-        tags = {split: [self._tags(row) for row in rows] for split, rows in self.splits.items()}
-        self.class_names = in_order(set(chain.from_iterable(tags["train"])))
-        if len(self.class_names) < 2:
-            raise TrunklineError(f"the training rows have fewer than two different tags ({self.class_names}); set "
-                                 "--data.tags_column")  # fmt: skip
         numbers = {name: number for number, name in enumerate(self.class_names)}
         for split, rows in self.splits.items():
-            for row, own in zip(rows, tags[split], strict=True):
+            for row, own in zip(rows, self.tags[split], strict=True):
                 unknown = next((tag for tag in own if tag not in numbers), None)
                 if unknown is not None:
                     raise TrunklineError(
                         f"{row.place} ({split} split): no training row has the tag '{unknown}', but "
                         f"{', '.join(self.class_names[:5])}{', …' if len(numbers) > 5 else ''}; mend the row, or give "
-                        "training rows with this tag"
+                        "training rows with this tag",
+                        field="data.tags_column",
                     )
-            self.datasets[split] = self.dataset(rows, [[numbers[tag] for tag in own] for own in tags[split]])
-        del self.splits
+            self.datasets[split] = self.dataset(rows, [[numbers[tag] for tag in own] for own in self.tags[split]])
+        del self.splits, self.tags
 
     def dataset(self, rows: Sequence[Row], tags: Sequence[Sequence[int]]) -> "TaggedRows":
         """Tokenise rows, whose words have these tags.
@@ -142,7 +122,7 @@ class TaggedTextData(TaskTextData):
         Raises:
             TrunklineError: if words and tags differ in number, or a sentence is too long.
         """
-        words, frame = WordEncoder(self.tokenizer), Frame.of(self.tokenizer)
+        words, frame = WordEncoder(self.vocabulary), Frame.of(self.vocabulary)
         room = self.max_length - len(frame.first) - 1
         ids, targets = [], []
         for row, own in zip(rows, tags, strict=True):
@@ -151,8 +131,9 @@ class TaggedTextData(TaskTextData):
                 raise TrunklineError(f"{row.place} has {len(first)} words, but {len(own)} tags; mend the row")
             if len(tokens) > room:
                 raise TrunklineError(
-                    f"{row.place} has {len(tokens)} sub-words, but there is room for {room}; set --data.max_length "
-                    f"to at least {len(tokens) + self.max_length - room}, or cut this sentence in two"
+                    f"{row.place} has {len(tokens)} sub-words, but there is room for {room}; set max_length to at "
+                    f"least {len(tokens) + self.max_length - room}, or cut this sentence in two",
+                    field="data.max_length",
                 )
             target = np.full(len(tokens), IGNORE)
             target[first] = own
@@ -225,21 +206,22 @@ class TaggedRows(Dataset[dict[str, Any]]):
         }
 
 
-def list_cell(row: Row, column: str, flag: str, kinds: Any) -> list[Any]:
+def list_cell(row: Row, column: str, field: str, kinds: Any) -> list[Any]:
     """A cell that must be a list.
 
     Raises:
         TrunklineError: if it is none, or of other things.
     """
-    value = cell(row, column, flag)
+    value = cell(row, column, field)
     if not isinstance(value, list) or not value:
         what = "an empty list" if value == [] else f"no list but {kind(value)}"
-        raise TrunklineError(f"{row.place}: '{column}' is {what}; mend the row or set --data.{flag}")
+        raise TrunklineError(f"{row.place}: '{column}' is {what}; mend the row or set {field}", f"data.{field}")
     wrong = next((v for v in value if not isinstance(v, kinds)), None)
     if wrong is not None or None in value:
         raise TrunklineError(
             f"{row.place}: '{column}' holds a {kind(wrong)} where each must be a name or a number; mend the row or set "
-            f"--data.{flag}"
+            f"{field}",
+            f"data.{field}",
         )
     return value
 

@@ -1,22 +1,23 @@
 """What the datamodules of tasks on text share: rows with their places, splits, tokenizer, padding."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
+from trunkline.contract import DataFacts
 from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.hub import NamedSource, TextSplits
 from trunkline.datamodules.splits import check_fractions, shares_of, split_of
 from trunkline.datamodules.tables import TABLES, kind, read_table
 from trunkline.datamodules.text.masking import NAMES
-from trunkline.datamodules.text.text_sources import HUB_NAME, hub_rows
-from trunkline.datamodules.tokenizers import TRAINED, TokenizerState, end_of_text_id, load_tokenizer
+from trunkline.datamodules.tokenizers import TRAINED, Vocabulary, check_room, end_of_text_id, load_tokenizer
 
 
 class Row(NamedTuple):
@@ -29,72 +30,63 @@ class Row(NamedTuple):
     cells: Mapping[str, Any]
 
 
-@dataclass
-class Source:
-    """Names a source of rows: a path or hub name, the flag that gave it, and what a hub needs."""
+def table_files(source: NamedSource, suffixes: Sequence[str]) -> list[Path]:
+    """The local files of a source, all those in a folder; none for a hub name.
 
-    name: str
-    flag: str
-    hub_config: str | None
-    hub_split: str
-    revision: str | None
-
-    def files(self, suffixes: Sequence[str]) -> list[Path]:
-        """The local files of this name, all those in a folder; none for a hub name.
-
-        Raises:
-            TrunklineError: if there is no such file, or one of another kind.
-        """
-        path = Path(self.name)
-        if not path.exists():
-            if path.suffix in suffixes or not HUB_NAME.fullmatch(self.name.partition(":")[0]):
-                raise TrunklineError(f"--data.{self.flag} {self.name}: there is no such file or folder; mend the path")
-            return []
-        files = [path]
-        if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
-        wrong = [file for file in files if file.suffix not in suffixes]
-        if wrong or not files:
-            found = f"{wrong[0]} is none" if wrong else f"the folder {path} is empty"
-            raise TrunklineError(f"--data.{self.flag} needs {', '.join(suffixes)} files, but {found}; mend the path")
-        return files
-
-    def rows(self) -> Iterator[Row]:
-        """All rows of a table.
-
-        Raises:
-            TrunklineError: naming the file and row that is broken.
-        """
-        files = self.files(tuple(TABLES))
-        name, _, split = self.name.partition(":")  # `owner/name:validation` means another split than `hub_split`
-        pairs: Iterable[tuple[str, Mapping[str, Any]]] = chain.from_iterable(map(read_table, files))
-        if not files:
-            pairs = hub_rows(name, self.hub_config, split or self.hub_split, self.revision, self.flag)
-        for number, (place, cells) in enumerate(pairs):
-            yield Row(number, place, cells)
+    Raises:
+        TrunklineError: if there is no such file, one of another kind, or a split is named that files do not have.
+    """
+    path, at = Path(source.name), f"data.{source.field}"
+    if source.is_hub_name(suffixes):
+        return []
+    if not path.exists():
+        raise TrunklineError(f"{source.field}={path}: there is no such file or folder; mend the path", at)
+    source.refuse_split()
+    files = [path]
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
+    wrong = [file for file in files if file.suffix not in suffixes]
+    if wrong or not files:
+        found = f"{wrong[0]} is none" if wrong else f"the folder {path} is empty"
+        raise TrunklineError(f"{source.field} needs {', '.join(suffixes)} files, but {found}; mend the path", at)
+    return files
 
 
-def cell(row: Row, column: str, flag: str) -> Any:
-    """One value of a row.
+def table_rows(source: NamedSource) -> Iterator[Row]:
+    """All rows of a table.
+
+    Raises:
+        TrunklineError: naming the file and row that is broken.
+    """
+    files = table_files(source, tuple(TABLES))
+    pairs = chain.from_iterable(map(read_table, files)) if files else source.hub_rows()
+    for number, (place, cells) in enumerate(pairs):
+        yield Row(number, place, cells)
+
+
+def cell(row: Row, column: str, field: str) -> Any:
+    """One value of a row; `field` named the column.
 
     Raises:
         TrunklineError: if there is no such column.
     """
     if column not in row.cells:
         names = ", ".join(map(str, row.cells))
-        raise TrunklineError(f"{row.place} has no '{column}'; it has {names}; set --data.{flag}")
+        raise TrunklineError(f"{row.place} has no '{column}'; it has {names}; set {field}", f"data.{field}")
     return row.cells[column]
 
 
-def text_cell(row: Row, column: str, flag: str) -> str:
+def text_cell(row: Row, column: str, field: str) -> str:
     """One value of a row that must be a text."""
-    value = cell(row, column, flag)
+    value = cell(row, column, field)
     if not isinstance(value, str):
-        raise TrunklineError(f"{row.place}: '{column}' is no text but {kind(value)}; mend the row or set --data.{flag}")
+        raise TrunklineError(
+            f"{row.place}: '{column}' is no text but {kind(value)}; mend the row or set {field}", f"data.{field}"
+        )
     return value
 
 
-def class_name(value: Any, place: str, column: str, flag: str) -> str:
+def class_name(value: Any, place: str, column: str, field: str) -> str:
     """The name of a class that is given by name or by number.
 
     Raises:
@@ -102,7 +94,7 @@ def class_name(value: Any, place: str, column: str, flag: str) -> str:
     """
     if not isinstance(value, str | int) or value == "":
         what = "empty" if value == "" else f"no name or whole number but {kind(value)}"
-        raise TrunklineError(f"{place}: '{column}' is {what}; mend the row or set --data.{flag}")
+        raise TrunklineError(f"{place}: '{column}' is {what}; mend the row or set {field}", f"data.{field}")
     return str(value)
 
 
@@ -159,55 +151,59 @@ def padded(values: Any, length: int, fill: int) -> np.ndarray:
     return result
 
 
-class TaskTextData(TokenizerState, TrunklineDataModule):
+@dataclass(kw_only=True, eq=False, repr=False)
+class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
     """Base of the labelled text datamodules: splits, tokenizer, what a checkpoint keeps.
 
-    A subclass fills `datasets` and `class_names` in `setup` from `splits`, has a `dataset` that `predict` uses too, and
-    adds to `settings`.
-
-    Args:
-        paths: where the rows are, by `path`, `val_path` and `test_path`; None is absent.
-        hub: configuration, split and revision of a hub dataset.
-        fractions: val and test -> share of `path`'s rows.
-        tokenizer: see `load_tokenizer`; none is trained here, because a network is fine-tuned with the one that it
-            was pre-trained with.
-        vocab_size: what the network gets; None takes the tokenizer's own.
-        max_length: T, tokens of a row.
-        loading: arguments of `TrunklineDataModule`.
+    A subclass fills `datasets` in `setup` from `splits`, has a `dataset` that `predict` uses too, and adds to
+    `setting_names`. Rows go to a split by their number alone.
     """
 
-    in_memory = True
+    source: str = field(kw_only=False)
+    """A table or folder of tables, or a Hugging Face hub name, with a split after a colon or without."""
+    tokenizer: str = field()
+    """A training checkpoint (.ckpt), whose tokenizer is taken; a tokenizer.json or a hub name. None is learnt here,
+    because a network is fine-tuned with the one that it was pre-trained with."""
+    max_length: int = 128
+    batch_size: int = 32
 
-    def __init__(
-        self,
-        paths: dict[str, str | None],
-        hub: tuple[str | None, str, str | None],
-        fractions: dict[str, float],
-        tokenizer: str,
-        vocab_size: int | None,
-        max_length: int,
-        loading: tuple[int, int | None, int | None, int],
-    ) -> None:
-        super().__init__(*loading)
-        if tokenizer in TRAINED:
+    setting_names: ClassVar[tuple[str, ...]] = ("max_length",)
+    """Fields that decide how a text becomes a row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokenizer in TRAINED:
             raise TrunklineError(
-                f"--data.tokenizer {tokenizer}: labelled data trains none; give the checkpoint (.ckpt) that the "
-                "network starts from, a tokenizer.json or a hub name"
+                f"tokenizer={self.tokenizer}: labelled data trains none; give the checkpoint (.ckpt) that the network "
+                "starts from, a tokenizer.json or a hub name",
+                field="data.tokenizer",
             )
-        if max_length < 5:
-            raise TrunklineError(f"--data.max_length {max_length} leaves no room for text beside the special tokens")
-        self.sources = {flag: Source(name, flag, *hub) for flag, name in paths.items() if name}
-        self.fractions = {s: 0.0 if f"{s}_path" in self.sources else fraction for s, fraction in fractions.items()}
+        check_room(self.max_length)
         check_fractions(self.fractions)
-        self.tokenizer_name, self.declared_size, self.max_length = tokenizer, vocab_size, max_length
-        self.settings: dict[str, Any] = {"max_length": max_length}
-        """Arguments that decide how a text becomes a row."""
-        self.class_names: list[str] = []
-        """After `setup`."""
 
-    def rows(self, source: Source) -> Iterator[Row]:
+    @property
+    def in_memory(self) -> bool:
+        """Rows are tokens already."""
+        return True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Values of `setting_names`, which a checkpoint keeps."""
+        return {name: getattr(self, name) for name in self.setting_names}
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """In the order of their numbers; none where the task has no classes."""
+        return []
+
+    @property
+    def facts(self) -> DataFacts:
+        """Names of the classes, tokenizer and sizes; reads the rows, but does not tokenise them."""
+        return replace(self.token_facts(), class_names=self.class_names or None)
+
+    def rows(self, source: NamedSource) -> Iterator[Row]:
         """Rows of a source; a subclass adds formats."""
-        return source.rows()
+        return table_rows(source)
 
     @cached_property
     def splits(self) -> dict[str, list[Row]]:
@@ -218,34 +214,36 @@ class TaskTextData(TokenizerState, TrunklineDataModule):
         """
         shares = shares_of(self.fractions)
         splits: dict[str, list[Row]] = {split: [] for split in shares}
-        for row in self.rows(self.sources["path"]):
+        sources = self.named_sources
+        for row in self.rows(sources["train"]):
             splits[split_of(row.number, shares)].append(row)
         for split in ("val", "test"):
-            if f"{split}_path" in self.sources:
-                splits[split] = list(self.rows(self.sources[f"{split}_path"]))
+            if split in sources:
+                splits[split] = list(self.rows(sources[split]))
         for split, rows in splits.items():
             if not rows:
-                own = "val_path" if split == "train" else f"{split}_path"
+                own = "val_source" if split == "train" else f"{split}_source"
                 raise TrunklineError(
-                    f"the {split} split of --data.path {self.sources['path'].name} comes out empty; give more rows, or "
-                    f"name a file of its own with --data.{own}"
+                    f"the {split} split of source={self.source} comes out empty; give more rows, or name a file of its "
+                    f"own with {own}",
+                    field=f"data.{own}",
                 )
         return splits
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def vocabulary(self) -> Tokenizer:
         """Read at the first use."""
-        return load_tokenizer(self.tokenizer_name)
+        return load_tokenizer(self.tokenizer)
 
     @property
-    def vocab_size(self) -> int:
+    def embedding_rows(self) -> int:
         """Rows of the embedding that a network needs: as declared, else the tokenizer's size.
 
         Raises:
             TrunklineError: if that is declared too small.
         """
         self.check_size()
-        return super().vocab_size
+        return super().embedding_rows
 
     def state_dict(self) -> dict[str, Any]:
         """All that `predict` needs: tokenizer, names of the classes, and how a text becomes a row."""
@@ -261,5 +259,6 @@ class TaskTextData(TokenizerState, TrunklineDataModule):
         if state_dict["class_names"] != self.class_names:
             raise TrunklineError(
                 f"the checkpoint knows the classes {', '.join(state_dict['class_names'])}, but the data has "
-                f"{', '.join(self.class_names)}; give the data of that run"
+                f"{', '.join(self.class_names)}; give the data of that run",
+                field="data.source",
             )

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from trunkline import TrunklineError
-from trunkline.datamodules.images.image_data import Preprocessing
 from trunkline.datamodules.images.image_sources import to_channels
+from trunkline.datamodules.images.preprocessing import Preprocessing
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.tables import read_column, reader_of
 from trunkline.datamodules.text.masking import special_ids

@@ -71,7 +71,7 @@ def data_of(trained: Trained, file: Path, given: dict[str, str]) -> Any:
             f"--pair_column {given['pair_column']}: {trained.file} was trained on single texts; leave it out"
         )
     data: Any = trained.data_class(str(file), tokenizer="", **{**settings, **given})
-    data.tokenizer, data.class_names = trained.tokenizer(), trained.class_names
+    data.vocabulary, data.class_names = trained.tokenizer(), trained.class_names
     return data
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
-from trunkline.datamodules.text.text_data import TextData
+from trunkline.datamodules.text.text_data import TokenisedText
 from trunkline.pipelines.configs import resolve_configs
 from trunkline.pipelines.objectives import data_classes
 from trunkline.pipelines.parser import RecipeParser
@@ -37,7 +37,7 @@ def run_prepare(arguments: list[str]) -> None:
         raise TrunklineError("trunkline prepare needs a recipe, such as --config gpt/demo, or --data TextData")
     start = time.perf_counter()
     data.prepare_data()
-    if not isinstance(data, TextData):
+    if not isinstance(data, TokenisedText):
         print(f"{type(data).__name__} keeps nothing of its own on disk; its data can be read")
         return
     Console(soft_wrap=True).print(summary(data, time.perf_counter() - start))
@@ -78,14 +78,14 @@ def own_arguments(arguments: list[str]) -> list[str]:
     return kept
 
 
-def summary(data: TextData, seconds: float) -> Table:
+def summary(data: TokenisedText, seconds: float) -> Table:
     """What was prepared."""
     index = data.preparation.prepare()
     table = Table(show_header=False, title="prepared")
     for split, entry in index["splits"].items():
         text = f"{entry['tokens']:,} tokens, {entry['documents']:,} documents, {entry['bytes'] / 1e6:,.1f} MB of text"
         table.add_row(split, text)
-    table.add_row("vocabulary", f"{data.vocab_size:,} tokens of {data.tokenizer_name}")
+    table.add_row("vocabulary", f"{data.embedding_rows:,} tokens of {data.tokenizer}")
     size = sum(entry["bytes"] for entry in index["splits"].values()) / 1e6
     table.add_row("time", f"{seconds:.1f} s, {size / seconds:.1f} MB/s")
     return table

@@ -128,7 +128,7 @@ class ImageProbes(Callback):
                 self.data = self._load(data)
                 self.names = label_names(self.given_names, self.data.class_names)
         if "zero_shot" in self.tasks:
-            self.encoder = CaptionEncoder(data.tokenizer, data.max_length)
+            self.encoder = CaptionEncoder(data.vocabulary, data.max_length)
 
     def _load(self, own: Any) -> ImageData:
         """The source, thinned out, prepared as the data `own` that the network learns from."""
@@ -225,7 +225,7 @@ def choose_probes(trainer: L.Trainer, module: L.LightningModule, what: list[Prob
     possible: list[Probe] = ["knn", "linear_probe"]
     if isinstance(network, CLIP):
         possible.insert(0, "zero_shot")
-    needed = ("preprocessing", "tokenizer", "max_length") if "zero_shot" in possible else ("preprocessing",)
+    needed = ("preprocessing", "vocabulary", "max_length") if "zero_shot" in possible else ("preprocessing",)
     if not all(hasattr(getattr(trainer, "datamodule", None), name) for name in needed):
         raise TrunklineError("ImageProbes prepares images as the data does; train with ImageTextData or ImageData")
     for probe in what or ():

@@ -151,9 +151,9 @@ def test_keys_carry_their_epoch() -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"batch_size": 4, "world_size": 3}, ["batch_size=4", "3 process", "--data.batch_size", "multiples of 3"]),
-        ({"batch_size": 0}, ["batch_size=0", "--data.batch_size"]),
-        ({"batch_size": 13, "drop_last": True}, ["batch_size=13", "12 samples", "--data.batch_size to at most 12"]),
+        ({"batch_size": 4, "world_size": 3}, ["batch_size=4", "3 process", "batch_size", "multiples of 3"]),
+        ({"batch_size": 0}, ["batch_size=0", "batch_size"]),
+        ({"batch_size": 13, "drop_last": True}, ["batch_size=13", "12 samples", "batch_size to at most 12"]),
     ],
 )
 def test_impossible_batches_are_refused(options: dict[str, Any], parts: list[str]) -> None:

@@ -87,7 +87,7 @@ def test_an_error_of_the_source_comes_out_of_the_training() -> None:
 
 
 def test_too_small_vocabularies() -> None:
-    with pytest.raises(TrunklineError, match=r"--data.vocab_size 256 is too small for bpe; set it to at least 257"):
+    with pytest.raises(TrunklineError, match=r"vocab_size=256 is too small for bpe; set it to at least 257"):
         train_tokenizer("bpe", [TEXT], 256)
     assert size_of(train_tokenizer("bpe", [TEXT], 257)) == 257
     assert size_of(train_tokenizer("wordpiece", ["".join(map(chr, range(0x4E00, 0x5000)))], 64)) <= 64
@@ -102,7 +102,7 @@ def test_end_of_text_is_the_best_there_is(tokens: list[str], expected: int) -> N
 
 
 def test_no_end_of_text() -> None:
-    with pytest.raises(TrunklineError, match=r"no token that ends a document .* --data.tokenizer"):
+    with pytest.raises(TrunklineError, match=r"no token that ends a document .* tokenizer"):
         end_of_text_id(Tokenizer(models.WordLevel({"a": 0})))
 
 
@@ -200,7 +200,7 @@ def test_a_tokenizer_file_is_read_without_truncation_and_padding(tmp_path: Path,
 
 def test_unreadable_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.json").write_text("{}")
-    with pytest.raises(TrunklineError, match=r"cannot read --data.tokenizer .*t\.json: .*give chars, bpe, masked_bpe"):
+    with pytest.raises(TrunklineError, match=r"cannot read tokenizer=.*t\.json: .*give chars, bpe, masked_bpe"):
         load_tokenizer(str(tmp_path / "t.json"))
 
     def from_pretrained(name: str) -> None:
@@ -208,7 +208,7 @@ def test_unreadable_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(ours, "Tokenizer", SimpleNamespace(from_pretrained=from_pretrained))
     with pytest.raises(
-        TrunklineError, match="tokenizer bep: there is no such file here, and as a hub name: no network"
+        TrunklineError, match="tokenizer=bep: there is no such file here, and as a hub name: no network"
     ):
         load_tokenizer("bep")
 

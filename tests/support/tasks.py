@@ -50,7 +50,7 @@ def causal_lm(exact: bool) -> dict[str, Any]:
 
 
 def text_data(folder: Path, path: Path, **options: Any) -> dict[str, Any]:
-    fields = {"path": str(path), "tokenizer": "chars", "max_length": 16, "cache_dir": str(folder / "cache")}
+    fields = {"source": str(path), "tokenizer": "chars", "max_length": 16, "cache_dir": str(folder / "cache")}
     return {"class_path": "TextData", "init_args": {**fields, **options}}
 
 
@@ -79,7 +79,7 @@ def classify(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]
     train_tokenizer("masked_bpe", texts, 300).save(str(folder / "tokenizer.json"))
     body = {"vocab_size": 300, "max_length": 16, "backbone": {**trunk(exact), "norm_first": False}}
     network = {"num_outputs": 3, "pool": "mean", "dropout": 0.0 if exact else 0.2, "bert": body}
-    data = {"path": str(folder / "labelled.jsonl"), "tokenizer": str(folder / "tokenizer.json"), "max_length": 16}
+    data = {"source": str(folder / "labelled.jsonl"), "tokenizer": str(folder / "tokenizer.json"), "max_length": 16}
     model = {"class_path": "TextClassifier", "init_args": {"network": network}}
     return model, {"class_path": "LabelledTextData", "init_args": {**data, "val_fraction": 0.4}}
 

@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from trunkline.datamodules.images.image_data import Preprocessing
+from trunkline.datamodules.images.preprocessing import Preprocessing
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.losses import infonce_loss

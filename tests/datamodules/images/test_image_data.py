@@ -213,7 +213,7 @@ def test_augmentation_that_is_off_changes_nothing() -> None:
     for i in range(20):
         plain = evaluation(train.rows.image(i))  # type: ignore[attr-defined]
         assert all(torch.equal(train[SampleKey(epoch, i)]["image"], plain) for epoch in range(3))
-    assert ImageData().augmentation == Augmentation()
+    assert ImageData().image_options("train", 0)[1] == Augmentation()
 
 
 def test_a_crop_scale_of_one_takes_in_the_whole_picture(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_an_unreadable_image_stops_training_with_its_name(workers: int, folder: 
     with pytest.raises(TrunklineError) as caught:
         list(loader)
     assert str(caught.value).startswith(f"cannot read the image {folder}/b/07.png: ")
-    assert str(caught.value).endswith("or set --data.skip_corrupt true")
+    assert str(caught.value).endswith("or set skip_corrupt=true")
     if workers:  # else torch waits 5 s for them, once the garbage collector finds them through the traceback
         loader._iterator._shutdown_workers()  # type: ignore[union-attr]
 
@@ -321,9 +321,9 @@ def test_skip_corrupt_gives_up_when_all_images_are_broken(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": 2}, "--data.channels must be 1 (grey) or 3 (RGB), not 2"),
-        ({"channels": 1, "mean": (0.1, 0.2, 0.3)}, "--data.mean has 3 values for 1 channel(s)"),
-        ({"channels": 3, "std": (0.1, 0.2)}, "--data.std has 2 values for 3 channel(s)"),
+        ({"channels": 2}, "channels must be 1 (grey) or 3 (RGB), not 2"),
+        ({"channels": 1, "mean": (0.1, 0.2, 0.3)}, "mean has 3 values for 1 channel(s)"),
+        ({"channels": 3, "std": (0.1, 0.2)}, "std has 2 values for 3 channel(s)"),
     ],
 )
 def test_wrong_settings_name_their_flag(options: dict[str, Any], message: str) -> None:

@@ -265,7 +265,7 @@ def test_broken_pictures_name_their_file(name: str, tmp_path: Path) -> None:
         with pytest.raises(TrunklineError) as caught:
             open_image(given, str(file))
         assert str(caught.value).startswith(f"cannot read the image {file}: ")
-        assert "replace or remove it, or set --data.skip_corrupt true" in str(caught.value)
+        assert "replace or remove it, or set skip_corrupt=true" in str(caught.value)
         assert " at 0x" not in str(caught.value)
 
 
@@ -295,34 +295,34 @@ ERRORS: dict[str, tuple[Callable[[Path], Path], dict[str, str], list[str]]] = {
     "no images": (folder(empty="a"), {}, ["in holds no image file", ".png"]),
     "no class folders": (folder("1.png"), {}, ["in/1.png lies in no class folder", "move it into one below"]),
     "class that train lacks": (folder("train/a/1.png", "val/b/2.png"), {}, ["in/val/b is none of the 1 class folders"]),
-    "no train": (folder("val/a/1.png"), {}, ["no split 'train'", "it has val", "--data.train_split"]),
-    "folder's split": (folder("a/1.png"), {"val": "dev2"}, ["no split 'dev2'", "--data.val_split"]),
+    "no train": (folder("val/a/1.png"), {}, ["no split 'train'", "it has val", "train_split"]),
+    "folder's split": (folder("a/1.png"), {"val": "dev2"}, ["no split 'dev2'", "val_split"]),
     "text file": (lambda d: (d / "a.txt", (d / "a.txt").touch())[0], {}, ["a.txt is no folder, Parquet"]),
     "broken file": (
         lambda d: (d / "a.parquet", (d / "a.parquet").touch())[0],
         {},
-        ["--data.source", "a.parquet", "0 by"],
+        ["source", "a.parquet", "0 by"],
     ),
-    "image column": (parquet(lambda: table([0])), {"image": "img"}, ["'img'", "image, label", "--data.image_column"]),
-    "label column": (parquet(lambda: table([0])), {"label": "fine"}, ["'fine'", "image, label", "--data.label_column"]),
+    "image column": (parquet(lambda: table([0])), {"image": "img"}, ["'img'", "image, label", "image_column"]),
+    "label column": (parquet(lambda: table([0])), {"label": "fine"}, ["'fine'", "image, label", "label_column"]),
     "no images in it": (
         parquet(lambda: table([0])),
         {"image": "label"},
-        ["'label' holds no images", "--data.image_column"],
+        ["'label' holds no images", "image_column"],
     ),
-    "split": (saved_splits(a=[0], b=[1]), {"train": "a", "test": "c"}, ["no split 'c'", "a, b", "--data.test_split"]),
+    "split": (saved_splits(a=[0], b=[1]), {"train": "a", "test": "c"}, ["no split 'c'", "a, b", "test_split"]),
     "new class": (
         saved_splits(train=[0, 1], test=[1, 2]),
         {},
         ["(test), row 1", "label 2", "2 classes", "label_column"],
     ),
-    "new name": (saved_splits(train=["a"], val=["a", "b"]), {}, ["(val), row 1", "label 'b'", "--data.label_column"]),
-    "negative": (parquet(lambda: table([0, 1, -1])), {}, ["(train), row 2", "label -1", "--data.label_column"]),
-    "gap": (parquet(lambda: table([0, None])), {}, ["(train), row 1", "label None", "--data.label_column"]),
-    "floats": (parquet(lambda: table([0.5, 1.0])), {}, ["'label'", "float64", "0.5", "--data.label_column"]),
+    "new name": (saved_splits(train=["a"], val=["a", "b"]), {}, ["(val), row 1", "label 'b'", "label_column"]),
+    "negative": (parquet(lambda: table([0, 1, -1])), {}, ["(train), row 2", "label -1", "label_column"]),
+    "gap": (parquet(lambda: table([0, None])), {}, ["(train), row 1", "label None", "label_column"]),
+    "floats": (parquet(lambda: table([0.5, 1.0])), {}, ["'label'", "float64", "0.5", "label_column"]),
     "floats in test": (saved_splits(train=[0, 1], test=[0.5]), {}, ["(test), row 0", "0.5"]),
-    "lists": (parquet(lambda: table([[0], [1]])), {}, ["'label'", "list", "--data.label_column"]),
-    "dates": (parquet(lambda: table([1_700_000_000])), {}, ["'label'", "1700000000", "--data.label_column"]),
+    "lists": (parquet(lambda: table([[0], [1]])), {}, ["'label'", "list", "label_column"]),
+    "dates": (parquet(lambda: table([1_700_000_000])), {}, ["'label'", "1700000000", "label_column"]),
 }
 
 
@@ -346,5 +346,5 @@ def test_missing_sources_fail_fast_without_a_network(source: str, monkeypatch: p
     with pytest.raises(TrunklineError) as caught:
         load_image_table(source, "image", "label", {"train": None})
     assert asked == []  # nobody is asked or waited for
-    assert f"cannot read --data.source {source}: there is no such file or folder here" in str(caught.value)
+    assert f"cannot read source={source}: there is no such file or folder here" in str(caught.value)
     assert "give `digits`, a local path" in str(caught.value)

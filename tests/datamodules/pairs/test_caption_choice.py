@@ -41,5 +41,5 @@ def test_share_of_the_first_caption(share: float | None, tmp_path: Path) -> None
 
 def test_impossible_share() -> None:
     for wrong in (1.0, -0.1):
-        with pytest.raises(TrunklineError, match=r"--data\.first_caption .* must be from 0 up to below 1, or null"):
+        with pytest.raises(TrunklineError, match=r"first_caption=.* must be from 0 up to below 1, or null"):
             ImageTextData(first_caption=wrong)

@@ -19,7 +19,7 @@ from trunkline.datamodules import Augmentation, ImageTextData
 from trunkline.datamodules.pairs.captions import CaptionEncoder, caption_key
 from trunkline.datamodules.pairs.image_text_data import set_aside
 from trunkline.datamodules.samplers import SampleKey
-from trunkline.datamodules.text.text_sources import split_of
+from trunkline.datamodules.splits import split_of
 from trunkline.datamodules.tokenizers import MASKING_TOKENS, train_bpe
 
 WHOLE = Augmentation(crop_scale=(1.0, 1.0))
@@ -80,7 +80,7 @@ def epoch(loader: Any, number: int = 0) -> list[dict[str, Tensor]]:
 def texts(data: ImageTextData, batches: list[dict[str, Tensor]]) -> dict[int, str]:
     """Index -> caption."""
     rows = [(int(i), tokens.tolist()) for b in batches for i, tokens in zip(b["index"], b["tokens"], strict=True)]
-    return {index: data.tokenizer.decode(tokens) for index, tokens in rows}
+    return {index: data.vocabulary.decode(tokens) for index, tokens in rows}
 
 
 # --- batches
@@ -104,7 +104,7 @@ def test_batches_are_as_documented(split: str, source: Path, tmp_path: Path) -> 
     for n in range(4):  # image, caption and key belong together
         value = round((float(batch["image"][n, 0, 0, 0]) + 1) * 127.5) // 10
         row = int(batch["index"][n])
-        caption = data.tokenizer.decode(batch["tokens"][n].tolist())
+        caption = data.vocabulary.decode(batch["tokens"][n].tolist())
         assert data.caption(split, row) == f"main {value}"
         assert caption in [c[:7] for c in captions_of(value)]
         assert int(batch["caption_key"][n]) in {caption_key(c) for c in captions_of(value)}
@@ -221,7 +221,7 @@ def test_rows_of_tokens_like_bert_s_and_gpt_s() -> None:
 
 def test_no_room_for_text() -> None:
     assert CaptionEncoder(clip_like(), 3).encode(["a b"])[0].tolist() == [[4, 0, 5]]
-    with pytest.raises(TrunklineError, match=r"--data\.max_length 2 leaves no room"):
+    with pytest.raises(TrunklineError, match=r"max_length=2 leaves no room"):
         CaptionEncoder(clip_like(), 2)
     with pytest.raises(TrunklineError, match="no token that ends"):
         CaptionEncoder(Tokenizer(models.WordLevel({"a": 0})), 8)
@@ -232,7 +232,7 @@ def test_a_caption_that_is_too_long_is_flagged(source: Path, tmp_path: Path) -> 
     source.write_text("\n".join(lines))
     data = make(source, tmp_path, max_length=6, batch_size=9)
     (batch,) = epoch(data.train_dataloader())
-    end = data.tokenizer.token_to_id("<|endoftext|>")
+    end = data.vocabulary.token_to_id("<|endoftext|>")
     for index, tokens, truncated in zip(batch["index"], batch["tokens"], batch["truncated"], strict=True):
         assert truncated == (index + 1 > 5)
         assert tokens[min(int(index) + 1, 5)] == end
@@ -244,14 +244,14 @@ def test_the_tokenizer_is_learnt_from_training_captions_and_kept(source: Path, t
     data = make(source, tmp_path, val_fraction=0.1)
     held_out = {data.caption("val", n) for n in range(len(data.datasets["val"]))}  # type: ignore[arg-type]
     assert held_out
-    known = set(data.tokenizer.get_vocab())
+    known = set(data.vocabulary.get_vocab())
     assert known == {"<|endoftext|>", "<|unk|>", "b", *(chr(0x4E00 + n) for n in range(20))} - held_out
-    assert data.vocab_size == len(known)
+    assert data.embedding_rows == len(known)
     files = list((tmp_path / "cache").rglob("tokenizer.json"))
     assert len(files) == 1
     files[0].write_text(files[0].read_text().replace('"b"', '"c"'))  # read again, not learnt again
-    assert "c" in make(source, tmp_path, val_fraction=0.1).tokenizer.get_vocab()
-    assert "c" not in make(source, tmp_path, val_fraction=0.2).tokenizer.get_vocab()
+    assert "c" in make(source, tmp_path, val_fraction=0.1).vocabulary.get_vocab()
+    assert "c" not in make(source, tmp_path, val_fraction=0.2).vocabulary.get_vocab()
 
 
 def test_a_checkpoint_keeps_the_data_s_settings_and_its_tokenizer_counts(source: Path, tmp_path: Path) -> None:
@@ -263,9 +263,9 @@ def test_a_checkpoint_keeps_the_data_s_settings_and_its_tokenizer_counts(source:
     again = make(source, tmp_path, tokenizer=str(tmp_path / "run.ckpt"))
     again.load_state_dict(state)
     assert torch.equal(epoch(again.train_dataloader())[0]["tokens"], epoch(data.train_dataloader())[0]["tokens"])
-    with pytest.raises(TrunklineError, match=r"with another tokenizer than --data\.tokenizer .*that checkpoint"):
+    with pytest.raises(TrunklineError, match=r"with another tokenizer than tokenizer=.*that checkpoint"):
         make(source, tmp_path, tokenizer="chars").load_state_dict(state)
-    with pytest.raises(TrunklineError, match=r"--data\.vocab_size 5 is smaller than the \d+ tokens"):
+    with pytest.raises(TrunklineError, match=r"vocab_size=5 is smaller than the \d+ tokens"):
         make(source, tmp_path, tokenizer=str(tmp_path / "run.ckpt"), vocab_size=5)
 
 
@@ -287,7 +287,7 @@ def test_a_row_that_cannot_be_read_stops_training(workers: int, source: Path, tm
     (tmp_path / "tokenizer.json").write_text(train_bpe(["main"], 300).to_str())
     data = make(source, tmp_path, num_workers=workers, tokenizer=str(tmp_path / "tokenizer.json"))
     loader = data.train_dataloader()
-    with pytest.raises(TrunklineError, match=r"pairs\.jsonl:(4|8|12).*skip_corrupt true$"):
+    with pytest.raises(TrunklineError, match=r"pairs\.jsonl:(4|8|12).*skip_corrupt=true$"):
         list(loader)
     if workers:  # else torch waits 5 s for them, once the garbage collector finds them through the traceback
         loader._iterator._shutdown_workers()  # type: ignore[union-attr]
@@ -358,7 +358,7 @@ def test_rows_are_set_aside_by_their_number(source: Path, tmp_path: Path) -> Non
 
 def test_an_empty_split_is_named(source: Path, tmp_path: Path) -> None:
     source.write_text("\n".join(source.read_text().splitlines()[:3]))
-    with pytest.raises(TrunklineError, match=r"the val split comes out empty; .*--data\.val_split, or .*val_fraction"):
+    with pytest.raises(TrunklineError, match=r"the val split comes out empty; .*val_split, or .*val_fraction"):
         make(source, tmp_path, val_fraction=0.1)
 
 
@@ -367,9 +367,9 @@ def test_an_empty_split_is_named(source: Path, tmp_path: Path) -> None:
     [
         ({"val_fraction": 1.0}, "val_fraction=1.0 leaves nothing for training"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "_fraction=0.5 leaves nothing for training"),
-        ({"shard_window": 0}, "--data.shard_window must be 1 or more, not 0"),
-        ({"channels": 2}, r"--data\.channels must be 1 \(grey\)"),
-        ({"vocab_size": 3, "tokenizer": "bpe"}, "--data.vocab_size 3 is too small for bpe"),
+        ({"shard_window": 0}, "shard_window must be 1 or more, not 0"),
+        ({"channels": 2}, r"channels must be 1 \(grey\)"),
+        ({"vocab_size": 3, "tokenizer": "bpe"}, "vocab_size=3 is too small for bpe"),
     ],
 )
 def test_wrong_settings_name_their_flag(options: dict[str, Any], message: str) -> None:
@@ -391,7 +391,7 @@ def test_emoji_of_both_artists_share_splits_and_tokenizer(tmp_path: Path) -> Non
     mains = [texts[0] for split in names.values() for texts in split]
     assert len(set(mains)) == len(mains) > 1500
     assert 0.09 < len(names["val"]) / len(mains) < 0.11
-    assert first.tokenizer.to_str() == second.tokenizer.to_str()
+    assert first.vocabulary.to_str() == second.vocabulary.to_str()
     batch, other = (next(iter(data.val_dataloader())) for data in (first, second))
     assert torch.equal(batch["tokens"], other["tokens"])
     assert not torch.equal(batch["image"], other["image"])

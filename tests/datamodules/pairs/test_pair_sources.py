@@ -90,7 +90,7 @@ def test_lists_with_other_columns_and_splits(folder: Path) -> None:
     }
     loaded = load(folder / "in", folder, **options, val="more")
     assert contents(loaded["val"]) == [(3, ["a 3"])]
-    with pytest.raises(TrunklineError, match=r"has no split 'minival'; it has .*; set --data\.val_split"):
+    with pytest.raises(TrunklineError, match=r"has no split 'minival'; it has .*; set val_split"):
         load(folder / "in", folder, **options, val="minival")
     # a split alone is all there is
     assert len(load(folder / "in" / "captions_val2017.jsonl", folder, **options)["train"]) == 1
@@ -101,9 +101,9 @@ def test_lists_with_other_columns_and_splits(folder: Path) -> None:
     [
         (
             {"picture": "1.png", "caption": "a"},
-            "pairs.jsonl:2 has no 'image'; it has picture, caption; set --data.image",
+            "pairs.jsonl:2 has no 'image'; it has picture, caption; set image",
         ),
-        ({"image": "1.png", "text": "a"}, "pairs.jsonl:2 has no 'caption'; it has image, text; set --data.caption"),
+        ({"image": "1.png", "text": "a"}, "pairs.jsonl:2 has no 'caption'; it has image, text; set caption"),
         ({"image": 3, "caption": "a"}, "pairs.jsonl:2: 'image' is no path but int; mend"),
         ({"image": "", "caption": "a"}, "pairs.jsonl:2: 'image' is no path but empty; mend"),
         ({"image": "1.png", "caption": 3}, "pairs.jsonl:2: 'caption' is no text or list of texts but"),
@@ -122,7 +122,7 @@ def test_an_empty_caption_is_found_when_its_row_is_read(caption: Any, folder: Pa
     rows = [{"image": "images/0.png", "caption": "zero"}, {"image": "images/1.png", "caption": caption}]
     loaded = load(write_list(folder / "pairs.jsonl", rows), folder)["train"]
     assert loaded.captions(0) == ["zero"]
-    with pytest.raises(TrunklineError, match=r"pairs\.jsonl:2: 'caption' has an empty caption; .*skip_corrupt true$"):
+    with pytest.raises(TrunklineError, match=r"pairs\.jsonl:2: 'caption' has an empty caption; .*skip_corrupt=true$"):
         loaded.captions(1)
 
 
@@ -185,7 +185,7 @@ def test_broken_tables(tmp_path: Path) -> None:
     with pytest.raises(TrunklineError, match=r"row 2: 'caption' is no text or list of texts but null"):
         rows.captions(2)
     for flag, column in (("image", "img"), ("caption", "text")):
-        with pytest.raises(TrunklineError, match=f"has no column '{column}'; .*set --data.{flag}_column"):
+        with pytest.raises(TrunklineError, match=f"has no column '{column}'; .*set {flag}_column"):
             load(tmp_path / "rows.parquet", tmp_path, **{flag: column})
     with pytest.raises(TrunklineError, match="column 'id' holds no images but"):
         load(tmp_path / "rows.parquet", tmp_path, image="id")
@@ -255,9 +255,9 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ):
         with pytest.raises(TrunklineError, match=message):
             load(source, tmp_path)
-    with pytest.raises(TrunklineError, match=r"--data\.image_folder nowhere: there is no such folder"):
+    with pytest.raises(TrunklineError, match=r"image_folder=nowhere: there is no such folder"):
         load(tmp_path / "rows.jsonl", tmp_path, image_folder="nowhere")
-    with pytest.raises(TrunklineError, match=r"cannot read --data\.source .*give `twemoji`, a local path"):
+    with pytest.raises(TrunklineError, match=r"cannot read source=.*give `twemoji`, a local path"):
         load("nobody/nothing-of-this-name", tmp_path)
 
 

@@ -115,7 +115,7 @@ def test_incomplete_samples_are_rows_that_cannot_be_read(tmp_path: Path) -> None
         with pytest.raises(TrunklineError) as caught:
             rows.captions(row)
         assert part in str(caught.value)
-        assert "--data.skip_corrupt true" in str(caught.value)
+        assert "skip_corrupt=true" in str(caught.value)
 
 
 # --- the index
@@ -179,7 +179,7 @@ def test_a_shard_cut_short(cut: int, samples: int, message: str, tmp_path: Path)
     with pytest.raises(TrunklineError) as caught:
         pairs([whole, tmp_path / "short.tar"])
     assert str(caught.value).startswith(f"the shard {tmp_path}/short.tar of {cut} bytes is broken: {message}")
-    assert str(caught.value).endswith("set --data.skip_corrupt true to use what is before")
+    assert str(caught.value).endswith("set skip_corrupt=true to use what is before")
     for _ in range(2):  # said in each run
         with pytest.warns(UserWarning, match=rf"short\.tar of {cut} bytes .*only the {samples} samples before"):
             rows = pairs([whole, tmp_path / "short.tar"], skip=True)

@@ -230,8 +230,8 @@ def test_unigram_entropy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 4}, "--data.max_length 4 leaves no room"),
-        ({"tokenizer": "bpe", "vocab_size": 300}, r"no \[CLS\] or <s> token, .* set --data.tokenizer wordpiece"),
+        ({"max_length": 4}, "max_length=4 leaves no room"),
+        ({"tokenizer": "bpe", "vocab_size": 300}, r"no \[CLS\] or <s> token, .* set tokenizer=wordpiece"),
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_a_character_file_is_nanogpt_s(text: Path) -> None:
         stream = data.preparation.stream(split)
         assert stream.read(0, len(stream)).tolist() == [*(number[c] for c in part), 0]
         assert data.bytes_per_token[split] == len(part) / (len(part) + 1)
-    assert data.vocab_size == len(characters)
+    assert data.embedding_rows == len(characters)
     assert "test" not in data.datasets
     assert data.test_dataloader() == []
 
@@ -81,33 +81,33 @@ def test_training_order_and_offsets_are_pure_functions_of_seed_and_epoch(text: P
 
 
 def test_sizes_of_the_vocabulary(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make(text, tokenizer="bpe", vocab_size=300).vocab_size == 300
+    assert make(text, tokenizer="bpe", vocab_size=300).embedding_rows == 300
     assert not (text.parent / "cache").exists()  # a declared size costs nothing
     data = make(text, tokenizer="bpe")
-    assert 257 < data.vocab_size < 8192  # so little text has no more to merge
+    assert 257 < data.embedding_rows < 8192  # so little text has no more to merge
     assert not list((text.parent / "cache").rglob("*.bin"))  # the tokenizer alone
     monkeypatch.setattr(Preparation, "_keep_tokenizer", None)
-    assert make(text, tokenizer="bpe").vocab_size == data.vocab_size  # trained once
+    assert make(text, tokenizer="bpe").embedding_rows == data.embedding_rows  # trained once
 
 
 def test_a_tokenizer_file_is_used_and_padded(text: Path, tmp_path: Path) -> None:
     tokenizer = train_bpe([LINES], 280)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     data = ready(text, tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=512)
-    assert data.vocab_size == 512
+    assert data.embedding_rows == 512
     stream = data.preparation.stream("train")
     assert stream.read(0, len(stream)).tolist() == [*tokenizer.encode(LINES[: int(len(LINES) * 0.9)]).ids, 0]
     assert (data.preparation.folder / "tokenizer.json").read_text() == tokenizer.to_str()
-    with pytest.raises(TrunklineError, match=r"--data.vocab_size 200 is smaller than the 280 tokens .* at least 280"):
+    with pytest.raises(TrunklineError, match=r"vocab_size=200 is smaller than the 280 tokens .* at least 280"):
         make(text, tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=200).prepare_data()
 
 
 def test_splits_of_their_own(text: Path, tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("99 bottles of beer, €")
-    data = ready(text, val_path=str(tmp_path / "val.txt"), test_fraction=0.5)
+    data = ready(text, val_source=str(tmp_path / "val.txt"), test_fraction=0.5)
     stream = data.preparation.stream("val")
     assert len(data.preparation.stream("train")) == len(LINES) // 2 + 1
-    decoded = data.tokenizer.decode(stream.read(0, len(stream)).tolist(), skip_special_tokens=False)
+    decoded = data.vocabulary.decode(stream.read(0, len(stream)).tolist(), skip_special_tokens=False)
     assert decoded == "99 bottles of beer, <|unk|><|endoftext|>"  # the training text has no €
     assert data.bytes_per_token["val"] == 23 / 22
 
@@ -129,9 +129,9 @@ def _key(index: int) -> Any:
 def test_a_checkpoint_knows_its_tokenizer(text: Path) -> None:
     data = ready(text)
     state = data.state_dict()
-    assert state == {"tokenizer": data.tokenizer.to_str()}
+    assert state == {"tokenizer": data.vocabulary.to_str()}
     ready(text, packing="documents").load_state_dict(state)
-    with pytest.raises(TrunklineError, match=r"another tokenizer than --data.tokenizer bpe on --data.path .*in\.txt"):
+    with pytest.raises(TrunklineError, match=r"another tokenizer than tokenizer=bpe on source=.*in\.txt"):
         ready(text, tokenizer="bpe", vocab_size=300).load_state_dict(state)
 
 
@@ -139,7 +139,7 @@ def test_documents_end_with_the_end_of_text(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("".join(f'{{"body": "row {n} of these"}}\n' for n in range(30)))
     data = ready(tmp_path / "in.jsonl", text_column="body", tokenizer="wordpiece", vocab_size=80, packing="documents")
     stream = data.preparation.stream("train")
-    end = end_of_text_id(data.tokenizer)
+    end = end_of_text_id(data.vocabulary)
     assert stream.read(0, len(stream)).tolist().count(end) == len(stream.document_ends()) == 27
     assert data.preparation.prepare()["splits"]["val"]["documents"] == 3
 
@@ -147,16 +147,19 @@ def test_documents_end_with_the_end_of_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 0}, "--data.max_length must be at least 1"),
+        ({"max_length": 0}, "max_length must be at least 1"),
         ({"val_fraction": 1.0}, "val_fraction=1.0 leaves nothing"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "leaves nothing for training"),
         ({"test_fraction": -0.1}, "test_fraction=-0.1"),
-        ({"tokenizer": "bpe", "vocab_size": 100}, "--data.vocab_size 100 is too small for bpe; set it to at least 257"),
-        ({"max_length": 100_000}, "the train split of .* fewer than one row needs .* lower --data.max_length"),
-        ({"vocab_size": 5}, "--data.vocab_size 5 is smaller than the"),
-        ({"path": "nothing.txt"}, "--data.path nothing.txt: there is no such file"),
-        ({"val_path": "nothing.txt"}, "--data.val_path nothing.txt: there is no such file"),
-        ({"tokenizer": "no.json"}, "--data.tokenizer no.json: there is no file no.json"),
+        (
+            {"tokenizer": "bpe", "vocab_size": 100},
+            "vocab_size=100 is too small for bpe; set it to at least 257",
+        ),
+        ({"max_length": 100_000}, "the train split of .* fewer than one row needs .* lower max_length"),
+        ({"vocab_size": 5}, "vocab_size=5 is smaller than the"),
+        ({"path": "nothing.txt"}, "source=nothing.txt: there is no such file"),
+        ({"val_source": "nothing.txt"}, "val_source=nothing.txt: there is no such file"),
+        ({"tokenizer": "no.json"}, "tokenizer=no.json: there is no file no.json"),
     ],
 )
 def test_bad_input_is_refused(options: dict[str, Any], message: str, text: Path) -> None:

@@ -16,6 +16,7 @@ from pyarrow import parquet
 
 from trunkline import TrunklineError
 from trunkline.datamodules import tables as text_files
+from trunkline.datamodules.hub import NamedSource
 from trunkline.datamodules.splits import split_of
 from trunkline.datamodules.text.text_sources import Piece, open_text
 from trunkline.datamodules.tokenizers import train_bpe
@@ -209,7 +210,7 @@ def test_hub_rows_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
         return [{"body": "one"}, {"body": "two"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    source = open_text("owner/name", "body", "en", "validation", "abc")
+    source = open_text(NamedSource("owner/name", split="validation", hub_config="en", revision="abc"), "body")
     assert not asked  # a prepared text needs no network
     assert [piece.text for piece in source.pieces({"train": 1.0})] == ["one", "two"]
     assert asked == [(("owner/name", "en"), {"split": "validation", "revision": "abc", "streaming": True})]
@@ -222,7 +223,7 @@ def test_an_unreachable_hub_name_says_both(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     message = fault("owner/name")
-    assert "--data.path owner/name: there is no such file or folder here, and as a hub name: " in message
+    assert "source=owner/name: there is no such file or folder here, and as a hub name: " in message
     assert "ConnectionError: no network" in message
 
 
@@ -234,7 +235,7 @@ def test_a_connection_that_breaks_names_the_last_row(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
     message = fault("owner/name")
     assert message == (
-        "--data.path owner/name broke off after owner/name (train), row 1: ConnectionError: reset by peer; try again, "
+        "source=owner/name broke off after owner/name (train), row 1: ConnectionError: reset by peer; try again, "
         "or name a copy on disk"
     )
 
@@ -258,7 +259,7 @@ def test_a_connection_that_breaks_names_the_last_row(monkeypatch: pytest.MonkeyP
         (
             "a.jsonl",
             b'{"text": "a"}\n{"body": "b", "id": 1}',
-            ["a.jsonl:2 has no 'text'; it has body, id", "--data.text_"],
+            ["a.jsonl:2 has no column 'text'; it has body, id", "text_"],
         ),
         ("a.jsonl", b'{"text": null}', ["a.jsonl:1: 'text' is no text but null"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": 7}', ["a.jsonl:2: 'text' is no text but int"]),
@@ -298,7 +299,7 @@ def test_broken_parquet_rows(columns: dict[str, list[Any]], part: str, tmp_path:
 def test_missing_files_do_not_ask_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(datasets, "load_dataset")
     message = fault(name)
-    assert f"--data.path {name}: there is no such file or folder here" in message
+    assert f"source={name}: there is no such file or folder here" in message
     assert "hub" in message
 
 

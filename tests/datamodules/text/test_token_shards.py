@@ -309,14 +309,14 @@ def test_a_file_that_changes_meanwhile_is_refused(
         prepared(corpus, tmp_path / "cache")
 
 
-@pytest.mark.parametrize(("split", "flag"), [("val", "--data.val_fraction"), ("test", "--data.test_fraction")])
+@pytest.mark.parametrize(("split", "flag"), [("val", "val_fraction"), ("test", "test_fraction")])
 def test_an_empty_split_is_refused(split: str, flag: str, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     with pytest.raises(TrunklineError) as caught:
         prepared(tmp_path / "in.jsonl", tmp_path / "cache", train=0.9, **{split: 0.1})
     assert f"the {split} split comes out empty" in str(caught.value)
     assert f"raise {flag}" in str(caught.value)
-    assert f"--data.{split}_path" in str(caught.value)
+    assert f"{split}_source" in str(caught.value)
 
 
 # --- several processes

@@ -69,7 +69,7 @@ def item(made: LabelledTextData, split: str, index: int) -> dict[str, Any]:
 def test_rows_of_a_table(suffix: str, tmp_path: Path) -> None:
     made = ready(write(tmp_path / f"t{suffix}", rows()), tmp_path, batch_size=4)
     assert made.class_names == ["no", "yes"]
-    assert made.vocab_size == len(SPECIAL + WORDS)
+    assert made.embedding_rows == len(SPECIAL + WORDS)
     shares = {"train": 0.9, "val": 0.1}
     numbers = {split: [n for n in range(20) if split_of(n, shares) == split] for split in shares}
     assert {split: len(rows) for split, rows in made.datasets.items()} == {s: len(n) for s, n in numbers.items()}  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def test_a_gpts_tokenizer(tmp_path: Path) -> None:
     row, ids = item(made, "train", 0), bpe.encode("a b").ids
     assert row["tokens"].tolist() == [*ids, end, *[end] * (7 - len(ids))]
     assert row["mask"].sum() == len(ids) + 1
-    assert made.vocab_size == 300
+    assert made.embedding_rows == 300
 
 
 def test_a_special_tokens_name_is_text(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_class_names_are_sorted(values: list[Any], names: list[str], tmp_path: P
 
 def test_files_of_their_own(tmp_path: Path) -> None:
     train, val = write(tmp_path / "a.jsonl", rows(7)), write(tmp_path / "b.csv", rows(5))
-    made = ready(train, tmp_path, val_path=val, test_path=train)
+    made = ready(train, tmp_path, val_source=val, test_source=train)
     assert {split: len(own) for split, own in made.datasets.items()} == {"train": 7, "val": 5, "test": 7}  # type: ignore[arg-type]
 
 
@@ -162,7 +162,7 @@ def test_few_rows_are_drawn_evenly(tmp_path: Path) -> None:
     assert Counter(item(made, "train", n)["label"] for n in range(6)) == {0: 3, 1: 3}
     assert len(made.datasets["val"]) == len(ready(path, tmp_path).datasets["val"])  # type: ignore[arg-type]
     for wrong in (0, 1000):
-        with pytest.raises(TrunklineError, match=rf"--data\.train_rows {wrong} must be 1 to \d+, all there are"):
+        with pytest.raises(TrunklineError, match=rf"train_rows={wrong} must be 1 to \d+, all there are"):
             ready(path, tmp_path, train_rows=wrong)
 
 
@@ -176,19 +176,19 @@ def test_few_rows_are_drawn_evenly(tmp_path: Path) -> None:
         ),
         ({"label": 0.5}, {}, r":3: 'label' is no name or whole number but float"),
         ({"label": ""}, {}, r":3: 'label' is empty"),
-        ({"text": 7}, {}, r":3: 'text' is no text but int; mend the row or set --data\.text_column"),
-        ({}, {"text_column": "body"}, r"t\.jsonl:1 has no 'body'; it has text, label; set --data\.text_column"),
-        ({}, {"pair_column": "second"}, r"t\.jsonl:1 has no 'second'; it has text, label; set --data\.pair_column"),
-        ({}, {"label_column": "y"}, r"t\.jsonl:1 has no 'y'; it has text, label; set --data\.label_column"),
+        ({"text": 7}, {}, r":3: 'text' is no text but int; mend the row or set text_column"),
+        ({}, {"text_column": "body"}, r"t\.jsonl:1 has no 'body'; it has text, label; set text_column"),
+        ({}, {"pair_column": "second"}, r"t\.jsonl:1 has no 'second'; it has text, label; set pair_column"),
+        ({}, {"label_column": "y"}, r"t\.jsonl:1 has no 'y'; it has text, label; set label_column"),
         ({}, {"label_column": "c"}, r"t\.jsonl:1 has no 'c'"),
         ({}, {"val_fraction": 1.0}, r"val_fraction=1.0 leaves nothing for training"),
-        ({}, {"val_fraction": 0.001}, r"the val split .* comes out empty; give more rows, or .*--data\.val_path"),
-        ({}, {"max_length": 4}, r"--data\.max_length 4 leaves no room"),
-        ({}, {"vocab_size": 5}, r"--data\.vocab_size 5 is smaller than the 14 tokens"),
+        ({}, {"val_fraction": 0.001}, r"the val split .* comes out empty; give more rows, or .*val_source"),
+        ({}, {"max_length": 4}, r"max_length=4 leaves no room"),
+        ({}, {"vocab_size": 5}, r"vocab_size=5 is smaller than the 14 tokens"),
         (
             {},
             {"tokenizer": "wordpiece"},
-            r"--data\.tokenizer wordpiece: labelled data trains none; give the checkpoint",
+            r"tokenizer=wordpiece: labelled data trains none; give the checkpoint",
         ),
     ],
 )
@@ -197,7 +197,7 @@ def test_broken_rows_and_flags(change: Any, options: Any, message: str, tmp_path
     table[2] |= change
     path = write(tmp_path / "t.jsonl", table)
     with pytest.raises(TrunklineError, match=message):
-        assert ready(path, tmp_path, **options).vocab_size
+        assert ready(path, tmp_path, **options).embedding_rows
 
 
 def test_labels_that_training_does_not_have(tmp_path: Path) -> None:
@@ -208,9 +208,9 @@ def test_labels_that_training_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(
         TrunklineError, match=r"b\.jsonl:4 \(val split\): no training row has the label 'maybe', but no, yes;"
     ):
-        ready(train, tmp_path, val_path=val)
+        ready(train, tmp_path, val_source=val)
     one = write(tmp_path / "c.jsonl", [{"text": "a", "label": "x"}] * 20)
-    with pytest.raises(TrunklineError, match=r"training rows have one class only, x; set --data\.label_column"):
+    with pytest.raises(TrunklineError, match=r"training rows have one class only, x; set label_column"):
         ready(one, tmp_path)
 
 
@@ -222,7 +222,7 @@ def test_labels_that_training_does_not_have(tmp_path: Path) -> None:
         ("a.jsonl", b"\n\xff\n", r"a\.jsonl, byte 1: no UTF-8"),
         ("a.csv", b"text,label\n\xff,1\n", r"a\.csv, byte 11: no UTF-8"),
         ("a.parquet", "no", r"a\.parquet is no Parquet file"),
-        ("a.xlsx", "", r"--data\.path needs \.jsonl, .* files, but .*a\.xlsx is none"),
+        ("a.xlsx", "", r"source needs \.jsonl, .* files, but .*a\.xlsx is none"),
     ],
 )
 def test_broken_files(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
@@ -245,24 +245,20 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     hub: dict[str, Any] = {"hub_config": "sst2", "revision": "abc"}
-    made = ready("some/set", tmp_path, test_path="some/set", val_fraction=0.0, **hub)
+    made = ready("some/set", tmp_path, test_source="some/set", val_fraction=0.0, **hub)
     assert made.class_names == ["one", "zero"]
     assert [item(made, "train", n)["label"] for n in range(4)] == [1, 0, 1, 0]
     assert asked == [("some/set", "sst2", "train", "abc", True)] * 2
     message = r"some/set \(validation\), row 3 \(val split\): no training row has the label '-1', but one, zero;"
     with pytest.raises(TrunklineError, match=message):
-        ready("some/set", tmp_path, val_path="some/set:validation", **hub)
-    with pytest.raises(
-        TrunklineError, match=r"cannot read --data\.path nobody/none: .*FileNotFoundError: no such dataset"
-    ):
+        ready("some/set", tmp_path, val_source="some/set:validation", **hub)
+    with pytest.raises(TrunklineError, match=r"cannot read source=nobody/none: .*FileNotFoundError: no such dataset"):
         ready("nobody/none", tmp_path)
 
 
 def test_missing_files(tmp_path: Path) -> None:
     for name in (str(tmp_path / "none"), "none.jsonl"):
-        with pytest.raises(
-            TrunklineError, match=rf"--data\.path {name}: there is no such file or folder; mend the path"
-        ):
+        with pytest.raises(TrunklineError, match=rf"source={name}: there is no such file or folder; mend the path"):
             ready(name, tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(TrunklineError, match=r"but the folder .*empty is empty"):
@@ -275,21 +271,21 @@ def test_checkpoints_remember_tokenizer_and_classes(tmp_path: Path, tokenizer: T
     settings = {"max_length": 8, "text_column": "text", "pair_column": None}
     assert state == {"tokenizer": tokenizer.to_str(), "class_names": ["no", "yes"], "settings": settings}
     made.load_state_dict(state)
-    with pytest.raises(TrunklineError, match=r"another tokenizer than --data\.tokenizer .*give that checkpoint"):
+    with pytest.raises(TrunklineError, match=r"another tokenizer than tokenizer=.*give that checkpoint"):
         made.load_state_dict({**state, "tokenizer": "{}"})
     with pytest.raises(TrunklineError, match="knows the classes a, b, but the data has no, yes"):
         made.load_state_dict({**state, "class_names": ["a", "b"]})
     torch.save({"epoch": 3, "state_dict": {}, "LabelledTextData": state}, tmp_path / "run.ckpt")
     again = data(str(tmp_path / "t.jsonl"), tmp_path, tokenizer=str(tmp_path / "run.ckpt"))
-    assert again.tokenizer.to_str() == tokenizer.to_str()
+    assert again.vocabulary.to_str() == tokenizer.to_str()
     torch.save({"epoch": 3, "ImageData": {"mean": 1}}, tmp_path / "image.ckpt")
-    with pytest.raises(TrunklineError, match=r"--data\.tokenizer .*image\.ckpt: this checkpoint keeps no tokenizer"):
-        assert data("t", tmp_path, tokenizer=str(tmp_path / "image.ckpt")).tokenizer
+    with pytest.raises(TrunklineError, match=r"tokenizer=.*image\.ckpt: this checkpoint keeps no tokenizer"):
+        assert data("t", tmp_path, tokenizer=str(tmp_path / "image.ckpt")).vocabulary
     with pytest.raises(TrunklineError, match=r"none\.ckpt: there is no file .*none\.ckpt; mend the path"):
-        assert data("t", tmp_path, tokenizer=str(tmp_path / "none.ckpt")).tokenizer
+        assert data("t", tmp_path, tokenizer=str(tmp_path / "none.ckpt")).vocabulary
     (tmp_path / "broken.ckpt").write_bytes(b"no")
-    with pytest.raises(TrunklineError, match=r"cannot read --data\.tokenizer .*broken\.ckpt: "):
-        assert data("t", tmp_path, tokenizer=str(tmp_path / "broken.ckpt")).tokenizer
+    with pytest.raises(TrunklineError, match=r"cannot read tokenizer=.*broken\.ckpt: "):
+        assert data("t", tmp_path, tokenizer=str(tmp_path / "broken.ckpt")).vocabulary
 
 
 # --- the offline names
@@ -330,5 +326,5 @@ def test_the_baseline_learns_the_same_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", table)
     assert ngram_accuracy(data(path, tmp_path, train_rows=4)) == 1.0
     wrong = write(tmp_path / "w.jsonl", [{"text": "a b", "label": 0}, {"text": "a b", "label": 1}])
-    assert ngram_accuracy(data(path, tmp_path, val_path=wrong)) == 0.5
-    assert ngram_accuracy(data(path, tmp_path, val_path=path, test_path=wrong)) == 0.5
+    assert ngram_accuracy(data(path, tmp_path, val_source=wrong)) == 0.5
+    assert ngram_accuracy(data(path, tmp_path, val_source=path, test_source=wrong)) == 0.5

@@ -52,7 +52,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def ready(path: str, tokenizer: str, **options: Any) -> SquadData:
     sizes: dict[str, Any] = {"max_length": 100, "doc_stride": 16, "max_question_length": 12, "val_fraction": 0.0}
-    made = SquadData(path, tokenizer, **{**sizes, **options})
+    made = SquadData(path, tokenizer=tokenizer, **{**sizes, **options})
     made.setup("fit")
     return made
 
@@ -162,7 +162,7 @@ def one(answer: Any, context: str = "the mill of Zürich stood") -> list[dict[st
         (one({"text": " ", "answer_start": 3}), "question q7: the tokenizer makes nothing of the answer ' '"),
         (
             one({"text": "mill " * 97, "answer_start": 0}, context="mill " * 100),
-            r"q7: an answer has \d+ tokens, but a window has room for \d+; set --data\.max_length to at least \d+",
+            r"q7: an answer has \d+ tokens, but a window has room for \d+; set max_length to at least \d+",
         ),
     ],
 )
@@ -213,5 +213,5 @@ def test_broken_files(name: str, content: str, message: str, tokenizers: dict[st
 
 def test_sizes_that_leave_no_room(tokenizers: dict[str, str]) -> None:
     for sizes in ({"max_length": 15}, {"doc_stride": 0}, {"max_question_length": 0}):
-        with pytest.raises(TrunklineError, match=r"must be at least 4 more than --data\.max_question_length"):
+        with pytest.raises(TrunklineError, match=r"must be at least 4 more than max_question_length"):
             ready("x.json", tokenizers["wordpiece"], **sizes)

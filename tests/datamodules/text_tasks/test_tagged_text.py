@@ -134,14 +134,14 @@ def test_words_of_which_nothing_is_left(tmp_path: Path, tokenizer: Tokenizer) ->
     ("change", "message"),
     [
         ({"tags": ["O"] * 4}, r"t\.jsonl:2 has 5 words, but 4 tags; mend the row"),
-        ({"tokens": "Anna"}, r":2: 'tokens' is no list but str; mend the row or set --data\.tokens_column"),
+        ({"tokens": "Anna"}, r":2: 'tokens' is no list but str; mend the row or set tokens_column"),
         ({"tokens": []}, r":2: 'tokens' is an empty list"),
         ({"tokens": ["a", 3, "b", "c", "d"]}, r":2: 'tokens' holds a int where"),
-        ({"tags": ["O", None, "O", "O", "O"]}, r":2: 'tags' holds a null where .* set --data\.tags_column"),
+        ({"tags": ["O", None, "O", "O", "O"]}, r":2: 'tags' holds a null where .* set tags_column"),
         ({"tags": ["O", "", "O", "O", "O"]}, r":2: 'tags' is empty"),
         (
             {"tokens": ["Berlin"] * 5},
-            r":2 has 10 sub-words, but there is room for 7; set --data\.max_length to at least 12, or cut",
+            r":2 has 10 sub-words, but there is room for 7; set max_length to at least 12, or cut",
         ),
     ],
 )
@@ -153,13 +153,13 @@ def test_broken_rows(change: dict[str, Any], message: str, tmp_path: Path) -> No
 
 def test_missing_columns_and_unknown_tags(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", [SENTENCE])
-    with pytest.raises(TrunklineError, match=r"t\.jsonl:1 has no 'ner'; it has tokens, tags; set --data\.tags_column"):
+    with pytest.raises(TrunklineError, match=r"t\.jsonl:1 has no 'ner'; it has tokens, tags; set tags_column"):
         ready(path, tmp_path, tags_column="ner")
     val = write(tmp_path / "v.jsonl", [{**SENTENCE, "tags": ["B-ORG", "O", "O", "O", "O"]}])
     with pytest.raises(
         TrunklineError, match=r"v\.jsonl:1 \(val split\): no training row has the tag 'B-ORG', but B-LOC"
     ):
-        ready(path, tmp_path, val_path=val)
+        ready(path, tmp_path, val_source=val)
     same = write(tmp_path / "s.jsonl", [{**SENTENCE, "tags": ["O"] * 5}])
-    with pytest.raises(TrunklineError, match=r"fewer than two different tags \(\['O'\]\); set --data\.tags_column"):
+    with pytest.raises(TrunklineError, match=r"fewer than two different tags \(\['O'\]\); set tags_column"):
         ready(same, tmp_path)

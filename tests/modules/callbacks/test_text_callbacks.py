@@ -51,17 +51,17 @@ def trainer(folder: Path, steps: int, interval: int, *callbacks: Any) -> L.Train
 
 def run(folder: Path, masked: bool, *callbacks: Any) -> SimpleNamespace:
     (folder / "text.txt").write_text(TEXT)
-    fields: dict[str, Any] = {"path": str(folder / "text.txt"), "max_length": 16, "cache_dir": str(folder / "cache")}
+    fields: dict[str, Any] = {"source": str(folder / "text.txt"), "max_length": 16, "cache_dir": str(folder / "cache")}
     backbone = TransformerConfig(dim=16, depth=3, num_heads=2)
     optimizer = OptimizerConfig(lr=0.01)
     model: CausalLM | MaskedLM
-    data: TextData
+    data: Any
     if masked:
         data = MaskedTextData(**fields, vocab_size=70, batch_size=4)
-        model = MaskedLM(BERTConfig(data.vocab_size, 16, backbone=backbone), optimizer=optimizer)
+        model = MaskedLM(BERTConfig(data.embedding_rows, 16, backbone=backbone), optimizer=optimizer)
     else:
         data = TextData(**fields, tokenizer="chars", batch_size=4)
-        model = CausalLM(GPTConfig(data.vocab_size, 16, backbone=backbone), optimizer=optimizer)
+        model = CausalLM(GPTConfig(data.embedding_rows, 16, backbone=backbone), optimizer=optimizer)
     trainer(folder, 8, 4, *callbacks, Throughput()).fit(model, datamodule=data)
     found = EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
     return SimpleNamespace(model=model, data=data, found=found)
@@ -76,9 +76,9 @@ def test_gpt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = run(tmp_path, False, samples, AttentionHeads("the cat sat", blocks=2, heads=1))
     shown = texts(done.found, "val/samples")
     assert list(shown) == [4, 8]
-    ids = done.data.tokenizer.encode("the c").ids
+    ids = done.data.vocabulary.encode("the c").ids
     (new,) = generate(done.model.network, torch.tensor([ids]), config=samples.config)  # the weights have not changed
-    text = done.data.tokenizer.decode(ids + new)
+    text = done.data.vocabulary.decode(ids + new)
     assert text.startswith("the c")
     assert f"```\n{text}\n```" in shown[8]
     assert samples.texts[0] == text
@@ -97,7 +97,7 @@ def test_gpt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bert(tmp_path: Path) -> None:
     done = run(tmp_path, True, FilledMasks(["the [MASK] sat on"], count=3), AttentionHeads("the cat sat"))
-    words = done.data.tokenizer
+    words = done.data.vocabulary
     ids = words.encode("[CLS] the [MASK] sat on [SEP]", add_special_tokens=False).ids
     (filling,) = fill_masks(done.model.network, torch.tensor(ids), words.token_to_id("[MASK]"), 3)
     row = ", ".join(
@@ -187,7 +187,7 @@ def test_text_classifier(gpt: bool, tmp_path: Path) -> None:
     data = LabelledTextData(
         str(tmp_path / "t.jsonl"), str(tmp_path / "t.json"), max_length=16, val_fraction=0.3, batch_size=4
     )
-    sizes: dict[str, Any] = {"vocab_size": data.vocab_size, "max_length": 16}
+    sizes: dict[str, Any] = {"vocab_size": data.embedding_rows, "max_length": 16}
     backbone = TransformerConfig(dim=16, depth=3, num_heads=2, dropout=0.2)
     body = {"gpt": GPTConfig(**sizes, backbone=backbone)} if gpt else {"bert": BERTConfig(**sizes, backbone=backbone)}
     model = TextClassifier(
@@ -226,9 +226,9 @@ def test_tagger_has_a_matrix_alone(tmp_path: Path) -> None:
     (tmp_path / "t.conll").write_text("anna B\nran O\n\nbo B\nsaw O\nanna B\n\n" * 6)
     (tmp_path / "v.conll").write_text("anna B\nran O\n\n" * 3 + "bo B\n\n" * 2)
     train_tokenizer("wordpiece", ["anna ran bo saw"], 80).save(str(tmp_path / "t.json"))
-    paths = {"path": str(tmp_path / "t.conll"), "val_path": str(tmp_path / "v.conll")}
+    paths = {"source": str(tmp_path / "t.conll"), "val_source": str(tmp_path / "v.conll")}
     data = TaggedTextData(**paths, tokenizer=str(tmp_path / "t.json"), max_length=16, batch_size=4)
-    body = BERTConfig(data.vocab_size, 16, backbone=TransformerConfig(dim=16, depth=1, num_heads=2))
+    body = BERTConfig(data.embedding_rows, 16, backbone=TransformerConfig(dim=16, depth=1, num_heads=2))
     model = TokenClassifier(TextHeadConfig(bert=body, pool="none"), optimizer=OptimizerConfig(lr=0.01))
     report = ClassificationReport()
     trainer(tmp_path, 1, 1, report).fit(model, datamodule=data)

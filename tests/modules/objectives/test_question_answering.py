@@ -62,7 +62,7 @@ def data(folder: Path, gpt: bool = False, impossible: bool = True) -> SquadData:
     special = ["<|unk|>", "<|endoftext|>"] if gpt else ["[UNK]", "[PAD]", "[CLS]", "[SEP]"]
     path = squad_file(folder, impossible)
     sizes: dict[str, int] = {"max_length": 20, "max_question_length": 8, "doc_stride": 6, "batch_size": 12}
-    return SquadData(path, tokenizer_file(folder, special), val_path=path, num_workers=0, **sizes)
+    return SquadData(path, tokenizer=tokenizer_file(folder, special), val_source=path, num_workers=0, **sizes)
 
 
 def model(gpt: bool = False, **options: Any) -> QuestionAnswering:

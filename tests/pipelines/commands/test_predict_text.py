@@ -42,7 +42,14 @@ def network(**options: Any) -> TextHeadConfig:
 
 
 def options(folder: Path, path: str, **more: Any) -> dict[str, Any]:
-    return {"path": path, "val_path": path, "tokenizer": pretrained(folder), "max_length": 16, "batch_size": 4, **more}
+    return {
+        "source": path,
+        "val_source": path,
+        "tokenizer": pretrained(folder),
+        "max_length": 16,
+        "batch_size": 4,
+        **more,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +105,7 @@ def by_hand(trained: SimpleNamespace, text: str, pair: str | None = None) -> tor
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
 def test_classes(classifier: SimpleNamespace, suffix: str, tmp_path: Path) -> None:
-    texts = [json.loads(line)["text"] for line in Path(classifier.data.sources["path"].name).read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in Path(classifier.data.source).read_text().splitlines()]
     if suffix == ".txt":
         (tmp_path / "in.txt").write_text("\ufeff" + "\r\n".join(texts) + "\n\n")
     else:
@@ -118,7 +125,7 @@ def test_classes(classifier: SimpleNamespace, suffix: str, tmp_path: Path) -> No
 
 
 def test_pairs(of_pairs: SimpleNamespace, tmp_path: Path) -> None:
-    source = of_pairs.data.sources["path"].name
+    source = of_pairs.data.source
     found = run(of_pairs, source, tmp_path / "out.parquet")
     assert list(found.columns) == ["text", "pair", "label", "probability"]
     for text, pair, label, probability in found.itertuples(index=False):
@@ -170,7 +177,7 @@ def test_tags(tagger: SimpleNamespace, suffix: str, tmp_path: Path) -> None:
 
 
 def test_tags_are_those_of_evaluation(tagger: SimpleNamespace, tmp_path: Path) -> None:
-    source = tagger.data.sources["path"].name
+    source = tagger.data.source
     gold = [line.split()[1] for line in Path(source).read_text().splitlines() if line]
     found = run(tagger, source, tmp_path / "out.csv")
     assert (found.tag == gold).mean() == pytest.approx(tagger.metrics["val/acc"])
@@ -179,7 +186,7 @@ def test_tags_are_those_of_evaluation(tagger: SimpleNamespace, tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["answerer", "doubter"])
 def test_answers(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
     answerer = request.getfixturevalue(kind)
-    source = Path(answerer.data.sources["path"].name)
+    source = Path(answerer.data.source)
     found = run(answerer, source, tmp_path / "out.csv")
     assert list(found.columns) == ["id", "question", "answer", "score"]
     questions = {question.id: question for question in answerer.data.questions["val"]}

@@ -67,7 +67,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--config", "vit/no_such"], "there is no config 'vit/no_such'"),
         (["--config", "RECIPE", "--data.paht", "x"], "there is no option --data.paht; did you mean 'data.path'"),
         (["--config", "RECIPE", "--data.max_length", "x"], "--data.max_length must be int, not 'x'"),
-        (["--config", "RECIPE", "--data.path", "/no/such.txt"], "--data.path /no/such.txt: there is no such file"),
+        (["--config", "RECIPE", "--data.source", "/no/such.txt"], "--data.source /no/such.txt: there is no such file"),
         (["--config", "RECIPE", "--traner.max_epochs", "3"], "there is no option --traner.max_epochs"),
     ],
 )
@@ -83,7 +83,9 @@ def test_other_data_has_nothing_to_prepare(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_flags_of_other_sections_are_left_out() -> None:
-    given = "--config a --model.x 1 --model.y=2 -c b --trainer.callbacks+ C --data.path p --compile true --data.seed 3"
-    assert own_arguments(given.split()) == ["--config", "a", "-c", "b", "--data.path", "p", "--data.seed", "3"]
+    given = (
+        "--config a --model.x 1 --model.y=2 -c b --trainer.callbacks+ C --data.source p --compile true --data.seed 3"
+    )
+    assert own_arguments(given.split()) == ["--config", "a", "-c", "b", "--data.source", "p", "--data.seed", "3"]
     assert own_arguments(["--trainer.fast_dev_run", "--data.seed", "3"]) == ["--data.seed", "3"]
     assert own_arguments(["--model.shift", "-1", "--data.seed", "3"]) == ["--data.seed", "3"]

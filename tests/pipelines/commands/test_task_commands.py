@@ -51,7 +51,7 @@ def test_fit_and_predict(task: str, tmp_path: Path) -> None:
         "squad": "--trainer.max_epochs 60 --model.optimizer.name muon --model.optimizer.lr 0.02 "
         "--data.max_question_length 8 --data.doc_stride 8",
     }
-    fit = f"fit --config bert/{task} --data.path {path} --data.val_path {path} --model.init_from {start}"
+    fit = f"fit --config bert/{task} --data.source {path} --data.val_source {path} --model.init_from {start}"
     printed = trunkline(tmp_path, f"{fit} --data.tokenizer {start} {SIZES} {SMALL} {own[task]}")
     metric = {"classify": "val/acc", "tagging": "val/f1", "squad": "val/exact"}[task]
     assert any(metric in line and "1.0000" in line for line in printed.splitlines()), printed[-3000:]

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from trunkline import TrunklineError
 from trunkline.datamodules import ImageData
-from trunkline.datamodules.images.image_data import Preprocessing
+from trunkline.datamodules.images.preprocessing import Preprocessing
 from trunkline.modules.metrics.probes import Labelled, knn_accuracy, linear_probe_accuracy
 from trunkline.modules.networks import CLIP
 from trunkline.pipelines.evaluation.evaluate import evaluate
