@@ -101,7 +101,7 @@ def closest(name: str, names: Collection[str]) -> str:
 
 def explain_class(path: str) -> str:
     """What is wrong with a class path that cannot be imported."""
-    place, names = locate(path), class_names()
+    place, names = locate(path), likely_classes()
     older = of_older_version(place)
     if older:
         return older
@@ -112,14 +112,14 @@ def explain_class(path: str) -> str:
 
 def of_older_version(place: Place) -> str | None:
     """That a config was written for an older version, with the new names; None if it was not."""
-    found = outdated(place.entries, class_names())
+    found = outdated(place.entries, likely_classes())
     if not any(entry.line == place.line for entry in found):
         return None
     mended = "; ".join(map(str, found))
     return f"{place.config} was written for an older version; {mended}; change {'it' if len(found) == 1 else 'them'}"
 
 
-def class_names() -> list[str]:
+def likely_classes() -> list[str]:
     """Classes that a `class_path` is likely to name."""
     import lightning.pytorch.callbacks
 

@@ -80,7 +80,8 @@ class Trained:
         if not self.suits(command):
             *others, last = able(command)
             named = f"{', '.join(others)} or {last}" if others else last
-            raise TrunklineError(f"{self.file} is no checkpoint of {named}, but of {self.objective}; {mend}")
+            own = self.objective if self.kind else self.classes.get("objective", self.objective)
+            raise TrunklineError(f"{self.file} is no checkpoint of {named}, but of {own}; {mend}")
 
     def _class_path(self, part: str) -> str:
         """Path of the class of a part; empty if it is not known. Trunkline's own have that of the table."""

@@ -134,7 +134,16 @@ class ImageProbes(Callback):
         """The source, thinned out, prepared as the data `own` that the network learns from."""
         data = ImageData(**self.options, **asdict(own.preprocessing))
         data.setup("validate")
-        source = self.options["source"]
+        self._thin_out(data)
+        return data
+
+    def _thin_out(self, data: ImageData) -> None:
+        """Keep as many rows of each split as are wanted.
+
+        Raises:
+            TrunklineError: if too few are left to learn from.
+        """
+        source = data.source
         if "val" not in data.datasets:
             raise TrunklineError(f"{source} has no validation rows; set val_fraction or val_split")
         rows = {split: data.datasets[split].rows for split in self.limits}  # type: ignore[attr-defined]
@@ -150,7 +159,6 @@ class ImageProbes(Callback):
             )
         if "knn" in self.tasks and not 1 <= self.k <= len(labels):
             raise TrunklineError(f"k={self.k} must be from 1 to {len(labels)}, the number of training rows")
-        return data
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decide whether it is time."""
