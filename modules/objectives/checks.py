@@ -34,8 +34,9 @@ def sizes_of(facts: DataFacts) -> dict[str, Any]:
     return {name: size for name, size in sizes.items() if size is not None}
 
 
-ROOMY = ("vocab_size", "max_length")
-"""Sizes in which a network may exceed the data."""
+ROOMY = {"vocab_size": "take their tokenizer", "max_length": "set the data's max_length to at most {}"}
+"""Sizes in which a network may exceed the data; and what to do where trained weights have too little of one."""
+PLACE_IN_DATA = {"vocab_size": "data.tokenizer", "max_length": "data.max_length"}
 
 
 def with_sizes_of_data(config: C, facts: DataFacts, source: Any = None, place: str = "model.network") -> C:
@@ -51,7 +52,7 @@ def with_sizes_of_data(config: C, facts: DataFacts, source: Any = None, place: s
         place: of the configuration in a recipe, for messages.
 
     Raises:
-        TrunklineError: for a size that was stated and is not the data's.
+        TrunklineError: for a size that was stated and is not the data's, or a `source` that is too small for the data.
     """
     sizes, changed = sizes_of(facts), {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
@@ -64,10 +65,25 @@ def with_sizes_of_data(config: C, facts: DataFacts, source: Any = None, place: s
         roomy = field.name in ROOMY
         if own == field.default and roomy and trained is not None:
             own = changed[field.name] = trained
+            check_trained(field.name, own, size)
         elif own == field.default and size is not None:
             own = changed[field.name] = size
         check_size(field.name, own, size, at)
     return dataclasses.replace(config, **changed)  # type: ignore[type-var]
+
+
+def check_trained(name: str, trained: int, size: int | None) -> None:
+    """Compare a size of trained weights with the data's.
+
+    Raises:
+        TrunklineError: if the data needs more, which weights cannot be given afterwards.
+    """
+    if size is not None and trained < size:
+        raise TrunklineError(
+            f"the weights to start from have {name}={trained}, but the data needs at least {size}; "
+            + ROOMY[name].format(trained),
+            field=PLACE_IN_DATA[name],
+        )
 
 
 def check_size(name: str, own: Any, size: Any, place: str) -> None:
