@@ -43,7 +43,10 @@ class Accumulation:
             first: whether an accumulation begins with this step.
         """
         if first:
-            self.reference, self.total, self.count = mean_count(trainer, loss.count), 0.0, 0
+            reference = mean_count(trainer, loss.count)
+            # Not below 1, or a first batch that counts nothing would make the others' gradients overflow.
+            self.reference = reference if isinstance(reference, int) else reference.clamp(min=1)
+            self.total, self.count = 0.0, 0
         self.total = self.total + loss.total.detach()
         self.count = self.count + loss.count
         return loss.total / self.reference
