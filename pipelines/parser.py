@@ -1,8 +1,10 @@
 """Reads flags and configs, and says in one sentence what is wrong with them and where."""
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Collection, Iterator
+from inspect import Parameter
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -15,6 +17,8 @@ from trunkline.pipelines.renamed import RENAMED, moved, outdated
 
 # Fields of dataclasses are documented below each, and so in `--help`.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+OPEN_ENDED = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 class CommandParser(ArgumentParser):
@@ -52,13 +56,19 @@ class RecipeParser(CommandParser):
 
 
 def dotted(cls: type, prefix: str) -> Iterator[str]:
-    """Names of a class's arguments, and of the fields of dataclasses among them."""
-    for name, hint in get_type_hints(cls.__init__).items():  # type: ignore[misc]
-        if name != "return":
+    """Names of a class's arguments, with those that it hands on to its bases, and of fields of dataclasses in them."""
+    for base in cls.__mro__:
+        if "__init__" not in vars(base) or base is object:
+            continue
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        hints = get_type_hints(base.__init__)  # type: ignore[misc]
+        for name in [name for name in hints if name in parameters and parameters[name].kind not in OPEN_ENDED]:
             yield f"{prefix}.{name}"
-            for kind in (hint, *get_args(hint)):
+            for kind in (hints[name], *get_args(hints[name])):
                 if dataclasses.is_dataclass(kind) and isinstance(kind, type):
                     yield from dotted(kind, f"{prefix}.{name}")
+        if all(parameter.kind is not Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return
 
 
 def explain(message: str, names: Collection[str]) -> str:

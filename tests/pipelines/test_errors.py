@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 from trunkline import TrunklineError
+from trunkline.modules.backbone import TransformerConfig
 from trunkline.pipelines import renamed
 from trunkline.pipelines.cli import main
 from trunkline.pipelines.errors import locate, place_of, read_entries, report
+from trunkline.pipelines.parser import dotted
 
 CONFIG = """\
 # batch_size in a comment
@@ -215,3 +217,19 @@ def test_a_misspelt_path_is_not_taken_for_an_old_one(message: Callable[[list[str
     assert "; did you mean 'ImageClassifier'?" in said
     assert not renamed.moved("trunkline.datamodules.ImageData", ["ImageData"])  # it is there
     assert not renamed.moved("mine.ImageData", ["ImageData"])
+
+
+def test_names_of_arguments_that_are_handed_on() -> None:
+    class Base:
+        def __init__(self, lr: float = 0.1) -> None: ...
+
+    class Own(Base):
+        def __init__(self, config: TransformerConfig, *rest: int, **shared: float) -> None: ...
+
+    class Closed(Own):
+        def __init__(self, other: int) -> None: ...
+
+    found = set(dotted(Own, "model"))
+    assert found >= {"model.config", "model.config.dim", "model.lr"}
+    assert not {"model.rest", "model.shared", "model.return"} & found
+    assert list(dotted(Closed, "model")) == ["model.other"]
