@@ -41,10 +41,10 @@ def preserved_generators() -> Iterator[None]:
 
 
 def outlive_signals(worker: int) -> None:
-    """Leave Ctrl-C and a SIGTERM to all processes to the training process, which needs its workers for the step.
+    """Let a worker go on after a Ctrl-C or SIGTERM that was sent to all processes of the run.
 
-    A worker that nobody stopped 10 s after a SIGTERM ends itself, because at the end of a program Python sends
-    one and waits.
+    The training process decides when to stop, and needs its workers to finish the step. A worker that nobody has
+    stopped 10 s after a SIGTERM ends itself, because at the end of a program Python sends one and waits.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))

@@ -9,6 +9,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from trunkline import TrunklineError
 
+FIELD_NOTE = "field: "
+"""Begins the note of a worker's error that names its field."""
+
 
 class SampleKey(NamedTuple):
     """What a dataset is asked for. Augmentation and the like may depend on (seed, epoch, index) alone."""
@@ -99,6 +102,25 @@ class ResumableBatchSampler:
             yield keys[self.rank :: self.world_size]
 
 
+class FieldNotes(Dataset[Any]):
+    """A dataset in a worker process, whose errors note their field: torch sends no more than their traceback."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[SampleKey]) -> list[Any]:
+        try:
+            several = getattr(self.dataset, "__getitems__", None)
+            return several(keys) if several else [self.dataset[key] for key in keys]
+        except TrunklineError as error:
+            if error.field is not None:
+                error.add_note(FIELD_NOTE + error.field)
+            raise
+
+
 class ResumableLoader(DataLoader[Any]):
     """A DataLoader that asks where to start at the moment the first batch of an epoch is wanted.
 
@@ -119,6 +141,7 @@ class ResumableLoader(DataLoader[Any]):
         position: Callable[[], tuple[int, int]] | None = None,
         **options: Any,
     ) -> None:
+        dataset = FieldNotes(dataset) if options.get("num_workers") else dataset
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
         self.position = position
 
@@ -142,4 +165,5 @@ def plain_errors(num_workers: int) -> Iterator[None]:
     except TrunklineError as error:
         if not num_workers:
             raise
-        raise TrunklineError(str(error).rpartition("TrunklineError: ")[2].strip()) from error
+        message, _, field = str(error).rpartition("TrunklineError: ")[2].strip().partition(f"\n{FIELD_NOTE}")
+        raise TrunklineError(message, field or None) from error

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,7 @@ class Vocabulary:
         """The tokenizer itself, read or learnt at the first use."""
         raise NotImplementedError(f"{type(self).__name__} has no tokenizer")
 
-    @property
-    def embedding_rows(self) -> int:
-        """Rows of the embedding that a network needs: as declared, else the tokenizer's size; see `check_size`."""
-        return self.vocab_size or size_of(self.vocabulary)
-
+    @cached_property
     def token_facts(self) -> DataFacts:
         """The tokenizer, and the sizes that follow from it.
 
@@ -87,7 +83,8 @@ class Vocabulary:
             TrunklineError: if the tokenizer cannot be had, or the declared size is too small for it.
         """
         self.check_size()
-        return DataFacts(tokenizer=self.vocabulary, vocab_size=self.embedding_rows, max_length=self.max_length)
+        size = self.vocab_size or size_of(self.vocabulary)
+        return DataFacts(tokenizer=self.vocabulary, vocab_size=size, max_length=self.max_length)
 
     def check_size(self) -> None:
         """Refuse a declared size that the tokenizer exceeds.

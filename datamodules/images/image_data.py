@@ -31,7 +31,6 @@ class LabelledImages(TransformedImages):
         self.rows = rows
 
     def read(self, row: int) -> dict[str, Any]:
-        """See `TransformedImages`."""
         image = to_channels(self.rows.image(row), self.preprocessing.channels)
         return {"image": image, "label": int(self.rows.labels[row])}
 

@@ -47,11 +47,9 @@ class ArrayRows:
         self.images, self.labels, self.title = images, labels.astype(np.int64), title
 
     def image(self, row: int) -> Image.Image:
-        """See `ImageRows`."""
         return Image.fromarray(self.images[row])
 
     def name(self, row: int) -> str:
-        """See `ImageRows`."""
         return f"{self.title}, row {row}"
 
 
@@ -62,11 +60,9 @@ class Subset:
         self.rows, self.indices, self.labels = rows, indices, rows.labels[indices]
 
     def image(self, row: int) -> Image.Image:
-        """See `ImageRows`."""
         return self.rows.image(int(self.indices[row]))
 
     def name(self, row: int) -> str:
-        """See `ImageRows`."""
         return self.rows.name(int(self.indices[row]))
 
 
@@ -77,11 +73,9 @@ class FileRows:
         self.files, self.labels = files, labels
 
     def image(self, row: int) -> Image.Image:
-        """See `ImageRows`."""
         return open_image(self.files[row], self.name(row))
 
     def name(self, row: int) -> str:
-        """See `ImageRows`."""
         return str(self.files[row])
 
 
@@ -92,12 +86,10 @@ class TableRows:
         self.table, self.image_column, self.labels, self.title = table, image_column, labels, title
 
     def image(self, row: int) -> Image.Image:
-        """See `ImageRows`."""
         cell = self._cell(row)
         return open_image(cell["path"] if cell["bytes"] is None else cell["bytes"], self._name(row, cell))
 
     def name(self, row: int) -> str:
-        """See `ImageRows`."""
         return self._name(row, self._cell(row))
 
     def _cell(self, row: int) -> dict[str, Any]:

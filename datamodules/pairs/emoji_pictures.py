@@ -140,19 +140,15 @@ class EmojiPictures:
         return len(self.concepts)
 
     def image(self, row: int) -> Image.Image:
-        """See `PairRows`."""
         return self.pictures[row]
 
     def captions(self, row: int) -> list[str]:
-        """See `PairRows`."""
         return self.texts[row]
 
     def name(self, row: int) -> str:
-        """See `PairRows`."""
         return f"{self.artist}, row {row} ({self.texts[row][0]})"
 
     def order(self, generator: np.random.Generator) -> np.ndarray:
-        """See `PairRows`."""
         return generator.permutation(len(self))
 
 

@@ -34,13 +34,16 @@ class ImageTextPairs(TransformedImages):
         self.rows, self.encoder, self.first_caption = rows, encoder, first_caption
 
     def read(self, row: int) -> dict[str, Any]:
-        """See `TransformedImages`; the caption is not yet tokens."""
+        """Image and caption, which is a text still: a batch is tokenised at once."""
         image = to_channels(self.rows.image(row), self.preprocessing.channels)
         captions = self.rows.captions(row)
         return {"image": image, "caption": captions[0 if self.seed is None else self.choice(len(captions))]}
 
     def choice(self, count: int) -> int:
-        """Which of so many captions; one draw, however many: the augmentation draws after it."""
+        """Number of the caption to take, from 0 to `count` - 1.
+
+        It draws one random number whatever the count is, because the augmentation goes on with the same generator.
+        """
         drawn, first = random.random(), self.first_caption
         if first is None or count == 1:
             return int(drawn * count)
@@ -61,7 +64,6 @@ class ImageTextPairs(TransformedImages):
         return items
 
     def order(self, generator: np.random.Generator) -> np.ndarray:
-        """See `ResumableBatchSampler`."""
         return self.rows.order(generator)
 
 
@@ -75,7 +77,7 @@ class Captions:
         self.key = ["captions", rows.key, skip_corrupt]
 
     def pieces(self, shares: dict[str, float]) -> Iterator[Piece]:
-        """See `TextSource`; all are of the training split."""
+        """All captions; they belong to the training split."""
         for row in range(len(self.rows)):
             try:
                 captions = self.rows.captions(row)
@@ -96,7 +98,9 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
     """
 
     source: str = field(default=TWEMOJI, kw_only=False)
-    """`twemoji` or `openmoji`, pictures of emoji with names and keywords; else see `load_pairs`."""
+    """`twemoji` or `openmoji`, pictures of emoji with names and keywords; else a .jsonl, .jsonl.gz or .csv list of
+    image files with captions or a folder of lists; a .tar file, a folder of such or a pattern (`cc3m-{0000..0331}.tar`,
+    `*`); a Parquet or Arrow file or folder, or a folder that `datasets` saved; else a Hugging Face hub name."""
     image_column: str = "image"
     """Column of a table that holds the images, or paths below `image_folder`."""
     caption_column: str = "caption"
@@ -110,8 +114,8 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
     first_caption: float | None = None
     """Probability that training draws a row's first caption; None draws each equally often."""
     shard_window: int = 16
-    """An epoch permutes the tar shards and shuffles the samples of so many together, so that a process reads a few
-    files at a time."""
+    """Tar shards whose samples are shuffled together: an epoch takes the shards in random order, in windows of this
+    size, so that a process reads from few files at once."""
     cache_dir: str | None = None
     """Of tokenizers and indices, and what `datasets` converts; None is $TRUNKLINE_CACHE or ~/.cache/trunkline, and the
     folder of `datasets`."""
@@ -174,7 +178,7 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
     @property
     def facts(self) -> DataFacts:
         """Size and values of the images, tokenizer and its sizes, main captions."""
-        images, words = self.image_facts(), self.token_facts()
+        images, words = self.image_facts(), self.token_facts
         return replace(
             images,
             tokenizer=words.tokenizer,

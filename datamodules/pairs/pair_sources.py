@@ -75,19 +75,15 @@ class PairSubset:
         return len(self.indices)
 
     def image(self, row: int) -> Image.Image:
-        """See `PairRows`."""
         return self.rows.image(int(self.indices[row]))
 
     def captions(self, row: int) -> list[str]:
-        """See `PairRows`."""
         return self.rows.captions(int(self.indices[row]))
 
     def name(self, row: int) -> str:
-        """See `PairRows`."""
         return self.rows.name(int(self.indices[row]))
 
     def order(self, generator: np.random.Generator) -> np.ndarray:
-        """See `PairRows`."""
         places = np.full(len(self.rows), -1)
         places[self.indices] = np.arange(len(self))
         order = places[self.rows.order(generator)]
@@ -117,7 +113,6 @@ class PairTable:
         return len(self.texts)
 
     def image(self, row: int) -> Image.Image:
-        """See `PairRows`."""
         cell = self.images[row][self.image_column] or {"bytes": None, "path": None}
         file = cell["bytes"]
         if file is None and cell["path"]:
@@ -125,15 +120,12 @@ class PairTable:
         return open_image(file, self.name(row) + (f" ({cell['path']})" if cell["path"] else ""))
 
     def captions(self, row: int) -> list[str]:
-        """See `PairRows`."""
         return caption_list(self.texts[row][self.caption_column], self.name(row), self.caption_column)
 
     def name(self, row: int) -> str:
-        """See `PairRows`."""
         return f"{self.title}, row {row}"
 
     def order(self, generator: np.random.Generator) -> np.ndarray:
-        """See `PairRows`."""
         return generator.permutation(len(self))
 
 
@@ -168,20 +160,16 @@ class PairList:
         return len(self.table)
 
     def image(self, row: int) -> Image.Image:
-        """See `PairRows`."""
         file = self.table["image"][row].as_py()
         return open_image(file or None, f"{self.name(row)} ({file})")
 
     def captions(self, row: int) -> list[str]:
-        """See `PairRows`."""
         return caption_list(self.table["caption_list"][row].as_py(), self.name(row), self.caption_column)
 
     def name(self, row: int) -> str:
-        """See `PairRows`."""
         return self.table["place_first"][row].as_py()
 
     def order(self, generator: np.random.Generator) -> np.ndarray:
-        """See `PairRows`."""
         return generator.permutation(len(self))
 
 

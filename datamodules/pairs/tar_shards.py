@@ -125,8 +125,8 @@ class TarPairs:
         shards: the files.
         caption_column: field of the JSON, a text or a list of texts.
         cache: where indices of the shards are kept.
-        shard_window: an epoch permutes the shards and shuffles the samples of so many together, so that a process
-            reads a few files at a time.
+        shard_window: shards whose samples are shuffled together; an epoch takes the shards in random order, in
+            windows of this size, so that a process reads from few files at once.
         skip_corrupt: see `read_index`.
 
     Raises:
@@ -160,12 +160,10 @@ class TarPairs:
         return len(self.samples)
 
     def image(self, row: int) -> Image.Image:
-        """See `PairRows`."""
         name, content = self._member(row, "image")
         return open_image(content, name)
 
     def captions(self, row: int) -> list[str]:
-        """See `PairRows`."""
         place, content = self._member(row, "text")
         if content is None:
             raise TrunklineError(
@@ -183,11 +181,9 @@ class TarPairs:
         return caption_list(cells.get(column) if isinstance(cells, dict) else None, place, column)
 
     def name(self, row: int) -> str:
-        """See `PairRows`."""
         return self._member(row, "image", header_only=True)[0]
 
     def order(self, generator: np.random.Generator) -> np.ndarray:
-        """See `PairRows`."""
         shards, parts = generator.permutation(len(self.shards)), []
         for begin in range(0, len(shards), self.shard_window):
             window = shards[begin : begin + self.shard_window]

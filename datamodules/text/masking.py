@@ -108,7 +108,7 @@ class Masker:
         """(V,) whether a token goes on with the word before it."""
 
     def most(self, tokens: int) -> int:
-        """How many of so many tokens are hidden."""
+        """Number of tokens to hide among `tokens` that may be hidden: at least one."""
         return max(1, round(self.config.probability * tokens))
 
     def choose(self, tokens: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -78,7 +78,7 @@ class TokenisedText(Vocabulary, TextSplits, TrunklineDataModule):
     @property
     def facts(self) -> DataFacts:
         """Tokenizer and sizes; after `setup` the bytes of a token too."""
-        return replace(self.token_facts(), bytes_per_token=self.bytes_per_token)
+        return replace(self.token_facts, bytes_per_token=self.bytes_per_token)
 
     def prepare_data(self) -> None:
         """Tokenise once, before the other processes look."""
@@ -116,7 +116,7 @@ class TokenisedText(Vocabulary, TextSplits, TrunklineDataModule):
         raise NotImplementedError
 
     def tokenizer_origin(self) -> str:
-        """See `TokenizerState`; a trained one depends on the text too."""
+        """Its name and the text, on which a trained one depends too."""
         return f"{super().tokenizer_origin()} on source={self.source}"
 
 

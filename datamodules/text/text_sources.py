@@ -60,7 +60,6 @@ class RowDocuments:
     rows: Callable[[], Iterator[str]]
 
     def pieces(self, shares: dict[str, float]) -> Iterator[Piece]:
-        """See `TextSource`."""
         for number, text in enumerate(self.rows()):
             if text:
                 yield Piece(split_of(number, shares), text, True)
@@ -74,7 +73,6 @@ class TextFiles:
     key: list[Any]
 
     def pieces(self, shares: dict[str, float]) -> Iterator[Piece]:
-        """See `TextSource`."""
         few = len(self.files) < FEW_FILES
         for number, file in enumerate(self.files):
             for split, start, stop in spans(file, shares if few else {split_of(number, shares): 1.0}):
@@ -176,7 +174,6 @@ class Concepts:
     names: Callable[[], Iterator[tuple[int, str, str]]]
 
     def pieces(self, shares: dict[str, float]) -> Iterator[Piece]:
-        """See `TextSource`."""
         for concept, _, text in self.names():
             yield Piece(split_of(concept, shares), text, True)
 

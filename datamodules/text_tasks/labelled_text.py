@@ -150,7 +150,7 @@ def encode_each(encoder: TextEncoder, texts: list[str]) -> list[np.ndarray]:
 
 
 def evenly(classes: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """(count,) ascending places in (N,) classes, as many of each class as of the others as long as there are any."""
+    """(count,) ascending row numbers, drawn with `seed` from (N,) classes: equally many of each, as far as they go."""
     order = np.random.default_rng(seed).permutation(len(classes))
     shuffled = classes[order]
     rank = np.zeros(len(classes), np.int64)  # how many of its class come before
@@ -161,7 +161,7 @@ def evenly(classes: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def truncated(first: np.ndarray, second: np.ndarray | None, room: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Texts without their ends, so that both have room; the longer one loses first."""
+    """Two texts, cut at their ends to `room` tokens together; the longer one is cut first."""
     if second is None:
         return first[:room], None
     short = min(len(second), room // 2)

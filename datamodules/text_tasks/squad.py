@@ -83,7 +83,7 @@ class SquadData(TaskTextData):
         del self.splits
 
     def state_dict(self) -> dict[str, Any]:
-        """See `TaskTextData`; also whether a question may have no answer."""
+        """What all tasks keep, and whether a question may have no answer."""
         return {**super().state_dict(), "unanswerable": any(not q.answers for q in self.questions.get("train", ()))}
 
     def dataset(self, questions: list[Question]) -> "Windows":
@@ -188,7 +188,7 @@ def answer_spans(question: Question, offsets: np.ndarray) -> list[tuple[int, int
         offsets: (N, 2) characters of the context's tokens.
 
     Raises:
-        TrunklineError: for an answer of characters of which the tokenizer makes nothing.
+        TrunklineError: for an answer that the tokenizer drops, such as one of spaces alone.
     """
     spans = []
     for answer, start in zip(question.answers, question.starts, strict=True):

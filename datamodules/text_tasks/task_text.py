@@ -199,7 +199,7 @@ class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
     @property
     def facts(self) -> DataFacts:
         """Names of the classes, tokenizer and sizes; reads the rows, but does not tokenise them."""
-        return replace(self.token_facts(), class_names=self.class_names or None)
+        return replace(self.token_facts, class_names=self.class_names or None)
 
     def rows(self, source: NamedSource) -> Iterator[Row]:
         """Rows of a source; a subclass adds formats."""
@@ -234,16 +234,6 @@ class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
     def vocabulary(self) -> Tokenizer:
         """Read at the first use."""
         return load_tokenizer(self.tokenizer)
-
-    @property
-    def embedding_rows(self) -> int:
-        """Rows of the embedding that a network needs: as declared, else the tokenizer's size.
-
-        Raises:
-            TrunklineError: if that is declared too small.
-        """
-        self.check_size()
-        return super().embedding_rows
 
     def state_dict(self) -> dict[str, Any]:
         """All that `predict` needs: tokenizer, names of the classes, and how a text becomes a row."""

@@ -85,7 +85,7 @@ def summary(data: TokenisedText, seconds: float) -> Table:
     for split, entry in index["splits"].items():
         text = f"{entry['tokens']:,} tokens, {entry['documents']:,} documents, {entry['bytes'] / 1e6:,.1f} MB of text"
         table.add_row(split, text)
-    table.add_row("vocabulary", f"{data.embedding_rows:,} tokens of {data.tokenizer}")
+    table.add_row("vocabulary", f"{data.facts.vocab_size:,} tokens of {data.tokenizer}")
     size = sum(entry["bytes"] for entry in index["splits"].values()) / 1e6
     table.add_row("time", f"{seconds:.1f} s, {size / seconds:.1f} MB/s")
     return table

@@ -68,7 +68,7 @@ def test_recipe_instantiates(recipe: str, tmp_path: Path) -> None:
     assert type(cli.datamodule).__name__ == own["data"]["class_path"]
     assert_agrees(cli.model.network.config, own["model"]["init_args"]["network"])
     if own["data"]["class_path"] in ("TextData", "MaskedTextData"):
-        assert cli.model.network.config.vocab_size == cli.datamodule.embedding_rows
+        assert cli.model.network.config.vocab_size == cli.datamodule.facts.vocab_size
     assert cli.datamodule.batch_size == own["data"]["init_args"]["batch_size"]
     for name in ("max_epochs", "max_steps"):
         if name in own["trainer"]:

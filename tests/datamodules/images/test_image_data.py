@@ -278,6 +278,7 @@ def test_an_unreadable_image_stops_training_with_its_name(workers: int, folder: 
         list(loader)
     assert str(caught.value).startswith(f"cannot read the image {folder}/b/07.png: ")
     assert str(caught.value).endswith("or set skip_corrupt=true")
+    assert caught.value.field == "data.skip_corrupt"
     if workers:  # else torch waits 5 s for them, once the garbage collector finds them through the traceback
         loader._iterator._shutdown_workers()  # type: ignore[union-attr]
 

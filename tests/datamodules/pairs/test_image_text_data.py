@@ -246,7 +246,7 @@ def test_the_tokenizer_is_learnt_from_training_captions_and_kept(source: Path, t
     assert held_out
     known = set(data.vocabulary.get_vocab())
     assert known == {"<|endoftext|>", "<|unk|>", "b", *(chr(0x4E00 + n) for n in range(20))} - held_out
-    assert data.embedding_rows == len(known)
+    assert data.facts.vocab_size == len(known)
     files = list((tmp_path / "cache").rglob("tokenizer.json"))
     assert len(files) == 1
     files[0].write_text(files[0].read_text().replace('"b"', '"c"'))  # read again, not learnt again

@@ -46,7 +46,7 @@ def test_a_character_file_is_nanogpt_s(text: Path) -> None:
         stream = data.preparation.stream(split)
         assert stream.read(0, len(stream)).tolist() == [*(number[c] for c in part), 0]
         assert data.bytes_per_token[split] == len(part) / (len(part) + 1)
-    assert data.embedding_rows == len(characters)
+    assert data.facts.vocab_size == len(characters)
     assert "test" not in data.datasets
     assert data.test_dataloader() == []
 
@@ -81,20 +81,19 @@ def test_training_order_and_offsets_are_pure_functions_of_seed_and_epoch(text: P
 
 
 def test_sizes_of_the_vocabulary(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make(text, tokenizer="bpe", vocab_size=300).embedding_rows == 300
-    assert not (text.parent / "cache").exists()  # a declared size costs nothing
+    assert make(text, tokenizer="bpe", vocab_size=300).facts.vocab_size == 300
     data = make(text, tokenizer="bpe")
-    assert 257 < data.embedding_rows < 8192  # so little text has no more to merge
+    assert 257 < data.facts.vocab_size < 8192  # so little text has no more to merge
     assert not list((text.parent / "cache").rglob("*.bin"))  # the tokenizer alone
     monkeypatch.setattr(Preparation, "_keep_tokenizer", None)
-    assert make(text, tokenizer="bpe").embedding_rows == data.embedding_rows  # trained once
+    assert make(text, tokenizer="bpe").facts.vocab_size == data.facts.vocab_size  # trained once
 
 
 def test_a_tokenizer_file_is_used_and_padded(text: Path, tmp_path: Path) -> None:
     tokenizer = train_bpe([LINES], 280)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     data = ready(text, tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=512)
-    assert data.embedding_rows == 512
+    assert data.facts.vocab_size == 512
     stream = data.preparation.stream("train")
     assert stream.read(0, len(stream)).tolist() == [*tokenizer.encode(LINES[: int(len(LINES) * 0.9)]).ids, 0]
     assert (data.preparation.folder / "tokenizer.json").read_text() == tokenizer.to_str()

@@ -58,10 +58,10 @@ def run(folder: Path, masked: bool, *callbacks: Any) -> SimpleNamespace:
     data: Any
     if masked:
         data = MaskedTextData(**fields, vocab_size=70, batch_size=4)
-        model = MaskedLM(BERTConfig(data.embedding_rows, 16, backbone=backbone), optimizer=optimizer)
+        model = MaskedLM(BERTConfig(data.facts.vocab_size, 16, backbone=backbone), optimizer=optimizer)
     else:
         data = TextData(**fields, tokenizer="chars", batch_size=4)
-        model = CausalLM(GPTConfig(data.embedding_rows, 16, backbone=backbone), optimizer=optimizer)
+        model = CausalLM(GPTConfig(data.facts.vocab_size, 16, backbone=backbone), optimizer=optimizer)
     trainer(folder, 8, 4, *callbacks, Throughput()).fit(model, datamodule=data)
     found = EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
     return SimpleNamespace(model=model, data=data, found=found)
@@ -185,9 +185,9 @@ def test_text_classifier(gpt: bool, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     train_tokenizer("chars" if gpt else "wordpiece", [r["text"] for r in rows], 80).save(str(tmp_path / "t.json"))
     data = LabelledTextData(
-        str(tmp_path / "t.jsonl"), str(tmp_path / "t.json"), max_length=16, val_fraction=0.3, batch_size=4
+        str(tmp_path / "t.jsonl"), tokenizer=str(tmp_path / "t.json"), max_length=16, val_fraction=0.3, batch_size=4
     )
-    sizes: dict[str, Any] = {"vocab_size": data.embedding_rows, "max_length": 16}
+    sizes: dict[str, Any] = {"vocab_size": data.facts.vocab_size, "max_length": 16}
     backbone = TransformerConfig(dim=16, depth=3, num_heads=2, dropout=0.2)
     body = {"gpt": GPTConfig(**sizes, backbone=backbone)} if gpt else {"bert": BERTConfig(**sizes, backbone=backbone)}
     model = TextClassifier(
@@ -228,7 +228,7 @@ def test_tagger_has_a_matrix_alone(tmp_path: Path) -> None:
     train_tokenizer("wordpiece", ["anna ran bo saw"], 80).save(str(tmp_path / "t.json"))
     paths = {"source": str(tmp_path / "t.conll"), "val_source": str(tmp_path / "v.conll")}
     data = TaggedTextData(**paths, tokenizer=str(tmp_path / "t.json"), max_length=16, batch_size=4)
-    body = BERTConfig(data.embedding_rows, 16, backbone=TransformerConfig(dim=16, depth=1, num_heads=2))
+    body = BERTConfig(data.facts.vocab_size, 16, backbone=TransformerConfig(dim=16, depth=1, num_heads=2))
     model = TokenClassifier(TextHeadConfig(bert=body, pool="none"), optimizer=OptimizerConfig(lr=0.01))
     report = ClassificationReport()
     trainer(tmp_path, 1, 1, report).fit(model, datamodule=data)
