@@ -28,7 +28,8 @@ def drop_half_done_validation(trainer: L.Trainer) -> None:
 
 def compute_dtype(precision: Precision) -> torch.dtype:
     """The type in which the device multiplies at this precision."""
-    from lightning.fabric.utilities.throughput import _plugin_to_compute_dtype
+    # Not Fabric's function of this name, which takes all of the Trainer's precisions for float32.
+    from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 
     return _plugin_to_compute_dtype(precision)
 
