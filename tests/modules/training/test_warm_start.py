@@ -1,5 +1,6 @@
 """Freezing, and starting from trained weights."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch.nn.functional as F
 from tiny import batches, classifier, fit, vit, weights
 
 from trunkline import TrunklineError
+from trunkline.modules.networks import ViT
 from trunkline.modules.objectives.image_classifier import ImageClassifier
+from trunkline.modules.training.checkpoints import SafeCheckpointIO
+from trunkline.modules.training.warm_start import network_class_of
 
 BLOCKS_1_2 = ("backbone.blocks.1.", "backbone.blocks.2.", "backbone.norm.")
 
@@ -80,7 +84,64 @@ def test_init_from(saved: tuple[ImageClassifier, str]) -> None:
     torch.testing.assert_close(weights(model), want, rtol=0, atol=1e-6)
     assert model(torch.zeros(2, 1, 12, 16)).shape == (2, 3)
     assert model.network.config.num_classes == 3
-    with pytest.raises(TrunklineError, match=r"init_from .* does not fit: .* is \(.*16.*\) there and \(.*32.*\) here"):
+    with pytest.raises(
+        TrunklineError, match=r"init_from .* does not fit: .* is \(.*16.*\) there and \(.*32.*\) here"
+    ) as e:
         ImageClassifier(vit(dim=32), init_from=name)
-    with pytest.raises(TrunklineError, match=r"backbone\.blocks\.2.* is missing there"):
+    assert e.value.field == "model.init_from"
+    with pytest.raises(TrunklineError, match=r"backbone\.blocks\.2.* is missing there.*; give network the sizes") as e:
         ImageClassifier(vit(depth=3), init_from=name)
+    assert e.value.field == "model.init_from"
+    trunk = dataclasses.replace(vit().backbone, num_heads=4)  # no weight tells their number
+    with pytest.raises(
+        TrunklineError, match=r"num_heads=2, but the network has 4; set network\.backbone\.num_heads to 2"
+    ):
+        ImageClassifier(dataclasses.replace(vit(), backbone=trunk), init_from=name)
+
+
+# --- what network a checkpoint holds
+
+
+class OwnViT(ViT):
+    """Of someone else's code."""
+
+
+OWN, THEIRS = f"{OwnViT.__module__}.OwnViT", "trunkline.modules.networks.vit.ViT"
+
+
+@pytest.mark.parametrize(
+    ("content", "known", "want"),
+    [
+        ({"classes": {"network": THEIRS}}, (), ViT),
+        ({"classes": {"network": THEIRS}, "objective": "OwnClassifier"}, (), ViT),
+        ({"objective": "ImageClassifier"}, (), ViT),  # from before checkpoints named their network
+        ({"classes": {"network": OWN}}, (OwnViT,), OwnViT),
+        ({"classes": {"network": OWN}}, (ViT,), None),  # nothing is imported to find it
+        ({"classes": {"network": "trunkline.modules.networks.no.Such"}}, (), None),
+        ({"objective": "OwnClassifier"}, (OwnViT,), None),
+        ({}, (), None),
+    ],
+)
+def test_network_class_of_a_checkpoint(content: dict[str, Any], known: tuple[Any, ...], want: type | None) -> None:
+    assert network_class_of(content, known) is want
+
+
+def test_a_checkpoint_says_what_it_is_of(tmp_path: Path) -> None:
+    model = classifier()
+    fit(model, tmp_path, batches(1)).save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert content["objective"] == "ImageClassifier"
+    objective = "trunkline.modules.objectives.image_classifier.ImageClassifier"
+    assert content["classes"] == {"objective": objective, "network": THEIRS}  # no datamodule, so none is named
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [({"objective": "CausalLM"}, "a GPT"), ({"objective": "Own"}, "weights of Own"), ({}, "weights of something else")],
+)
+def test_weights_of_another_network_are_refused(content: dict[str, Any], found: str, tmp_path: Path) -> None:
+    SafeCheckpointIO().save_checkpoint({**content, "hyper_parameters": {"network": {}}}, tmp_path / "a.ckpt")
+    message = rf"^init_from .*a\.ckpt holds {found}; give a checkpoint or a folder of ViT$"
+    with pytest.raises(TrunklineError, match=message) as caught:
+        ImageClassifier(vit(), init_from=str(tmp_path / "a.ckpt"))
+    assert caught.value.field == "model.init_from"
