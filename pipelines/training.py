@@ -26,6 +26,7 @@ from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
 from trunkline.pipelines.runs import choose_run, forgotten_run
+from trunkline.pipelines.sizes import facts_left_out, write_sizes
 
 
 class TrainingParser(RecipeParser, LightningArgumentParser):
@@ -87,7 +88,8 @@ class TrainingCLI(LightningCLI):
         for group in ("model", "data"):
             parser.link_arguments("seed_everything", f"{group}.init_args.seed", compute_fn=int)
         # A recipe states what the data knows once: image size, classes, vocabulary, row length.
-        parser.link_arguments("data.facts", "model.init_args.facts", apply_on="instantiate")
+        facts = "model.init_args.facts"
+        parser.link_arguments("data.facts", facts, compute_fn=facts_left_out, apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's hyperparameters win over the flags; here flags win last."""
@@ -112,6 +114,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A Trainer that writes into the run's folder."""
         trainer = self._get(self.config_init, "trainer")
+        write_sizes(self.config[self.subcommand], self.model.hparams)
         kwargs["use_distributed_sampler"] = False  # our sampler shares the samples out itself
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
