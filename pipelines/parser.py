@@ -61,7 +61,10 @@ def dotted(cls: type, prefix: str) -> Iterator[str]:
         if "__init__" not in vars(base) or base is object:
             continue
         parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
-        hints = get_type_hints(base.__init__)  # type: ignore[misc]
+        try:
+            hints = get_type_hints(base.__init__)  # type: ignore[misc]
+        except NameError:  # with types for checkers alone, such as the facts about the data: no options
+            return
         for name in [name for name in hints if name in parameters and parameters[name].kind not in OPEN_ENDED]:
             yield f"{prefix}.{name}"
             for kind in (hints[name], *get_args(hints[name])):

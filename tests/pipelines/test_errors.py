@@ -14,6 +14,7 @@ from trunkline.modules.backbone import TransformerConfig
 from trunkline.pipelines import renamed
 from trunkline.pipelines.cli import main
 from trunkline.pipelines.errors import locate, place_of, read_entries, report
+from trunkline.pipelines.objectives import objective_classes
 from trunkline.pipelines.parser import dotted
 
 CONFIG = """\
@@ -233,3 +234,4 @@ def test_names_of_arguments_that_are_handed_on() -> None:
     assert found >= {"model.config", "model.config.dim", "model.lr"}
     assert not {"model.rest", "model.shared", "model.return"} & found
     assert list(dotted(Closed, "model")) == ["model.other"]
+    assert set(dotted(objective_classes()[0], "model")) >= {"model.optimizer.lr", "model.network.backbone.dim"}

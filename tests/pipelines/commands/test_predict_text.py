@@ -56,26 +56,26 @@ def options(folder: Path, path: str, **more: Any) -> dict[str, Any]:
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("class")
     data = LabelledTextData(**options(folder, labelled(folder)))
-    return train(folder, TextClassifier(network(), OPTIMIZER), data)
+    return train(folder, TextClassifier(network(), optimizer=OPTIMIZER), data)
 
 
 @pytest.fixture(scope="module")
 def of_pairs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("pairs")
     data = LabelledTextData(**options(folder, labelled(folder, pairs=True), pair_column="pair"))
-    return train(folder, TextClassifier(network(), OPTIMIZER), data, epochs=1)
+    return train(folder, TextClassifier(network(), optimizer=OPTIMIZER), data, epochs=1)
 
 
 @pytest.fixture(scope="module")
 def tagger(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("tags")
     data = TaggedTextData(**options(folder, tagged(folder)))
-    return train(folder, TokenClassifier(network(pool="none", num_outputs=3), OPTIMIZER), data)
+    return train(folder, TokenClassifier(network(pool="none", num_outputs=3), optimizer=OPTIMIZER), data)
 
 
 def answers(folder: Path, impossible: bool) -> SimpleNamespace:
     data = SquadData(**options(folder, asked(folder, impossible), max_question_length=6, doc_stride=4))
-    return train(folder, QuestionAnswering(network(pool="none"), OPTIMIZER), data, epochs=15)
+    return train(folder, QuestionAnswering(network(pool="none"), optimizer=OPTIMIZER), data, epochs=15)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_pairs(of_pairs: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("anna")
     with pytest.raises(TrunklineError, match=r"in\.txt is no table, but pairs of texts need two columns; give a"):
         run(of_pairs, tmp_path / "in.txt", tmp_path / "out.csv")
-    with pytest.raises(TrunklineError, match=r":1 has no 'other'; it has text, pair, label; set .*pair_column$"):
+    with pytest.raises(TrunklineError, match=r":1 has no 'other'; it has text, pair, label; set pair_column$"):
         run(of_pairs, source, tmp_path / "out.csv", pair_column="other")
 
 
@@ -231,8 +231,8 @@ def test_long_questions_are_counted(
         ("classifier", "in.txt", "", r"--texts .*in\.txt holds no text"),
         ("classifier", "in.txt", "a\n\xff", r"in\.txt, byte 2: no UTF-8"),
         ("classifier", "in.jsonl", '{"text": " "}', r"in\.jsonl:1 is empty"),
-        ("classifier", "in.jsonl", '{"text": 3}', r"in\.jsonl:1: 'text' is no text but int; .* set .*text_column$"),
-        ("classifier", "in.csv", "body\na\n", r"in\.csv:2 has no 'text'; it has body; set .*text_column$"),
+        ("classifier", "in.jsonl", '{"text": 3}', r"in\.jsonl:1: 'text' is no text but int; .* set text_column$"),
+        ("classifier", "in.csv", "body\na\n", r"in\.csv:2 has no 'text'; it has body; set text_column$"),
         ("classifier", "none.txt", None, r"--texts .*none\.txt: there is no such file; mend the path"),
         ("tagger", "in.txt", "anna\n\nbo", r"in\.txt:2 is empty"),
         ("tagger", "in.jsonl", "{}", r"in\.jsonl: words to be tagged stand in a \.txt file"),

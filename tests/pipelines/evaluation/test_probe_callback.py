@@ -32,7 +32,7 @@ DIGITS: dict[str, Any] = {"source": "digits", "class_names": NAMES, "templates":
 class Pairs(L.LightningDataModule):
     """Eight pairs in batches of four, shuffled by the global generator."""
 
-    preprocessing, tokenizer, max_length = PREPROCESSING, tokenizer(), 6
+    preprocessing, vocabulary, max_length = PREPROCESSING, tokenizer(), 6
 
     def loader(self, shuffle: bool) -> DataLoader[Any]:
         rows = [(colour, n) for n in range(2) for colour in COLOURS]
@@ -203,7 +203,7 @@ def test_what_cannot_be_read_is_found_or_skipped(tmp_path: Path, capsys: pytest.
         for n in range(2):
             (source / colour / f"{n}.png").write_bytes(b"no picture")
     options: dict[str, Any] = {"source": str(source), "k": 3, "val_fraction": 0.3, "test_fraction": 0}
-    with pytest.raises(TrunklineError, match=r"^ImageProbes: cannot read the image .*png.*skip_corrupt true"):
+    with pytest.raises(TrunklineError, match=r"^ImageProbes: cannot read the image .*png.*or set skip_corrupt=true"):
         run(tmp_path, ImageProbes(**options))
     with pytest.warns(UserWarning, match="skipped: "):
         fitted = run(tmp_path, ImageProbes(**options, skip_corrupt=True))
