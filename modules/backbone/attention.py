@@ -15,7 +15,7 @@ from trunkline.modules.backbone.config import TransformerConfig
 
 Rotation = tuple[Tensor, Tensor]
 Keep = slice | Tensor
-"""Which tokens: a slice, the same in each row, or (B, N) positions."""
+"""Some tokens of each row: a slice that is the same in all rows, or (B, N) positions."""
 
 
 class KVCache:
@@ -135,12 +135,14 @@ def explicit_attention(
 
 
 EXPLICIT_SCORES = 512 * 512
-"""Up to so many for a head, a CPU is faster in bfloat16 with explicit weights."""
+"""Scores (T * S) per head up to which a CPU trains faster in bfloat16 with explicit attention weights."""
 
 
 def learns_slowly(q: Tensor, k: Tensor) -> bool:
-    """Whether the fused backward pass is the slower one: PyTorch's for bfloat16 on a CPU is, on rows of 256 tokens by
-    half, on rows of 36 five times and more. Explicit weights take more memory, so rows beyond 512 tokens stay fused.
+    """Whether explicit attention trains faster than PyTorch's fused kernel.
+
+    On a CPU in bfloat16 the fused backward pass takes 1.5 times as long on rows of 256 tokens, and more than 5 times
+    as long on rows of 36. Explicit weights need more memory, so rows of more than 512 tokens stay fused.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
         return False
@@ -213,8 +215,8 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D), and the (B, H, T, S) weights if asked for.
 
         `context` (B, S, D) is attended to by a module made with `cross=True`. `mask` is broadcastable to
-        (B, H, T, S) and either boolean, True where a query may attend, or added to the scores. With `keep` only
-        those tokens ask, and T becomes their number, in the mask as well.
+        (B, H, T, S) and either boolean, True where a query may attend, or added to the scores. With `keep`,
+        queries are computed for those tokens only, and T is their number, in the mask as well.
         """
         if context is None:
             q, k, v = self.project(x, keep)

@@ -11,7 +11,7 @@ NormKind = Literal["layernorm", "rmsnorm"]
 
 @dataclass
 class TransformerConfig:
-    """Shape and flavour of a trunk. Plain types only, so that it survives YAML, JSON and checkpoints.
+    """Shape and options of a trunk. Plain types only, so that YAML, JSON and checkpoints can hold it.
 
     Raises:
         TrunklineError: if the sizes do not fit each other; the message names the fields.

@@ -1,4 +1,4 @@
-"""What stands on the trunk's states: pooling them to one vector."""
+"""Attention pooling: the trunk's states become one vector."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        # One vector a sample is left here, so the regularisers of a long sequence have no place.
+        # There is one query a sample, so options that are meant for long sequences are off.
         config = replace(config, dropout=0.0, qk_norm=False, num_kv_heads=None)
         self.query = nn.Parameter(torch.empty(1, 1, config.dim))
         nn.init.trunc_normal_(self.query, std=config.dim**-0.5)

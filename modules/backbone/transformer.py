@@ -1,4 +1,4 @@
-"""The trunk: one `Transformer` that every model of the house stands on.
+"""The trunk: one `Transformer` that every model is built on.
 
 It sees embeddings, never token ids, pixels or modality names. The original post-norm ReLU block
 (Vaswani et al., 2017, arXiv:1706.03762) and the modern pre-norm rotary SwiGLU block are both just
@@ -76,7 +76,7 @@ class MLP(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Leave a residual branch out for whole samples, scaling up the others (stochastic depth)."""
+    """Stochastic depth: leave a residual branch out for some samples, and scale it up for the others."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(B, T, D) -> (B, T, D), or (B, N, D) with `keep`; self-attention weights, cross-attention weights."""
         if keep is not None:
-            if is_causal:  # the flag speaks of all queries
+            if is_causal:  # the flag would be wrong for some of the queries
                 mask, is_causal = causal_mask(0, x.shape[1], x.device), False
             mask, context_mask = take_queries(mask, keep), take_queries(context_mask, keep)
         branch, weights = self.attn(
@@ -190,7 +190,7 @@ def self_attention_mask(
 ) -> tuple[Tensor | None, bool]:
     """Mask and `is_causal` flag for queries start..end over keys 0..end.
 
-    The flag stands alone wherever it says enough, because then no (T, S) mask is ever built.
+    Where the flag alone suffices, no (T, S) mask is built.
     """
     if not causal or end - start == 1:  # one new token sees all that came before it
         return mask, False
@@ -200,7 +200,7 @@ def self_attention_mask(
 
 
 class Transformer(nn.Module):
-    """A stack of blocks over embeddings: encoder, decoder or both, after its `TransformerConfig`."""
+    """A stack of blocks over embeddings: an encoder, a decoder or both, as its `TransformerConfig` says."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""Text generation: what is chosen, how texts grow, and number formats that make it fast. Needs torch alone."""
+"""Text generation: sampling, beam search, filling of masks, and low-precision weights. Needs torch alone."""

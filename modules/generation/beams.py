@@ -22,7 +22,7 @@ from trunkline.modules.generation.decoding import (
 )
 
 NEVER = -1e9
-"""Score of a beam that cannot be chosen."""
+"""Score of a beam that must not be chosen."""
 
 
 class Beam(NamedTuple):

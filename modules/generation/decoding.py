@@ -77,11 +77,11 @@ class GenerationConfig:
     min_p: float | None = None
     """Sample from tokens with at least this share of the likeliest token's probability (arXiv:2407.01082)."""
     num_beams: int = 1
-    """More than 1 is beam search: the likeliest of that many texts that are followed side by side."""
+    """Above 1: beam search, which follows that many texts side by side and returns the likeliest."""
     length_penalty: float = 1.0
     """A beam's score is its log-likelihood / length ** this; above 0 favours longer texts."""
     seed: int = 0
-    """Of sampling; row b draws from (seed, b) alone, whatever the other rows do."""
+    """Of sampling; the draws of row b depend on (seed, b) only, not on the other rows."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams", "top_k"):
@@ -207,7 +207,7 @@ def choose(logits: Tensor, draws: Tensor | None) -> Tensor:
         return logits.argmax(dim=1)
     total = logits.softmax(dim=1, dtype=draws.dtype).cumsum(dim=1)
     aim = draws[:, None] * total[:, -1:]
-    # The first token whose running sum exceeds the aim: one that was left out adds nothing, so is never the first.
+    # The first token whose running sum exceeds the aim; one that was left out adds nothing, so it is never the first.
     return torch.searchsorted(total, aim, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
@@ -226,12 +226,12 @@ def evaluating(decoder: Decoder) -> Iterator[None]:
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:
-    """Random numbers of one row: row 1 of seed 0 and row 0 of seed 1 have nothing in common."""
+    """Random numbers of one row, unrelated to those of any other row or seed."""
     return torch.Generator().manual_seed(random.Random(f"{seed} {row}").getrandbits(63))
 
 
 def draw(generators: list[torch.Generator], device: torch.device) -> Tensor:
-    """A number from 0 to below 1 of each generator: (B,) float64, so that rare tokens have their chance too."""
+    """A uniform number in [0, 1) from each generator: (B,) float64, fine enough for rare tokens to be drawn."""
     numbers = [torch.rand((), dtype=torch.float64, generator=generator) for generator in generators]
     return torch.stack(numbers).to(device, torch.float32 if device.type == "mps" else None)
 
@@ -250,7 +250,8 @@ def check_prompts(decoder: Decoder, tokens: Tensor, mask: Tensor | None) -> tupl
     """Prompts without the columns that are padding in all rows; `mask` is None where no padding is left.
 
     Raises:
-        TrunklineError: see `stream`.
+        TrunklineError: for an empty prompt, one that the decoder cannot see at once, an unknown token, or a mask
+            that is not left padding.
     """
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)

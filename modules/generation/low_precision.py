@@ -1,4 +1,4 @@
-"""Networks with small weights, to generate with: at batch 1 the time goes into reading the weights."""
+"""Low-precision weights for generation, which at batch size 1 spends most of its time on reading weights."""
 
 import torch
 import torch.nn.functional as F
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from trunkline.modules.networks import GPT
 
 FEW_ROWS = 8
-"""Below that many rows, PyTorch's int8 kernel beats restoring the matrix."""
+"""Below this number of rows, PyTorch's int8 kernel is faster than restoring the matrix."""
 KERNEL_WIDTH = 32
-"""The kernel reads past the end of narrower or ragged rows."""
+"""The kernel needs rows whose width is a multiple of this: it reads past the end of others."""
 
 
 def to_bfloat16(network: GPT) -> GPT:
@@ -22,8 +22,8 @@ def to_bfloat16(network: GPT) -> GPT:
 def to_int8(network: GPT) -> GPT:
     """Give linear layers and the token embedding int8 weights, in place; for inference only.
 
-    Weights alone are rounded, each row of a matrix to 255 steps, a few per cent of error in the logits; all else
-    becomes bfloat16.
+    Only weights are rounded, each row of a matrix to 255 levels, which changes logits by a few per cent. Everything
+    else becomes bfloat16.
 
     Args:
         network: on its device.
@@ -46,7 +46,7 @@ def _replace_linears(network: nn.Module, kind: "type[RowLinear] | type[Int8Linea
 
 
 class RowLinear(nn.Module):
-    """A linear layer that multiplies a single row as a vector, for which a CPU has the faster bfloat16 kernel."""
+    """A linear layer that treats a single row as a vector, for which a CPU has a faster bfloat16 kernel."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class RowLinear(nn.Module):
 
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) matrix -> (N, K) int8 values and (N,) scales, whose product is nearest to it."""
+    """(N, K) matrix -> (N, K) int8 values and (N,) scales; their product is close to the matrix."""
     scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
 

@@ -1,4 +1,4 @@
-"""What every network shares: plain-data configuration, and weights that load anywhere."""
+"""Base class of the networks: a configuration of plain data, and weights that load without Lightning."""
 
 import dataclasses
 import difflib
@@ -82,7 +82,7 @@ class Network(nn.Module):
         return []
 
     def adapt(self, source: Any) -> None:
-        """Reshape a trained network of the same class, in place, to the inputs that this one takes."""
+        """Change a trained network of the same class, in place, so that it takes the inputs that this one takes."""
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, made if missing."""

@@ -36,9 +36,9 @@ class BERTConfig:
     positions: Literal["learned", "none"] = "learned"
     """Absolute positions; `none` is for a rotary trunk."""
     num_segments: int = 2
-    """Kinds of text within a row, such as the two of a pair, each with an embedding; 0 is none."""
+    """Kinds of text in a row, such as the two of a pair, each with an embedding; 0 for no such embeddings."""
     next_sentence: bool = False
-    """A second output on the first token: does the second text follow the first?"""
+    """A second output, read from the first token: does the second text follow the first?"""
     backbone: TransformerConfig = field(default_factory=bert_trunk)
     """The trunk."""
 
@@ -48,7 +48,7 @@ class BERTConfig:
 
 
 class MaskedHead(nn.Module):
-    """What the tied output layer reads: a dense layer, GELU and a norm over the trunk's states."""
+    """A dense layer, GELU and a norm between the trunk's states and the tied output layer."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Pooler(nn.Module):
 
 
 class BERT(Network):
-    """Token, position and segment embeddings, trunk, and a head that names masked tokens.
+    """Token, position and segment embeddings, trunk, and a head that predicts masked tokens.
 
     Shape legend: B batch, T tokens, N chosen tokens, D width, V vocabulary.
 

@@ -1,4 +1,4 @@
-"""Two towers, of images and of texts, that meet in one space: CLIP (Radford et al., 2021, arXiv:2103.00020)."""
+"""CLIP (Radford et al., 2021, arXiv:2103.00020): an image tower and a text tower with embeddings in one space."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from trunkline.modules.networks.text_head import TextHead, TextHeadConfig
 from trunkline.modules.networks.vit import ViT, ViTConfig
 
 MAX_LOGIT_SCALE = math.log(100)
-"""Larger ones made the authors' training unstable."""
+"""The limit of the paper, whose authors found training unstable above it."""
 
 
 @dataclass
@@ -36,15 +36,16 @@ class CLIPConfig:
     gpt: GPTConfig | None = None
     """The text tower, if it is causal, as CLIP's own."""
     text_pool: Literal["last", "mean", "cls"] = "last"
-    """What a text's embedding is read from: its end-of-text token, the mean over all, or the first token."""
+    """What a text's embedding is read from: its last token (end of text), the mean over all tokens, or the first."""
     dim: int = 512
-    """Numbers E of an embedding."""
+    """Size E of an embedding."""
     share_trunk: bool = False
-    """Both modalities run through the same blocks: the weights are there once."""
+    """Both towers run through the same blocks, whose weights exist once."""
     init_logit_scale: float = math.log(1 / 0.07)
-    """Logarithm of the factor on cosines at the start."""
+    """Logarithm of the factor that cosines are multiplied by, at the start of training."""
     init_logit_bias: float | None = None
-    """Summand of the logits at the start; None has none. SigLIP's loss needs one, such as -10 (arXiv:2303.15343)."""
+    """Bias added to the logits, at the start of training; None for none. SigLIP's loss (arXiv:2303.15343) needs one,
+    such as -10."""
 
     def __post_init__(self) -> None:
         if isinstance(self.bert, Mapping):  # as checkpoints and config.json hold it
@@ -52,19 +53,26 @@ class CLIPConfig:
         if isinstance(self.gpt, Mapping):
             self.gpt = config_from_dict(GPTConfig, self.gpt)
         if self.gpt is not None and self.text_pool == "cls":
-            raise TrunklineError("the first token of a GPT sees no other; set --model.network.text_pool last or mean")
-        if self.dim < 1 or not 0 <= self.init_logit_scale <= MAX_LOGIT_SCALE:
             raise TrunklineError(
-                f"--model.network.dim {self.dim} must be 1 or more, and --model.network.init_logit_scale "
-                f"{self.init_logit_scale} from 0 to {MAX_LOGIT_SCALE:.3f}, the logarithm of 100"
+                "with text_pool=cls a GPT's first token is read, which sees no other; set text_pool to last or mean",
+                "model.network.text_pool",
             )
-        own, other, flag = self.image.backbone, self.text.body.backbone, self.text.body_flag
+        if self.dim < 1:
+            raise TrunklineError(f"dim={self.dim} is below 1; set it to the size of an embedding", "model.network.dim")
+        if not 0 <= self.init_logit_scale <= MAX_LOGIT_SCALE:
+            raise TrunklineError(
+                f"init_logit_scale={self.init_logit_scale} is out of range; set it to at least 0 and at most "
+                f"{MAX_LOGIT_SCALE:.3f}, the logarithm of 100",
+                "model.network.init_logit_scale",
+            )
+        own, other = self.image.backbone, self.text.body.backbone
         names = [f.name for f in fields(own) if f.name != "causal"]  # each tower says that in each call
         different = [name for name in names if getattr(own, name) != getattr(other, name)]
         if self.share_trunk and different:
             raise TrunklineError(
-                f"share_trunk needs the same trunk twice, but they differ in {', '.join(different)}; make --model."
-                f"network.image.backbone and {flag}.backbone equal"
+                f"share_trunk needs the same trunk twice, but they differ in {', '.join(different)}; make "
+                f"image.backbone and {'gpt' if self.bert is None else 'bert'}.backbone equal",
+                "model.network.share_trunk",
             )
 
     @property
@@ -79,7 +87,7 @@ class CLIPConfig:
 
 
 class Embeddings(NamedTuple):
-    """What the towers make of pairs."""
+    """Embeddings of pairs of image and text."""
 
     image: Tensor
     """(B, E), of length 1."""
@@ -88,7 +96,7 @@ class Embeddings(NamedTuple):
 
 
 class LogitScale(nn.Module):
-    """Cosines to logits: a learnt factor and, for a sigmoid loss, a learnt summand."""
+    """Turns cosines into logits by a learned factor and, for a sigmoid loss, a learned bias."""
 
     def __init__(self, scale: float, bias: float | None) -> None:
         super().__init__()
@@ -115,7 +123,7 @@ class LogitScale(nn.Module):
 class CLIP(Network):
     """A ViT and a text trunk, each with a linear projection into the shared space.
 
-    Shape legend: B batch, T tokens, E numbers of an embedding.
+    Shape legend: B batch, T tokens, E size of an embedding.
 
     Args:
         config: shape of the network.

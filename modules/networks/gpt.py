@@ -1,4 +1,4 @@
-"""Causal language model: GPT-2 (Radford et al., 2019) and what came after it, by configuration."""
+"""Causal language model: GPT-2 (Radford et al., 2019) and its successors, by configuration."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -32,7 +32,7 @@ class GPTConfig:
     tie_embeddings: bool = True
     """The output layer is the token embedding transposed (arXiv:1608.05859)."""
     backbone: TransformerConfig = field(default_factory=gpt2_trunk)
-    """The trunk; `causal` is set in any case."""
+    """The trunk; `causal` is always set to true."""
 
     def __post_init__(self) -> None:
         if not self.backbone.causal:
@@ -78,7 +78,8 @@ class GPT(Network):
             if module is not None:
                 nn.init.trunc_normal_(module.weight, std=0.02)
         if not config.tie_embeddings:
-            # No output depends on its size, and updates of 0.02 would turn smaller rows about: learns visibly faster.
+            # The norms make outputs independent of its scale, and larger rows keep their direction under the first
+            # updates of an optimiser that moves each weight by its learning rate: learns visibly faster.
             nn.init.normal_(self.token_embed.weight, std=0.5)
         if trunk is None:
             self._scale_residual_branches()

@@ -1,4 +1,4 @@
-"""A task's output on the trunk of a language model: classes of texts, classes of tokens, borders of answers."""
+"""An output layer for a task on a language model: classes of texts, classes of tokens, start and end of answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ class TextHeadConfig:
     num_outputs: int = 2
     """Classes of a text or of a token; 2 for the start and the end of an answer."""
     pool: Literal["cls", "mean", "last", "none"] = "cls"
-    """What is read: the first token, the mean over all, the last one that is no padding, or each token."""
+    """What is read: the first token, the mean over all, the last token before padding, or each token."""
     dropout: float = 0.1
-    """Probability for what the output layer reads."""
+    """Probability of dropout before the output layer."""
 
     def __post_init__(self) -> None:
         if isinstance(self.bert, Mapping):  # as checkpoints and config.json hold it
@@ -41,15 +41,23 @@ class TextHeadConfig:
         if isinstance(self.gpt, Mapping):
             self.gpt = config_from_dict(GPTConfig, self.gpt)
         if (self.bert is None) == (self.gpt is None):
+            count = "none" if self.bert is None else "two"
             raise TrunklineError(
-                f"the network needs one body, not {'none' if self.bert is None else 'two'}; set either "
-                "--model.network.bert or --model.network.gpt"
+                f"the network needs one body, not {count}; set either bert or gpt", "model.network.bert"
             )
         if self.gpt is not None and self.pool == "cls":
-            raise TrunklineError("the first token of a GPT sees no other; set --model.network.pool to last or mean")
-        if self.num_outputs < 1 or not 0 <= self.dropout < 1:
             raise TrunklineError(
-                f"num_outputs={self.num_outputs} must be at least 1, and dropout={self.dropout} from 0 up to below 1"
+                "with pool=cls a GPT's first token is read, which sees no other; set pool to last or mean",
+                "model.network.pool",
+            )
+        if self.num_outputs < 1:
+            raise TrunklineError(
+                f"num_outputs={self.num_outputs} is below 1; set it to the number of classes",
+                "model.network.num_outputs",
+            )
+        if not 0 <= self.dropout < 1:
+            raise TrunklineError(
+                f"dropout={self.dropout} is no probability; set it to at least 0 and below 1", "model.network.dropout"
             )
 
     @property
@@ -58,11 +66,6 @@ class TextHeadConfig:
         body = self.bert or self.gpt
         assert body is not None
         return body
-
-    @property
-    def body_flag(self) -> str:
-        """The flag that sets it."""
-        return "--model.network." + ("bert" if self.bert is not None else "gpt")
 
 
 class TextHead(Network):
@@ -94,9 +97,9 @@ class TextHead(Network):
         return [self.dropout, self.head]
 
     def states(self, tokens: Tensor, segment: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """What the output layer reads, (B, D) or (B, T, D); arguments as for `forward`.
+        """Pooled states for the output layer, (B, D), or (B, T, D) with `pool="none"`; arguments as for `forward`.
 
-        The last block computes no more than that.
+        The last block computes only the tokens that are read.
         """
         pool = self.config.pool
         keep: Keep | None = None
@@ -106,7 +109,7 @@ class TextHead(Network):
             keep = slice(-1, None) if mask is None else last_position(mask)
         if isinstance(self.body, BERT):
             x = self.body(tokens, segment, mask=mask, keep=keep, return_logits=False)
-        else:  # padding on the right needs no mask where nobody looks to the right
+        else:  # padding is on the right, where no token of a GPT looks
             x = self.body(tokens, keep=keep, return_logits=False)
         if pool == "none":
             return x
@@ -133,7 +136,7 @@ class TextHead(Network):
 
 
 def without_heads(body: BERT | GPT) -> BERT | GPT:
-    """Take a language model's own output layers away, in place: parameters without a gradient stop DDP."""
+    """Remove a language model's own output layers, in place: DDP fails on parameters that get no gradient."""
     body.head = nn.Identity()  # type: ignore[assignment]
     if isinstance(body, BERT):
         body.masked_head = nn.Identity()  # type: ignore[assignment]

@@ -40,7 +40,7 @@ class ViTConfig:
     positions: Literal["learned", "sincos2d", "none"] = "learned"
     """Absolute positions of the patches; `none` is for a rotary trunk."""
     num_registers: int = 0
-    """Extra tokens that are read by no head (arXiv:2309.16588)."""
+    """Extra tokens that no head reads (arXiv:2309.16588)."""
     embed_norm: bool = False
     """Normalise the tokens before the trunk, as CLIP does."""
     backbone: TransformerConfig = field(default_factory=TransformerConfig)

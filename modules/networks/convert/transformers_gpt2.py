@@ -53,7 +53,7 @@ def gpt_config_from_transformers(config: Mapping[str, Any]) -> GPTConfig:
     """Content of the config.json of a transformers GPT-2 -> configuration of the same `GPT`.
 
     Raises:
-        TrunklineError: if it has an option that the trunk has not.
+        TrunklineError: if it uses an option that the trunk does not have.
     """
     activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
     usual = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
@@ -61,7 +61,9 @@ def gpt_config_from_transformers(config: Mapping[str, Any]) -> GPTConfig:
     activation = config.get("activation_function", "gelu_new")
     other += [] if activation in activations else ["activation_function"]
     if other:
-        raise TrunklineError(f"a GPT-2 with {other[0]}={config[other[0]]} cannot be converted: the trunk is without it")
+        raise TrunklineError(
+            f"a GPT-2 with {other[0]}={config[other[0]]} cannot be converted: the trunk has no such option"
+        )
     trunk = TransformerConfig(
         dim=config["n_embd"],
         depth=config["n_layer"],

@@ -107,17 +107,22 @@ def test_scale() -> None:
         assert network.scale.factor.item() == pytest.approx(end)
 
 
-def test_impossible_towers() -> None:
-    with pytest.raises(TrunklineError, match=r"needs one body, not none; set either --model\.network\.bert"):
-        CLIPConfig()
-    with pytest.raises(TrunklineError, match=r"first token of a GPT sees no other; set --model\.network\.text_pool"):
-        two_towers(text_pool="cls")
-    for wrong in ({"dim": 0}, {"init_logit_scale": 10.0}):
-        with pytest.raises(
-            TrunklineError, match=r"--model\.network\.dim .*--model\.network\.init_logit_scale .* 4\.605"
-        ):
-            two_towers(**wrong)
-    with pytest.raises(TrunklineError, match=r"they differ in dim; make .*network\.gpt\.backbone"):
-        two_towers(share_trunk=True)
+@pytest.mark.parametrize(
+    ("options", "message", "field"),
+    [
+        ({"gpt": None}, "needs one body, not none; set either bert or gpt", "bert"),
+        ({"text_pool": "cls"}, "GPT's first token is read, which sees no other; set text_pool to last", "text_pool"),
+        ({"dim": 0}, "dim=0 is below 1", "dim"),
+        ({"init_logit_scale": 10.0}, r"init_logit_scale=10\.0 is out of range; .* at most 4\.605", "init_logit_scale"),
+        ({"share_trunk": True}, r"they differ in dim; make image\.backbone and gpt\.backbone equal", "share_trunk"),
+    ],
+)
+def test_impossible_towers(options: dict[str, object], message: str, field: str) -> None:
+    with pytest.raises(TrunklineError, match=message) as caught:
+        two_towers(**options)
+    assert caught.value.field == f"model.network.{field}"
+
+
+def test_texts_that_are_too_long() -> None:
     with pytest.raises(TrunklineError, match=r"9 tokens are more than the 8"):
         CLIP(two_towers()).encode_text(torch.zeros(1, 9, dtype=torch.long))
