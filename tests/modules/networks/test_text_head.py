@@ -125,7 +125,7 @@ def batches(outputs: int = 3) -> Any:
     ("blocks", "learning"), [(1, ("body.backbone.blocks.1", "body.backbone.norm", "head")), (2, ("head",))]
 )
 def test_exactly_what_is_not_frozen_learns(body: str, blocks: int, learning: Any, tmp_path: Path) -> None:
-    model = TextClassifier(config(body, "mean"), QUICK, freeze_blocks=blocks)
+    model = TextClassifier(config(body, "mean"), optimizer=QUICK, freeze_blocks=blocks)
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
     trainer(tmp_path, max_epochs=1).fit(model, batches())
     changed = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
@@ -143,9 +143,11 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str, di
     targets = torch.randint(0, V, (4, T))
     batch = {"tokens": targets, "targets": targets[:, :2], "positions": torch.tensor([[1, 2]] * 4)}
     if kind == "head":
-        model: Any = TextClassifier(config("bert", "cls"), QUICK)
+        model: Any = TextClassifier(config("bert", "cls"), optimizer=QUICK)
     else:
-        own: Any = MaskedLM(bert(next_sentence=False), QUICK) if kind == "bert" else CausalLM(gpt(), QUICK)
+        own: Any = (
+            MaskedLM(bert(next_sentence=False), optimizer=QUICK) if kind == "bert" else CausalLM(gpt(), optimizer=QUICK)
+        )
         model, batch["targets"] = own, targets[:, :2] if kind == "bert" else targets
     fitted = trainer(tmp_path, max_epochs=1)
     fitted.fit(model, batches() if kind == "head" else DataLoader([batch], batch_size=None))  # type: ignore[arg-type]
@@ -166,25 +168,40 @@ def test_init_from(source: tuple[str, str, dict[str, Tensor]]) -> None:
     assert "backbone.blocks.1.mlp.fc2.weight" in body
     assert not any(name.startswith(("masked_head", "head", "pooler")) for name in body)
     assert model.network.head.weight.shape == (5, 16)
-    flag = rf"--model\.network\.{kind}"
-    for own, message in (
+    place = f"network.{kind}"
+    for own, end, message in (
         (
             {"backbone": trunk(dim=32)},
-            rf"{path} was trained with dim=16, but the network has 32; set {flag}\.backbone\.dim 16",
+            "backbone.dim",
+            rf"{path} was trained with dim=16, but the network has 32; set {place}\.backbone\.dim to 16",
         ),
-        ({"backbone": trunk(num_heads=4)}, rf"num_heads=2, but the network has 4; set {flag}\.backbone\.num_heads 2"),
-        ({"backbone": trunk(depth=3)}, rf"{flag}\.backbone\.depth 2"),
-        ({"max_length": 16}, rf"max_length=8, but the network has 16; set {flag}\.max_length 8"),
-        ({"vocab_size": 70}, rf"vocab_size=50, but the network has 70; set {flag}\.vocab_size 50"),
+        (
+            {"backbone": trunk(num_heads=4)},
+            "backbone.num_heads",
+            rf"num_heads=2, but the network has 4; set {place}\.backbone\.num_heads to 2",
+        ),
+        ({"backbone": trunk(depth=3)}, "backbone.depth", rf"{place}\.backbone\.depth to 2"),
+        (
+            {"max_length": 16},
+            "max_length",
+            rf"max_length=8, but the network has 16; set {place}\.max_length to 8",
+        ),
+        (
+            {"vocab_size": 70},
+            "vocab_size",
+            rf"vocab_size=50, but the network has 70; set {place}\.vocab_size to 50",
+        ),
     ):
         wrong = bert(**own) if kind == "bert" else gpt(**own)
-        with pytest.raises(TrunklineError, match=message):
+        with pytest.raises(TrunklineError, match=message) as caught:
             TextClassifier(config(kind, "mean", **{kind: wrong}), init_from=path)
+        assert caught.value.field == f"model.{place}.{end}"
     other = "gpt" if kind == "bert" else "bert"
     with pytest.raises(
-        TrunklineError, match=rf"holds a {kind.upper()}; set --model\.network\.{kind} instead of .*{other}"
-    ):
+        TrunklineError, match=rf"holds a {kind.upper()}; set network\.{kind} instead of network\.{other}"
+    ) as caught:
         TextClassifier(config(other, "mean"), init_from=path)
+    assert caught.value.field == "model.init_from"
     free = trunk(dropout=0.3)
     TextClassifier(
         config(kind, "mean", **{kind: bert(backbone=free) if kind == "bert" else gpt(backbone=free)}), init_from=path
@@ -192,7 +209,7 @@ def test_init_from(source: tuple[str, str, dict[str, Tensor]]) -> None:
 
 
 def test_a_task_starts_from_the_same_task(tmp_path: Path) -> None:
-    first = TextClassifier(config("bert", "cls"), QUICK)
+    first = TextClassifier(config("bert", "cls"), optimizer=QUICK)
     first.network.save_pretrained(tmp_path)
     second = TextClassifier(config("bert", "mean"), init_from=str(tmp_path))
     assert torch.equal(second.network.head.weight, first.network.head.weight)
@@ -202,5 +219,7 @@ def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
     torch.save({"hyper_parameters": {"network": {"image_size": 3}}, "state_dict": {}}, tmp_path / "a.ckpt")
     torch.save({}, tmp_path / "b.ckpt")
     for name in ("a.ckpt", "b.ckpt"):
-        with pytest.raises(TrunklineError, match=rf"init_from .*{name} is no checkpoint of a language model"):
+        with pytest.raises(
+            TrunklineError, match=rf"init_from .*{name} holds weights of something else; give .* BERT or GPT"
+        ):
             TextClassifier(config("bert", "cls"), init_from=str(tmp_path / name))
