@@ -1,7 +1,7 @@
 """Settings in which machines differ, forced by environment variables (`make test-everywhere` sets them).
 
 TRUNKLINE_TEST_THREADS: threads of PyTorch in each process; 1 unless set, because the models are tiny.
-TRUNKLINE_TEST_BFLOAT16: `on` or `off`: whether the CPU seems to multiply bfloat16, which Muon asks.
+TRUNKLINE_TEST_BFLOAT16: `on` or `off`: whether Muon orthogonalises in bfloat16.
 TRUNKLINE_TEST_ORDER: a number; files, classes and tests run in a random order drawn from it.
 """
 
@@ -18,7 +18,9 @@ def apply() -> None:
     forced = os.environ.get("TRUNKLINE_TEST_BFLOAT16")
     if forced is not None:
         native = {"on": True, "off": False}[forced]
-        torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: native
+        from trunkline.modules import optim
+
+        optim.multiplies_bfloat16 = lambda device: native
 
 
 def reorder(items: list[Any]) -> None:
