@@ -18,7 +18,7 @@ def apply() -> None:
     forced = os.environ.get("TRUNKLINE_TEST_BFLOAT16")
     if forced is not None:
         native = {"on": True, "off": False}[forced]
-        from trunkline.modules import optim
+        from trunkline.modules.training import optim
 
         optim.multiplies_bfloat16 = lambda device: native
 
