@@ -279,7 +279,7 @@ class TrunklineModule(L.LightningModule):
         except TrunklineError:
             raise
         except ValueError as error:  # options of the trainer that do not fit the data
-            raise TrunklineError(str(error), field="trainer") from error
+            raise TrunklineError(f"the options of the trainer do not fit the data: {error}") from error
         lr_multiplier(0, total, self.optimizer_config)  # an impossible schedule is reported before the first step
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_multiplier(step, total, self.optimizer_config)

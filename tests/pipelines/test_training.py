@@ -1,5 +1,6 @@
 """Every packaged config, and fit followed by test."""
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
-from tokenizers import Tokenizer, models
 
-from trunkline import TrunklineError
+from trunkline import TrunklineError, datamodules
+from trunkline.contract import DataFacts
+from trunkline.modules.backbone import TransformerConfig
 from trunkline.pipelines import training
 from trunkline.pipelines.cli import main
 from trunkline.pipelines.configs import CONFIGS, config_names, find_config, resolve_configs
@@ -53,22 +55,52 @@ def assert_agrees(config: Any, given: dict[str, Any]) -> None:
             assert found == pytest.approx(value)
 
 
+def declared_facts(data: Any) -> DataFacts:
+    """What a datamodule would tell, as far as its recipe declares it: no hub, file or checkpoint is read."""
+    labelled = isinstance(data, datamodules.ImageData | datamodules.LabelledTextData | datamodules.TaggedTextData)
+    names = list("abcdefghi") if labelled else None
+    fields = {name: getattr(data, name, None) for name in ("image_size", "channels", "max_length", "vocab_size")}
+    if hasattr(data, "tokenizer") and not fields["vocab_size"]:
+        fields["vocab_size"] = 4096
+    return DataFacts(class_names=names, **fields)
+
+
+def sizes(config: Any) -> dict[str, Any]:
+    """All sizes that follow from data, in a network's configuration and those within."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, TransformerConfig):
+            found |= sizes(value)
+        elif field.name in ("image_size", "in_chans", "num_classes", "num_outputs", "vocab_size", "max_length"):
+            found[field.name] = value
+    return found
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_instantiates(recipe: str, tmp_path: Path) -> None:
-    arguments = ["fit", "--config", recipe, "--config", "trainer/cpu", "--trainer.precision", "32"]
+def test_recipe_instantiates(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = yaml.safe_load(find_config(recipe).read_text())
-    if own["data"]["class_path"] != "ImageData":  # neither a file of the user's own, a hub nor a checkpoint is read
-        arguments += ["--data.vocab_size", str(own["data"]["init_args"].get("vocab_size", 4096))]
-    if own["data"]["init_args"].get("tokenizer") == "last.ckpt":
-        words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}, "[UNK]"))
-        words.save(str(tmp_path / "tokenizer.json"))
-        arguments += ["--data.tokenizer", str(tmp_path / "tokenizer.json")]
-    cli = Dry(*resolve_configs(arguments))
+    kind = getattr(datamodules, own["data"]["class_path"])
+    monkeypatch.setattr(kind, "facts", property(declared_facts))
+    arguments = ["fit", "--config", recipe, "--config", "trainer/cpu", "--trainer.precision", "32"]
+    resolved, name = resolve_configs(arguments)
+    monkeypatch.setattr("sys.argv", ["trunkline", *resolved])  # where the sizes are found that a network states
+    cli = Dry(resolved, name)
     assert type(cli.model).__name__ == own["model"]["class_path"]
-    assert type(cli.datamodule).__name__ == own["data"]["class_path"]
+    assert type(cli.datamodule) is kind
     assert_agrees(cli.model.network.config, own["model"]["init_args"]["network"])
-    if own["data"]["class_path"] in ("TextData", "MaskedTextData"):
-        assert cli.model.network.config.vocab_size == cli.datamodule.facts.vocab_size
+    facts, network = cli.datamodule.facts, sizes(cli.model.network.config)
+    stated = re.findall(r"^ {6,8}(\w+): ", find_config(recipe).read_text().partition("\ndata:")[0], re.M)
+    for name, size in (
+        ("image_size", facts.image_size),
+        ("in_chans", facts.channels),
+        ("vocab_size", facts.vocab_size),
+        ("max_length", facts.max_length),
+        ("num_classes", facts.class_names and len(facts.class_names)),
+        ("num_outputs", facts.class_names and len(facts.class_names)),
+    ):
+        if name in network and size is not None and name not in stated:
+            assert network[name] == size, name
     assert cli.datamodule.batch_size == own["data"]["init_args"]["batch_size"]
     for name in ("max_epochs", "max_steps"):
         if name in own["trainer"]:

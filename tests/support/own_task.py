@@ -116,5 +116,5 @@ class CloudPictures(Callback):
         ):
             axes.scatter(*points.T.tolist(), s=4)
             axes.set_title(FIGURES[int(named)])
-        if (writer := tensorboard(trainer)) is not None:
+        if (writer := tensorboard(trainer)) is not None and not trainer.sanity_checking:
             writer.add_figure("val/clouds", figure, trainer.global_step)

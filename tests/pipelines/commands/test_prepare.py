@@ -14,7 +14,7 @@ model:
   init_args: {{network: {{image_size: 16, no_such_field: 3}}}}
 data:
   class_path: TextData
-  init_args: {{path: {path}, tokenizer: chars, max_length: 8, cache_dir: {cache}}}
+  init_args: {{source: {path}, tokenizer: chars, max_length: 8, cache_dir: {cache}}}
 trainer:
   max_epochs: 45
   callbacks+:
@@ -47,7 +47,7 @@ def test_prepares_what_the_data_section_says(recipe: str, tmp_path: Path, capsys
 
 
 def test_needs_no_recipe(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"path": tmp_path / "in.txt", "tokenizer": "chars", "cache_dir": tmp_path / "cache"}
+    options = {"source": tmp_path / "in.txt", "tokenizer": "chars", "cache_dir": tmp_path / "cache"}
     run_prepare(["--data", "TextData", *(f"--data.{name}={value}" for name, value in options.items())])
     assert "1,846 tokens" in capsys.readouterr().out
 
@@ -65,9 +65,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "trunkline prepare needs a recipe"),
         (["--config", "vit/no_such"], "there is no config 'vit/no_such'"),
-        (["--config", "RECIPE", "--data.paht", "x"], "there is no option --data.paht; did you mean 'data.path'"),
+        (["--config", "RECIPE", "--data.sorce", "x"], "there is no option --data.sorce; did you mean 'data.source'"),
         (["--config", "RECIPE", "--data.max_length", "x"], "--data.max_length must be int, not 'x'"),
-        (["--config", "RECIPE", "--data.source", "/no/such.txt"], "--data.source /no/such.txt: there is no such file"),
+        (["--config", "RECIPE", "--data.source", "/no/such.txt"], "source=/no/such.txt: there is no such file"),
         (["--config", "RECIPE", "--traner.max_epochs", "3"], "there is no option --traner.max_epochs"),
     ],
 )
