@@ -63,6 +63,14 @@ def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path 
     return (path.parent.parent if path.parent.name == "checkpoints" else path.parent), path, []
 
 
+def unused_config(folder: Path) -> str:
+    """Name for the config of a run: `config.yaml`, and where it is resumed `config_2.yaml` and so on beside that."""
+    number = 1
+    while (folder / (name := "config.yaml" if number == 1 else f"config_{number}.yaml")).exists():
+        number += 1
+    return name
+
+
 def _new_run(folder: Path) -> Path:
     """A new folder's name, the same in all processes of a run."""
     if RUN not in os.environ:

@@ -25,7 +25,7 @@ from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
-from trunkline.pipelines.runs import choose_run, forgotten_run
+from trunkline.pipelines.runs import choose_run, forgotten_run, unused_config
 from trunkline.pipelines.sizes import facts_left_out, write_sizes
 
 
@@ -45,7 +45,6 @@ class TrainingCLI(LightningCLI):
         super().__init__(
             TrunklineModule,
             TrunklineDataModule,
-            save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_class=TrainingParser,
             parser_kwargs={name: dict(defaults) for name in self.subcommands()},
@@ -119,6 +118,7 @@ class TrainingCLI(LightningCLI):
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
         if self.subcommand == "fit":
+            self.save_config_kwargs = {"overwrite": True, "config_filename": unused_config(self.run_dir)}
             kwargs["default_root_dir"] = str(self.run_dir)
             if trainer.get("logger") is None:
                 kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="", default_hp_metric=False)

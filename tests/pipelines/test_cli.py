@@ -124,11 +124,20 @@ BAD_INPUT = [
         "--model: there is no class 'ImageClasifier'; did you mean 'ImageClassifier'",
     ),
     ([*DIGITS, "--trainer.strategy", "dpp"], "--trainer: .*strategy='dpp'"),
-    ([*DIGITS, "--trainer.val_check_interval", "9999"], r"of the trainer do not fit .*val_check_interval` \(9999\) must be less"),
+    (
+        [*DIGITS, "--trainer.val_check_interval", "9999"],
+        r"of the trainer do not fit .*val_check_interval` \(9999\) must be less",
+    ),
     ([*DIGITS, "--model.network.backbone.num_heads", "5"], r"num_heads=5 does not divide dim=\d+; set num_heads to"),
     ([*DIGITS, "--model.network.patch_size", "3"], "patch_size=3 does not divide image_size=.*; set patch_size"),
-    ([*DIGITS, "--model.network.num_classes", "7"], r"num_classes=7, but the data needs 10; leave num_classes out.*\(--model.network.num_classes\)"),
-    ([*DIGITS, "--data.batch_size", "99999"], r"batch_size=99999 is larger .*; set batch_size to at most 1257 \(--data.batch_size\)"),
+    (
+        [*DIGITS, "--model.network.num_classes", "7"],
+        r"num_classes=7, but the data needs 10; leave num_classes out.*\(--model.network.num_classes\)",
+    ),
+    (
+        [*DIGITS, "--data.batch_size", "99999"],
+        r"batch_size=99999 is larger .*; set batch_size to at most 1257 \(--data.batch_size\)",
+    ),
     ([*DIGITS, "--resume", "nothing"], "--resume nothing: there is no checkpoint nothing; give 'auto'"),
     ([*DIGITS, "--resume", "small.yaml"], "small.yaml is no checkpoint of plain data: .*could run code"),
     (["test"], "trunkline test needs --ckpt_path, the checkpoint to evaluate"),
@@ -318,6 +327,8 @@ def test_other_architecture(trained: tuple[Path, str], message: Callable[[list[s
         assert re.search(
             r"the checkpoint is of another architecture: .*first network\.\w+.*16.*32.* use the config.yaml", text
         )
+    assert "dim: 32" in (trained[0] / "config_2.yaml").read_text()  # what this attempt was given
+    assert "dim: 32" not in (trained[0] / "config.yaml").read_text()  # the run's own stays
 
 
 def test_damaged_checkpoint_in_a_moved_folder(
