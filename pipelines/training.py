@@ -1,6 +1,8 @@
 """`trunkline fit | validate | test`: a LightningCLI that composes recipes and machines."""
 
 import logging
+import re
+import shlex
 import sys
 import warnings
 from itertools import pairwise
@@ -20,6 +22,7 @@ from rich.table import Table
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.files import find_fault
+from trunkline.modules.callbacks.graceful_stop import Stopped
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
@@ -201,9 +204,15 @@ def run_training(arguments: list[str]) -> None:
         arguments = use_run_config(arguments)
     # Lightning starts the other processes of a run with the same command line.
     sys.argv[1:] = arguments
+    if str(Path.cwd()) not in sys.path:  # for classes of one's own, beside their config
+        sys.path.append(str(Path.cwd()))
     try:
         with forgotten_run():
             TrainingCLI(arguments, recipe)
+    except Stopped as stop:
+        command = re.sub(r" --resume[ =]('[^']*'|\S)+", "", shlex.join(["trunkline", *arguments]))
+        rank_zero_info(f"resume with: {command} --resume {shlex.quote(stop.folder)}")
+        raise
     except MisconfigurationException as error:  # Lightning's word for asking too much
         raise TrunklineError(str(error)) from error
 

@@ -1,10 +1,7 @@
 """However a run ends, by itself or by Ctrl-C or SIGTERM, its last step is in a checkpoint."""
 
 import os
-import re
-import shlex
 import signal
-import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,8 +31,21 @@ def save_last(trainer: L.Trainer) -> Path:
     return path
 
 
+class Stopped(SystemExit):
+    """A signal has ended training, after the last step was saved.
+
+    Args:
+        code: of the process's end.
+        folder: of the run, from which it can be resumed.
+    """
+
+    def __init__(self, code: int, folder: str) -> None:
+        super().__init__(code)
+        self.folder = folder
+
+
 class GracefulStop(Callback):
-    """At a signal, finish the step, save `checkpoints/last.ckpt` and say how to resume.
+    """At a signal, finish the step, save `checkpoints/last.ckpt` and end the run.
 
     The run exits with 128 + the signal's number. Lightning itself saves nothing on Ctrl-C, and exits with 0
     on SIGTERM, which a scheduler takes for success. A second signal ends the run at once.
@@ -79,12 +89,8 @@ class GracefulStop(Callback):
         if not trainer.strategy.reduce_boolean_decision(self.received > 0, all=False):
             return
         path = save_last(trainer)
-        arguments = re.sub(r" --resume[ =]('[^']*'|\S)+", "", shlex.join(["trunkline", *sys.argv[1:]]))
-        rank_zero_info(
-            f"stopped after step {trainer.global_step}; saved {path}\n"
-            f"resume with: {arguments} --resume {shlex.quote(trainer.default_root_dir)}"
-        )
-        raise SystemExit(128 + (self.received or signal.SIGTERM))
+        rank_zero_info(f"stopped after step {trainer.global_step}; saved {path}")
+        raise Stopped(128 + (self.received or signal.SIGTERM), trainer.default_root_dir)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the signals back."""

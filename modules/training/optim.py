@@ -198,7 +198,7 @@ def lr_multiplier(step: int, total_steps: float, config: OptimizerConfig) -> flo
     endless = math.isinf(total_steps)
     if endless and (config.schedule != "constant" or 0 < config.warmup < 1):
         raise TrunklineError(
-            "this schedule needs to know where training ends; set --trainer.max_epochs or --trainer.max_steps, "
+            "this schedule needs to know where training ends; set trainer.max_epochs or trainer.max_steps, "
             "or schedule: constant with warmup in steps"
         )
     warmup = config.warmup * total_steps if 0 < config.warmup < 1 else config.warmup

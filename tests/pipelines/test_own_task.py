@@ -1,6 +1,9 @@
 """A task of one's own runs by its class path, without a change to the package (its resume: tests/modules/training)."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import own_task
@@ -11,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trunkline.pipelines.cli import main
 
 SUPPORT = Path(own_task.__file__).parent
+ROOT = SUPPORT.parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,14 @@ def test_other_commands(folder: Path, capsys: pytest.CaptureFixture[str], monkey
     (again,) = (folder / "runs/again").iterdir()
     first = EventAccumulator(str(again)).Reload().Scalars("train/loss")[0].value
     assert first < 0.2  # it goes on from what was learnt
+
+
+def test_its_module_is_found_beside_the_config(folder: Path) -> None:
+    """By the installed command, which knows no path of the tests."""
+    command = [Path(sys.executable).with_name("trunkline"), "fit", "--config", "own_task.yaml", "--print_config"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
+    assert "class_path: own_task.CloudClassifier" in done.stdout, done.stderr
 
 
 def test_it_stays_a_page() -> None:
