@@ -4,12 +4,12 @@ __version__ = "0.1.0"
 
 
 class TrunklineError(ValueError):
-    """Bad input. The message names the file, row or field at fault and says the mend.
+    """Bad input. The message names the file, row or field at fault and says how to fix it.
 
     Args:
-        message: one sentence. It names fields as they are called in Python, for flags are known to `pipelines/` alone.
-        field: the field at fault by its place in a config, such as `data.batch_size`, `model.network.max_length` or
-            `trainer.max_epochs`. The commands add the flag, or the line of the config, that gave it.
+        message: one sentence. It uses the Python names of fields, because only `pipelines/` knows the flags.
+        field: path of the field at fault in a config, such as `data.batch_size`, `model.network.max_length` or
+            `trainer.max_epochs`. The commands add the flag, or the line of the config, that set it.
     """
 
     def __init__(self, message: str = "", field: str | None = None) -> None:

@@ -1,8 +1,8 @@
-"""What passes between the rooms of the house: batches, facts about the data, and losses.
+"""The types that `datamodules/`, `modules/` and `pipelines/` exchange: batches, facts about the data, and losses.
 
-Both wings, `datamodules/` and `modules/`, import these types and never each other.
+`datamodules/` and `modules/` both import these types, and never import each other.
 
-Shape legend: B rows of a batch, T tokens of a row, N chosen tokens of a row, C channels of an image.
+Letters in shapes: B rows in a batch, T tokens in a row, N hidden tokens in a row, C channels of an image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE = -100
-"""A target that is not counted, as everywhere in PyTorch."""
+"""A target that is not counted; PyTorch's losses use the same number."""
 
 
-# --- batches. One word has one meaning in all of them:
+# --- batches. A word has the same meaning in all of them:
 # `document` is the number of a token's document in a packed row, from 1 on, 0 for padding;
 # `segment` says whether a token belongs to the first (0) or the second text (1) of a pair;
 # `mask` is True for real tokens and False for padding.
 
 
 class Rows(TypedDict, total=False):
-    """What a batch of any kind may hold."""
+    """Fields that a batch of any kind can have."""
 
     index: "Tensor"
     """(B,) int64, number of each row in its split."""
     valid: "Tensor"
-    """(B,) bool, False for a row that only fills the batch of a process, and is never counted."""
+    """(B,) bool, False for a row that only fills up the batch of a process and is never counted."""
 
 
 class ImageBatch(Rows, total=False):
@@ -38,9 +38,9 @@ class ImageBatch(Rows, total=False):
     image: "Tensor"
     """(B, C, height, width) float32, normalised."""
     label: "Tensor"
-    """(B,) int64, number of the class."""
+    """(B,) int64, class number."""
     skipped: "Tensor"
-    """(B,) int64, 1 if the image could not be read and another stands in."""
+    """(B,) int64, 1 if the image could not be read and was replaced by another one."""
 
 
 class TokenBatch(Rows, total=False):
@@ -49,9 +49,9 @@ class TokenBatch(Rows, total=False):
     tokens: "Tensor"
     """(B, T) int64."""
     targets: "Tensor"
-    """(B, T) int64, the token that follows, `IGNORE` where none is to be predicted."""
+    """(B, T) int64, the next token, `IGNORE` where no token is predicted."""
     document: "Tensor"
-    """(B, T) int64; only where several documents are packed into a row."""
+    """(B, T) int64; only if several documents are packed into a row."""
 
 
 class MaskedBatch(Rows, total=False):
@@ -60,52 +60,52 @@ class MaskedBatch(Rows, total=False):
     tokens: "Tensor"
     """(B, T) int64, some of them hidden."""
     positions: "Tensor"
-    """(B, N) int64, places of the hidden tokens."""
+    """(B, N) int64, positions of the hidden tokens in the row."""
     targets: "Tensor"
-    """(B, N) int64, what stood there, `IGNORE` where a row has fewer than N."""
+    """(B, N) int64, the original tokens at these positions, `IGNORE` where a row has fewer than N."""
     segment: "Tensor"
     """(B, T) int64."""
     mask: "Tensor"
-    """(B, T) bool; absent where no row is padded."""
+    """(B, T) bool; absent if no row is padded."""
     follows: "Tensor"
-    """(B,) int64, only of pairs: 1 if the second text follows the first, else 0, `IGNORE` if not to be counted."""
+    """(B,) int64, only for pairs: 1 if the second text follows the first, else 0; `IGNORE` if it is not counted."""
 
 
 class TextBatch(Rows, total=False):
-    """Labelled texts, or pairs of texts; also the base of the other tasks on text."""
+    """Labelled texts, or labelled pairs of texts; also the base of the batches of other text tasks."""
 
     tokens: "Tensor"
     """(B, T) int64."""
     segment: "Tensor"
-    """(B, T) int64; absent where there are no pairs."""
+    """(B, T) int64; absent if there are no pairs."""
     mask: "Tensor"
     """(B, T) bool."""
     label: "Tensor"
-    """(B,) int64, number of the class."""
+    """(B,) int64, class number."""
 
 
 class TaggedBatch(TextBatch, total=False):
     """Sentences with a tag for each word."""
 
     targets: "Tensor"
-    """(B, T) int64, the tag of a word at its first token, `IGNORE` elsewhere."""
+    """(B, T) int64, the tag number of a word at its first token, `IGNORE` elsewhere."""
 
 
 class WindowBatch(TextBatch, total=False):
-    """Questions, each with a window of the text that holds its answer."""
+    """Questions, each with one window of the text in which the answer is searched."""
 
     context: "Tensor"
-    """(B, T) bool, True for tokens of the text."""
+    """(B, T) bool, True for tokens of the text, False for the question, special tokens and padding."""
     offsets: "Tensor"
-    """(B, T, 2) int64, first character of a token in the text and the one after its last."""
+    """(B, T, 2) int64, for each token of the text: its first character, and the character after its last one."""
     null: "Tensor"
-    """(B,) int64, place that stands for "no answer in this window"."""
+    """(B,) int64, the position that means "no answer in this window"."""
     start: "Tensor"
-    """(B,) int64, first token of the answer, or `null`."""
+    """(B,) int64, position of the answer's first token, or `null`."""
     end: "Tensor"
-    """(B,) int64, last token of the answer, or `null`."""
+    """(B,) int64, position of the answer's last token, or `null`."""
     question: "Tensor"
-    """(B,) int64, number of the question in `DataFacts.questions` of the split."""
+    """(B,) int64, number of the question in `DataFacts.questions` of this split."""
 
 
 class PairBatch(Rows, total=False):
@@ -114,75 +114,75 @@ class PairBatch(Rows, total=False):
     image: "Tensor"
     """(B, C, height, width) float32, normalised."""
     tokens: "Tensor"
-    """(B, T) int64, of the caption."""
+    """(B, T) int64, tokens of the caption."""
     mask: "Tensor"
     """(B, T) bool."""
     caption_key: "Tensor"
-    """(B,) int64, the same for the same caption."""
+    """(B,) int64, hash of the caption: equal captions have equal keys."""
     skipped: "Tensor"
-    """(B,) int64, 1 if the pair could not be read and another stands in."""
+    """(B,) int64, 1 if the pair could not be read and was replaced by another one."""
     truncated: "Tensor"
-    """(B,) int64, 1 if the caption lost its end."""
+    """(B,) int64, 1 if the caption was too long and lost its end."""
 
 
 # --- facts about the data
 
 
 class Question(NamedTuple):
-    """A question, its text and its answers."""
+    """A question about a text, with its answers."""
 
     id: str
     text: str
     context: str
     answers: list[str]
-    """All right ones; none if it cannot be answered."""
+    """All correct answers; empty if the question cannot be answered."""
     starts: list[int]
-    """Their first characters in the context."""
+    """Position of each answer's first character in the context."""
 
 
 @dataclass(kw_only=True)
 class DataFacts:
-    """What a datamodule knows and a network, an objective or a callback needs; None where it knows nothing.
+    """What a datamodule knows and a network, an objective or a callback needs. None means unknown.
 
-    A recipe states such a fact once, in its data, and the network takes it from here.
+    A recipe states a fact once, in its data, and the network reads it from here.
     """
 
     class_names: list[str] | None = None
-    """Names of the classes, in the order of their numbers."""
+    """Names of the classes, in the order of the class numbers."""
     tokenizer: "Tokenizer | None" = None
     vocab_size: int | None = None
-    """Rows of an embedding that holds every token: as the recipe declares it, else the tokenizer's own size."""
+    """Rows of the token embedding: the size that the recipe sets, else the tokenizer's own size."""
     max_length: int | None = None
-    """Tokens of a row."""
+    """Tokens in a row."""
     image_size: int | tuple[int, int] | None = None
-    """Pixels: one side, or (height, width)."""
+    """Pixels: one side of a square, or (height, width)."""
     channels: int | None = None
     """Channels of an image."""
     mean: tuple[float, ...] | None = None
-    """Of each channel, subtracted from pixels between 0 and 1."""
+    """Mean of each channel, subtracted from pixels between 0 and 1."""
     std: tuple[float, ...] | None = None
-    """Of each channel, divided by after that."""
+    """Standard deviation of each channel; pixels are divided by it after the mean is subtracted."""
     sample_rate: int | None = None
-    """Samples of sound a second."""
+    """Audio samples per second."""
     bytes_per_token: Mapping[str, float] = field(default_factory=dict)
-    """UTF-8 bytes of text per token in each split (train, val, test): turns nats per token into bits per byte."""
+    """UTF-8 bytes of text per token in each split (train, val, test): converts nats per token to bits per byte."""
     unigram_entropy: float | None = None
-    """Nats a token that its frequency alone leaves open: the loss of guessing without reading."""
+    """Entropy of the token frequencies, in nats per token: the loss of a model that knows only the frequencies."""
     questions: Mapping[str, Sequence[Question]] = field(default_factory=dict)
-    """Questions of each split, which the answers of an evaluation are compared with."""
+    """Questions of each split; an evaluation compares the predictions with their answers."""
     caption: Callable[[str, int], str] | None = None
     """(split, row) -> the main caption of an image."""
     encode_masked: Callable[[str, int, str], tuple[list[int], int]] | None = None
-    """(sentence with a mask, tokens that fit, name for messages) -> its ids, and the id of the mask."""
+    """(sentence with a mask, maximum number of tokens, name for messages) -> (token ids, id of the mask token)."""
 
 
 @runtime_checkable
 class HasFacts(Protocol):
-    """A datamodule that tells what it knows."""
+    """A datamodule that has `facts`."""
 
     @property
     def facts(self) -> DataFacts:
-        """All that is known now: sizes and names at once, statistics of the text after `setup`."""
+        """All that is known so far: sizes and names from the start, statistics of the text after `setup`."""
 
 
 # --- losses
@@ -190,17 +190,17 @@ class HasFacts(Protocol):
 
 @dataclass(frozen=True)
 class Loss:
-    """What an objective makes of a batch: a sum, and how many it is a sum of.
+    """What an objective returns for a batch: a sum of losses, and the number of losses in it.
 
-    The mean is taken by the base class of the objectives, over all processes and all steps of an accumulation.
+    The base class of the objectives divides the sum by the number, over all processes and all accumulated steps.
     """
 
     total: "Tensor"
-    """Scalar, the sum of this batch's losses; gradients come from it."""
+    """Scalar, the sum of this batch's losses; the gradients come from it."""
     count: "Tensor | int"
-    """What is divided by: an int that is the same in all processes (rows of a full batch), or a scalar tensor that
+    """The number to divide by: an int if it is the same in all processes (rows of a full batch), a scalar tensor if it
     depends on the data (hidden tokens)."""
     logs: Mapping[str, Any] = field(default_factory=dict)
-    """Further scalars to be logged, by name."""
+    """More scalars to log, by name."""
     name: str = "loss"
-    """Of the mean, where it is logged."""
+    """Name under which the mean is logged."""

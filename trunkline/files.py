@@ -1,6 +1,6 @@
-"""Files on disk: written whole or not at all, known again by their content, and checkpoints read without running code.
+"""Writes files completely or not at all, recognises them by their content, and loads checkpoints without running code.
 
-Both wings use it. Only reading a checkpoint imports torch.
+`modules/` and `datamodules/` both use this file. Only `load_checkpoint` imports torch.
 """
 
 import errno
@@ -21,9 +21,9 @@ from filelock import FileLock
 from trunkline import TrunklineError
 
 CACHE_FIELD = "data.cache_dir"
-"""The field that chooses the folder of what is written here, unless the caller names another."""
+"""The field that set the folder of a file, unless the caller names another field."""
 DIGEST_SUFFIX = ".sha256"
-"""Added to the name of a checkpoint, for the file that holds its digest."""
+"""Appended to the name of a checkpoint: the name of the file with its digest."""
 
 
 # --- writing
@@ -31,16 +31,16 @@ DIGEST_SUFFIX = ".sha256"
 
 @contextmanager
 def replacing(*paths: Path) -> Iterator[list[Path]]:
-    """Temporary files that become `paths`, in that order, when the block ends without an error.
+    """Temporary files that are renamed to `paths`, in this order, when the block ends without an error.
 
-    They are flushed to the disk before the first is renamed, and the renames afterwards. So each of `paths` has its old
-    content or its new one, whatever ends the process or the machine. After an error nothing is left behind.
+    All files are flushed to the disk before the first rename, and the renames are flushed afterwards. So each path has
+    either its old or its new content, even after a power cut. After an error nothing is left behind.
 
     Yields:
-        one name for each path, in its folder, to be written by the block.
+        one temporary path for each of `paths`, in the same folder, for the block to write.
 
     Raises:
-        OSError: if something cannot be written; see `cannot_write`.
+        OSError: if a file cannot be written; `cannot_write` makes a message of it.
     """
     temporaries = [path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for path in paths]
     for path in paths:
@@ -59,7 +59,7 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file to the disk, or the names in a folder, so that they outlive a power cut."""
+    """Flush a file's content, or the file names in a folder, to the disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -68,15 +68,15 @@ def fsync(path: Path) -> None:
 
 
 def atomic_write(path: Path, content: Iterable[bytes | memoryview], field: str = CACHE_FIELD) -> None:
-    """Write a file that appears whole or not at all.
+    """Write a file completely or not at all.
 
     Args:
-        path: of the file; its folder is made.
-        content: parts, written one after the other.
-        field: that chose the folder, for the message.
+        path: the file; its folder is created.
+        content: parts of the content, written one after the other.
+        field: the field that set the folder, for the message.
 
     Raises:
-        TrunklineError: if it cannot be written; see `cannot_write`.
+        TrunklineError: if the file cannot be written.
     """
     try:
         with replacing(path) as (temporary,), temporary.open("wb") as stream:
@@ -87,16 +87,16 @@ def atomic_write(path: Path, content: Iterable[bytes | memoryview], field: str =
 
 
 def cannot_write(path: Path, error: OSError | RuntimeError, field: str = CACHE_FIELD, then: str = "") -> TrunklineError:
-    """The message for a disk that is full or that we may not write to: the path, the free space and what to do.
+    """The error for a file that cannot be written: it names the path, the reason, the free space and what to do.
 
     Args:
-        path: of the file.
-        error: what came of writing. A RuntimeError is torch's, which says no more than that a write failed.
-        field: that chose the folder.
-        then: what to do afterwards.
+        path: the file.
+        error: what writing raised. A RuntimeError of torch does not tell the reason; a full disk is assumed.
+        field: the field that set the folder.
+        then: what to do afterwards; the message ends with it.
     """
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    free = f"{shutil.disk_usage(there).free / 1e6:,.0f} MB free there"
+    existing_folder = next(folder for folder in path.absolute().parents if folder.exists())
+    free = f"{shutil.disk_usage(existing_folder).free / 1e6:,.0f} MB free there"
     reason, number = (error.strerror or error, error.errno) if isinstance(error, OSError) else (error, errno.ENOSPC)
     space = "free some space, or " if number in (errno.ENOSPC, errno.EDQUOT) else ""
     setting = field.rpartition(".")[2]
@@ -104,12 +104,12 @@ def cannot_write(path: Path, error: OSError | RuntimeError, field: str = CACHE_F
 
 
 def write_json(path: Path, content: Any, field: str = CACHE_FIELD) -> None:
-    """Write JSON by `atomic_write`."""
+    """Write JSON with `atomic_write`."""
     atomic_write(path, [(json.dumps(content, indent=1) + "\n").encode()], field)
 
 
 def read_json(path: Path) -> Any:
-    """Content of a file of `write_json`; None if it is missing or was damaged since."""
+    """Content of a JSON file; None if the file is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -117,14 +117,14 @@ def read_json(path: Path) -> Any:
 
 
 def lock(path: Path, field: str = CACHE_FIELD) -> FileLock:
-    """A lock between processes, freed when its process ends.
+    """A lock between processes; it is released when the process that holds it ends.
 
     Args:
-        path: of the file that is locked; it is made, and stays.
-        field: that chose the folder, for the message.
+        path: the file to lock; it is created, and never removed.
+        field: the field that set the folder, for the message.
 
     Raises:
-        TrunklineError: if its folder cannot be written.
+        TrunklineError: if the file cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,11 +134,11 @@ def lock(path: Path, field: str = CACHE_FIELD) -> FileLock:
     return FileLock(path)
 
 
-# --- knowing a file again
+# --- recognising a file
 
 
 def file_state(file: Path) -> list[int]:
-    """[size, time of the last change in ns]: as long as both are the same, the file is taken as unchanged."""
+    """[size, time of the last change in ns]: a file counts as unchanged if both are the same as before."""
     state = file.stat()
     return [state.st_size, state.st_mtime_ns]
 
@@ -147,23 +147,23 @@ def digest(file: Path, algorithm: str | Callable[[], Any] = "sha256") -> str:
     """Hexadecimal digest of a file's content.
 
     Args:
-        file: to read.
-        algorithm: name of one in hashlib, or a function that makes one.
+        file: the file.
+        algorithm: name of an algorithm in hashlib, or a function that creates a hash object.
     """
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
 def digests(files: list[Path], cache: Path, field: str = CACHE_FIELD) -> list[str]:
-    """BLAKE2b of each file's content; remembered in the cache folder by path, size and time of change.
+    """BLAKE2b digest of each file's content; remembered in the cache folder by path, size and time of change.
 
     Args:
-        files: to read.
+        files: the files.
         cache: folder that holds `digests.json`.
-        field: that chose the cache, for the message.
+        field: the field that set the cache folder, for the message.
 
     Raises:
-        TrunklineError: if a file cannot be read or the cache not written.
+        TrunklineError: if a file cannot be read or the cache cannot be written.
     """
     memory = cache / "digests.json"
     result = []
@@ -179,7 +179,7 @@ def digests(files: list[Path], cache: Path, field: str = CACHE_FIELD) -> list[st
                     entry = [state, digest(file, lambda: hashlib.blake2b(digest_size=20))]
             except OSError as error:
                 raise TrunklineError(f"cannot read {file}: {error.strerror}; check its permissions") from error
-            # A file that changed a moment ago may change again within the same tick of its clock.
+            # A file that changed just now may change again and keep its time stamp: file systems count in ticks.
             if time.time_ns() - state[1] > 2_000_000_000:
                 known[path] = entry
             result.append(entry[1])
@@ -192,18 +192,18 @@ def digests(files: list[Path], cache: Path, field: str = CACHE_FIELD) -> list[st
 
 
 def digest_file(checkpoint: Path) -> Path:
-    """The file beside a checkpoint that holds its digest."""
+    """The file with a checkpoint's digest, in the same folder."""
     return checkpoint.with_name(checkpoint.name + DIGEST_SUFFIX)
 
 
 def known_digests(checkpoint: Path) -> list[str]:
-    """SHA-256 of a checkpoint, then of those that had its name before, the newest first; empty if none is kept."""
+    """SHA-256 of a checkpoint, then of earlier checkpoints of the same name, newest first; empty if none is stored."""
     file = digest_file(checkpoint)
     return file.read_text(encoding="ascii", errors="replace").split() if file.exists() else []
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint file, or None if it is whole."""
+    """What is wrong with a checkpoint file; None if nothing is."""
     if not checkpoint.is_file():
         return f"there is no checkpoint {checkpoint}"
     if checkpoint.stat().st_size == 0:
@@ -217,26 +217,28 @@ def find_fault(checkpoint: Path) -> str | None:
 def load_checkpoint(
     path: str | os.PathLike[str], map_location: Any = "cpu", *, mmap: bool | None = None, field: str | None = None
 ) -> dict[str, Any]:
-    """Load a training checkpoint after comparing it with its digest. Code in it never runs.
+    """Load a training checkpoint after checking its digest. Code inside it never runs.
 
     Args:
-        path: of the file.
+        path: the file.
         map_location: where its tensors go, as in `torch.load`.
         mmap: whether tensors stay on the disk until they are used.
-        field: that gave the path, for the message.
+        field: the field that gave the path, for the message.
 
     Raises:
-        TrunklineError: if it is missing, damaged, or holds more than plain data.
+        TrunklineError: if the file is missing or damaged, or holds more than plain data.
     """
-    import torch  # importing this file must not cost it
+    import torch  # here, so that importing this file stays fast
 
     path = Path(path)
     fault = find_fault(path)
     if fault is not None:
-        raise TrunklineError(f"{fault}; use an older checkpoint, or resume=auto, which finds the newest valid one", field)
+        raise TrunklineError(
+            f"{fault}; use an older checkpoint, or resume=auto, which finds the newest valid one", field
+        )
     try:
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except Exception as error:  # on other files torch raises nearly anything
+    except Exception as error:  # torch raises many kinds of errors for files that are not checkpoints
         refused = re.search("WeightsUnpickler error: *(.*)", str(error))
         reason = (refused[1] if refused else str(error).partition("\n")[0]) or type(error).__name__
         raise TrunklineError(
