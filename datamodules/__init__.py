@@ -1,4 +1,4 @@
-"""Data of the house: LightningDataModules by modality and task, on shared sources and a resumable order."""
+"""LightningDataModules, one for each modality and task; they share sources and a resumable order of samples."""
 
 from trunkline.datamodules.images.image_data import ImageData
 from trunkline.datamodules.images.preprocessing import Augmentation

@@ -1,4 +1,4 @@
-"""What every datamodule shares: loaders with an exactly resumable order."""
+"""What every datamodule shares: loaders that resume the order of samples exactly."""
 
 import os
 import random
@@ -18,7 +18,7 @@ from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoade
 
 
 def seed_generators(*parts: int) -> None:
-    """Seed the global CPU generators of Python, numpy and torch: libraries of augmentations draw from all three."""
+    """Seed the global CPU generators of Python, numpy and torch, because augmentation libraries use all three."""
     words = np.random.SeedSequence(parts).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
@@ -27,9 +27,9 @@ def seed_generators(*parts: int) -> None:
 
 @contextmanager
 def preserved_generators() -> Iterator[None]:
-    """Put those generators back as they were, so that loading data in the main process changes nothing else.
+    """Restore the global generators after the block, so that loading data in the main process changes nothing else.
 
-    Around a batch, not around each sample: numpy takes 0.2 ms for it.
+    Use it around a batch, not around each sample: restoring numpy's generator takes 0.2 ms.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
@@ -41,10 +41,10 @@ def preserved_generators() -> Iterator[None]:
 
 
 def outlive_signals(worker: int) -> None:
-    """Let a worker go on after a Ctrl-C or SIGTERM that was sent to all processes of the run.
+    """Keep a worker running after a Ctrl-C or SIGTERM that was sent to all processes of the run.
 
-    The training process decides when to stop, and needs its workers to finish the step. A worker that nobody has
-    stopped 10 s after a SIGTERM ends itself, because at the end of a program Python sends one and waits.
+    The training process decides when to stop, and needs its workers to finish the step. A worker still ends itself 10 s
+    after a SIGTERM, because Python sends one to each worker at the end of a program and waits until it has ended.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))
@@ -55,33 +55,33 @@ class Loading:
     """How samples are loaded."""
 
     batch_size: int = 64
-    """Samples a step over all processes, so that a recipe means the same on any machine."""
+    """Samples per step, over all processes, so that a recipe means the same on any machine."""
     eval_batch_size: int | None = None
-    """The same for evaluation; None takes `batch_size`."""
+    """Samples per step in evaluation, over all processes; None uses `batch_size`."""
     num_workers: int | None = None
-    """Processes that load data; None chooses: none for data in memory, else one a core less one for the training
-    itself, 8 at most."""
+    """Processes that load data, for each training process. None chooses: 0 for data in memory, else the CPU cores per
+    training process minus 1, and at most 8."""
     seed: int = 0
-    """Of order, augmentation and masking."""
+    """Seed of the order of samples, the augmentation and the masking."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TrunklineDataModule(Loading, L.LightningDataModule):
     """Loaders for the datasets that a subclass puts into `datasets` in its `setup`.
 
-    Subclasses are dataclasses, with `@dataclass(kw_only=True, eq=False, repr=False)`: a field is an argument, and holds
-    what the recipe says. What follows from it are properties, of which the others read `facts` alone.
+    Subclasses are dataclasses, with `@dataclass(kw_only=True, eq=False, repr=False)`: each field is an argument, and
+    holds the value from the recipe. Values derived from fields are properties. Code outside reads only `facts`.
     """
 
     def __post_init__(self) -> None:
         L.LightningDataModule.__init__(self)
         self.datasets: dict[str, Dataset[Any]] = {}
-        """Map-style datasets by split (train, val, test), indexed with `SampleKey`s; one that has a method `order` says
-        itself how an epoch is shuffled, see `ResumableBatchSampler`."""
+        """Map-style datasets by split (train, val, test), indexed with `SampleKey`s. If a dataset has a method `order`,
+        it shuffles each epoch of training with it (argument `order` of `ResumableBatchSampler`)."""
 
     @property
     def facts(self) -> DataFacts:
-        """What a network, an objective or a callback may need to know of this data."""
+        """What a network, an objective or a callback may need to know about this data."""
         return DataFacts()
 
     @property
@@ -90,7 +90,7 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         return False
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled full batches; resumes where the trainer's counters stand."""
+        """Shuffled full batches, from the position of the trainer's counters on."""
         return self.loader("train", train=True)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
@@ -126,14 +126,14 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         )
 
     def position(self) -> tuple[int, int]:
-        """(epoch, batches of it already trained on), as the trainer counts them."""
+        """(epoch, number of its batches that are already trained on), from the trainer's counters."""
         assert self.trainer is not None
         loop = self.trainer.fit_loop
         epoch = loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # Lightning declares its base class
         return epoch, loop.epoch_loop.batch_progress.current.ready
 
     def worker_count(self) -> int:
-        """`num_workers`, or what suits this machine and its processes."""
+        """`num_workers`, or if it is None a number that suits this machine and its training processes."""
         if self.num_workers is not None:
             return self.num_workers
         if self.in_memory:

@@ -1,4 +1,4 @@
-"""Sources by name: a local path, or a dataset of the Hugging Face hub."""
+"""Sources that are given by name: a local path, or a dataset on the Hugging Face hub."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,25 +14,25 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class HubSource:
-    """What a hub dataset needs beside its name; a local source does not read it."""
+    """Settings of a hub dataset; local sources ignore them."""
 
     hub_config: str | None = None
     """Configuration of a hub dataset."""
     revision: str | None = None
-    """Its commit or branch."""
+    """Commit or branch of a hub dataset."""
 
 
 @dataclass
 class NamedSource:
-    """A source of texts by its name.
+    """A source of texts, given by its name.
 
     Args:
-        name: a local path, or a hub name, with a split after a colon (`owner/name:validation`) or without.
-        field: that gave it: source, val_source or test_source.
-        split: of a hub dataset; None was not given and is `train`.
-        split_field: that gave the split.
-        hub_config: of a hub dataset.
-        revision: of a hub dataset.
+        name: a local path, or a hub name. A hub name can end with a colon and a split (`owner/name:validation`).
+        field: the field that gave the name: source, val_source or test_source.
+        split: split of a hub dataset; None means that none was given, and `train` is used.
+        split_field: the field that gave the split.
+        hub_config: configuration of a hub dataset.
+        revision: commit or branch of a hub dataset.
     """
 
     name: str
@@ -49,19 +49,19 @@ class NamedSource:
 
     @property
     def hub_split(self) -> str:
-        """The split in the name, else the one that was given, else `train`."""
+        """The split in the name, else `split`, else `train`."""
         return self.name.partition(":")[2] or self.split or "train"
 
     def is_hub_name(self, suffixes: Sequence[str]) -> bool:
-        """Whether the name may be one of the hub, for it is neither a path that exists nor one that ends so."""
+        """Whether the name can be a hub name: it is no existing path, and does not end with one of `suffixes`."""
         path = Path(self.name)
         return not path.exists() and path.suffix not in suffixes and bool(HUB_NAME.fullmatch(self.hub_name))
 
     def refuse_split(self) -> None:
-        """Say that a split was named which this source cannot have.
+        """Check that no split was given, for a source that is not on the hub.
 
         Raises:
-            TrunklineError: if so.
+            TrunklineError: if one was given.
         """
         if self.split is not None:
             raise TrunklineError(
@@ -71,13 +71,13 @@ class NamedSource:
             )
 
     def hub_rows(self, offers: Sequence[str] = ()) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """(place, cells) of each row of a hub dataset, streamed, with names for its numbered classes.
+        """(place, cells) of each row of a hub dataset, streamed; class numbers are replaced by class names.
 
         Args:
-            offers: what else may be given, for messages.
+            offers: other sources to propose in the message.
 
         Raises:
-            TrunklineError: if it cannot be reached, or breaks off; names the last row that was read.
+            TrunklineError: if the dataset cannot be reached, or if the stream breaks; names the last row that was read.
         """
         name, split, place = self.hub_name, self.hub_split, ""
         try:
@@ -104,7 +104,7 @@ class NamedSource:
 
 
 def with_class_names(value: Any, feature: Any) -> Any:
-    """A hub dataset's class, or list of classes, by name instead of number."""
+    """Replace a class number of a hub dataset, or a list of them, by class names; other values stay as they are."""
     if isinstance(value, list):
         return [with_class_names(v, getattr(feature, "feature", None)) for v in value]
     names = getattr(feature, "names", None)
@@ -113,30 +113,30 @@ def with_class_names(value: Any, feature: Any) -> Any:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TextSplits(Splits, HubSource):
-    """Splits of a source of texts, each of which may have a source of its own.
+    """Splits of a source of texts. Validation and testing can have separate sources.
 
-    The splits that are named are those of a hub dataset: local files have none.
+    Only hub datasets have splits with names; local files have none.
     """
 
     source: str
-    """Of the rows."""
+    """Where the rows come from: a local path or a hub name."""
     val_source: str | None = None
-    """A source of its own for validation, instead of `val_fraction`."""
+    """Separate source for validation, instead of `val_fraction`."""
     test_source: str | None = None
-    """The same for testing."""
+    """Separate source for testing, instead of `test_fraction`."""
 
     @property
     def fractions(self) -> dict[str, float]:
-        """Split -> share of the rows that is set aside for it; 0 where it has a source or a hub's split of its own."""
+        """Split -> share of the rows to set aside for it; 0 if it has a separate source or a named split."""
         return {split: 0.0 if split in self.named_sources else share for split, share in super().fractions.items()}
 
     @property
     def named_sources(self) -> dict[str, NamedSource]:
-        """Those of `train`, and of the splits that are not set aside from it."""
+        """The source of `train`, and of each split that is not set aside from it."""
         names = {"train": ("source", self.source)}
-        for split, own in (("val", self.val_source), ("test", self.test_source)):
-            if own:
-                names[split] = f"{split}_source", own
+        for split, source in (("val", self.val_source), ("test", self.test_source)):
+            if source:
+                names[split] = f"{split}_source", source
             elif self.split_names[split]:
                 names[split] = "source", self.source
         hub = {"hub_config": self.hub_config, "revision": self.revision}

@@ -10,39 +10,39 @@ from torch.utils.data import DataLoader, Dataset
 from trunkline import TrunklineError
 
 FIELD_NOTE = "field: "
-"""Begins the note of a worker's error that names its field."""
+"""Prefix of the note on a worker's error that names the field at fault."""
 
 
 class SampleKey(NamedTuple):
-    """What a dataset is asked for. Augmentation and the like may depend on (seed, epoch, index) alone."""
+    """The key of an item in a dataset. Augmentation, masking and the like may depend only on (seed, epoch, index)."""
 
     epoch: int
     index: int  # type: ignore[assignment]  # hides tuple.index
     valid: bool = True
-    """False for a filler that makes all processes' shares equally long; never counted in a metric."""
+    """False for a filler: it makes the shares of all processes equally long, and is never counted in a metric."""
 
 
 class ResumableBatchSampler:
     """Batches of `SampleKey`s for one process.
 
-    An epoch's order depends on (seed, epoch) only. It is cut into global batches, and each process takes
-    every `world_size`-th sample of a global batch: the same samples make up step n on any number of
-    processes. Starting at batch n costs nothing, because nothing before it is read.
+    The order of an epoch depends only on (seed, epoch). It is cut into global batches, and each process takes every
+    `world_size`-th sample of a global batch: step n has the same samples on any number of processes. Starting at
+    batch n costs nothing, because no earlier sample is read.
 
     Args:
         length: number of samples in the dataset.
         batch_size: samples in a global batch, over all processes.
-        seed: of the order.
-        shuffle: whether epochs are permuted.
-        drop_last: leave out a last batch that is not full. Else it is ragged, and fillers with
-            `valid=False` give each process the same number of samples.
-        rank: this process.
+        seed: seed of the order.
+        shuffle: whether the order is random.
+        drop_last: leave out the last batch if it is not full. Otherwise it is kept, and fillers with `valid=False`
+            give each process the same number of samples.
+        rank: number of this process.
         world_size: number of processes.
-        order: makes the (length,) row numbers of an epoch from its generator; None is a permutation. Files that are
-            best read in one go need another.
+        order: makes the order of an epoch, (length,) row numbers, from the epoch's generator. None is a random
+            permutation; large files that are read faster one after the other need another order.
 
     Raises:
-        TrunklineError: if the batch cannot be shared equally, or not one batch is full.
+        TrunklineError: if the processes cannot share a batch equally, or if the samples do not fill one batch.
     """
 
     def __init__(
@@ -76,19 +76,19 @@ class ResumableBatchSampler:
 
     @property
     def sampler(self) -> "ResumableBatchSampler":
-        """Itself: Lightning looks for `set_epoch` at `batch_sampler.sampler`."""
+        """This object, because Lightning looks for `set_epoch` at `batch_sampler.sampler`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration runs through."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, wherever the next iteration starts."""
+        """Number of batches in a whole epoch, wherever the next iteration starts."""
         return self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        """Batches of this process from number `start` on; the epoch after that starts at 0 again."""
+        """Batches of this process, from batch `start` on; the iteration after this one begins at batch 0."""
         start, self.start = self.start, 0
         order = np.arange(self.length)
         if self.shuffle:
@@ -103,7 +103,7 @@ class ResumableBatchSampler:
 
 
 class FieldNotes(Dataset[Any]):
-    """A dataset in a worker process, whose errors note their field: torch sends no more than their traceback."""
+    """A dataset in a worker process. It adds an error's field as a note, because torch passes on only the traceback."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -122,15 +122,15 @@ class FieldNotes(Dataset[Any]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that asks where to start at the moment the first batch of an epoch is wanted.
+    """A DataLoader that reads its start position only when the first batch of an epoch is requested.
 
-    Lightning makes the iterator before it has restored its counters, and worker processes prefetch as
-    soon as they exist: a loader that began at once would begin at the wrong sample.
+    Lightning creates the iterator before it restores its counters, and worker processes prefetch as soon as they exist:
+    a loader that read the position at once would start at the wrong sample.
 
     Args:
-        dataset: takes `SampleKey`s.
-        batch_sampler: the order.
-        position: returns (epoch, batches of it already done); None means always from the beginning.
+        dataset: indexed with `SampleKey`s.
+        batch_sampler: the order of the samples.
+        position: returns (epoch, number of its batches already done); None always starts at the beginning.
         **options: as for `DataLoader`.
     """
 
@@ -146,10 +146,10 @@ class ResumableLoader(DataLoader[Any]):
         self.position = position
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Lazily, from `position()` on.
+        """Batches from `position()` on.
 
         Raises:
-            TrunklineError: as the dataset raised it, with workers too.
+            TrunklineError: as the dataset raised it, also if a worker process did.
         """
         if self.position is not None:
             self.batch_sampler.epoch, self.batch_sampler.start = self.position()  # type: ignore[union-attr]
@@ -159,7 +159,7 @@ class ResumableLoader(DataLoader[Any]):
 
 @contextmanager
 def plain_errors(num_workers: int) -> Iterator[None]:
-    """Raise a worker's `TrunklineError` as the dataset raised it: torch puts the traceback into its message."""
+    """Raise a worker's `TrunklineError` as the dataset raised it: torch replaces its message by the traceback."""
     try:
         yield
     except TrunklineError as error:

@@ -1,4 +1,4 @@
-"""Reads text and tables from local files as a stream, and says which byte or row is broken."""
+"""Reads text and tables from local files as a stream; errors name the broken byte or row."""
 
 import codecs
 import csv
@@ -16,16 +16,16 @@ from typing import Any
 from trunkline import TrunklineError
 
 PIECE = 1 << 16
-"""Bytes that are read of a text file at once."""
+"""Bytes of a text file that are read at once."""
 LONGEST_LINE = 1 << 26
-"""Bytes of a line of JSON or a cell of CSV; more is another format, which would fill the memory."""
-# The last place before a whitespace that follows something else: no byte-level BPE token reaches across it.
-# These four are whitespace to every library; others are not.
+"""Maximum bytes in a line of JSON or a cell of CSV; a longer one is another format, and would fill the memory."""
+# Matches up to the last place where whitespace follows another character: no byte-level BPE token crosses that place.
+# All libraries agree that these four characters are whitespace; they differ on others.
 LAST_GAP = re.compile(r".*\S(?=[ \t\n\r])", re.DOTALL)
 
 
 def spans(file: Path, shares: dict[str, float]) -> list[tuple[str, int, int]]:
-    """(split, start, stop) in bytes of a text file that is cut by position, at characters' borders.
+    """Cut a text file by position, between characters: (split, start, stop) of each part, in bytes.
 
     Of n bytes, `shares` of 0.9 and 0.1 make `[: int(0.9 * n)]` and the rest.
 
@@ -42,7 +42,7 @@ def spans(file: Path, shares: dict[str, float]) -> list[tuple[str, int, int]]:
             border = begin + int(size * min(round(share, 12), 1))
             while border < begin + size:
                 stream.seek(border)
-                if stream.read(1)[0] & 0xC0 != 0x80:  # else in the middle of a character
+                if stream.read(1)[0] & 0xC0 != 0x80:  # the first byte of a character
                     break
                 border -= 1
             borders.append(border)
@@ -51,32 +51,32 @@ def spans(file: Path, shares: dict[str, float]) -> list[tuple[str, int, int]]:
 
 
 def read_span(file: Path, start: int, stop: int) -> Iterator[str]:
-    """Text between two bytes of a file, in pieces that end before whitespace.
+    """Text between two positions (in bytes) of a file, in pieces that end before whitespace.
 
     Raises:
-        TrunklineError: for what is no UTF-8 text.
+        TrunklineError: if the bytes are not UTF-8 text.
     """
-    decoder, held, position = codecs.getincrementaldecoder("utf-8")(), "", start
+    decoder, pending, position = codecs.getincrementaldecoder("utf-8")(), "", start
     with opened(file) as stream:
         stream.seek(start)
         while position < stop:
             block = stream.read(min(PIECE, stop - position))
             position = position + len(block) if block else stop
             try:
-                held += decoder.decode(block, final=position == stop)
+                pending += decoder.decode(block, final=position == stop)
             except UnicodeDecodeError as error:
                 raise broken_text(file) from error
             if b"\0" in block:
                 raise broken_text(file)
-            gap = LAST_GAP.match(held) if position < stop else None
-            cut = gap.end() if gap else len(held)
-            if gap or position == stop or len(held) > 256 * PIECE:  # memory counts more than one odd token
-                yield held[:cut]
-                held = held[cut:]
+            gap = LAST_GAP.match(pending) if position < stop else None
+            cut = gap.end() if gap else len(pending)
+            if gap or position == stop or len(pending) > 256 * PIECE:  # rather cut one token than fill the memory
+                yield pending[:cut]
+                pending = pending[cut:]
 
 
 def broken_text(file: Path) -> TrunklineError:
-    """The message for bytes that are no text: finds the first."""
+    """The error for a file that is not text; it names the first wrong byte."""
     decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
         while block := stream.read(PIECE):
@@ -97,7 +97,7 @@ def broken_text(file: Path) -> TrunklineError:
 
 
 def opened(file: Path) -> Any:
-    """A file's bytes.
+    """Open a file as a stream of bytes, unpacked if it is a .gz file.
 
     Raises:
         TrunklineError: if it cannot be opened.
@@ -113,10 +113,10 @@ PlacedRows = Iterator[tuple[str, Mapping[str, Any]]]
 
 
 def read_lines(file: Path, column: str) -> PlacedRows:
-    """The lines of a text file, as a table of one column.
+    """The lines of a text file, as a table with one column.
 
     Raises:
-        TrunklineError: for what is no UTF-8 text.
+        TrunklineError: if the file is not UTF-8 text.
     """
     with opened(file) as stream:
         for number, line in enumerate(stream, start=1):
@@ -127,7 +127,7 @@ def read_lines(file: Path, column: str) -> PlacedRows:
 
 
 def read_json_lines(file: Path, column: str | None = None) -> PlacedRows:
-    """Each line; see `read_table`."""
+    """The rows of a file of JSON lines; `read_table` says more."""
     with opened(file) as stream:
         try:
             for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), start=1):
@@ -152,7 +152,7 @@ def json_object(file: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def read_csv(file: Path, column: str | None = None) -> PlacedRows:
-    """Each row; see `read_table`."""
+    """The rows of a CSV file; `read_table` says more."""
     csv.field_size_limit(LONGEST_LINE)
     opened(file).close()
     with file.open(encoding="utf-8-sig", newline="") as stream:
@@ -169,7 +169,7 @@ def read_csv(file: Path, column: str | None = None) -> PlacedRows:
 
 
 def read_parquet(file: Path, column: str | None = None) -> PlacedRows:
-    """Each row; see `read_table`."""
+    """The rows of a Parquet file; `read_table` says more."""
     import pyarrow
     from pyarrow import parquet
 
@@ -191,11 +191,11 @@ def read_table(file: Path, column: str | None = None) -> PlacedRows:
     """The rows of a table, in bounded memory.
 
     Args:
-        file: JSON lines (also packed), CSV or Parquet.
-        column: the only one that is wanted; where a format knows its columns, nothing else is read.
+        file: JSON lines (also as .gz), CSV or Parquet.
+        column: the only column that the caller needs; of a Parquet file no other column is read.
 
     Raises:
-        TrunklineError: naming the file and row that is broken, a column that is not there, or a file without rows.
+        TrunklineError: naming the broken file and row, the missing column, or the file without rows.
     """
     reader = reader_of(file)
     assert reader is not None
@@ -208,7 +208,7 @@ def read_table(file: Path, column: str | None = None) -> PlacedRows:
 
 
 def read_column(files: list[Path], column: str) -> Iterator[str]:
-    """The texts in one column of tables."""
+    """The texts in one column of several tables."""
     for file in files:
         for place, cells in read_table(file, column):
             if column not in cells:
@@ -217,7 +217,7 @@ def read_column(files: list[Path], column: str) -> Iterator[str]:
 
 
 def no_column(place: Path | str, column: str, columns: Any) -> TrunklineError:
-    """The message for a table without the text."""
+    """The error for a table without the column of texts."""
     return TrunklineError(
         f"{place} has no column '{column}'; it has {', '.join(columns)}; set text_column", field="data.text_column"
     )
@@ -229,7 +229,7 @@ def kind(value: Any) -> str:
 
 
 def checked(value: Any, place: str, column: str) -> str:
-    """A cell that must be a string."""
+    """The value of a cell, which must be a string."""
     if not isinstance(value, str):
         raise TrunklineError(
             f"{place}: '{column}' is no text but {kind(value)}; mend the row or set text_column",
@@ -251,7 +251,7 @@ def reader_of(file: Path) -> Reader | None:
     """The function that reads a table's rows; None for plain text.
 
     Raises:
-        TrunklineError: for packed text.
+        TrunklineError: for compressed files other than JSON lines.
     """
     if file.suffix == ".gz":
         if file.with_suffix("").suffix not in (".jsonl", ".json"):

@@ -1,4 +1,4 @@
-"""Tokenizers: trained here or read, and a fast way through much text."""
+"""Tokenizers: learnt here or loaded, and a fast encoder for large texts."""
 
 import json
 import os
@@ -17,21 +17,22 @@ from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.files import load_checkpoint
 
-# A forked process (a loader's worker) has none of the library's threads and would wait for them for ever. Left to
-# itself the library would print a page about it in each.
+# A forked process (a loader's worker) does not have the threads of the library and would wait for them for ever.
+# Without this setting, the library prints a long warning about that in each worker.
 if "TOKENIZERS_PARALLELISM" not in os.environ:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<|unk|>"
 END_TOKENS = (END_OF_TEXT, "[SEP]", "</s>", "<eos>")
-"""Names of the token that ends a document; the first that a tokenizer has counts."""
+"""Names of the token that ends a document; the first one that a tokenizer has is used."""
 DEFAULT_VOCAB_SIZE = 8192
 TRAINING_BYTES = 100_000_000
-"""Text that BPE and WordPiece learn from: more changes little and takes memory."""
+"""Bytes of text that BPE and WordPiece learn from, at most: more text changes little and takes memory."""
 WORD = re.compile(r"(?s:.)[^ ]*(?: (?!\S)[^ ]*)*")
-"""Text from its beginning, or from a space before a word, up to the next such space."""
+"""A word: from the beginning of a text, or from a space before a word, up to the next space before a word."""
 KNOWN_WORDS, KNOWN_CHARACTERS = 500_000, 1 << 25
+"""Words that a `TextEncoder` remembers, and the characters in them; above these limits it forgets all of them."""
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
@@ -52,27 +53,27 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 
 def size_of(tokenizer: Tokenizer) -> int:
-    """Rows that an embedding of its ids needs; some vocabularies have holes."""
+    """Rows that an embedding of the tokenizer's ids needs: the largest id + 1, because some vocabularies have gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Vocabulary:
-    """Which tokenizer turns text into rows of tokens; a mixin of datamodules, before `TrunklineDataModule`."""
+    """Which tokenizer turns text into rows of tokens. A mixin of datamodules, placed before `TrunklineDataModule`."""
 
     tokenizer: str
-    """`chars`, `bpe` (byte-level), `masked_bpe` (the same with `[MASK]` and its like) or `wordpiece`, learnt from the
-    training texts, of which 100 MB at most are read; else a tokenizer.json, a training checkpoint (.ckpt) or a hub
+    """`chars`, `bpe` (byte-level), `masked_bpe` (the same with `[MASK]` and other special tokens) or `wordpiece`,
+    learnt from at most 100 MB of the training texts; else a tokenizer.json, a training checkpoint (.ckpt) or a hub
     name."""
     vocab_size: int | None = None
-    """Rows of the network's embedding; None takes the tokenizer's own size. A tokenizer that is learnt here gets this
-    size (None: 8192; `chars` has its own), others are padded to it."""
+    """Rows of the network's embedding; None uses the size of the tokenizer. A tokenizer that is learnt here, other than
+    `chars`, gets at most this size (None: 8192). For a smaller tokenizer the embedding is padded to this size."""
     max_length: int
-    """T, tokens of a row with the special ones."""
+    """T, the number of tokens in a row, special tokens included."""
 
     @property
     def vocabulary(self) -> Tokenizer:
-        """The tokenizer itself, read or learnt at the first use."""
+        """The tokenizer itself, loaded or learnt at the first use."""
         raise NotImplementedError(f"{type(self).__name__} has no tokenizer")
 
     @cached_property
@@ -80,39 +81,39 @@ class Vocabulary:
         """The tokenizer, and the sizes that follow from it.
 
         Raises:
-            TrunklineError: if the tokenizer cannot be had, or the declared size is too small for it.
+            TrunklineError: if the tokenizer cannot be loaded or learnt, or has more tokens than `vocab_size`.
         """
         self.check_size()
         size = self.vocab_size or size_of(self.vocabulary)
         return DataFacts(tokenizer=self.vocabulary, vocab_size=size, max_length=self.max_length)
 
     def check_size(self) -> None:
-        """Refuse a declared size that the tokenizer exceeds.
+        """Check that the tokenizer has no more than `vocab_size` tokens.
 
         Raises:
-            TrunklineError: naming both.
+            TrunklineError: if it has more; names both numbers.
         """
-        own = size_of(self.vocabulary)
-        if self.vocab_size and self.vocab_size < own:
+        size = size_of(self.vocabulary)
+        if self.vocab_size and self.vocab_size < size:
             raise TrunklineError(
-                f"vocab_size={self.vocab_size} is smaller than the {own} tokens of the tokenizer {self.tokenizer}; set "
-                f"it to at least {own}, or to null",
+                f"vocab_size={self.vocab_size} is smaller than the {size} tokens of the tokenizer {self.tokenizer}; "
+                f"set it to at least {size}, or to null",
                 field="data.vocab_size",
             )
 
     def tokenizer_origin(self) -> str:
-        """Where it comes from, for messages."""
+        """Where the tokenizer comes from, for messages."""
         return f"tokenizer={self.tokenizer}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The tokenizer as JSON, so that a checkpoint can read and write text by itself."""
+        """The tokenizer as JSON, so that a checkpoint is enough to encode and decode text."""
         return {"tokenizer": self.vocabulary.to_str()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare a checkpoint's tokenizer with this one.
+        """Check that the checkpoint has the same tokenizer.
 
         Raises:
-            TrunklineError: if they differ, for then the ids mean other words.
+            TrunklineError: if not, because then the ids mean other words.
         """
         if state_dict["tokenizer"] != self.vocabulary.to_str():
             raise TrunklineError(
@@ -123,12 +124,12 @@ class Vocabulary:
 
 
 def train_chars(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Every character of the texts, in Unicode's order; what they lack becomes `<|unk|>`."""
+    """One token for each character in the texts, in Unicode order; other characters become `<|unk|>`."""
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
     vocab = {token: n for n, token in enumerate([END_OF_TEXT, UNKNOWN, *sorted(characters)])}
-    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=UNKNOWN, fuse_unk=False))  # without merges: characters
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=UNKNOWN, fuse_unk=False))  # no merges: tokens are characters
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([END_OF_TEXT, UNKNOWN])
     return tokenizer
@@ -153,12 +154,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str | Add
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """WordPiece of lower-case text as in BERT; the library's trainer breaks ties by chance, so keep its file."""
+    """WordPiece of lower-case text, as in BERT. Keep the result, because the library breaks ties at random."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    # Each character counts twice, at the beginning of a word and within.
+    # Each character is two tokens: at the beginning of a word, and inside a word (with ##).
     limit = (vocab_size - len(MASKING_TOKENS)) // 2
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=MASKING_TOKENS, limit_alphabet=min(1000, limit), show_progress=False
@@ -170,7 +171,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 TRAINED: dict[str, Callable[[Iterable[str], int], Tokenizer]] = {
     "chars": train_chars,
     "bpe": train_bpe,
-    # A mask takes the space before it: what it hides has one.
+    # The mask includes the space before it, because the token that it hides does.
     "masked_bpe": partial(
         train_bpe, special=[*MASKING_TOKENS[:-1], AddedToken(MASKING_TOKENS[-1], lstrip=True, special=True)]
     ),
@@ -180,7 +181,7 @@ SMALLEST = {"chars": 0, "bpe": 257, "masked_bpe": 261, "wordpiece": 64}
 
 
 def first_bytes(texts: Iterable[str]) -> Iterator[str]:
-    """About the first `TRAINING_BYTES` of a text."""
+    """The texts up to about `TRAINING_BYTES`."""
     size = 0
     for text in texts:
         yield text
@@ -193,19 +194,23 @@ def train_tokenizer(name: str, texts: Iterable[str], vocab_size: int | None) -> 
     """Learn a tokenizer from text.
 
     Args:
-        name: chars, bpe or wordpiece.
-        texts: of the training split.
-        vocab_size: of bpe and wordpiece at most; None takes 8192.
+        name: chars, bpe, masked_bpe or wordpiece.
+        texts: the texts of the training split.
+        vocab_size: maximum number of tokens, except for chars; None is 8192.
 
     Raises:
-        TrunklineError: if that is too small.
+        TrunklineError: if `vocab_size` is too small.
     """
     check_vocab_size(name, vocab_size)
     return TRAINED[name](texts, vocab_size or DEFAULT_VOCAB_SIZE)
 
 
 def check_vocab_size(name: str, vocab_size: int | None) -> None:
-    """Refuse a vocabulary that cannot hold what every such tokenizer has."""
+    """Check that a vocabulary has room for the tokens that every tokenizer of this kind has.
+
+    Raises:
+        TrunklineError: if not.
+    """
     smallest = SMALLEST.get(name, 1)
     if vocab_size is not None and vocab_size < smallest:
         raise TrunklineError(
@@ -214,7 +219,11 @@ def check_vocab_size(name: str, vocab_size: int | None) -> None:
 
 
 def check_room(max_length: int, smallest: int = 5) -> None:
-    """Refuse rows that hold special tokens only."""
+    """Check that a row has room for text beside the special tokens.
+
+    Raises:
+        TrunklineError: if not.
+    """
     if max_length < smallest:
         raise TrunklineError(
             f"max_length={max_length} leaves no room for text beside the special tokens", field="data.max_length"
@@ -222,14 +231,14 @@ def check_room(max_length: int, smallest: int = 5) -> None:
 
 
 def load_tokenizer(name: str, field: str = "data.tokenizer") -> Tokenizer:
-    """Read a tokenizer that somebody trained.
+    """Load a tokenizer from a file or from the hub.
 
     Args:
         name: a `tokenizer.json`, a folder that holds one, a training checkpoint (.ckpt), or a hub name.
-        field: that gave the name, for messages.
+        field: the field that gave the name, for messages.
 
     Raises:
-        TrunklineError: if there is none.
+        TrunklineError: if the tokenizer cannot be found or read.
     """
     path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
     if not path.exists() and (path.suffix in (".json", ".ckpt") or name.startswith((".", "/", "~"))):
@@ -261,7 +270,7 @@ def load_tokenizer(name: str, field: str = "data.tokenizer") -> Tokenizer:
 
 
 def tokenizer_of_checkpoint(content: Any) -> str | None:
-    """The JSON that a run on text keeps among the state of its data; None if there is none."""
+    """The tokenizer of a training checkpoint, as JSON, from the state of its datamodule; None if it has none."""
     for state in content.values() if isinstance(content, dict) else ():
         if isinstance(state, dict) and isinstance(state.get("tokenizer"), str):
             return state["tokenizer"]
@@ -269,9 +278,9 @@ def tokenizer_of_checkpoint(content: Any) -> str | None:
 
 
 def treats_words_alone(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer makes the same of a text as of its `WORD`s one by one.
+    """Whether encoding a text gives the same tokens as encoding its `WORD`s one by one.
 
-    True of GPT-2's byte-level BPE, whose pattern has spaces only at the beginning of a token, and of BERT's WordPiece.
+    True for GPT-2's byte-level BPE, where a token has a space only at its beginning, and for BERT's WordPiece.
     """
     spec = json.loads(tokenizer.to_str())
     if not all(token["special"] for token in spec["added_tokens"]):
@@ -284,7 +293,7 @@ def treats_words_alone(tokenizer: Tokenizer) -> bool:
 
 
 class Numbers(dict[str, int]):
-    """Numbers words in the order in which they are first asked for, and lists the new ones."""
+    """Numbers words in the order in which they are first looked up, and lists the new words in `new`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,12 +306,12 @@ class Numbers(dict[str, int]):
 
 
 class TextEncoder:
-    """Encodes much text: where that is exact, each different word once (eight times as fast as the library alone).
+    """Encodes large texts fast: each different word only once, if that gives the same tokens (8 times as fast).
 
-    A special token's name within a text is text.
+    The name of a special token inside a text is encoded as ordinary text.
 
     Args:
-        tokenizer: is left as it is.
+        tokenizer: the tokenizer; it is not changed.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -312,7 +321,7 @@ class TextEncoder:
         self._forget()
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts one after the other, (N,) uint32, and the number of each text's, (len(texts),) int64."""
+        """Ids of all texts one after the other, (N,) uint32, and the number of ids of each text, (len(texts),) int64."""
         if not self.by_words:
             return self._encode(texts)
         if len(self.words) > KNOWN_WORDS or self.characters > KNOWN_CHARACTERS:
@@ -323,7 +332,7 @@ class TextEncoder:
         counts = self.counts[numbers]
         stops = counts.cumsum()
         total = int(stops[-1]) if len(stops) else 0
-        # Word by word, where its ids stand in the table less where they go to: (N,)
+        # (N,) position in `ids` of each token: the first id of its word there + the token's position in the word.
         places = np.repeat(self.starts[numbers] - stops + counts, counts) + np.arange(total)
         borders = np.cumsum([0, *map(len, words)])
         return self.ids[places], np.diff(np.concatenate([[0], stops])[borders])
@@ -340,7 +349,7 @@ class TextEncoder:
         self.starts = np.zeros(0, np.int64)
 
     def _learn(self) -> None:
-        """Put the ids of new words behind those of the others."""
+        """Append the ids of new words to the table."""
         new, self.words.new = self.words.new, []
         if new:
             ids, counts = self._encode(new)
