@@ -1,1 +1,1 @@
-"""Text for language models: where it comes from, how it is tokenised once, and how it becomes rows of tokens."""
+"""Text for language models: its sources, its tokenisation (done once), and rows of tokens."""

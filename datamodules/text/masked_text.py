@@ -17,15 +17,15 @@ from trunkline.datamodules.text.token_shards import TokenStream
 from trunkline.datamodules.tokenizers import check_room
 
 COUNTED_TOKENS = 100_000_000
-"""Tokens of the training split whose frequencies are counted, at most."""
+"""Maximum number of tokens of the training split that are counted for the frequencies."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class MaskedTextData(TokenisedText):
-    """Text for masked language models, as `MaskedBatch`es: `[CLS]` first and `[SEP]` last.
+    """Text for masked language models, as `MaskedBatch`es. Each row begins with `[CLS]` and ends with `[SEP]`.
 
-    Masks and pairs depend on (seed, epoch, index) alone; those of evaluation are the same each time. The tokenizer
-    needs the tokens `[CLS]`, `[SEP]`, `[MASK]` and `[PAD]`.
+    Masks and pairs depend only on (seed, epoch, index); in evaluation they are the same each time. The tokenizer needs
+    the tokens `[CLS]`, `[SEP]`, `[MASK]` and `[PAD]`.
     """
 
     tokenizer: str = "wordpiece"
@@ -33,23 +33,23 @@ class MaskedTextData(TokenisedText):
     masking: MaskingConfig | None = None
     """Which tokens are hidden, and how."""
     next_sentence: bool = False
-    """Rows are pairs of texts: one chunk of a document cut in two, whose second half is, half of the time, another
-    document's."""
+    """Make each row of two texts: a chunk of a document is cut in two, and in half of the rows the second part is
+    replaced by text from another document."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_room(self.max_length)
         self.unigram_entropy = 0.0
-        """Nats a token that its frequency in the training split alone leaves open, after `setup`."""
+        """Entropy of the token frequencies in the training split, in nats per token; known after `setup`."""
 
     @property
     def masker(self) -> Masker:
-        """Hides tokens, as configured."""
+        """The `Masker` for the settings in `masking`."""
         return Masker(self.masking or MaskingConfig(), self.vocabulary)
 
     @property
     def facts(self) -> DataFacts:
-        """Tokenizer and sizes; how to read a sentence with a mask; after `setup` the entropy of a token."""
+        """Adds how to encode a sentence with a mask and, after `setup`, the entropy of the tokens."""
         return replace(
             super().facts,
             unigram_entropy=self.unigram_entropy or None,
@@ -57,14 +57,13 @@ class MaskedTextData(TokenisedText):
         )
 
     def setup(self, stage: str) -> None:
-        """Open what is prepared, and count the tokens."""
+        """Open the prepared splits, and count how frequent each token is."""
         masker = self.masker
         super().setup(stage)
         if self.unigram_entropy == 0.0:
             self.unigram_entropy = entropy(self.preparation.stream("train"), masker)
 
     def make_rows(self, stream: TokenStream, train: bool) -> Dataset[Any]:
-        """Rows of one split."""
         masker = self.masker
         texts: Blocks | Pairs
         if self.next_sentence:
@@ -75,33 +74,32 @@ class MaskedTextData(TokenisedText):
 
 
 class Pairs:
-    """Chunks of documents, each cut in two at random.
+    """Chunks of documents, each cut in two at a random position.
 
     Args:
         stream: the tokens.
-        length: of a chunk at most.
+        length: maximum number of tokens in a chunk.
     """
 
     def __init__(self, stream: TokenStream, length: int) -> None:
         self.stream, self.length = stream, length
-        ends = stream.document_ends() - 1  # without the token that ends them
+        ends = stream.document_ends() - 1  # without the end-of-text token
         begins = np.concatenate([[0], ends[:-1] + 1])
         starts, sizes = cut_documents(ends + 1, length)
         document = np.searchsorted(begins, starts, side="right") - 1
         sizes = np.minimum(starts + sizes, ends[document]) - starts
-        whole = sizes >= 2
-        self.starts, self.sizes, self.document = starts[whole], sizes[whole], document[whole]
+        can_be_cut = sizes >= 2
+        self.starts, self.sizes, self.document = starts[can_be_cut], sizes[can_be_cut], document[can_be_cut]
 
     def __len__(self) -> int:
-        """Number of chunks."""
         return len(self.starts)
 
     def read(self, index: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, bool]:
-        """First text, second text, and whether that is the one that follows."""
+        """The first text, the second text, and whether the second follows the first in its document."""
         tokens = self._chunk(index)
         cut = int(generator.integers(1, len(tokens)))
-        others = len(self) > 1 and self.document[0] != self.document[-1]
-        if not others or generator.random() < 0.5:
+        several_documents = len(self) > 1 and self.document[0] != self.document[-1]
+        if not several_documents or generator.random() < 0.5:
             return tokens[:cut], tokens[cut:], True
         other = index
         while self.document[other] == self.document[index]:
@@ -118,25 +116,23 @@ class MaskedRows(Dataset[dict[str, Any]]):
 
     Args:
         texts: single texts or pairs.
-        masker: hides tokens.
+        masker: chooses and hides tokens.
         length: T.
-        seed: of masks and pairs.
-        fixed: draw the same in each epoch.
+        seed: seed of masks and pairs.
+        fixed: use the same masks and pairs in each epoch.
     """
 
     def __init__(self, texts: Blocks | Pairs, masker: Masker, length: int, seed: int, fixed: bool) -> None:
         self.texts, self.masker, self.length, self.seed, self.fixed = texts, masker, length, seed, fixed
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.texts)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """The item of a key."""
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
-        """The items of a batch, which is what a DataLoader asks for; they agree on whether there is a `mask`."""
+        """The items of a batch, as a DataLoader asks for them. `mask` is left out if no row of the batch is padded."""
         rows = [self._row(key) for key in keys]
         if all(row["mask"].all() for row in rows):
             for row in rows:
@@ -173,7 +169,7 @@ class MaskedRows(Dataset[dict[str, Any]]):
 
 
 def entropy(stream: TokenStream, masker: Masker) -> float:
-    """Entropy of the frequencies of a stream's ordinary tokens, in nats."""
+    """Entropy of the frequencies of the ordinary (not special) tokens in a stream, in nats per token."""
     counts = np.zeros(len(masker.may_hide), np.int64)
     for start in range(0, min(len(stream), COUNTED_TOKENS), 1 << 22):
         tokens = stream.read(start, min(start + (1 << 22), len(stream)))

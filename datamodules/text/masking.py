@@ -1,4 +1,4 @@
-"""Which tokens a masked language model has to name, and what stands in their place."""
+"""Which tokens a masked language model must predict, and what replaces them in its input."""
 
 import re
 from dataclasses import dataclass
@@ -17,19 +17,20 @@ class MaskingConfig:
     """How tokens are masked (BERT, arXiv:1810.04805).
 
     Raises:
-        TrunklineError: for shares that are none.
+        TrunklineError: if a share or `mean_span` is out of range.
     """
 
     probability: float = 0.15
-    """Share of a row's tokens that are to be predicted."""
+    """Share of a row's tokens that the model must predict."""
     unit: Literal["tokens", "words", "spans"] = "tokens"
-    """Single tokens, whole words, or spans of tokens of geometrically distributed length (arXiv:1907.10529)."""
+    """What is chosen: single tokens, whole words, or spans of tokens with a geometric distribution of lengths
+    (arXiv:1907.10529)."""
     masked: float = 0.8
-    """Share of these that become `[MASK]`."""
+    """Share of the chosen tokens that become `[MASK]`."""
     replaced: float = 0.1
-    """Share of these that become another token; the rest stay as they are."""
+    """Share of the chosen tokens that become a random token; the rest stay as they are."""
     mean_span: float = 3.8
-    """Mean length of spans, of which none is longer than 10; the paper's."""
+    """Mean length of spans, in tokens, before spans longer than 10 are shortened to 10."""
 
     def __post_init__(self) -> None:
         if not (0 < self.probability < 1 and self.masked >= 0 and self.replaced >= 0):
@@ -44,12 +45,12 @@ class MaskingConfig:
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids of the tokens that begin, end, mask and pad a row: `cls`, `sep`, `mask`, `pad`.
+    """Ids of the tokens that begin (`cls`), end (`sep`), mask (`mask`) and pad (`pad`) a row.
 
     Raises:
         TrunklineError: if the tokenizer lacks one; names it.
     """
-    found = {}
+    ids = {}
     for role, names in NAMES.items():
         known = [number for name in names if (number := tokenizer.token_to_id(name)) is not None]
         if not known:
@@ -58,21 +59,24 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
                 "tokenizer=wordpiece, masked_bpe or another one that has it",
                 field="data.tokenizer",
             )
-        found[role] = known[0]
-    return found
+        ids[role] = known[0]
+    return ids
 
 
 def masked_sentence(tokenizer: Tokenizer, text: str, limit: int, where: str) -> tuple[list[int], int]:
-    """Ids of a text as a masked language model sees it, with the tokens that begin and end a row; and that of the mask.
+    """Encode a sentence with a mask as input of a masked language model.
 
     Args:
-        tokenizer: of the model.
-        text: with a mask in it.
-        limit: tokens that the model sees at most.
-        where: the text is from, for messages.
+        tokenizer: the tokenizer of the model.
+        text: the sentence; it must contain the mask token.
+        limit: maximum number of tokens that the model can see.
+        where: where the sentence comes from, for messages.
+
+    Returns:
+        the ids, with the tokens that begin and end a row, and the id of the mask token.
 
     Raises:
-        TrunklineError: if there is no mask, or it is too long.
+        TrunklineError: if the sentence has no mask or is too long.
     """
     special = special_ids(tokenizer)
     ids = [special["cls"], *tokenizer.encode(text, add_special_tokens=False).ids, special["sep"]]
@@ -85,11 +89,11 @@ def masked_sentence(tokenizer: Tokenizer, text: str, limit: int, where: str) -> 
 
 
 class Masker:
-    """Chooses and hides tokens; what it draws comes from the given generator alone.
+    """Chooses and hides tokens; all randomness comes from the generator in each call.
 
     Args:
-        config: how.
-        tokenizer: for the special tokens, and the words that are hidden whole.
+        config: which tokens to hide, and how.
+        tokenizer: its vocabulary tells which tokens are special, and where words begin.
     """
 
     def __init__(self, config: MaskingConfig, tokenizer: Tokenizer) -> None:
@@ -101,18 +105,18 @@ class Masker:
             names[number] = name
         ordinary = np.array([bool(name) and not re.fullmatch(r"\[[A-Z]+\d*\]|<.+>", name) for name in names])
         self.ordinary = ordinary.nonzero()[0]
-        """(V',) ids that a token may be replaced by."""
+        """(V',) ids that can replace a token."""
         self.may_hide = ordinary
         self.may_hide[self.special["mask"]] = False
         self.continues = continuations(names)
-        """(V,) whether a token goes on with the word before it."""
+        """(V,) whether a token continues the word of the token before it."""
 
     def most(self, tokens: int) -> int:
-        """Number of tokens to hide among `tokens` that may be hidden: at least one."""
+        """Number of tokens to hide, at least one, if `tokens` may be hidden."""
         return max(1, round(self.config.probability * tokens))
 
     def choose(self, tokens: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Positions (n,) to hide, ascending, of a row (T,); special tokens are never among them."""
+        """Positions (n,) of the tokens to hide in a row (T,), ascending; special tokens are never hidden."""
         free = self.may_hide[tokens].nonzero()[0]
         if not len(free):
             return free
@@ -127,10 +131,10 @@ class Masker:
         sizes = np.bincount(words)
         order = generator.permutation(len(sizes))
         running = sizes[order].cumsum()
-        taken = order[running <= count]
-        if not len(taken):  # one long word
+        chosen = order[running <= count]
+        if not len(chosen):  # the first word alone is too long: hide its first tokens
             return free[words == order[0]][:count]
-        return free[np.isin(words, taken)]
+        return free[np.isin(words, chosen)]
 
     def _spans(self, free: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
         hidden = np.zeros(len(free), bool)
@@ -141,7 +145,7 @@ class Masker:
         return free[hidden]
 
     def hide(self, tokens: np.ndarray, positions: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """A copy of (T,) with `[MASK]` or another token at most of these positions."""
+        """A copy of a row (T,) in which each token at `positions` becomes `[MASK]` or a random token, or stays."""
         draw = generator.random(len(positions))
         hidden = tokens.copy()
         hidden[positions[draw < self.config.masked]] = self.special["mask"]
@@ -151,7 +155,7 @@ class Masker:
 
 
 def continuations(names: list[str]) -> np.ndarray:
-    """(V,) whether each token goes on with a word: `##` of WordPiece, or no mark of a space where others have one."""
+    """(V,) whether each token continues a word: it begins with `##`, or lacks the sign for a space that others have."""
     if any(name.startswith("##") for name in names):
         return np.array([name.startswith("##") for name in names])
     if any(name.startswith(("Ġ", "▁")) for name in names):  # byte-level BPE, SentencePiece

@@ -1,4 +1,4 @@
-"""How a stream of tokens becomes rows of one length: blocks of running text, or whole documents."""
+"""Makes rows of equal length from a stream of tokens: blocks of running text, or packed documents."""
 
 from typing import Any
 
@@ -12,29 +12,30 @@ from trunkline.datamodules.text.token_shards import TokenStream
 
 
 class Blocks:
-    """Running text, whatever documents it holds.
+    """Running text; the borders of documents are ignored.
 
-    Row i holds the T tokens from s = offset + i T on, and their T successors as targets. In training the
-    offset is drawn for each epoch from [0, T), so that borders move, and s stops at n - 1 - T. In evaluation
-    it is 0, each token but the first is a target once, and the last row is padded.
+    Row i holds the T tokens from position s = offset + i T on; their targets are the T tokens from s + 1 on. In
+    training each epoch draws its offset from [0, T), so that the borders of rows move, and s is at most n - 1 - T. In
+    evaluation the offset is 0, each token except the first is a target once, and the last row is padded.
 
     Args:
-        stream: n tokens; more than T for training.
+        stream: n tokens; training needs more than T.
         length: T.
-        seed: of the offset; None for evaluation.
-        overlap: tokens that a row shares with the next: the last target, or 0 where none is needed.
+        seed: seed of the offset; None for evaluation.
+        overlap: tokens that a row shares with the next row: 1, because the last target of a row is the first token of
+            the next; 0 for rows without such targets.
     """
 
     def __init__(self, stream: TokenStream, length: int, seed: int | None, overlap: int = 1) -> None:
         self.stream, self.length, self.seed, self.overlap = stream, length, seed, overlap
 
     def __len__(self) -> int:
-        """Number of rows: in training only full ones."""
+        """Number of rows; in training only full rows."""
         places = len(self.stream) - self.overlap
         return places // self.length if self.seed is not None else -(-places // self.length)
 
     def read(self, key: SampleKey) -> np.ndarray:
-        """The T + overlap tokens of a row, or what is left of them, on disk's type."""
+        """The T + overlap tokens of a row (fewer at the end of the text), in the type on disk."""
         start = key.index * self.length
         if self.seed is not None:
             offset = int(np.random.default_rng((self.seed, key.epoch)).integers(self.length))
@@ -42,17 +43,18 @@ class Blocks:
         return self.stream.read(start, min(start + self.length + self.overlap, len(self.stream)))
 
     def fill(self, key: SampleKey, row: dict[str, np.ndarray]) -> None:
-        """Write a row into `row`: `tokens` (T,) of 0, `targets` (T,) of -100."""
+        """Write a row into `row`, where `tokens` (T,) is filled with 0 and `targets` (T,) with -100."""
         tokens = self.read(key)
         size = len(tokens) - 1
         row["tokens"][:size], row["targets"][:size] = tokens[:-1], tokens[1:]
 
 
 class Documents:
-    """Whole documents, packed so that few places stay empty; longer ones are cut into chunks of T.
+    """Whole documents, packed into rows with little padding; documents longer than T are cut into chunks of T tokens.
 
-    A token predicts the next one of its own document, over the border of a chunk too, and a document's end
-    predicts nothing: each token but the first of each document is a target once. Rows are the same in all epochs.
+    The target of a token is the next token of its document, even if that is in another chunk; the last token of a
+    document has no target. So each token except the first of its document is a target once. Rows are the same in all
+    epochs.
 
     Args:
         stream: the tokens.
@@ -66,20 +68,19 @@ class Documents:
         rows = best_fit(sizes, length)
         order = np.argsort(rows, kind="stable")
         self.starts, self.sizes = starts[order], sizes[order]
-        """Chunks row by row."""
+        """(chunks,) where each chunk starts in the stream, and its size; sorted by row."""
         self.borders = np.concatenate([[0], np.bincount(rows).cumsum()]) if len(rows) else np.zeros(1, np.int64)
-        """Row i has the chunks borders[i] to borders[i + 1]."""
+        """Row i has the chunks from borders[i] up to, but not including, borders[i + 1]."""
         stops = starts + sizes
         position = np.searchsorted(ends, stops)
         self.last = (ends[position] == stops)[order]
-        """Whether a chunk ends its document."""
+        """(chunks,) whether the chunk ends its document."""
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.borders) - 1
 
     def fill(self, key: SampleKey, row: dict[str, np.ndarray]) -> None:
-        """Write a row into `row`: `tokens` (T,) of 0, `targets` (T,) of -100, `document` (T,) of 0."""
+        """Write a row into `row`, where `tokens` and `document` (T,) are filled with 0 and `targets` (T,) with -100."""
         place = 0
         begin, end = self.borders[key.index : key.index + 2]
         for number, chunk in enumerate(range(begin, end), start=1):
@@ -93,14 +94,14 @@ class Documents:
 
 
 def cut_documents(ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chunks of at most `length` tokens, in the order of the text.
+    """Cut documents into chunks of at most `length` tokens, in the order of the text.
 
     Args:
-        ends: (documents,) where each stops in the stream.
+        ends: (documents,) where each document ends in the stream.
         length: T.
 
     Returns:
-        (chunks,) where each starts, and (chunks,) sizes.
+        (chunks,) where each chunk starts in the stream, and (chunks,) its size.
     """
     sizes = np.diff(ends, prepend=0)
     counts = -(-sizes // length)
@@ -111,14 +112,14 @@ def cut_documents(ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray
 
 
 def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
-    """Best-fit decreasing (arXiv:2404.10830): the largest first, each into the fullest row that still has room.
+    """Best-fit decreasing (arXiv:2404.10830): the largest chunk first, each into the fullest row that has room for it.
 
     Args:
-        sizes: (N,) from 1 to `length`.
-        length: room of a row.
+        sizes: (N,) sizes of the chunks, from 1 to `length`.
+        length: size of a row.
 
     Returns:
-        (N,) row of each; rows are numbered from 0 without gaps.
+        (N,) the row of each chunk; rows are numbered from 0 without gaps.
     """
     order = np.argsort(-sizes, kind="stable")
     rows = np.empty(len(sizes), np.int64)
@@ -126,10 +127,10 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
     rows[order[:full]] = np.arange(full)
     count = full
     room: list[list[int]] = [[] for _ in range(length + 1)]
-    """Rows by their free places."""
-    free = 0  # bit f is set where room[f] is not empty: the lowest bit from `size` on is the best fit
+    """room[f] lists the rows with f free places."""
+    free = 0  # bit f is set if room[f] is not empty: the lowest set bit from `size` on is the best fit
     placed = []
-    for size in sizes[order[full:]].tolist():  # Python's integers, which the loop is fastest with
+    for size in sizes[order[full:]].tolist():  # Python integers make this loop fastest
         fitting = free >> size
         if fitting:
             space = size + (fitting & -fitting).bit_length() - 1
@@ -151,7 +152,7 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
 class PackedRows(Dataset[dict[str, Any]]):
     """Rows as items; an item is a pure function of (seed, epoch, index).
 
-    Items: `tokens` and `targets` (T,) int64, `document` (T,) int64 with packed documents, `index`, `valid`.
+    Items: `tokens` and `targets` (T,) int64, `document` (T,) int64 if documents are packed, `index`, `valid`.
     A filler (`valid` False) has no targets.
     """
 
@@ -159,15 +160,13 @@ class PackedRows(Dataset[dict[str, Any]]):
         self.rows = rows
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.rows)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """The item of a key."""
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
-        """The items of a batch, which is what a DataLoader asks for."""
+        """The items of a batch, as a DataLoader asks for them."""
         shape = len(keys), self.rows.length
         batch = {"tokens": np.zeros(shape, np.int64), "targets": np.full(shape, IGNORE, np.int64)}
         if isinstance(self.rows, Documents):

@@ -1,4 +1,4 @@
-"""Tokenises a corpus once: into shards on disk, resumably, however many processes ask for it at once."""
+"""Tokenises a corpus once, into shards on disk: an interrupted run is resumed, and only one process does the work."""
 
 import hashlib
 import io
@@ -35,11 +35,11 @@ from trunkline.datamodules.tokenizers import (
 from trunkline.files import atomic_write, digests, file_state, lock, read_json, write_json
 
 CORPUS_FORMAT = 1
-"""Of the files; another number makes all caches be written anew."""
+"""Version of the file format; with a new number, all corpora are prepared again."""
 GROUP_BYTES = 64_000_000
-"""Text that is tokenised between two save points: a group of shards, at most one a split."""
+"""Bytes of text that are tokenised between two save points. They make a group: at most one shard for each split."""
 BATCH_BYTES = 2_000_000
-"""Text that is encoded at once."""
+"""Amount of text that is encoded at once."""
 
 
 def default_cache() -> Path:
@@ -49,7 +49,7 @@ def default_cache() -> Path:
 
 @dataclass
 class Group:
-    """Tokens that wait to be written together."""
+    """Tokens that will be written together."""
 
     bytes: int = 0
     tokens: dict[str, list[np.ndarray]] = field(default_factory=dict)
@@ -58,12 +58,13 @@ class Group:
 
 
 class Preparation:
-    """A corpus and where its tokens are.
+    """A corpus, and the folder with its tokens.
 
     Args:
-        sources: what is read, and the share of it that goes to each split.
-        tokenizer: chars, bpe or wordpiece, trained on the training split; else see `load_tokenizer`.
-        vocab_size: of one that is trained.
+        sources: the sources of text, each with the share of it that goes to each split.
+        tokenizer: chars, bpe, masked_bpe or wordpiece, learnt from the training split; else a name for
+            `load_tokenizer`.
+        vocab_size: size of a tokenizer that is learnt.
         cache: folder of all prepared corpora.
     """
 
@@ -78,7 +79,7 @@ class Preparation:
 
     @cached_property
     def folder(self) -> Path:
-        """Of this corpus; its name tells all that decides the tokens, the text included.
+        """Folder of this corpus; its name is a hash of everything that decides the tokens, the text included.
 
         Raises:
             TrunklineError: if the text or tokenizer cannot be read.
@@ -99,10 +100,10 @@ class Preparation:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Trained now, if it was not yet.
+        """The tokenizer; it is learnt now if that was not done before.
 
         Raises:
-            TrunklineError: as the source or the disk has it.
+            TrunklineError: if a source or the tokenizer cannot be read, or the folder cannot be written.
         """
         if self.name not in TRAINED:
             return self._loaded
@@ -116,7 +117,7 @@ class Preparation:
         return self.folder / "tokenizer.json"
 
     def _keep_tokenizer(self) -> None:
-        """Train or copy the tokenizer into the folder; the caller has the lock."""
+        """Write the tokenizer, learnt or loaded, into the folder. The caller must hold the lock."""
         if self._tokenizer_file.exists():
             return
         if self.name in TRAINED:
@@ -127,26 +128,26 @@ class Preparation:
         atomic_write(self._tokenizer_file, [tokenizer.to_str().encode()])
 
     def pieces(self) -> Iterator[Piece]:
-        """All text once."""
+        """The text of all sources, once."""
         for source, shares in self.sources:
             yield from source.pieces(shares)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep other processes from the folder; says so if one of them is at it."""
-        own = lock(self.folder.with_suffix(".lock"))
+        """Hold the lock of the folder; if another process holds it, tell the user and wait."""
+        folder_lock = lock(self.folder.with_suffix(".lock"))
         try:
-            own.acquire(timeout=0)
+            folder_lock.acquire(timeout=0)
         except Timeout:
             print(f"waiting for another process that prepares {self.folder}", file=sys.stderr)
-            own.acquire()
+            folder_lock.acquire()
         try:
             yield
         finally:
-            own.release()
+            folder_lock.release()
 
     def index(self) -> dict[str, Any] | None:
-        """What `prepare` wrote last, if all of it is there: `splits`, `dtype`, `vocab_size`."""
+        """The index that `prepare` wrote (`splits`, `dtype`, `vocab_size`); None if it or a shard is missing."""
         index = read_json(self.folder / INDEX)
         if index and all(self._whole(name, size, index["dtype"]) for name, size in shards_of(index)):
             return index
@@ -161,13 +162,13 @@ class Preparation:
         )
 
     def prepare(self) -> dict[str, Any]:
-        """Tokenise what is not yet tokenised, once among all processes.
+        """Tokenise the text that is not yet tokenised; only one process does it, the others wait.
 
         Returns:
             the index.
 
         Raises:
-            TrunklineError: as the source or the disk has it, or if a split has no text.
+            TrunklineError: if a source cannot be read, the folder cannot be written, or a split has no text.
         """
         index = self.index()
         if index is None:
@@ -181,27 +182,27 @@ class Preparation:
         return TokenStream(self.folder, index["splits"][split]["shards"], index["dtype"])
 
     def _tokenise(self) -> dict[str, Any]:
-        """Go on after the last whole group."""
+        """Continue after the last complete group."""
         self._keep_tokenizer()
         tokenizer = self.tokenizer
-        for left in self.folder.glob(".*.tmp"):
-            left.unlink()
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink()
         vocab_size, encoder, ender = size_of(tokenizer), TextEncoder(tokenizer), end_of_text_id(tokenizer)
         dtype = np.dtype(token_type(vocab_size))
         done = self._whole_groups(dtype.name)
-        group, taken = Group(), done[-1]["pieces"] if done else 0
+        group, pieces_done = Group(), done[-1]["pieces"] if done else 0
         size = sum(split["bytes"] for entry in done for split in entry["splits"].values())
         with tokenising_progress() as advance:
             advance(size)
-            for batch in batches(islice(self.pieces(), taken, None)):
+            for batch in batches(islice(self.pieces(), pieces_done, None)):
                 size += add(group, batch, encoder, ender, dtype)
-                taken += len(batch)
+                pieces_done += len(batch)
                 advance(size)
                 if group.bytes >= GROUP_BYTES:
-                    done.append(self._write(group, len(done), taken))
+                    done.append(self._write(group, len(done), pieces_done))
                     group = Group()
         if group.bytes:
-            done.append(self._write(group, len(done), taken))
+            done.append(self._write(group, len(done), pieces_done))
         index = self._join(done)
         self._check_unchanged()
         index |= {"format": CORPUS_FORMAT, "dtype": dtype.name, "vocab_size": vocab_size}
@@ -209,7 +210,7 @@ class Preparation:
         return index
 
     def _whole_groups(self, dtype: str) -> list[dict[str, Any]]:
-        """Save points up to the first one that is missing or damaged."""
+        """Save points up to the first missing or damaged one."""
         done: list[dict[str, Any]] = []
         while entry := read_json(self.folder / f"group-{len(done):05d}.json"):
             if not all(self._whole(name, size, dtype) for name, size in shards_of(entry)):
@@ -218,7 +219,7 @@ class Preparation:
         return done
 
     def _write(self, group: Group, number: int, pieces: int) -> dict[str, Any]:
-        """Shards first, then the save point that vouches for them."""
+        """Write the shards of a group, then the save point: if it exists, the shards are complete."""
         splits = {}
         for split, parts in group.tokens.items():
             name = f"{split}-{number:05d}.bin"
@@ -238,7 +239,7 @@ class Preparation:
         return entry
 
     def _join(self, done: list[dict[str, Any]]) -> dict[str, Any]:
-        """All groups' splits, added up."""
+        """The index: the splits of all groups added up."""
         splits: dict[str, Any] = {}
         for name in dict.fromkeys(name for _, shares in self.sources for name in shares):
             entries = [entry["splits"][name] for entry in done if name in entry["splits"]]
@@ -284,18 +285,18 @@ def batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def add(group: Group, batch: list[Piece], encoder: TextEncoder, ender: int, dtype: np.dtype[Any]) -> int:
-    """Encode a batch, with `ender` after each document, into a group. Returns its bytes of text."""
+    """Encode a batch of pieces into a group, with `ender` after each document. Returns the bytes of text."""
     ids, counts = encoder.encode([piece.text for piece in batch])
     total = 0
     for split in dict.fromkeys(piece.split for piece in batch):
-        own = np.array([piece.split == split for piece in batch])
-        ending = np.array([piece.ends for piece in batch])[own]
-        mine = ids[np.repeat(own, counts)]
-        stops = counts[own].cumsum()
+        selected = np.array([piece.split == split for piece in batch])
+        ending = np.array([piece.ends for piece in batch])[selected]
+        tokens = ids[np.repeat(selected, counts)]
+        stops = counts[selected].cumsum()
         size = sum(len(piece.text.encode()) for piece in batch if piece.split == split)
         before = sum(map(len, group.tokens.setdefault(split, [])))
         ends = stops[ending] + np.arange(1, ending.sum() + 1)
-        group.tokens[split].append(np.insert(mine, stops[ending], ender).astype(dtype))
+        group.tokens[split].append(np.insert(tokens, stops[ending], ender).astype(dtype))
         group.ends.setdefault(split, []).append(ends + before)
         group.text_bytes[split] = group.text_bytes.get(split, 0) + size
         total += size
@@ -305,7 +306,7 @@ def add(group: Group, batch: list[Piece], encoder: TextEncoder, ender: int, dtyp
 
 @contextmanager
 def tokenising_progress() -> Iterator[Any]:
-    """A line on a terminal, and nothing elsewhere; yields a function that takes the bytes done."""
+    """A progress line on a terminal, nothing elsewhere; yields a function that takes the number of bytes done."""
     console = Console(stderr=True)
     columns = TextColumn("tokenising: {task.fields[size]:,.0f} MB of text"), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:

@@ -22,21 +22,21 @@ from trunkline.datamodules.tokenizers import Vocabulary, check_vocab_size
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TokenisedText(Vocabulary, TextSplits, TrunklineDataModule):
-    """Base of text for language models, from offline books, local files or a hub name; a subclass makes the rows.
+    """Base of text for language models, from offline books, local files or a hub name; subclasses make the rows.
 
-    A text file, and each of fewer than 100 in a folder, is one document and cut by position: its end goes
-    to the test split, what comes before to the validation split. Rows, chapters and the files of
-    larger folders go whole to a split, by their number alone.
+    A text file is one document. Alone, or in a folder with fewer than 100 files, it is cut by position: its end goes to
+    the test split, the part before that to the validation split. Rows of tables, chapters of books, and the files of
+    larger folders go to one split as a whole, by their number alone.
     """
 
     source: str = field(default="kjv", kw_only=False)
-    """`kjv`, `asv`, `pydoc`, `wordnet`, `emoji`; a file (.txt and the like: one document; .jsonl, .json, .csv,
-    .parquet: a row is a document) or a folder of files of one kind; else a Hugging Face hub name."""
+    """`kjv`, `asv`, `pydoc`, `wordnet` or `emoji`; a file (in .jsonl, .json, .csv and .parquet each row is a document;
+    any other text file is one document) or a folder with files of one kind; else a Hugging Face hub name."""
     text_column: str = "text"
-    """Of tables."""
+    """Column of a table that holds the text."""
     cache_dir: str | None = None
-    """Where the tokens go; None takes $TRUNKLINE_CACHE, else ~/.cache/trunkline. A prepared hub dataset without a
-    `revision` is kept when the hub's changes."""
+    """Folder for the tokens; None is $TRUNKLINE_CACHE, else ~/.cache/trunkline. A hub dataset without a `revision` is
+    not prepared again when it changes on the hub."""
     batch_size: int = 32
 
     def __post_init__(self) -> None:
@@ -46,47 +46,46 @@ class TokenisedText(Vocabulary, TextSplits, TrunklineDataModule):
         check_vocab_size(self.tokenizer, self.vocab_size)
         check_fractions(self.fractions)
         self.bytes_per_token: dict[str, float] = {}
-        """UTF-8 bytes of text per token of each split, after `setup`: turns nats per token into bits per byte."""
+        """UTF-8 bytes of text per token in each split, after `setup`: converts nats per token to bits per byte."""
 
     @property
     def in_memory(self) -> bool:
-        """Reading from mapped files costs less than sending."""
-        return True
+        return True  # memory-mapped files are read faster than samples are sent between processes
 
     @cached_property
     def preparation(self) -> Preparation:
-        """The corpus on disk.
+        """The prepared corpus on disk.
 
         Raises:
             TrunklineError: if a source is missing.
         """
-        own = self.named_sources
-        shares = {split: {split: 1.0} for split in own} | {"train": shares_of(self.fractions)}
-        sources = [(open_text(source, self.text_column), shares[split]) for split, source in own.items()]
+        named = self.named_sources
+        shares = {split: {split: 1.0} for split in named} | {"train": shares_of(self.fractions)}
+        sources = [(open_text(source, self.text_column), shares[split]) for split, source in named.items()]
         cache = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache()
         return Preparation(sources, self.tokenizer, self.vocab_size, cache)
 
     @property
     def vocabulary(self) -> Tokenizer:
-        """Read, or trained at the first use.
+        """The tokenizer, loaded or learnt at the first use.
 
         Raises:
-            TrunklineError: if the text or tokenizer cannot be read.
+            TrunklineError: if the text or the tokenizer cannot be read.
         """
         return self.preparation.tokenizer
 
     @property
     def facts(self) -> DataFacts:
-        """Tokenizer and sizes; after `setup` the bytes of a token too."""
+        """The tokenizer and its sizes; after `setup` also the bytes per token."""
         return replace(self.token_facts, bytes_per_token=self.bytes_per_token)
 
     def prepare_data(self) -> None:
-        """Tokenise once, before the other processes look."""
+        """Tokenise the text in one process, while the others wait."""
         self.check_size()
         self.preparation.prepare()
 
     def setup(self, stage: str) -> None:
-        """Open what is prepared.
+        """Open the prepared splits.
 
         Raises:
             TrunklineError: if a split is too short for one row.
@@ -108,7 +107,7 @@ class TokenisedText(Vocabulary, TextSplits, TrunklineDataModule):
             self.bytes_per_token[split] = entry["bytes"] / entry["tokens"]
 
     def shortest_stream(self, train: bool) -> int:
-        """Tokens that a split needs for one row."""
+        """Minimum number of tokens that a split needs to make one row."""
         return self.max_length + 1 if train else 2
 
     def make_rows(self, stream: TokenStream, train: bool) -> Dataset[Any]:
@@ -116,25 +115,24 @@ class TokenisedText(Vocabulary, TextSplits, TrunklineDataModule):
         raise NotImplementedError
 
     def tokenizer_origin(self) -> str:
-        """Its name and the text, on which a trained one depends too."""
-        return f"{super().tokenizer_origin()} on source={self.source}"
+        return f"{super().tokenizer_origin()} on source={self.source}"  # a tokenizer that is learnt depends on the text
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TextData(TokenisedText):
-    """Text for causal language models, as `TokenBatch`es; see `Blocks` and `Documents`."""
+    """Text for causal language models, as `TokenBatch`es. `Blocks` and `Documents` make the rows."""
 
     tokenizer: str = "bpe"
     max_length: int = 256
     packing: Literal["block", "documents"] = "block"
-    """`block` (running text) or `documents` (whole ones, which do not see each other)."""
+    """`block` (rows of running text) or `documents` (whole documents packed into rows, which do not see each other)."""
 
     def shortest_stream(self, train: bool) -> int:
-        """Two tokens: packed documents fill rows with padding."""
-        return 2 if self.packing == "documents" else super().shortest_stream(train)
+        if self.packing == "documents":
+            return 2  # rows of documents can be padded
+        return super().shortest_stream(train)
 
     def make_rows(self, stream: TokenStream, train: bool) -> Dataset[Any]:
-        """Blocks or whole documents."""
         if self.packing == "documents":
             return PackedRows(Documents(stream, self.max_length))
         return PackedRows(Blocks(stream, self.max_length, self.seed if train else None))

