@@ -1,1 +1,1 @@
-"""Labelled images: where they come from, and how they become tensors."""
+"""Labelled images: their sources, and how they become tensors."""

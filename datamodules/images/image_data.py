@@ -24,7 +24,7 @@ from trunkline.datamodules.splits import Splits, rows_by_class
 
 
 class LabelledImages(TransformedImages):
-    """Transformed rows with their `label`."""
+    """Transformed images with their `label`."""
 
     def __init__(self, rows: ImageRows, *options: Any) -> None:
         super().__init__(len(rows.labels), *options)
@@ -42,11 +42,9 @@ class ImageFiles(Dataset[dict[str, Any]]):
         self.files, self.preprocessing, self.transform = files, preprocessing, preprocessing.evaluation()
 
     def __len__(self) -> int:
-        """Number of files."""
         return len(self.files)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """The item of a key."""
         file = self.files[key.index]
         image = to_channels(open_image(file, str(file)), self.preprocessing.channels)
         return {"image": self.transform(image), "index": key.index, "valid": key.valid}
@@ -56,30 +54,29 @@ class ImageFiles(Dataset[dict[str, Any]]):
 class ImageData(Splits, HubSource, ImageInput, TrunklineDataModule):
     """Labelled images from the offline digits, local files or a hub name, as `ImageBatch`es.
 
-    Rows that are set aside for a split are stratified by class.
+    Rows are set aside for a split with the same proportion of each class.
     """
 
     source: str = field(default="digits", kw_only=False)
-    """`digits`, an image folder (a sub-folder a class, optionally below train/ val/ test/), a Parquet or Arrow file
-    or folder, or a Hugging Face hub name."""
+    """`digits`, an image folder (one sub-folder per class, optionally below train/ val/ test/), a Parquet or Arrow file
+    or a folder of them, or a Hugging Face hub name."""
     image_column: str = "image"
     """Column of a table that holds the images."""
     label_column: str = "label"
-    """Column that holds class numbers or names."""
+    """Column of a table that holds class numbers or class names."""
     split_seed: int = 0
-    """Of the rows that are set aside."""
+    """Seed that decides which rows are set aside for validation and testing."""
     cache_dir: str | None = None
-    """Where `datasets` keeps what it converts."""
+    """Folder where the `datasets` library keeps converted data; None is its own cache."""
 
     usual_fractions: ClassVar[dict[str, float]] = {"test": 0.2, "val": 0.1}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.preprocessing  # raises
+        _ = self.preprocessing  # raises an error now if the settings do not fit together
 
     @property
     def in_memory(self) -> bool:
-        """True of the digits."""
         return self.source == "digits"
 
     @cached_property
@@ -96,27 +93,25 @@ class ImageData(Splits, HubSource, ImageInput, TrunklineDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """In the order of their numbers."""
+        """Names of the classes, in the order of the class numbers."""
         return self.table.class_names
 
     @property
     def facts(self) -> DataFacts:
-        """Names of the classes, size and values of the images."""
         return replace(self.image_facts(), class_names=self.class_names)
 
     def prepare_data(self) -> None:
-        """Download or convert once, before the other processes look."""
+        """Download or convert the data in one process, while the others wait."""
         _ = self.table
 
     def setup(self, stage: str) -> None:
-        """Read the source and make the splits."""
         if self.datasets:
             return
         for split, rows in carve_splits(self.table.splits, self.fractions, self.split_seed).items():
             self.datasets[split] = LabelledImages(rows, *self.image_options(split, self.seed))
 
     def state_dict(self) -> dict[str, Any]:
-        """What `predict` and `evaluate` need to know of the data, as plain values."""
+        """What `predict` and `evaluate` need to know about the data, as plain values."""
         return {
             "preprocessing": asdict(self.preprocessing),
             "class_names": self.class_names,
@@ -126,7 +121,7 @@ class ImageData(Splits, HubSource, ImageInput, TrunklineDataModule):
 
 
 def carve_splits(splits: dict[str, ImageRows], fractions: dict[str, float], seed: int) -> dict[str, ImageRows]:
-    """Set stratified shares of the training rows aside for splits that the source does not have; see `rows_by_class`.
+    """Set shares of the training rows aside for splits that the source does not have, with `rows_by_class`.
 
     Raises:
         TrunklineError: if a class is too small to be in both parts.
@@ -135,5 +130,5 @@ def carve_splits(splits: dict[str, ImageRows], fractions: dict[str, float], seed
     if not missing:
         return splits
     rows = splits["train"]
-    taken = rows_by_class(rows.labels, missing, seed)
-    return splits | {split: Subset(rows, numbers) for split, numbers in taken.items()}
+    chosen = rows_by_class(rows.labels, missing, seed)
+    return splits | {split: Subset(rows, numbers) for split, numbers in chosen.items()}

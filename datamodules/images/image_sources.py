@@ -1,4 +1,4 @@
-"""Where rows of images come from: the offline digits, local files, or a Hugging Face hub name."""
+"""Sources of labelled images: the offline digits, local files, or the Hugging Face hub."""
 
 import glob
 import io
@@ -16,7 +16,7 @@ from trunkline import TrunklineError
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")
 MAX_CLASSES = 1_000_000
-"""More than any data set has: larger class numbers are a wrong column, such as one of dates."""
+"""More classes than any data set has: larger class numbers mean a wrong column, such as one of dates."""
 
 
 class ImageRows(Protocol):
@@ -26,10 +26,10 @@ class ImageRows(Protocol):
     """(N,) class numbers."""
 
     def image(self, row: int) -> Image.Image:
-        """The decoded picture of a row, upright, in its file's own mode."""
+        """The decoded picture of a row, upright, in the mode of its file (such as RGB or palette)."""
 
     def name(self, row: int) -> str:
-        """File or row, for messages."""
+        """Name of the file or row, for messages."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class ImageTable:
 
 
 class ArrayRows:
-    """Grey images in memory: (N, height, width) of 0 to 255."""
+    """Grey images in memory: (N, height, width), values from 0 to 255."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, title: str) -> None:
         self.images, self.labels, self.title = images, labels.astype(np.int64), title
@@ -103,11 +103,11 @@ def open_image(file: bytes | str | Path | None, name: str) -> Image.Image:
     """Decode a whole image file and turn it upright by its EXIF orientation.
 
     Args:
-        file: its content or its path; None is a gap in a table.
-        name: for the message.
+        file: content or path of the file; None is an empty cell of a table.
+        name: name of the image, for the message.
 
     Raises:
-        TrunklineError: if it is missing, unreadable, cut short, or of pixels without a known range; names it.
+        TrunklineError: if the file is missing, unreadable or cut short, or if the range of its pixel values is unknown.
     """
     try:
         if file is None:
@@ -117,7 +117,7 @@ def open_image(file: bytes | str | Path | None, name: str) -> Image.Image:
         if image.mode in ("F", "LAB"):
             raise ValueError(f"pixels of mode {image.mode} cannot be scaled to 8 bits")
         return ImageOps.exif_transpose(image)
-    except Exception as error:  # on broken files decoders raise nearly anything
+    except Exception as error:  # decoders raise many kinds of errors for broken files
         reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
         raise TrunklineError(
             f"cannot read the image {name}: {reason}; replace or remove it, or set skip_corrupt=true",
@@ -126,11 +126,11 @@ def open_image(file: bytes | str | Path | None, name: str) -> Image.Image:
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """8-bit picture with 1 (grey) or 3 (RGB) channels.
+    """Convert a picture to 8 bits and 1 (grey) or 3 (RGB) channels.
 
-    Transparency, of palettes too, is laid on white, and 16-bit grey is scaled to 8 bits.
+    Transparent pictures (with an alpha channel or a palette) are drawn on white; 16-bit grey is scaled to 8 bits.
     """
-    if image.mode.startswith("I"):  # 16-bit grey: `convert` would cut it off at 255
+    if image.mode.startswith("I"):  # 16-bit grey: `convert` would clip it at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -158,21 +158,21 @@ def load_image_table(
     hub_config: str | None = None,
     revision: str | None = None,
 ) -> ImageTable:
-    """Read a source's splits.
+    """Read the splits of a source.
 
     Args:
-        source: `digits`; a folder with one sub-folder a class (optionally below train/, val/, test/); a
+        source: `digits`; a folder with one sub-folder per class (optionally below train/, val/, test/); a
             Parquet or Arrow file, or a folder of them; a folder that `datasets` saved; or a hub name.
-        image_column: of tables.
-        label_column: of tables; class numbers or names.
-        split_names: our split (train, val, test) -> the source's name of it (of an image folder: its
-            sub-folder); None finds the usual names.
-        cache_dir: of `datasets`.
+        image_column: column of a table that holds the images.
+        label_column: column of a table that holds class numbers or class names.
+        split_names: our split (train, val, test) -> its name in the source (in an image folder: the sub-folder);
+            None looks for the usual names.
+        cache_dir: folder where `datasets` keeps converted data.
         hub_config: configuration of a hub dataset.
-        revision: its commit or branch.
+        revision: commit or branch of a hub dataset.
 
     Raises:
-        TrunklineError: naming the folder, column, split or row that is at fault.
+        TrunklineError: naming the folder, column, split or row at fault.
     """
     if source == "digits":
         return load_digits_table()
@@ -183,10 +183,10 @@ def load_image_table(
 
 
 def choose_splits(available: dict[str, Any], source: str, split_names: dict[str, str | None]) -> dict[str, Any]:
-    """Our splits -> what a source has under the names given, or the usual ones.
+    """Our split -> the entry of `available` with the given name, or else with a usual name.
 
     Raises:
-        TrunklineError: if a split that is named, or training, is not among them.
+        TrunklineError: if the source lacks the training split, or a split that was named.
     """
     chosen = {}
     for split, name in split_names.items():
@@ -205,11 +205,11 @@ def image_files(folder: str | Path, field: str = "images") -> list[Path]:
     """All image files below a folder, sorted.
 
     Args:
-        folder: that.
-        field: that named it, for messages.
+        folder: the folder.
+        field: the field that named the folder, for messages.
 
     Raises:
-        TrunklineError: if there is no such folder, or it holds none.
+        TrunklineError: if the folder does not exist, or holds no image file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -234,18 +234,18 @@ def open_tables(
     revision: str | None = None,
     offline: str = "`digits`",
 ) -> dict[str, Any]:
-    """All splits by the source's names: `datasets` tables, or the `Path`s of image folders.
+    """All splits of a source, under their names there: `datasets` tables, or the `Path`s of image folders.
 
-    The message for a source that cannot be read proposes `offline`.
+    If the source cannot be read, the message proposes the offline source `offline`.
 
     Raises:
-        TrunklineError: if it is missing, broken or out of reach.
+        TrunklineError: if the source is missing or broken, or cannot be reached.
     """
     import datasets
 
     datasets.disable_progress_bars()
     path = Path(source)
-    literal = glob.escape(source)  # `datasets` takes paths as patterns
+    literal = glob.escape(source)  # `datasets` reads a path as a pattern
     try:
         if (path / "dataset_dict.json").exists():
             return dict(datasets.load_from_disk(source))
@@ -266,7 +266,7 @@ def open_tables(
         raise
     except Exception as error:  # `datasets` raises many kinds for missing, broken and unreachable data
         missing = "" if path.exists() else "there is no such file or folder here, and as a hub name: "
-        cause = error.__cause__ or error  # its own are often "an error occurred"
+        cause = error.__cause__ or error  # the message of `datasets` itself is often only "an error occurred"
         raise TrunklineError(
             f"cannot read source={source}: {missing}{type(cause).__name__}: {cause}; give {offline}, a "
             "local path that holds images or tables, or the name of a hub dataset that can be reached",
@@ -275,12 +275,12 @@ def open_tables(
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    """Sorted, without hidden ones."""
+    """The sub-folders, sorted, without hidden ones."""
     return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
 def _read_folders(folders: dict[str, Path]) -> ImageTable:
-    """Splits (ours -> folder) with one sub-folder a class, whatever lies below it."""
+    """Read image folders (our split -> folder). Each has one sub-folder per class, with images at any depth."""
     class_names = [f.name for f in _subfolders(folders["train"])]
     number = {name: n for n, name in enumerate(class_names)}
     splits: dict[str, ImageRows] = {}
@@ -295,7 +295,7 @@ def _read_folders(folders: dict[str, Path]) -> ImageTable:
                     f"{folder / name} is none of the {len(class_names)} class folders of the training split in "
                     f"{folders['train']}; rename or remove it"
                 )
-        # An empty one is a mistake that would silently shift the class numbers.
+        # An empty class folder is a mistake that would silently shift the class numbers.
         for empty in {f.name for f in _subfolders(folder)} - set(classes):
             raise TrunklineError(f"the class folder {folder / empty} holds no image; fill it or remove it")
         splits[split] = FileRows(files, np.array([number[name] for name in classes]))
@@ -303,7 +303,7 @@ def _read_folders(folders: dict[str, Path]) -> ImageTable:
 
 
 def _read_tables(tables: dict[str, Any], source: str, image_column: str, label_column: str) -> ImageTable:
-    """Splits (ours -> `datasets` table)."""
+    """Read labelled tables (our split -> `datasets` table)."""
     check_columns(tables, source, {"image_column": image_column, "label_column": label_column})
     class_names = _class_names(tables["train"], label_column)
     splits: dict[str, ImageRows] = {}
@@ -315,10 +315,10 @@ def _read_tables(tables: dict[str, Any], source: str, image_column: str, label_c
 
 
 def check_columns(tables: dict[str, Any], source: str, columns: dict[str, str]) -> None:
-    """Look for columns (field -> name) in splits of `datasets` tables.
+    """Check that `datasets` tables (split -> table) have the columns (field -> column name).
 
     Raises:
-        TrunklineError: for the first that one does not have.
+        TrunklineError: for the first missing column.
     """
     for split, table in tables.items():
         for field, column in columns.items():
@@ -330,7 +330,7 @@ def check_columns(tables: dict[str, Any], source: str, columns: dict[str, str]) 
 
 
 def _class_names(table: Any, column: str) -> list[str]:
-    """Names of the classes, from the table's own list or from the labels that occur."""
+    """Names of the classes: the list in the table if it has one, else the labels that occur."""
     feature = table.features[column]
     if hasattr(feature, "names"):
         return list(feature.names)
@@ -354,28 +354,28 @@ def _class_numbers(table: Any, column: str, class_names: list[str], title: str) 
         TrunklineError: for the first label outside the classes; names its row.
     """
     number = {name: n for n, name in enumerate(class_names)}
-    own = getattr(table.features[column], "names", None)  # a split may number its classes in its own order
+    names = getattr(table.features[column], "names", None)  # each split may number its classes in another order
     labels = np.empty(len(table), np.int64)
     for row, value in enumerate(table[column][:]):
-        label = own[value] if own and value in range(len(own)) else value
-        found = number.get(label, -1) if isinstance(label, str) else label
-        if not isinstance(found, int) or not 0 <= found < len(class_names):
+        label = names[value] if names and value in range(len(names)) else value
+        class_number = number.get(label, -1) if isinstance(label, str) else label
+        if not isinstance(class_number, int) or not 0 <= class_number < len(class_names):
             raise TrunklineError(
                 f"{title}, row {row}: the label {label!r} is outside the {len(class_names)} classes of the "
                 "training split; mend the row or choose another label_column",
                 field="data.label_column",
             )
-        labels[row] = found
+        labels[row] = class_number
     return labels
 
 
 def undecoded(table: Any, column: str, title: str) -> Any:
-    """The table with its image column as {bytes, path}, so that a broken file is ours to report."""
+    """The table with only its image column, as {bytes, path} without decoding, so that we report broken files."""
     import datasets
 
     try:
         return table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
-    except Exception as error:  # of pyarrow, by the kind of column
+    except Exception as error:  # pyarrow raises different errors for different types of columns
         raise TrunklineError(
             f"{title}: column '{column}' holds no images but {table.features[column]}; set image_column",
             field="data.image_column",

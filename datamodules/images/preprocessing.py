@@ -23,24 +23,25 @@ Transform = Callable[[Any], Tensor]
 
 @dataclass
 class Augmentation:
-    """Random changes to a training image, in the order listed; the defaults change nothing but the crop."""
+    """Random changes to a training image, in this order; by default only the random crop is on."""
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the area that a random crop takes ("Inception crop"); (1, 1) resizes the whole image."""
+    """Smallest and largest share of the area that a random crop ("Inception crop") keeps; (1, 1) resizes the whole
+    image."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Aspect ratio of the crop."""
+    """Smallest and largest aspect ratio of the crop."""
     hflip: float = 0.0
-    """Probability of a mirror image."""
+    """Probability of mirroring the image left to right."""
     rotate: float = 0.0
-    """Largest rotation in degrees."""
+    """Largest rotation, in degrees."""
     translate: float = 0.0
-    """Largest shift as a share of each side."""
+    """Largest shift, as a share of each side."""
     zoom: float = 0.0
-    """Largest change of size as a share."""
+    """Largest change of size, as a share."""
     fill: float = 0.0
-    """Brightness, from 0 black to 1 white, of what the last three move into the picture."""
+    """Brightness, from 0 (black) to 1 (white), of the areas that rotate, translate and zoom leave empty."""
     colour: float = 0.0
-    """Largest change of brightness, contrast and saturation as a share."""
+    """Largest change of brightness, contrast and saturation, as a share."""
     rand_augment: str | None = None
     """timm's policy string for RandAugment, such as `rand-m10-n2-inc1`."""
     erasing: float = 0.0
@@ -51,8 +52,10 @@ class Augmentation:
 class Preprocessing:
     """How a picture becomes the network's input; a checkpoint keeps it, so that `predict` does the same.
 
+    `mean` and `std` have one value for each channel, or one value for all channels.
+
     Raises:
-        TrunklineError: for channels other than 1 and 3, or means and deviations of another number; one counts for all.
+        TrunklineError: if `channels` is not 1 or 3, or if `mean` or `std` has a wrong number of values.
     """
 
     image_size: int | tuple[int, int]
@@ -78,14 +81,14 @@ class Preprocessing:
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     def evaluation(self) -> Transform:
-        """Resize, centre crop, normalise."""
+        """Transform for evaluation: resize, centre crop, normalise."""
         from timm.data import create_transform
 
         resize_and_crop = create_transform(**self._common(), is_training=False, crop_pct=self.crop_pct).transforms[:-2]
         return Compose([*resize_and_crop, self.normalise])
 
     def training(self, augmentation: Augmentation) -> Transform:
-        """Random crop and the other augmentations, normalise."""
+        """Transform for training: random crop, the other augmentations, normalise."""
         from timm.data import create_transform
 
         crop_and_flip, policy, (_, _, *erasing) = (
@@ -103,7 +106,7 @@ class Preprocessing:
                 separate=True,
             )
         )
-        if augmentation.crop_scale == (1.0, 1.0):  # timm's crop would still choose a ratio
+        if augmentation.crop_scale == (1.0, 1.0):  # timm's crop would still change the aspect ratio
             crop_and_flip[0] = v2.Resize(self.size, v2.InterpolationMode(self.interpolation))
         if augmentation.rotate or augmentation.translate or augmentation.zoom:
             affine = v2.RandomAffine(
@@ -117,7 +120,7 @@ class Preprocessing:
         return Compose([*crop_and_flip, *policy, self.normalise, *erasing])
 
     def normalise(self, image: Image.Image) -> Tensor:
-        """8-bit picture -> (C, height, width) float32: what timm's two last steps do, at a tenth of their time."""
+        """8-bit picture -> (C, height, width) float32: the same as timm's last two steps, in a tenth of the time."""
         pixels = np.asarray(image).reshape(image.height, image.width, self.channels).transpose(2, 0, 1)
         result = pixels.astype(np.float32, order="C")
         result -= self._mean
@@ -126,7 +129,7 @@ class Preprocessing:
 
     @cached_property
     def _mean(self) -> np.ndarray:
-        """(C, 1, 1) float32 of 0..255."""
+        """(C, 1, 1) float32, for pixel values from 0 to 255."""
         return 255 * np.asarray(self.mean, dtype=np.float32)[:, None, None]
 
     @cached_property
@@ -144,61 +147,61 @@ class Preprocessing:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class ImageInput:
-    """How pictures are prepared; a mixin of datamodules."""
+    """How pictures are prepared. A mixin of datamodules."""
 
     image_size: int | tuple[int, int] = 224
-    """Pixels that the network takes: one side, or (height, width)."""
+    """Size of the network's input in pixels: one side of a square, or (height, width)."""
     channels: int = 3
-    """1 (grey) or 3 (RGB)."""
+    """Channels of the network's input: 1 (grey) or 3 (RGB)."""
     mean: tuple[float, ...] = (0.5,)
-    """Of each channel, subtracted after scaling to 0..1."""
+    """Mean of each channel, or one for all, subtracted after scaling pixels to 0..1."""
     std: tuple[float, ...] = (0.5,)
-    """Of each channel, divided by."""
+    """Standard deviation of each channel, or one for all; pixels are divided by it after subtracting the mean."""
     interpolation: str = "bicubic"
-    """bilinear, bicubic, nearest or lanczos."""
+    """How images are resized: bilinear, bicubic, nearest or lanczos."""
     crop_pct: float = 1.0
     """Side of the centre crop in evaluation, as a share of the resized image."""
     augmentation: Augmentation | None = None
-    """Random changes to training images; None is a random crop alone, of images with captions a mild one, because
-    captions are of the whole."""
+    """Random changes to training images. None is only a random crop; images with captions lose less by it, because a
+    caption describes the whole image."""
     skip_corrupt: bool = False
-    """Replace rows that cannot be read by the next one and count them, instead of stopping."""
+    """Replace a row that cannot be read by the next one and count it, instead of stopping with an error."""
 
     usual_augmentation: ClassVar[Augmentation] = Augmentation()
-    """What None stands for."""
+    """The augmentation that is used for None."""
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
-        """The same for training and evaluation, as checkpoints keep it.
+        """Settings shared by training and evaluation; checkpoints keep them.
 
         Raises:
-            TrunklineError: for values that do not fit each other.
+            TrunklineError: if the settings do not fit together.
         """
         return Preprocessing(self.image_size, self.channels, self.mean, self.std, self.interpolation, self.crop_pct)
 
     def image_options(self, split: str, seed: int) -> tuple[Preprocessing, Augmentation | None, int, bool]:
-        """Arguments of `TransformedImages` for a split, after the length."""
+        """Arguments of `TransformedImages` for a split, except the length."""
         augmentation = (self.augmentation or self.usual_augmentation) if split == "train" else None
         return self.preprocessing, augmentation, seed, self.skip_corrupt
 
     def image_facts(self) -> DataFacts:
-        """Size and values of the images."""
-        shown = self.preprocessing
-        return DataFacts(image_size=self.image_size, channels=self.channels, mean=shown.mean, std=shown.std)
+        """Size, channels, mean and deviation of the images."""
+        settings = self.preprocessing
+        return DataFacts(image_size=self.image_size, channels=self.channels, mean=settings.mean, std=settings.std)
 
 
 class TransformedImages(Dataset[dict[str, Any]]):
-    """Base of rows with a picture. An item is a pure function of (seed, epoch, index).
+    """Base of datasets with pictures. An item is a pure function of (seed, epoch, index).
 
-    Items: what `read` returns, its `image` transformed to (C, height, width) float32; `index`, `valid` (False: a filler
-    or a skipped row, not to be counted), `skipped` (1 if the row could not be read).
+    Items: what `read` returns, with `image` transformed to (C, height, width) float32; `index`; `valid` (False if the
+    row is not counted: a filler, or in evaluation a skipped row); `skipped` (1 if the row could not be read).
 
     Args:
         length: number of rows.
-        preprocessing: of the pictures.
-        augmentation: random changes in training; None is evaluation.
-        seed: of everything random in training.
-        skip_corrupt: replace rows that cannot be read by the next one, instead of stopping.
+        preprocessing: how pictures are prepared.
+        augmentation: random changes in training; None for evaluation.
+        seed: seed of everything random in training.
+        skip_corrupt: replace a row that cannot be read by the next one, instead of stopping.
     """
 
     def __init__(
@@ -214,13 +217,12 @@ class TransformedImages(Dataset[dict[str, Any]]):
         self.transform = preprocessing.training(augmentation) if augmentation else preprocessing.evaluation()
 
     def __len__(self) -> int:
-        """Number of rows."""
         return self.length
 
     def read(self, row: int) -> dict[str, Any]:
-        """`image`, the picture in the network's channels, and what else there is.
+        """The fields of a row. `image` is a picture with the channels of the network's input.
 
-        In training the global generators are seeded for the item.
+        In training the global generators are seeded for the item before this is called.
 
         Raises:
             TrunklineError: if the row cannot be read.
@@ -228,15 +230,14 @@ class TransformedImages(Dataset[dict[str, Any]]):
         raise NotImplementedError
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """The item of a key.
-
-        Raises:
-            TrunklineError: if the row cannot be read and `skip_corrupt` is off.
-        """
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
-        """The items of a batch, which is what a DataLoader asks for."""
+        """The items of a batch, as a DataLoader asks for them.
+
+        Raises:
+            TrunklineError: if a row cannot be read and `skip_corrupt` is off.
+        """
         with preserved_generators():
             return [self._item(key) for key in keys]
 
@@ -251,13 +252,13 @@ class TransformedImages(Dataset[dict[str, Any]]):
             except TrunklineError as error:
                 if not self.skip_corrupt or skipped >= len(self):
                     raise
-                # The next row stands in, so that every process keeps its batch size.
+                # Take the next row instead, so that every process keeps its batch size.
                 warnings.warn(f"skipped: {error}", stacklevel=2)
                 row, skipped = (row + 1) % len(self), skipped + 1
         return item | {
             "image": self.transform(item["image"]),
             "index": key.index,
-            # A stand-in is fine to learn from, but counting it twice would bend a metric.
+            # Training can use the other row, but counting it twice would distort a metric.
             "valid": key.valid and not (skipped and self.seed is None),
             "skipped": int(skipped > 0 and key.valid),
         }
