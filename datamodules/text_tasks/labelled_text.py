@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts, with one label each."""
+"""Texts, or pairs of texts, each with one label."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,29 +35,29 @@ class LabelledTextData(TaskTextData):
     """Classification data from local tables, a hub name, or the offline source `emoji` (names in 14 languages), as
     `TextBatch`es.
 
-    A row is `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`, or with a tokenizer of a GPT `a <|endoftext|>`. Texts that are
-    too long lose their end, the longer one of a pair first.
+    A row is `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`, or with a GPT tokenizer `a <|endoftext|>`. Texts that are too
+    long lose their end; in a pair the longer text is cut first.
 
-    Rows go to a split by their number alone, those of `emoji` by concept, as in `TextData`: what a network was
-    pre-trained on with the same fractions is never tested.
+    The number of a row (for `emoji` the number of its concept) alone decides its split, as in `TextData`: with the same
+    fractions, no row of the test split was in the pre-training.
     """
 
     source: str = field(kw_only=False)
-    """A .jsonl, .csv or .parquet file or a folder of such; `emoji`; else a Hugging Face hub name, with a split after a
-    colon or without."""
+    """A .jsonl, .csv or .parquet file or a folder of them; `emoji`; else a Hugging Face hub name (a split can follow
+    after a colon)."""
     text_column: str = "text"
-    """Of the text."""
+    """Column that holds the text."""
     pair_column: str | None = None
-    """Of the second text of a pair."""
+    """Column that holds the second text of a pair; None if there are no pairs."""
     label_column: str = "label"
-    """Of the label, a name or a whole number."""
+    """Column that holds the label, a name or a whole number."""
     train_rows: int | None = None
-    """Use no more rows than these for training, as evenly by class as may be, drawn with `seed`."""
+    """Number of rows for training, drawn at random with `seed`, with equal numbers of each class where possible; None
+    uses all rows."""
 
     setting_names: ClassVar[tuple[str, ...]] = ("max_length", "text_column", "pair_column")
 
     def rows(self, source: NamedSource) -> Iterator[Row]:
-        """Rows of a source."""
         if source.name != EMOJI:
             yield from table_rows(source)
             return
@@ -67,7 +67,7 @@ class LabelledTextData(TaskTextData):
             yield Row(concept, place, {self.text_column: text, self.label_column: language})
 
     def texts(self, row: Row) -> Iterator[str]:
-        """One or two."""
+        """The text of a row, or both texts of a pair."""
         yield text_cell(row, self.text_column, "text_column")
         if self.pair_column is not None:
             yield text_cell(row, self.pair_column, "pair_column")
@@ -79,10 +79,10 @@ class LabelledTextData(TaskTextData):
 
     @cached_property
     def class_names(self) -> list[str]:
-        """Labels of the training rows.
+        """The different labels of the training rows, in the order of the class numbers.
 
         Raises:
-            TrunklineError: if there is one only.
+            TrunklineError: if there is only one.
         """
         names = in_order(set(self.labels["train"]))
         if len(names) < 2:
@@ -93,10 +93,10 @@ class LabelledTextData(TaskTextData):
         return names
 
     def read(self) -> dict[str, tuple[list[Row], np.ndarray]]:
-        """Rows and (N,) numbers of their classes, by split.
+        """Rows and their (N,) class numbers, by split.
 
         Raises:
-            TrunklineError: for a label that is none, one that training does not have, or too few rows.
+            TrunklineError: for an invalid label, for a label that no training row has, or if there are too few rows.
         """
         numbers = {name: number for number, name in enumerate(self.class_names)}
         result = {}
@@ -127,7 +127,7 @@ class LabelledTextData(TaskTextData):
         """Read and tokenise all rows.
 
         Raises:
-            TrunklineError: as `read` has it.
+            TrunklineError: the errors of `read`.
         """
         if self.datasets:
             return
@@ -136,7 +136,7 @@ class LabelledTextData(TaskTextData):
         del self.splits, self.labels  # texts take more room than tokens
 
     def dataset(self, rows: Sequence[Row], classes: np.ndarray) -> "LabelledRows":
-        """Tokenise rows; `classes` are (N,) numbers."""
+        """Tokenise rows; `classes` are their (N,) class numbers."""
         frame, encoder = Frame.of(self.vocabulary), TextEncoder(self.vocabulary)
         texts = [list(self.texts(row)) for row in rows]
         columns = [Ragged(encode_each(encoder, list(column)), np.uint32) for column in zip(*texts, strict=True)]
@@ -150,18 +150,27 @@ def encode_each(encoder: TextEncoder, texts: list[str]) -> list[np.ndarray]:
 
 
 def evenly(classes: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """(count,) ascending row numbers, drawn with `seed` from (N,) classes: equally many of each, as far as they go."""
+    """Draw `count` of N rows at random, with equal numbers of each class as long as a class has rows left.
+
+    Args:
+        classes: (N,) class numbers of the rows.
+        count: number of rows to draw.
+        seed: seed of the choice.
+
+    Returns:
+        (count,) row numbers, ascending.
+    """
     order = np.random.default_rng(seed).permutation(len(classes))
     shuffled = classes[order]
-    rank = np.zeros(len(classes), np.int64)  # how many of its class come before
+    rank = np.zeros(len(classes), np.int64)  # number of earlier rows of the same class
     for number in np.unique(classes):
-        own = shuffled == number
-        rank[own] = np.arange(own.sum())
+        same = shuffled == number
+        rank[same] = np.arange(same.sum())
     return np.sort(order[np.argsort(rank, kind="stable")[:count]])
 
 
 def truncated(first: np.ndarray, second: np.ndarray | None, room: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Two texts, cut at their ends to `room` tokens together; the longer one is cut first."""
+    """Cut two texts at their ends, so that together they have at most `room` tokens; the longer one is cut first."""
     if second is None:
         return first[:room], None
     short = min(len(second), room // 2)
@@ -173,9 +182,9 @@ class LabelledRows(Dataset[dict[str, Any]]):
     """Items of `LabelledTextData`.
 
     Args:
-        columns: ids of the first and, with pairs, of the second texts.
-        classes: (N,) numbers.
-        frame: special tokens.
+        columns: ids of the texts; of pairs the first texts, then the second texts.
+        classes: (N,) class numbers.
+        frame: special tokens around the texts.
         length: T.
     """
 
@@ -183,13 +192,12 @@ class LabelledRows(Dataset[dict[str, Any]]):
         self.columns, self.classes, self.frame, self.length = columns, classes, frame, length
         self.room = length - len(frame.first) - len(columns)
         self.cut = int((np.sum([np.diff(column.ends) for column in columns], axis=0) > self.room).sum())
-        """Rows that lose an end."""
+        """Number of rows in which a text loses its end."""
 
     def __len__(self) -> int:
         return len(self.classes)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """The item of a key."""
         frame, texts = self.frame, [column[key.index] for column in self.columns]
         first, second = truncated(texts[0], texts[1] if len(texts) > 1 else None, self.room)
         row = np.concatenate([frame.first, first, [frame.end], *([] if second is None else [second, [frame.end]])])

@@ -1,4 +1,4 @@
-"""Questions with answers that stand in a text (SQuAD, arXiv:1606.05250 and arXiv:1806.03822)."""
+"""Questions whose answers are parts of a text (SQuAD, arXiv:1606.05250 and arXiv:1806.03822)."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,23 +21,24 @@ from trunkline.datamodules.text_tasks.task_text import Frame, Row, TaskTextData,
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class SquadData(TaskTextData):
-    """Extractive question answering from SQuAD's JSON, versions 1 and 2, or from a hub name in its flat form, as
-    `WindowBatch`es.
+    """Extractive question answering from SQuAD's JSON (versions 1 and 2), or from tables and hub datasets with one
+    question per row, as `WindowBatch`es.
 
-    A text that is too long is read in windows, of which the next begins `doc_stride` tokens after the one before,
-    or less, so that each answer lies whole in at least one of them. A row is `[CLS] question [SEP] window [SEP]`, and
-    `null` is its `[CLS]`; with a tokenizer of a GPT `question <|endoftext|> window <|endoftext|>` and its last token.
-    `start` and `end` are those of the first answer that lies in the window. Whole paragraphs go to a split.
+    A long text is read in windows. Each begins at most `doc_stride` tokens after the window before it, and each answer
+    lies completely in at least one window. A row is `[CLS] question [SEP] window [SEP]`, and `null` is the position of
+    `[CLS]`; with a GPT tokenizer it is `question <|endoftext|> window <|endoftext|>`, and `null` is the position of
+    the last token. `start` and `end` belong to the first answer that lies in the window. All questions of a paragraph
+    go to the same split.
     """
 
     source: str = field(kw_only=False)
-    """A .json file or a folder of such, or a table (.jsonl, .parquet) or hub name, with a split after a colon or
-    without, that has the columns id, question, context and answers (lists `text` and `answer_start`)."""
+    """A SQuAD .json file or a folder of them; or a table (.jsonl, .parquet) or a hub name (a split can follow after a
+    colon) with the columns id, question, context and answers (lists `text` and `answer_start`)."""
     max_length: int = 384
     doc_stride: int = 64
-    """Tokens between the beginnings of two windows at most."""
+    """Maximum number of tokens from the beginning of a window to the beginning of the next."""
     max_question_length: int = 64
-    """Tokens of a question at most; the rest is left out."""
+    """Maximum number of tokens of a question; the rest is left out."""
 
     setting_names: ClassVar[tuple[str, ...]] = ("max_length", "doc_stride", "max_question_length")
 
@@ -50,15 +51,15 @@ class SquadData(TaskTextData):
                 field="data.max_length",
             )
         self.questions: dict[str, list[Question]] = {}
-        """By split, after `setup`."""
+        """Questions of each split, after `setup`."""
 
     @property
     def facts(self) -> DataFacts:
-        """Tokenizer and sizes; after `setup` the questions too."""
+        """Adds the questions, after `setup`."""
         return replace(super().facts, questions=self.questions)
 
     def rows(self, source: NamedSource) -> Iterator[Row]:
-        """Paragraphs of a source."""
+        """The paragraphs of a source, each with its questions."""
         files = table_files(source, tuple(TABLES))
         if not files or files[0].suffix != ".json":
             yield from numbered(table_rows(source))
@@ -73,7 +74,7 @@ class SquadData(TaskTextData):
         """Read and tokenise all questions.
 
         Raises:
-            TrunklineError: if an answer does not stand where it should, or is longer than a window.
+            TrunklineError: if an answer is not at its `answer_start`, or is longer than a window.
         """
         if self.datasets:
             return
@@ -83,17 +84,17 @@ class SquadData(TaskTextData):
         del self.splits
 
     def state_dict(self) -> dict[str, Any]:
-        """What all tasks keep, and whether a question may have no answer."""
+        """Adds whether a question can have no answer."""
         return {**super().state_dict(), "unanswerable": any(not q.answers for q in self.questions.get("train", ()))}
 
     def dataset(self, questions: list[Question]) -> "Windows":
-        """Tokenise, each context once, and place the windows.
+        """Tokenise the questions, and each context once; cut the contexts into windows.
 
         Raises:
             TrunklineError: if an answer is longer than a window.
         """
         tokenizer, frame = Tokenizer.from_str(self.vocabulary.to_str()), Frame.of(self.vocabulary)
-        tokenizer.encode_special_tokens = True  # a special token's name within a text is text
+        tokenizer.encode_special_tokens = True  # the name of a special token inside a text is ordinary text
         contexts = list(dict.fromkeys(question.context for question in questions))
         encoded = tokenizer.encode_batch(contexts, add_special_tokens=False)
         texts = {
@@ -127,10 +128,11 @@ class Windows(Dataset[dict[str, Any]]):
     Args:
         texts: ids (N,) and offsets (N, 2) of the context of each question.
         prompts: ids of each question.
-        windows: question, first token, token after the last, first and last token of the answer or -1.
-        frame: special tokens.
+        windows: for each window the number of its question, its first token in the context, the token after its last,
+            and the first and last token of the answer (-1 if it has none).
+        frame: special tokens around the texts.
         length: T.
-        cut: questions that lost their end.
+        cut: number of questions that lost their end.
     """
 
     def __init__(
@@ -149,7 +151,6 @@ class Windows(Dataset[dict[str, Any]]):
         return len(self.windows)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """The item of a key."""
         question, begin, stop, first, last = self.windows[key.index].tolist()
         frame, prompt, (ids, offsets) = self.frame, self.prompts[question], self.texts[question]
         row = np.concatenate([frame.first, prompt, [frame.end], ids[begin:stop], [frame.end]])
@@ -174,7 +175,7 @@ class Windows(Dataset[dict[str, Any]]):
 
 
 def windows_of(length: int, room: int, stride: int) -> Iterator[tuple[int, int]]:
-    """(first token, token after the last) of windows over a text; the last one ends with it."""
+    """(first token, token after the last) of each window over a text; the last window ends where the text ends."""
     for begin in range(0, max(length - room, 0) + stride, stride):
         begin = min(begin, max(length - room, 0))
         yield begin, min(begin + room, length)
@@ -184,8 +185,8 @@ def answer_spans(question: Question, offsets: np.ndarray) -> list[tuple[int, int
     """First and last token of each answer.
 
     Args:
-        question: and its answers.
-        offsets: (N, 2) characters of the context's tokens.
+        question: the question, with its answers.
+        offsets: (N, 2) for each token of the context: its first character, and the character after its last one.
 
     Raises:
         TrunklineError: for an answer that the tokenizer drops, such as one of spaces alone.
@@ -202,10 +203,10 @@ def answer_spans(question: Question, offsets: np.ndarray) -> list[tuple[int, int
 
 
 def read_squad(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, paragraph) of a file in SQuAD's format.
+    """(place, paragraph) of each paragraph in a file of SQuAD's format.
 
     Raises:
-        TrunklineError: if it is another one.
+        TrunklineError: if the file has another format.
     """
     with opened(file) as stream:
         content = stream.read()
@@ -226,14 +227,14 @@ def read_squad(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def numbered(rows: Iterable[Row], needed: Sequence[str] = ("id", "question", "context", "answers")) -> Iterator[Row]:
-    """Rows of SQuAD's flat form, as paragraphs of one question; those of one context have the same number.
+    """Make a paragraph of each row of a table with one question per row; rows with the same context get one number.
 
     Args:
-        rows: of a table.
-        needed: columns; what is not needed is not read.
+        rows: the rows of the table.
+        needed: columns that must exist; `answers` are read only if they are needed.
 
     Raises:
-        TrunklineError: for a column that is not there, or answers of another form.
+        TrunklineError: if a column is missing, or `answers` is not two lists of one length.
     """
     numbers: dict[str, int] = {}
     for row in rows:
@@ -253,10 +254,10 @@ def numbered(rows: Iterable[Row], needed: Sequence[str] = ("id", "question", "co
 
 
 def questions_of(row: Row, answered: bool = True) -> Iterator[Question]:
-    """The questions of a paragraph; with `answered` False, without the answers.
+    """The questions of a paragraph; if `answered` is False, their answers are left out.
 
     Raises:
-        TrunklineError: naming the question whose answer does not stand where it should.
+        TrunklineError: if the paragraph or a question is malformed, or an answer is not at its `answer_start`.
     """
     context = row.cells.get("context")
     if not isinstance(context, str) or not context.strip():
@@ -283,7 +284,11 @@ def questions_of(row: Row, answered: bool = True) -> Iterator[Question]:
 
 
 def as_text(value: Any) -> str:
-    """A value that must be a string."""
+    """The value, which must be a string.
+
+    Raises:
+        TypeError: if it is not.
+    """
     if not isinstance(value, str):
         raise TypeError(f"{kind(value)} is no text")
     return value

@@ -1,4 +1,4 @@
-"""Sentences with a tag for each word."""
+"""Sentences that have a tag for each word."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -37,26 +37,24 @@ CONLL = (".conll", ".txt", ".bio", ".iob", ".iob2")
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TaggedTextData(TaskTextData):
-    """Tagging data from tables with a list of words and a list of tags, from CoNLL files, or a hub name, as
-    `TaggedBatch`es.
+    """Tagging data from tables (a list of words and a list of tags), CoNLL files or a hub name, as `TaggedBatch`es.
 
-    A row is `[CLS]`, the sub-words of a sentence, `[SEP]`, or with a tokenizer of a GPT the sub-words and
-    `<|endoftext|>`. A sentence that is longer than `max_length` is an error, for else some of its words would not be
-    counted.
+    A row is `[CLS]`, the sub-words of a sentence, `[SEP]`; with a GPT tokenizer the sub-words and `<|endoftext|>`. A
+    sentence that is longer than `max_length` is an error: if it were cut, some of its words would not be counted.
     """
 
     source: str = field(kw_only=False)
-    """A .jsonl or .parquet file, a CoNLL file (.conll, .txt, .bio, .iob; a word a line, its tag in the last column, an
-    empty line after a sentence), or a folder of such; else a hub name, with a split after a colon or without."""
+    """A .jsonl or .parquet file, a CoNLL file (.conll, .txt, .bio, .iob; one word per line, its tag in the last column,
+    an empty line after each sentence), or a folder of them; else a hub name (a split can follow after a colon)."""
     tokens_column: str = "tokens"
-    """Of tables."""
+    """Column of a table that holds the list of words."""
     tags_column: str = "tags"
-    """Of tables; tags are names or whole numbers."""
+    """Column of a table that holds the list of tags, names or whole numbers."""
 
     setting_names: ClassVar[tuple[str, ...]] = ("max_length", "tokens_column")
 
     def rows(self, source: NamedSource) -> Iterator[Row]:
-        """Sentences of a source."""
+        """The sentences of a source."""
         files = table_files(source, (*TABLES, *CONLL))
         if not files:
             yield from table_rows(source)
@@ -81,10 +79,10 @@ class TaggedTextData(TaskTextData):
 
     @cached_property
     def class_names(self) -> list[str]:
-        """Tags of the training rows.
+        """The different tags of the training rows, in the order of the class numbers.
 
         Raises:
-            TrunklineError: if there is one only.
+            TrunklineError: if there is only one.
         """
         names = in_order(set(chain.from_iterable(self.tags["train"])))
         if len(names) < 2:
@@ -98,14 +96,15 @@ class TaggedTextData(TaskTextData):
         """Read and tokenise all rows.
 
         Raises:
-            TrunklineError: if words and tags differ in number, a sentence is too long, or a tag is unknown to training.
+            TrunklineError: if a sentence is too long or has another number of tags than words, or if no training row
+                has one of its tags.
         """
         if self.datasets:
             return
         numbers = {name: number for number, name in enumerate(self.class_names)}
         for split, rows in self.splits.items():
-            for row, own in zip(rows, self.tags[split], strict=True):
-                unknown = next((tag for tag in own if tag not in numbers), None)
+            for row, row_tags in zip(rows, self.tags[split], strict=True):
+                unknown = next((tag for tag in row_tags if tag not in numbers), None)
                 if unknown is not None:
                     raise TrunklineError(
                         f"{row.place} ({split} split): no training row has the tag '{unknown}', but "
@@ -113,22 +112,22 @@ class TaggedTextData(TaskTextData):
                         "training rows with this tag",
                         field="data.tags_column",
                     )
-            self.datasets[split] = self.dataset(rows, [[numbers[tag] for tag in own] for own in self.tags[split]])
+            self.datasets[split] = self.dataset(rows, [[numbers[tag] for tag in tags] for tags in self.tags[split]])
         del self.splits, self.tags
 
     def dataset(self, rows: Sequence[Row], tags: Sequence[Sequence[int]]) -> "TaggedRows":
-        """Tokenise rows, whose words have these tags.
+        """Tokenise rows; `tags` has a tag number for each word of each row.
 
         Raises:
-            TrunklineError: if words and tags differ in number, or a sentence is too long.
+            TrunklineError: if a sentence is too long or has another number of tags than words.
         """
         words, frame = WordEncoder(self.vocabulary), Frame.of(self.vocabulary)
         room = self.max_length - len(frame.first) - 1
         ids, targets = [], []
-        for row, own in zip(rows, tags, strict=True):
+        for row, row_tags in zip(rows, tags, strict=True):
             tokens, first = words.encode(self._words(row), row.place)
-            if len(first) != len(own):
-                raise TrunklineError(f"{row.place} has {len(first)} words, but {len(own)} tags; mend the row")
+            if len(first) != len(row_tags):
+                raise TrunklineError(f"{row.place} has {len(first)} words, but {len(row_tags)} tags; mend the row")
             if len(tokens) > room:
                 raise TrunklineError(
                     f"{row.place} has {len(tokens)} sub-words, but there is room for {room}; set max_length to at "
@@ -136,19 +135,19 @@ class TaggedTextData(TaskTextData):
                     field="data.max_length",
                 )
             target = np.full(len(tokens), IGNORE)
-            target[first] = own
+            target[first] = row_tags
             ids.append(tokens)
             targets.append(target)
         return TaggedRows(ids, targets, frame, self.max_length)
 
 
 class WordEncoder:
-    """Encodes sentences that are cut into words; each word alone, as `is_pretokenized` has it.
+    """Encodes sentences that are already split into words: each word alone, as the library does with `is_pretokenized`.
 
-    Byte-level tokenizers tell a word's beginning by its space: words after the first get one.
+    Byte-level tokenizers recognise the beginning of a word by the space before it, so words after the first get one.
 
     Args:
-        tokenizer: is left as it is.
+        tokenizer: the tokenizer; it is not changed.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -158,10 +157,10 @@ class WordEncoder:
         self.unknown = next((n for t in ("[UNK]", "<unk>") if (n := tokenizer.token_to_id(t)) is not None), None)
 
     def encode(self, words: list[str], place: str) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) ids of a sentence, and (words,) places of each word's first one.
+        """(N,) ids of a sentence, and (words,) the position of the first id of each word.
 
         Raises:
-            TrunklineError: for a word of which the tokenizer makes nothing, and has no `[UNK]` to put there.
+            TrunklineError: if the tokenizer makes no token of a word, and has no `[UNK]` to use instead.
         """
         spaced = [word if i == 0 else self.space + word for i, word in enumerate(words)]
         ids, counts = self.encoder.encode(spaced)
@@ -179,9 +178,9 @@ class TaggedRows(Dataset[dict[str, Any]]):
     """Items of `TaggedTextData`.
 
     Args:
-        ids: of each sentence.
-        targets: the same length each.
-        frame: special tokens.
+        ids: ids of each sentence.
+        targets: target of each id: the tag number at the first id of a word, `IGNORE` elsewhere.
+        frame: special tokens around a sentence.
         length: T.
     """
 
@@ -193,7 +192,6 @@ class TaggedRows(Dataset[dict[str, Any]]):
         return len(self.ids)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """The item of a key."""
         frame = self.frame
         row = np.concatenate([frame.first, self.ids[key.index], [frame.end]])
         targets = np.concatenate([[IGNORE] * len(frame.first), self.targets[key.index]])
@@ -207,10 +205,10 @@ class TaggedRows(Dataset[dict[str, Any]]):
 
 
 def list_cell(row: Row, column: str, field: str, kinds: Any) -> list[Any]:
-    """A cell that must be a list.
+    """The value of a row in a column, which must be a list of values of the types `kinds`, and not empty.
 
     Raises:
-        TrunklineError: if it is none, or of other things.
+        TrunklineError: if it is not.
     """
     value = cell(row, column, field)
     if not isinstance(value, list) or not value:
@@ -227,15 +225,15 @@ def list_cell(row: Row, column: str, field: str, kinds: Any) -> list[Any]:
 
 
 def read_conll(file: Path, tokens: str, tags: str | None) -> Iterator[tuple[str, dict[str, list[str]]]]:
-    """(file and first line, words and tags) of each sentence.
+    """Sentences of a CoNLL file: (file and line of the first word, cells with the words and tags).
 
     Args:
-        file: a word a line, its tag in the last column.
-        tokens: name for the words.
-        tags: name for the tags; None reads the words alone.
+        file: has one word per line, with its tag in the last column, and an empty line after each sentence.
+        tokens: column name for the words.
+        tags: column name for the tags; None reads only the words.
 
     Raises:
-        TrunklineError: for a line with one column.
+        TrunklineError: for a line that has no tag.
     """
     words: list[tuple[str, str]] = []
     begin = 0

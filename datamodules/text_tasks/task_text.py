@@ -1,4 +1,4 @@
-"""What the datamodules of tasks on text share: rows with their places, splits, tokenizer, padding."""
+"""What the datamodules of text tasks share: reading rows, splits, the tokenizer, special tokens, padding."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,20 +21,21 @@ from trunkline.datamodules.tokenizers import TRAINED, Vocabulary, check_room, en
 
 
 class Row(NamedTuple):
-    """A row and where it stands."""
+    """A row of a table."""
 
     number: int
-    """Decides the split."""
+    """Number of the row, which decides its split."""
     place: str
-    """For messages: file and line, or row."""
+    """File and line, or row, for messages."""
     cells: Mapping[str, Any]
+    """Column -> value."""
 
 
 def table_files(source: NamedSource, suffixes: Sequence[str]) -> list[Path]:
-    """The local files of a source, all those in a folder; none for a hub name.
+    """The local files of a source: one file, or all files in a folder; an empty list for a hub name.
 
     Raises:
-        TrunklineError: if there is no such file, one of another kind, or a split is named that files do not have.
+        TrunklineError: if a file is missing or has another suffix, or if a split is named, because files have none.
     """
     path, at = Path(source.name), f"data.{source.field}"
     if source.is_hub_name(suffixes):
@@ -53,10 +54,10 @@ def table_files(source: NamedSource, suffixes: Sequence[str]) -> list[Path]:
 
 
 def table_rows(source: NamedSource) -> Iterator[Row]:
-    """All rows of a table.
+    """All rows of a source of tables.
 
     Raises:
-        TrunklineError: naming the file and row that is broken.
+        TrunklineError: naming the broken file and row.
     """
     files = table_files(source, tuple(TABLES))
     pairs = chain.from_iterable(map(read_table, files)) if files else source.hub_rows()
@@ -65,7 +66,7 @@ def table_rows(source: NamedSource) -> Iterator[Row]:
 
 
 def cell(row: Row, column: str, field: str) -> Any:
-    """One value of a row; `field` named the column.
+    """The value of a row in a column; `field` is the field that named the column.
 
     Raises:
         TrunklineError: if there is no such column.
@@ -77,7 +78,11 @@ def cell(row: Row, column: str, field: str) -> Any:
 
 
 def text_cell(row: Row, column: str, field: str) -> str:
-    """One value of a row that must be a text."""
+    """The value of a row in a column, which must be a text.
+
+    Raises:
+        TrunklineError: if there is no such column, or if the value is not a text.
+    """
     value = cell(row, column, field)
     if not isinstance(value, str):
         raise TrunklineError(
@@ -87,10 +92,10 @@ def text_cell(row: Row, column: str, field: str) -> str:
 
 
 def class_name(value: Any, place: str, column: str, field: str) -> str:
-    """The name of a class that is given by name or by number.
+    """Name of a class; the value is the name or a whole number.
 
     Raises:
-        TrunklineError: for anything else.
+        TrunklineError: for any other value.
     """
     if not isinstance(value, str | int) or value == "":
         what = "empty" if value == "" else f"no name or whole number but {kind(value)}"
@@ -99,39 +104,40 @@ def class_name(value: Any, place: str, column: str, field: str) -> str:
 
 
 def in_order(names: set[str]) -> list[str]:
-    """Numbers by size, else names by alphabet."""
+    """Sort names of classes: by number if all are numbers, else by alphabet."""
     numbers = all(name.removeprefix("-").isdecimal() for name in names)
     return sorted(names, key=int) if numbers else sorted(names)
 
 
 @dataclass
 class Frame:
-    """The special tokens around texts: `[CLS] a [SEP] b [SEP]`, or without [CLS] `a <|endoftext|> b <|endoftext|>`."""
+    """Ids of the special tokens around texts: `[CLS] a [SEP] b [SEP]`, or `a <|endoftext|> b <|endoftext|>`."""
 
     first: list[int]
-    """`[CLS]`, or nothing."""
+    """`[CLS]`, or empty if the tokenizer has none."""
     end: int
+    """`[SEP]` or `<|endoftext|>`."""
     pad: int
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Frame":
-        """As a tokenizer has them.
+        """The special tokens of a tokenizer.
 
         Raises:
-            TrunklineError: if it has none that ends a text.
+            TrunklineError: if the tokenizer has no token that ends a text.
         """
-        found = {}
+        special = {}
         for role, names in NAMES.items():
             ids = [tokenizer.token_to_id(name) for name in names if tokenizer.token_to_id(name) is not None]
-            found[role] = ids[0] if ids else None
-        first, end = found["cls"], found["sep"]
+            special[role] = ids[0] if ids else None
+        first, end = special["cls"], special["sep"]
         if first is None or end is None:
             first, end = None, end_of_text_id(tokenizer)
-        return cls([] if first is None else [first], end, end if found["pad"] is None else found["pad"])
+        return cls([] if first is None else [first], end, end if special["pad"] is None else special["pad"])
 
 
 class Ragged:
-    """Arrays of different lengths in one."""
+    """Arrays of different lengths, stored in one array."""
 
     def __init__(self, parts: Sequence[Any], dtype: Any) -> None:
         self.values = np.concatenate([np.zeros(0, dtype), *(np.asarray(part, dtype) for part in parts)])
@@ -145,7 +151,7 @@ class Ragged:
 
 
 def padded(values: Any, length: int, fill: int) -> np.ndarray:
-    """(n,) -> (length,) int64."""
+    """Pad values (n,) at the end with `fill` to (length,) int64."""
     result = np.full(length, fill, np.int64)
     result[: len(values)] = values
     return result
@@ -153,22 +159,22 @@ def padded(values: Any, length: int, fill: int) -> np.ndarray:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
-    """Base of the labelled text datamodules: splits, tokenizer, what a checkpoint keeps.
+    """Base of the labelled text datamodules: splits, the tokenizer, and what a checkpoint keeps.
 
-    A subclass fills `datasets` in `setup` from `splits`, has a `dataset` that `predict` uses too, and adds to
-    `setting_names`. Rows go to a split by their number alone.
+    A subclass fills `datasets` in `setup` from `splits`, has a method `dataset` that `predict` uses too, and sets
+    `setting_names`. The number of a row alone decides its split.
     """
 
     source: str = field(kw_only=False)
-    """A table or folder of tables, or a Hugging Face hub name, with a split after a colon or without."""
+    """A table or a folder of tables, or a Hugging Face hub name (a split can follow after a colon)."""
     tokenizer: str = field()
-    """A training checkpoint (.ckpt), whose tokenizer is taken; a tokenizer.json or a hub name. None is learnt here,
-    because a network is fine-tuned with the one that it was pre-trained with."""
+    """A training checkpoint (.ckpt) that contains a tokenizer, a tokenizer.json or a hub name. No tokenizer is learnt
+    here, because a network is fine-tuned with the tokenizer of its pre-training."""
     max_length: int = 128
     batch_size: int = 32
 
     setting_names: ClassVar[tuple[str, ...]] = ("max_length",)
-    """Fields that decide how a text becomes a row."""
+    """Names of the fields that decide how a text becomes a row."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,34 +189,33 @@ class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
 
     @property
     def in_memory(self) -> bool:
-        """Rows are tokens already."""
-        return True
+        return True  # rows are already tokenised
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Values of `setting_names`, which a checkpoint keeps."""
+        """The fields in `setting_names` and their values; a checkpoint keeps them."""
         return {name: getattr(self, name) for name in self.setting_names}
 
     @cached_property
     def class_names(self) -> list[str]:
-        """In the order of their numbers; none where the task has no classes."""
+        """Names of the classes, in the order of the class numbers; empty if the task has no classes."""
         return []
 
     @property
     def facts(self) -> DataFacts:
-        """Names of the classes, tokenizer and sizes; reads the rows, but does not tokenise them."""
+        """Names of the classes, the tokenizer and its sizes; reads the rows, but does not tokenise them."""
         return replace(self.token_facts, class_names=self.class_names or None)
 
     def rows(self, source: NamedSource) -> Iterator[Row]:
-        """Rows of a source; a subclass adds formats."""
+        """The rows of a source; a subclass can read more formats."""
         return table_rows(source)
 
     @cached_property
     def splits(self) -> dict[str, list[Row]]:
-        """Rows of each split; by their number alone.
+        """Rows of each split; the number of a row alone decides its split.
 
         Raises:
-            TrunklineError: if a source cannot be read, or a split comes out empty.
+            TrunklineError: if a source cannot be read, or if a split is empty.
         """
         shares = shares_of(self.fractions)
         splits: dict[str, list[Row]] = {split: [] for split in shares}
@@ -222,28 +227,27 @@ class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
                 splits[split] = list(self.rows(sources[split]))
         for split, rows in splits.items():
             if not rows:
-                own = "val_source" if split == "train" else f"{split}_source"
+                source_field = "val_source" if split == "train" else f"{split}_source"
                 raise TrunklineError(
                     f"the {split} split of source={self.source} comes out empty; give more rows, or name a file of its "
-                    f"own with {own}",
-                    field=f"data.{own}",
+                    f"own with {source_field}",
+                    field=f"data.{source_field}",
                 )
         return splits
 
     @cached_property
     def vocabulary(self) -> Tokenizer:
-        """Read at the first use."""
         return load_tokenizer(self.tokenizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `predict` needs: tokenizer, names of the classes, and how a text becomes a row."""
+        """All that `predict` needs: the tokenizer, the names of the classes, and how a text becomes a row."""
         return {**super().state_dict(), "class_names": self.class_names, "settings": self.settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare a checkpoint's tokenizer and classes with these.
+        """Check that the checkpoint has the same tokenizer and classes.
 
         Raises:
-            TrunklineError: if they differ, for then the ids mean other words or classes.
+            TrunklineError: if not, because then the ids mean other words or classes.
         """
         super().load_state_dict(state_dict)
         if state_dict["class_names"] != self.class_names:
