@@ -76,7 +76,7 @@ class ResumableBatchSampler:
 
     @property
     def sampler(self) -> "ResumableBatchSampler":
-        """This object, because Lightning looks for `set_epoch` at `batch_sampler.sampler`."""
+        """The same object, because Lightning looks for `set_epoch` at `batch_sampler.sampler`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:

@@ -321,7 +321,7 @@ class TextEncoder:
         self._forget()
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts one after the other, (N,) uint32, and the number of ids of each text, (len(texts),) int64."""
+        """Ids of all texts, one after the other, (N,) uint32; and the number of ids of each, (len(texts),) int64."""
         if not self.by_words:
             return self._encode(texts)
         if len(self.words) > KNOWN_WORDS or self.characters > KNOWN_CHARACTERS:

@@ -67,8 +67,7 @@ class RowDocuments:
 
 @dataclass
 class TextFiles:
-    """Files of one document each. If they are fewer than `FEW_FILES`, each is cut by position between the splits; else
-    each goes to one split as a whole."""
+    """Files of one document each. Fewer than `FEW_FILES` are cut by position; more go to one split each."""
 
     files: list[Path]
     key: list[Any]
