@@ -1,1 +1,1 @@
-"""Images with captions: where they come from, and how a pair becomes tensors."""
+"""Images with captions: their sources, and how a pair becomes tensors."""

@@ -1,4 +1,4 @@
-"""Texts that belong to images: what a cell may hold, and the tokens of a batch of them."""
+"""Captions of images: which values a cell can have, and how a batch of captions becomes tokens."""
 
 import hashlib
 from typing import Any
@@ -14,14 +14,14 @@ from trunkline.datamodules.text_tasks.task_text import Frame
 from trunkline.datamodules.tokenizers import TextEncoder, check_room
 
 START_OF_TEXT = "<|startoftext|>"
-"""Begins a text of the tokenizer of OpenAI's CLIP."""
+"""First token of a text in the tokenizer of OpenAI's CLIP."""
 
 
 def caption_list(value: Any, place: str, column: str) -> list[str]:
-    """The captions in a cell: a text, or a list of texts.
+    """The captions in a cell, which is a text or a list of texts.
 
     Raises:
-        TrunklineError: for anything else, no caption or an empty one; names the place.
+        TrunklineError: for any other value, for no caption, or for an empty one; names the place.
     """
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
@@ -43,20 +43,22 @@ def caption_list(value: Any, place: str, column: str) -> list[str]:
 
 
 def caption_key(caption: str) -> int:
-    """64 bits by which a text is known again."""
+    """64-bit hash of a caption, to recognise equal captions."""
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 class CaptionEncoder:
-    """Captions to rows of tokens: `[CLS] a [SEP]`, `<|startoftext|> a <|endoftext|>` or `a <|endoftext|>`, by what the
-    tokenizer has. The name of a special token within a caption is text.
+    """Turns captions into rows of tokens.
+
+    A row is `[CLS] a [SEP]`, `<|startoftext|> a <|endoftext|>` or `a <|endoftext|>`, depending on the tokens that the
+    tokenizer has. The name of a special token inside a caption is encoded as ordinary text.
 
     Args:
-        tokenizer: is left as it is.
-        max_length: T, tokens of a row with the special ones.
+        tokenizer: the tokenizer; it is not changed.
+        max_length: T, the number of tokens in a row, special tokens included.
 
     Raises:
-        TrunklineError: if the tokenizer has no token that ends a text, or T leaves no room for one of text.
+        TrunklineError: if the tokenizer has no token that ends a text, or if T leaves no room for a token of text.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
@@ -68,16 +70,17 @@ class CaptionEncoder:
         self.encoder = TextEncoder(tokenizer)
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (N, T) int64, mask (N, T) bool, False for padding, and truncated (N,) bool: the caption lost its end.
+        """Encode captions. A caption that is too long loses its end, but keeps the special token at the end.
 
-        The token that ends a text stays.
+        Returns:
+            tokens (N, T) int64; mask (N, T) bool, False for padding; truncated (N,) bool, True if it lost its end.
         """
         ids, counts = self.encoder.encode(texts)
         lengths, first = np.minimum(counts, self.room), len(self.first)
         starts = counts.cumsum() - counts
         tokens = np.full((len(texts), self.max_length), self.pad, np.int64)
         tokens[:, :first] = self.first
-        places = np.arange(self.room)  # of a row without its special tokens
+        places = np.arange(self.room)  # positions in a row without its special tokens
         kept = places < lengths[:, None]  # (N, room)
         tokens[:, first : first + self.room][kept] = ids[(starts[:, None] + places)[kept]]
         tokens[np.arange(len(texts)), first + lengths] = self.end

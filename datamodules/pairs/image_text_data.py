@@ -1,4 +1,4 @@
-"""Pairs of images and texts."""
+"""Images with captions, as batches for a network of images and texts."""
 
 import random
 from collections.abc import Iterator
@@ -27,22 +27,22 @@ from trunkline.datamodules.tokenizers import TRAINED, Vocabulary, check_vocab_si
 
 
 class ImageTextPairs(TransformedImages):
-    """Items of `ImageTextData`: in training one of a row's captions, drawn anew each epoch, else the first."""
+    """Items of `ImageTextData`. Training draws one of a row's captions in each epoch; evaluation uses the first."""
 
     def __init__(self, rows: PairRows, encoder: CaptionEncoder, first_caption: float | None, *options: Any) -> None:
         super().__init__(len(rows), *options)
         self.rows, self.encoder, self.first_caption = rows, encoder, first_caption
 
     def read(self, row: int) -> dict[str, Any]:
-        """Image and caption, which is a text still: a batch is tokenised at once."""
+        """Image and caption. The caption is not tokenised yet, because that is faster for a whole batch."""
         image = to_channels(self.rows.image(row), self.preprocessing.channels)
         captions = self.rows.captions(row)
         return {"image": image, "caption": captions[0 if self.seed is None else self.choice(len(captions))]}
 
     def choice(self, count: int) -> int:
-        """Number of the caption to take, from 0 to `count` - 1.
+        """Index of the caption to use, from 0 to `count` - 1.
 
-        It draws one random number whatever the count is, because the augmentation goes on with the same generator.
+        It always draws exactly one random number, because the augmentation uses the same generator afterwards.
         """
         drawn, first = random.random(), self.first_caption
         if first is None or count == 1:
@@ -50,7 +50,6 @@ class ImageTextPairs(TransformedImages):
         return 0 if drawn < first else 1 + int((drawn - first) / (1 - first) * (count - 1))
 
     def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
-        """The items of a batch."""
         items = super().__getitems__(keys)
         captions = [item.pop("caption") for item in items]
         tokens, mask, truncated = self.encoder.encode(captions)
@@ -68,16 +67,16 @@ class ImageTextPairs(TransformedImages):
 
 
 class Captions:
-    """The captions of rows as a text to learn a tokenizer from: a `TextSource`."""
+    """A `TextSource` of the captions of rows, to learn a tokenizer from."""
 
     def __init__(self, rows: PairRows, skip_corrupt: bool) -> None:
         self.rows, self.skip_corrupt = rows, skip_corrupt
-        # No file's content is hashed: images are large, and the key of the rows tells a change.
+        # No files, so that their content is not hashed: images are large, and the key of the rows shows a change.
         self.files: list[Path] = []
         self.key = ["captions", rows.key, skip_corrupt]
 
     def pieces(self, shares: dict[str, float]) -> Iterator[Piece]:
-        """All captions; they belong to the training split."""
+        """All captions, as documents of the training split."""
         for row in range(len(self.rows)):
             try:
                 captions = self.rows.captions(row)
@@ -93,32 +92,33 @@ class Captions:
 class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModule):
     """Images with captions from the offline emoji, local files or a hub name, as `PairBatch`es.
 
-    Rows go to a split by their number alone. `twemoji` and `openmoji` have the same rows: what was trained on the one
-    with the same fractions can be tested on the other.
+    The number of a row alone decides its split. `twemoji` and `openmoji` have the same rows: a network that was trained
+    on one of them can be tested on the other, with the same fractions.
     """
 
     source: str = field(default=TWEMOJI, kw_only=False)
-    """`twemoji` or `openmoji`, pictures of emoji with names and keywords; else a .jsonl, .jsonl.gz or .csv list of
-    image files with captions or a folder of lists; a .tar file, a folder of such or a pattern (`cc3m-{0000..0331}.tar`,
-    `*`); a Parquet or Arrow file or folder, or a folder that `datasets` saved; else a Hugging Face hub name."""
+    """`twemoji` or `openmoji` (pictures of emoji with names and keywords); a .jsonl, .jsonl.gz or .csv list of image
+    files with captions, or a folder of lists; a .tar file, a folder of .tar files, or a pattern
+    (`cc3m-{0000..0331}.tar`, `*`); a Parquet or Arrow file, a folder of them, or a folder that `datasets` saved; else a
+    Hugging Face hub name."""
     image_column: str = "image"
-    """Column of a table that holds the images, or paths below `image_folder`."""
+    """Column of a table that holds the images, or their paths relative to `image_folder`."""
     caption_column: str = "caption"
-    """Column of the captions, texts or lists of texts; in tar shards the field of a .json."""
+    """Column that holds the captions, texts or lists of texts; in tar shards the key in a .json file."""
     image_folder: str | None = None
-    """Where paths in a table begin; None is the folder of the table."""
+    """Folder that the image paths in a table are relative to; None is the folder of the table."""
     flags: bool = False
-    """Whether flags of countries are among the emoji: many of them hardly differ."""
+    """Include the flags of countries in the emoji; many of them look almost the same."""
     tokenizer: str = "masked_bpe"
     max_length: int = 32
     first_caption: float | None = None
-    """Probability that training draws a row's first caption; None draws each equally often."""
+    """Probability that training draws the first caption of a row; None draws each caption with equal probability."""
     shard_window: int = 16
-    """Tar shards whose samples are shuffled together: an epoch takes the shards in random order, in windows of this
-    size, so that a process reads from few files at once."""
+    """Number of tar shards whose samples are shuffled together. An epoch reads the shards in random order, in windows
+    of this size, so that a process reads from few files at once."""
     cache_dir: str | None = None
-    """Of tokenizers and indices, and what `datasets` converts; None is $TRUNKLINE_CACHE or ~/.cache/trunkline, and the
-    folder of `datasets`."""
+    """Folder for tokenizers, indices and data that `datasets` converts. None is $TRUNKLINE_CACHE or ~/.cache/trunkline,
+    and for `datasets` its own cache."""
 
     usual_augmentation: ClassVar[Augmentation] = Augmentation(crop_scale=(0.6, 1.0))
 
@@ -132,24 +132,23 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
             )
         if self.shard_window < 1:
             raise TrunklineError(f"shard_window must be 1 or more, not {self.shard_window}", field="data.shard_window")
-        _ = self.preprocessing  # raises
+        _ = self.preprocessing  # raises an error now if the settings do not fit together
 
     @property
     def in_memory(self) -> bool:
-        """True of the emoji."""
         return self.source in (TWEMOJI, OPENMOJI)
 
     @property
     def cache(self) -> Path:
-        """Our own folder."""
+        """Folder of our tokenizers and indices."""
         return Path(self.cache_dir).expanduser() if self.cache_dir else default_cache()
 
     @cached_property
     def rows(self) -> dict[str, PairRows]:
-        """Those of each split.
+        """The rows of each split.
 
         Raises:
-            TrunklineError: if the source cannot be read, or a split comes out empty.
+            TrunklineError: if the source cannot be read, or if a split is empty.
         """
         splits = load_pairs(
             self.source,
@@ -169,7 +168,7 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
 
     @cached_property
     def vocabulary(self) -> Tokenizer:
-        """Read, or learnt at the first use and kept: once among all processes."""
+        """The tokenizer, loaded, or learnt at the first use and stored in `cache`; only one process learns it."""
         if self.tokenizer not in TRAINED:
             return load_tokenizer(self.tokenizer)
         captions = Captions(self.rows["train"], self.skip_corrupt)
@@ -177,7 +176,6 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
 
     @property
     def facts(self) -> DataFacts:
-        """Size and values of the images, tokenizer and its sizes, main captions."""
         images, words = self.image_facts(), self.token_facts
         return replace(
             images,
@@ -188,10 +186,10 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
         )
 
     def prepare_data(self) -> None:
-        """Download, index and learn once, before the other processes look.
+        """Download, index and learn the tokenizer in one process, while the others wait.
 
         Raises:
-            TrunklineError: if the source or the tokenizer cannot be read, or `vocab_size` is declared too small.
+            TrunklineError: if the source or the tokenizer cannot be read, or if `vocab_size` is too small.
         """
         _ = self.rows
         self.check_size()
@@ -200,7 +198,7 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
         """Make the splits.
 
         Raises:
-            TrunklineError: as `prepare_data` has it.
+            TrunklineError: the errors of `prepare_data`.
         """
         if self.datasets:
             return
@@ -211,11 +209,11 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
             self.datasets[split] = ImageTextPairs(rows, encoder, self.first_caption, *options)
 
     def caption(self, split: str, row: int) -> str:
-        """The main caption of a row, for whoever shows it."""
+        """The main caption of a row."""
         return self.rows[split].captions(row)[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to know of the data to be used by itself, as plain values."""
+        """What is needed to use a checkpoint without the data, as plain values."""
         return {
             **super().state_dict(),
             "preprocessing": asdict(self.preprocessing),
@@ -225,16 +223,16 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
 
 
 def set_aside(splits: dict[str, PairRows], fractions: dict[str, float]) -> dict[str, PairRows]:
-    """Take shares of the training rows for splits that the source does not have, each row by its number, as `split_of`.
+    """Set shares of the training rows aside for splits that the source does not have, by row number as in `split_of`.
 
     Raises:
-        TrunklineError: if a split comes out empty.
+        TrunklineError: if a split is empty.
     """
     missing = {split: share for split, share in fractions.items() if share and split not in splits}
     if missing:
         rows = splits["train"]
-        taken = rows_by_number(len(rows), shares_of(missing))
-        splits = splits | {split: PairSubset(rows, indices) for split, indices in taken.items()}
+        chosen = rows_by_number(len(rows), shares_of(missing))
+        splits = splits | {split: PairSubset(rows, indices) for split, indices in chosen.items()}
     for split, rows in splits.items():
         if not len(rows):
             share = "val" if split == "train" else split

@@ -1,4 +1,4 @@
-"""Where pairs of images and texts come from: offline emoji, local tables, tar shards, or a Hugging Face hub name."""
+"""Sources of images with captions: offline emoji, local tables, tar shards, or the Hugging Face hub."""
 
 import hashlib
 import re
@@ -27,51 +27,50 @@ from trunkline.datamodules.tables import kind, read_table
 from trunkline.files import file_state
 
 LISTS = (".jsonl", ".csv", ".jsonl.gz")
-"""Tables of paths."""
+"""Suffixes of tables that list paths of images with captions."""
 BATCH_ROWS = 10_000
-"""Rows that are plain Python before they become Arrow."""
+"""Rows of a list that are read before they are converted to Arrow."""
 BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 class PairRows(Protocol):
-    """Images of one split, each with one or more captions. Large sources keep neither in memory."""
+    """Images of one split, each with one or more captions. Large sources keep neither images nor captions in memory."""
 
     key: list[Any]
-    """What decides the captions: plain data."""
+    """Everything that decides the captions, as plain data."""
 
     def __len__(self) -> int:
         """Number of images."""
 
     def image(self, row: int) -> Image.Image:
-        """The decoded picture of a row, upright, in its file's own mode.
+        """The decoded picture of a row, upright, in the mode of its file (such as RGB or palette).
 
         Raises:
             TrunklineError: if it cannot be read; names file and row.
         """
 
     def captions(self, row: int) -> list[str]:
-        """One or more, the main one first.
+        """One or more captions of a row, the main one first.
 
         Raises:
-            TrunklineError: if there is none or one is empty; names file and row.
+            TrunklineError: if there is no caption, or one is empty; names file and row.
         """
 
     def name(self, row: int) -> str:
-        """File or row, for messages."""
+        """Name of the file or row, for messages."""
 
     def order(self, generator: np.random.Generator) -> np.ndarray:
-        """(rows,) the shuffled row numbers of an epoch."""
+        """(rows,) shuffled row numbers for an epoch."""
 
 
 class PairSubset:
-    """Some rows of another `PairRows`; `indices` ascend."""
+    """Some rows of another `PairRows`; `indices` are ascending row numbers."""
 
     def __init__(self, rows: PairRows, indices: np.ndarray) -> None:
         self.rows, self.indices = rows, indices
         self.key = [rows.key, hashlib.blake2b(indices.tobytes(), digest_size=12).hexdigest()]
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.indices)
 
     def image(self, row: int) -> Image.Image:
@@ -94,11 +93,11 @@ class PairTable:
     """Rows of a `datasets.Dataset`, whose images are undecoded files or paths.
 
     Args:
-        table: the rows.
-        image_column: of the images.
-        caption_column: of the texts or lists of texts.
-        image_folder: where paths begin.
-        title: of the table, for messages.
+        table: the table.
+        image_column: column that holds the images or their paths.
+        caption_column: column that holds the captions, texts or lists of texts.
+        image_folder: folder that paths are relative to.
+        title: name of the table, for messages.
     """
 
     def __init__(self, table: Any, image_column: str, caption_column: str, image_folder: Path, title: str) -> None:
@@ -109,7 +108,6 @@ class PairTable:
         self.key = ["table", caption_column, table._fingerprint]
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.texts)
 
     def image(self, row: int) -> Image.Image:
@@ -130,16 +128,16 @@ class PairTable:
 
 
 class PairList:
-    """Image files with captions, as JSON lines or CSV list them; rows of the same image become one.
+    """Image files with captions, listed in JSON lines or CSV; rows with the same image become one row.
 
     Args:
-        files: the lists, read whole and kept as Arrow.
-        image_column: of the images' paths.
-        caption_column: of the texts or lists of texts.
-        image_folder: where paths begin; None is the folder of each list.
+        files: the lists; they are read completely and kept in memory as Arrow.
+        image_column: column that holds the paths of the images.
+        caption_column: column that holds the captions, texts or lists of texts.
+        image_folder: folder that paths are relative to; None is the folder of each list.
 
     Raises:
-        TrunklineError: naming the file and row that is broken, or of another kind.
+        TrunklineError: naming the file and row that is broken or has values of another type.
     """
 
     def __init__(self, files: list[Path], image_column: str, caption_column: str, image_folder: Path | None) -> None:
@@ -156,7 +154,6 @@ class PairList:
         self.key = ["list", caption_column, [[str(file.resolve()), *file_state(file)] for file in files]]
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.table)
 
     def image(self, row: int) -> Image.Image:
@@ -174,7 +171,7 @@ class PairList:
 
 
 def listed_pairs(files: list[Path], columns: dict[str, str], image_folder: Path | None) -> Iterator[dict[str, str]]:
-    """`image` (a whole path), `caption` and `place` of each caption in lists."""
+    """`image` (the full path), `caption` and `place` for each caption in the lists."""
     for file in files:
         for place, cells in read_table(file):
             for role, column in columns.items():
@@ -191,7 +188,7 @@ def listed_pairs(files: list[Path], columns: dict[str, str], image_folder: Path 
                     field="data.image_column",
                 )
             path = str((image_folder or file.parent) / image)
-            # An empty list is an empty caption, so that it is found when the row is read, or skipped.
+            # An empty list becomes an empty caption, so that reading the row raises an error or skips the row.
             for caption in captions if isinstance(captions, list) and captions else [captions]:
                 if caption and not isinstance(caption, str):
                     caption_list([caption], place, columns["caption"])  # raises
@@ -199,7 +196,7 @@ def listed_pairs(files: list[Path], columns: dict[str, str], image_folder: Path 
 
 
 def expanded(pattern: str) -> list[str]:
-    """`a{00..02}` -> a00, a01, a02 and `a{b,c}` -> ab, ac, as a shell has it."""
+    """Expand braces as a shell does: `a{00..02}` -> a00, a01, a02 and `a{b,c}` -> ab, ac."""
     braces = BRACES.search(pattern)
     if not braces:
         return [pattern]
@@ -212,16 +209,19 @@ def expanded(pattern: str) -> list[str]:
 
 
 def local_files(source: str) -> tuple[Path, list[Path]]:
-    """A folder, and the shards or else the lists in it or of a pattern's names; none of other sources.
+    """The shards of a source, or if it has none its lists: a file, all files in a folder, or all that match a pattern.
+
+    Returns:
+        the folder of the source, and the files; no files for other kinds of sources.
 
     Raises:
-        TrunklineError: for a file or pattern that is not there.
+        TrunklineError: if there is no such file, or no file that matches the pattern.
     """
     path = Path(source)
     if path.is_dir():
         kinds = (".tar", ".parquet", ".arrow", *LISTS)
         files = sorted(f for f in path.rglob("*") if f.name.endswith(kinds) and not f.name.startswith("."))
-        # Beside shards often stand tables of them, and beside tables lists.
+        # Folders of shards often have tables about the shards too, and folders of tables have lists.
         tables = [file for file in files if file.suffix in (".parquet", ".arrow")]
         shards = [file for file in files if file.suffix == ".tar"]
         return path, shards or ([] if tables else [file for file in files if file.name.endswith(LISTS)])
@@ -245,7 +245,7 @@ def local_files(source: str) -> tuple[Path, list[Path]]:
 
 
 def by_split(folder: Path, files: list[Path], split_names: dict[str, str | None]) -> dict[str, list[Path]]:
-    """Files by the source's names of splits; see `load_pairs`."""
+    """Name of a split in the source -> its files; `load_pairs` tells the rule."""
     usual = [name for split, given in split_names.items() for name in ([given] if given else SPLIT_NAMES[split])]
     words = {name: re.compile(rf"(?<![a-zA-Z\d]){re.escape(name)}(?![a-zA-Z])") for name in sorted(usual, key=len)}
     groups: dict[str, list[Path]] = {}
@@ -272,29 +272,30 @@ def load_pairs(
     skip_corrupt: bool = False,
     flags: bool = False,
 ) -> dict[str, PairRows]:
-    """Read a source's splits.
+    """Read the splits of a source.
 
-    Local lists and shards belong to the split whose name stands as a word in their path below the source (`train`,
-    `val`, …; all others to train), or, if there is one split alone, to train.
+    A local list or shard belongs to the split whose name is a word in its path below the source (`train`, `val`, …), or
+    to train if there is none. If all files belong to one split, they are all for train.
 
     Args:
         source: `twemoji` or `openmoji`; a .jsonl, .jsonl.gz or .csv list of image files with captions, or a folder of
-            lists; a .tar file, a folder of such or a pattern (`cc3m-{0000..0331}.tar`, `*`); a Parquet or Arrow file or
-            folder, or a folder that `datasets` saved; else a hub name.
-        image_column: of tables and lists.
-        caption_column: of tables and lists, and the field of a shard's JSON; a text or a list of texts.
-        split_names: our split (train, val, test) -> the source's name of it; None finds the usual names.
-        cache: our folder for indices.
-        image_folder: where paths in tables begin; None is the folder of the table.
-        cache_dir: of `datasets`.
+            lists; a .tar file, a folder of .tar files, or a pattern (`cc3m-{0000..0331}.tar`, `*`); a Parquet or Arrow
+            file, a folder of them, or a folder that `datasets` saved; else a hub name.
+        image_column: column of tables and lists that holds the images or their paths.
+        caption_column: column of tables and lists that holds the captions, texts or lists of texts; in shards the key
+            in a .json file.
+        split_names: our split (train, val, test) -> its name in the source; None looks for the usual names.
+        cache: folder for the indices of shards.
+        image_folder: folder that paths in tables are relative to; None is the folder of the table.
+        cache_dir: folder where `datasets` keeps converted data.
         hub_config: configuration of a hub dataset.
-        revision: its commit or branch.
-        shard_window: see `TarPairs`.
-        skip_corrupt: see `TarPairs`.
-        flags: see `EmojiPictures`.
+        revision: commit or branch of a hub dataset.
+        shard_window: as in `TarPairs`.
+        skip_corrupt: as in `read_index`.
+        flags: as in `EmojiPictures`.
 
     Raises:
-        TrunklineError: naming the file, column, split or row that is at fault.
+        TrunklineError: naming the file, column, split or row at fault.
     """
     if source in (TWEMOJI, OPENMOJI):
         return {"train": EmojiPictures(source, flags)}

@@ -1,7 +1,7 @@
-"""Pairs in tar files, as webdataset has them, read by index: the order stays a pure function of (seed, epoch).
+"""Images with captions in tar files of the webdataset format, read by index: the order depends only on (seed, epoch).
 
-Shards must be local files or on a mounted file system: samples are read where they stand, so neither pipes nor object
-stores will do. Each process reads its own samples only, but of every shard; and it holds the index, 33 bytes a sample.
+Shards must be on a local or mounted file system, not in a pipe or an object store, because samples are read in any
+order. Each process reads only its own samples, but from all shards, and keeps the index in memory, 33 bytes per sample.
 """
 
 import hashlib
@@ -26,22 +26,23 @@ from trunkline.datamodules.pairs.captions import caption_list
 from trunkline.files import atomic_write, file_state, lock
 
 INDEX_FORMAT = 1
-"""Of an index; another number makes all be written anew."""
+"""Version of the index format; with a new number, all indices are written again."""
 ABSENT = -1
 SAMPLE = np.dtype([("image", "<i8"), ("image_size", "<i8"), ("text", "<i8"), ("text_size", "<i8"), ("json", "?")])
-"""Bytes at which the two members of a sample begin in a shard, or `ABSENT`; their sizes; whether the text is JSON."""
+"""Positions of a sample's image and text in the shard, in bytes, or `ABSENT`; their sizes; whether the text is JSON."""
 OPEN_FILES = 64
-"""Shards that a process keeps open."""
+"""Number of shards that a process keeps open."""
 SCANNERS = 8
-"""Shards that are scanned at once: over a network the time goes into waiting."""
+"""Number of shards that are scanned at once, because on a network file system most of the time is waiting."""
 
 
 def read_index(shard: Path, cache: Path, skip_corrupt: bool) -> np.ndarray:
-    """(samples,) `SAMPLE`s of a shard, from the cache as long as the shard does not change.
+    """(samples,) `SAMPLE`s of a shard, from the cache if the shard has not changed.
+
+    With `skip_corrupt`, a shard that is cut short gives a warning and the samples before the cut.
 
     Raises:
-        TrunklineError: if the shard is missing, no plain tar file, or cut short; with `skip_corrupt` one that is cut
-            short gives a warning and the samples before the cut.
+        TrunklineError: if the shard is missing, not an uncompressed tar file, or cut short (without `skip_corrupt`).
     """
     try:
         state = file_state(shard)
@@ -58,7 +59,7 @@ def read_index(shard: Path, cache: Path, skip_corrupt: bool) -> np.ndarray:
                 f"{fault}; write it anew, or set skip_corrupt=true to use what is before", field="data.skip_corrupt"
             )
         warnings.warn(f"{fault}; only the {len(samples)} samples before that are used", stacklevel=2)
-        return samples  # not kept, so that each run tells
+        return samples  # not stored in the cache, so that each run warns
     content = BytesIO()
     np.save(content, samples)
     atomic_write(file, [content.getbuffer()])
@@ -66,10 +67,10 @@ def read_index(shard: Path, cache: Path, skip_corrupt: bool) -> np.ndarray:
 
 
 def scan(shard: Path) -> tuple[np.ndarray, str]:
-    """(samples,) `SAMPLE`s of a shard, and what is wrong with its end, or nothing.
+    """(samples,) `SAMPLE`s of a shard, and what is wrong with its end ("" if nothing is).
 
     Raises:
-        TrunklineError: if it is no tar file at all.
+        TrunklineError: if the file is not an uncompressed tar file at all.
     """
     members: list[tuple[str, str, int, int]] = []
     fault = ""
@@ -81,7 +82,7 @@ def scan(shard: Path) -> tuple[np.ndarray, str]:
                         folder, _, file = member.name.rpartition("/")
                         stem, _, suffix = file.partition(".")  # webdataset: up to the first dot
                         members.append((f"{folder}/{stem}", f".{suffix.lower()}", member.offset_data, member.size))
-                    archive.members = []  # type: ignore[attr-defined]  # else it keeps them all
+                    archive.members = []  # type: ignore[attr-defined]  # else all members stay in memory
                 fault = broken_end(archive)
             except (tarfile.TarError, OSError, ValueError) as error:
                 fault = f"{member.name} is cut short ({error})"
@@ -93,12 +94,12 @@ def scan(shard: Path) -> tuple[np.ndarray, str]:
     members = [entry for entry in members if entry[2] + entry[3] <= size]
     samples = np.array(list(samples_of(members)), SAMPLE)
     if fault and len(samples) and ABSENT in (samples["image"][-1], samples["text"][-1]):
-        samples = samples[:-1]  # the cut goes through it
+        samples = samples[:-1]  # the last sample lost a member by the cut
     return samples, f"the shard {shard} of {size} bytes is broken: {fault}" if fault else ""
 
 
 def broken_end(archive: tarfile.TarFile) -> str:
-    """What stands where an archive should have its mark of the end, if it is something else."""
+    """What is wrong with an archive's end mark, or "" if it has one."""
     stream: Any = archive.fileobj
     stream.seek(archive.offset)
     block = stream.read(tarfile.BLOCKSIZE)
@@ -109,7 +110,10 @@ def broken_end(archive: tarfile.TarFile) -> str:
 
 
 def samples_of(members: list[tuple[str, str, int, int]]) -> Iterator[tuple[int, int, int, int, bool]]:
-    """`SAMPLE`s of (key, suffix, start, size): neighbours of one key; the text is .txt, else .json."""
+    """Make `SAMPLE`s of members (key, suffix, start, size).
+
+    Neighbours with the same key are one sample; its text is the .txt member, or if it has none the .json member.
+    """
     for _, group in groupby(members, key=lambda member: member[0]):
         places = {suffix: (start, size) for _, suffix, start, size in group}
         image = next((place for suffix, place in places.items() if suffix in IMAGE_SUFFIXES), None)
@@ -119,30 +123,30 @@ def samples_of(members: list[tuple[str, str, int, int]]) -> Iterator[tuple[int, 
 
 
 class TarPairs:
-    """Pairs in tar files: `KEY.jpg` (or another image) with `KEY.txt`, one caption, or `KEY.json`.
+    """Images with captions in tar files: `KEY.jpg` (or another image) with `KEY.txt` (one caption) or `KEY.json`.
 
     Args:
         shards: the files.
-        caption_column: field of the JSON, a text or a list of texts.
-        cache: where indices of the shards are kept.
-        shard_window: shards whose samples are shuffled together; an epoch takes the shards in random order, in
-            windows of this size, so that a process reads from few files at once.
-        skip_corrupt: see `read_index`.
+        caption_column: key in the JSON that holds the captions, a text or a list of texts.
+        cache: folder for the indices of the shards.
+        shard_window: number of shards whose samples are shuffled together; an epoch reads the shards in random order,
+            in windows of this size, so that a process reads from few files at once.
+        skip_corrupt: as in `read_index`.
 
     Raises:
-        TrunklineError: see `read_index`; if there is no sample.
+        TrunklineError: the errors of `read_index`; if there is no sample.
     """
 
     def __init__(
         self, shards: list[Path], caption_column: str, cache: Path, shard_window: int, skip_corrupt: bool
     ) -> None:
         self.shards, self.caption_column, self.shard_window = shards, caption_column, shard_window
-        # One process scans, the others wait and find the indices.
+        # One process scans the shards; the others wait for the lock and then read the indices from the cache.
         with lock(cache / "tar" / ".lock"), ThreadPoolExecutor(SCANNERS) as pool:
             indices = list(pool.map(lambda shard: read_index(shard, cache, skip_corrupt), shards))
         self.samples = np.concatenate(indices)
         self.starts = np.cumsum([0, *map(len, indices)])
-        """(shards + 1,) row at which each begins, and the end."""
+        """(shards + 1,) the first row of each shard, and the number of rows."""
         if not len(self.samples):
             raise TrunklineError(
                 f"{shards[0]}{f' and {len(shards) - 1} more' if len(shards) > 1 else ''} holds no images with texts "
@@ -156,7 +160,6 @@ class TarPairs:
         return self.__dict__ | {"opened": OrderedDict()}
 
     def __len__(self) -> int:
-        """Number of samples."""
         return len(self.samples)
 
     def image(self, row: int) -> Image.Image:
@@ -192,18 +195,18 @@ class TarPairs:
         return np.concatenate(parts)
 
     def _member(self, row: int, member: str, header_only: bool = False) -> tuple[str, bytes | None]:
-        """Name and content of `image` or `text`; of an absent one None, and the name of the other."""
+        """Name and content of the member `image` or `text`; if it is absent, the name of the other member and None."""
         sample, shard = self.samples[row], int(self.starts.searchsorted(row, "right")) - 1
         absent = sample[member] == ABSENT
-        there = {"image": "text", "text": "image"}[member] if absent else member
+        present = {"image": "text", "text": "image"}[member] if absent else member
         size = 0 if absent or header_only else int(sample[f"{member}_size"])
-        # Its header stands before it and begins with its name.
-        block = self._read(shard, int(sample[there]) - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + size)
+        # The header is the block before the content, and begins with the name.
+        block = self._read(shard, int(sample[present]) - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + size)
         name = block[: tarfile.LENGTH_NAME].partition(tarfile.NUL)[0].decode("utf-8", "replace")
         return f"{self.shards[shard]}, {name}", None if absent else block[tarfile.BLOCKSIZE :]
 
     def _read(self, shard: int, start: int, size: int) -> bytes:
-        """Bytes of a shard; by `pread`, for worker processes inherit open files, and with them the place in each."""
+        """Bytes of a shard. `pread` is used because worker processes inherit open files and share their positions."""
         try:
             if shard not in self.opened:
                 self.opened[shard] = self.shards[shard].open("rb", buffering=0)
