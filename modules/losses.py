@@ -1,6 +1,7 @@
-"""Losses: pure functions of tensors. Needs torch alone.
+"""Losses: pure functions of tensors. Needs only torch.
 
-Shape legend: N tokens, D width, V vocabulary; of pairs B own ones, G those of all processes, E numbers of an embedding.
+Shape legend: N tokens, D width, V vocabulary size; B pairs of this process, G pairs of all processes, E size of an
+embedding.
 """
 
 from collections.abc import Iterator
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -100
-"""A target that is not counted, as everywhere in PyTorch."""
-CHUNK_ELEMENTS = 2**25
-"""Logits held at a time: 128 MiB in float32, and still matrices large enough to multiply at full speed."""
+from trunkline.contract import IGNORE
+
+LOGITS_AT_ONCE = 2**25
+"""Logits in memory at once: 128 MiB in float32, and the matrices are still large enough to multiply at full speed."""
 
 
 def linear_cross_entropy(
@@ -28,22 +29,22 @@ def linear_cross_entropy(
     keys: tuple[Tensor, Tensor] | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Sum of the cross-entropies of `x @ weight.T + bias`, without ever holding all (N, V) logits.
+    """Sum of the cross-entropies of the logits `x @ weight.T + bias`, without ever holding all (N, V) logits.
 
-    Chunks of tokens are multiplied out, and their share of the gradients is taken at once: three
-    products in all, as many as the plain way needs. Under autocast the products are of its type;
-    the softmax is float32 in any case.
+    The tokens are processed in chunks. The gradients of a chunk are computed together with its loss, so that there are
+    three matrix products in all, as many as without chunks. Under autocast the products have autocast's type; the
+    softmax is always float32.
 
     Args:
         x: (N, D) states.
-        weight: (V, D) of the output layer.
+        weight: (V, D) weight of the output layer.
         target: (N,) token ids; -100 is not counted.
-        bias: (V,) of the output layer.
+        bias: (V,) bias of the output layer.
         label_smoothing: share of the target spread evenly over the vocabulary (arXiv:1512.00567).
         z_loss: factor of the squared log-partition, which keeps logits from drifting (arXiv:2204.02311).
-        keys: (N,) and (V,); a class with the key of a token's target, but not the target itself, is no wrong answer
-            to that token: it is left out. Not with label smoothing.
-        chunk: tokens at a time; None chooses by the vocabulary.
+        keys: (N,) keys of the tokens and (V,) keys of the classes. A class that has the same key as a token, but is
+            not its target, is left out of that token's softmax. Not possible with label smoothing.
+        chunk: tokens in a chunk; None chooses by the size of the vocabulary.
 
     Returns:
         A scalar, float32 or wider; divide it by the number of targets for the mean.
@@ -57,7 +58,7 @@ def linear_cross_entropy(
 
 @torch.no_grad()
 def token_losses(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each token, and the likeliest token: (N,) and (N,); for evaluation, in chunks likewise."""
+    """Cross-entropy of each token (N,), and the likeliest tokens (N,); for evaluation, also in chunks."""
     parts = []
     for part in _chunks(len(x), len(weight), None):
         logits = F.linear(x[part], weight, bias).float()
@@ -67,14 +68,14 @@ def token_losses(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None 
 
 
 def _chunks(tokens: int, vocabulary: int, size: int | None) -> Iterator[slice]:
-    """Slices of equal length, of about CHUNK_ELEMENTS logits."""
-    count = max(1, -(-tokens * vocabulary // CHUNK_ELEMENTS))
+    """Slices of equal length, each with about LOGITS_AT_ONCE logits."""
+    count = max(1, -(-tokens * vocabulary // LOGITS_AT_ONCE))
     size = size or max(1, -(-tokens // count))
     return (slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """See `linear_cross_entropy`; the gradients are ready when the loss is."""
+    """The computation of `linear_cross_entropy`; its forward pass computes the gradients too."""
 
     @staticmethod
     def forward(
@@ -94,11 +95,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(weight[:, 0], dtype=wide) if needs_bias else None
         total = torch.zeros((), dtype=wide, device=x.device)
-        with torch.autocast(x.device.type, enabled=False):  # the types are chosen already
+        with torch.autocast(x.device.type, enabled=False):  # the inputs have the right types already
             for part in _chunks(len(x), len(weight), chunk):
                 logits = F.linear(x[part], weight, bias).to(wide)  # (n, V)
                 if keys is not None:
-                    logits.masked_fill_(_others_of_key(keys[0][part], keys[1], target[part]), -torch.inf)
+                    logits.masked_fill_(_same_key_not_target(keys[0][part], keys[1], target[part]), -torch.inf)
                 losses, grad = _losses_and_gradient(logits, target[part], smoothing, z_loss)
                 total += losses
                 grad = grad.to(x.dtype)
@@ -127,13 +128,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _others_of_key(own: Tensor, keys: Tensor, target: Tensor) -> Tensor:
-    """(n, V), True where a class has a row's key and is not its target; of (n,), (V,) and (n,)."""
-    return (own[:, None] == keys).scatter_(1, target.clamp(min=0)[:, None], False)
+def _same_key_not_target(row_keys: Tensor, class_keys: Tensor, target: Tensor) -> Tensor:
+    """Mask (n, V), True where a class has the same key as the row but is not the row's target.
+
+    `row_keys` and `target` are (n,), `class_keys` is (V,).
+    """
+    return (row_keys[:, None] == class_keys).scatter_(1, target.clamp(min=0)[:, None], False)
 
 
 def _losses_and_gradient(logits: Tensor, target: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of (n, V) logits, and their gradient, which takes the logits' place in memory."""
+    """Sum of the losses of (n, V) logits, and their gradient, which overwrites the logits in memory."""
     counted = (target != IGNORE)[:, None]
     picked = target.clamp(min=0)[:, None]  # (n, 1)
     partition = logits.logsumexp(dim=1, keepdim=True)  # (n, 1)
@@ -160,19 +164,21 @@ def infonce_loss(
     start: int = 0,
     keys: Tensor | None = None,
 ) -> Tensor:
-    """Sum over own pairs of CLIP's symmetric loss (arXiv:2103.00020): each image names its text among all, and back.
+    """CLIP's symmetric loss (arXiv:2103.00020), summed over the pairs of this process.
+
+    Each image must find its text among all texts, and each text its image among all images.
 
     Args:
-        image: (B, E) own embeddings of length 1.
-        text: (B, E) likewise.
-        images: (G, E) those of all processes, the own ones from row `start` on.
-        texts: (G, E) likewise.
-        factor: of the cosines, the inverse temperature.
-        start: see `images`.
-        keys: (G,) of the texts; pairs of equal key are not held against each other.
+        image: (B, E) image embeddings of this process, of length 1.
+        text: (B, E) text embeddings of this process, of length 1.
+        images: (G, E) image embeddings of all processes; those of this process begin at row `start`.
+        texts: (G, E) text embeddings of all processes, in the same order.
+        factor: inverse temperature, which multiplies the cosines.
+        start: first row of this process in `images` and `texts`.
+        keys: (G,) keys of the texts; pairs with equal keys are not each other's wrong answers.
 
     Returns:
-        A scalar; over all processes' sums divided by G it is the mean, of which ln G is the level of chance.
+        A scalar. The sum over all processes divided by G is the mean loss; guessing gives ln G.
     """
     target = torch.arange(start, start + len(image), device=image.device)
     both = None if keys is None else (keys[target], keys)
@@ -185,18 +191,20 @@ def infonce_loss(
 def sigmoid_loss(
     image: Tensor, texts: Tensor, factor: Tensor, bias: Tensor, start: int = 0, keys: Tensor | None = None
 ) -> Tensor:
-    """Sum over own images of SigLIP's loss (arXiv:2303.15343): does a text belong to an image, for each text.
+    """SigLIP's loss (arXiv:2303.15343), summed over the images of this process.
+
+    For each image and each text it asks whether the two belong together.
 
     Args:
-        image: (B, E) own embeddings of length 1.
-        texts: (G, E) those of all processes, the own ones from row `start` on.
-        factor: of the cosines.
-        bias: added to them.
-        start: see `texts`.
-        keys: (G,) of the texts; pairs of equal key are not held against each other.
+        image: (B, E) image embeddings of this process, of length 1.
+        texts: (G, E) text embeddings of all processes, of length 1; those of this process begin at row `start`.
+        factor: multiplies the cosines.
+        bias: added to the scaled cosines.
+        start: first row of this process in `texts`.
+        keys: (G,) keys of the texts; pairs with equal keys are not each other's wrong answers.
 
     Returns:
-        A scalar; the sum over all processes divided by G is the paper's.
+        A scalar. The sum over all processes divided by G is the paper's loss.
     """
     target = torch.arange(start, start + len(image), device=image.device)
 
@@ -205,7 +213,7 @@ def sigmoid_loss(
         sign = torch.ones_like(logits).scatter_(1, target[:, None], -1.0)
         losses = F.softplus(sign * logits)
         if keys is not None:
-            losses = losses.masked_fill(_others_of_key(keys[target], keys, target), 0.0)
+            losses = losses.masked_fill(_same_key_not_target(keys[target], keys, target), 0.0)
         return losses.sum()
 
     with torch.autocast(image.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""Retrieval by cosine similarity: at which rank a query finds its right answer, and how often by chance.
+"""Retrieval by cosine similarity: the rank of a query's right answer, and the recall that chance would give.
 
 Needs torch only. Shape legend: Q queries, G gallery (what is searched), E size of an embedding.
 """
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 RECALL_AT = (1, 5, 10)
-CHUNK_ELEMENTS = 2**24
-"""Most cosines that are in memory at once."""
+COSINES_AT_ONCE = 2**24
+"""Largest number of cosines in memory at once."""
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, galler
         (Q,) int64.
     """
     ranks = []
-    size = max(1, CHUNK_ELEMENTS // len(gallery))
+    size = max(1, COSINES_AT_ONCE // len(gallery))
     for part, keys in zip(queries.split(size), query_keys.split(size), strict=True):
         cosines, right = part @ gallery.T, keys[:, None] == gallery_keys  # (q, G)
         best = cosines.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
@@ -63,18 +63,19 @@ def retrieval_metrics(image: Tensor, text: Tensor, image_keys: Tensor, text_keys
 
 
 def chance_ranks(query_keys: Tensor, gallery_keys: Tensor) -> Tensor:
-    """Recall at 1, 2, … G that a gallery in random order would have.
+    """Recall at 1, 2, …, G when the gallery is in random order.
 
     Args:
         query_keys: (Q,) integers, as in `retrieval_ranks`.
         gallery_keys: (G,) integers.
 
     Returns:
-        (G,) float64: at k - 1 the probability of a right answer among the first k, averaged over the queries.
+        (G,) float64; entry k - 1 is the probability of a right answer among the first k, averaged over the queries.
     """
     keys, counts = gallery_keys.unique(return_counts=True)
     rights, queries = counts[torch.searchsorted(keys, query_keys)].unique(return_counts=True)
     total, place = len(gallery_keys), torch.arange(len(gallery_keys), device=keys.device)
-    # Probability that the next answer is wrong too, if all before it were: (different numbers of right answers, G)
+    # Probability that the next answer is wrong if all before it were wrong; a row for each distinct number of right
+    # answers: (distinct numbers, G)
     wrong = (total - rights[:, None] - place).clamp(min=0).double() / (total - place)
     return queries.double() @ (1 - wrong.cumprod(dim=1)) / queries.sum()

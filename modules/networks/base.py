@@ -14,10 +14,10 @@ from trunkline.modules.backbone import Transformer, TransformerConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-C = TypeVar("C")
+ConfigT = TypeVar("ConfigT")
 
 
-def config_from_dict(config_class: type[C], data: Mapping[str, Any]) -> C:
+def config_from_dict(config_class: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
     """Build a (nested) configuration dataclass from plain data, as JSON and checkpoints hold it.
 
     Raises:

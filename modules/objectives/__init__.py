@@ -1,1 +1,1 @@
-"""One LightningModule an objective: what turns a batch into a loss, on `base.py`, which all share."""
+"""The objectives: LightningModules that turn a batch into a loss. All derive from the class in `base.py`."""

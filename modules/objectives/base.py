@@ -1,11 +1,11 @@
-"""What every objective shares: optimiser, reduction of losses, evaluation, reseeding, the guard against divergence."""
+"""The base class of all objectives: optimiser, reduction of losses, evaluation, reseeding, check for divergence."""
 
 import copy
 import dataclasses
 import math
 import random
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -19,7 +19,7 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts, Loss
-from trunkline.modules.networks.base import Network, config_from_dict
+from trunkline.modules.networks.base import ConfigT, Network, config_from_dict
 from trunkline.modules.objectives.checks import check_sizes, check_tokenizer, facts_of, with_sizes_of_data
 from trunkline.modules.objectives.reduction import Accumulation, Terms, mean_count, scale_gradients
 from trunkline.modules.training.checkpoints import follow_folder
@@ -38,40 +38,39 @@ DIVERGED = (
     "bf16-mixed; then resume"
 )
 STAGES = ("val", "test")
-C = TypeVar("C")
 
 
 class TrunklineModule(L.LightningModule):
-    """Base of the LightningModules, one for each objective.
+    """Base class of the LightningModules, one for each objective.
 
-    A subclass has arguments of its own, above all `network`, and hands the others on to this class (`**shared`). In its
-    constructor it calls `configured` and `keep_hyperparameters`, makes `network`, and calls `start`. It implements
-    `loss`, and for evaluation `make_metrics` and `evaluate`; the trainer, logging, and the reduction over processes
-    and accumulated steps are here.
+    A subclass has its own arguments, above all `network`, and passes the others on to this class (`**shared`). Its
+    constructor calls `configured` and `keep_hyperparameters`, makes `network`, and calls `start`. It implements
+    `loss`, and for evaluation `make_metrics` and `evaluate`. This class does the rest: training steps, logging, and the
+    reduction over processes and accumulated steps.
 
     Args:
-        optimizer: how the network learns.
+        optimizer: the optimiser and its schedule.
         init_from: trained weights to start from: a training checkpoint, a folder that `save_pretrained` wrote, or a hub
-            name. Output modules (heads) of another shape keep the weights that they were made with.
-        freeze_blocks: the embeddings and this many first blocks keep their weights and run in evaluation mode; the
-            trunk's depth or more freezes all but the output modules (linear probing).
-        seed: of dropout and of everything else that is drawn during a step.
-        facts: what the data knows; the recipe leaves such sizes out of `network`.
+            name. Output modules (heads) whose shape differs keep their initial weights.
+        freeze_blocks: the embeddings and this many first blocks keep their weights and run in evaluation mode. With the
+            trunk's depth or more, only the output modules learn (linear probing).
+        seed: seed of dropout and of everything else that is random during a step.
+        facts: what the datamodule knows; sizes that the recipe leaves out of `network` are taken from here.
     """
 
     network: Network
     network_class: ClassVar[type[Network]] = Network
     unit = "samples"
-    """What a sample is, in the plural, for names of metrics."""
+    """What the samples are called in names of metrics."""
     counted: ClassVar[dict[str, str]] = {}
-    """Flags of rows in a batch, and the metrics that count them over an epoch."""
+    """Field of a batch that flags rows -> name of the metric that counts the flagged rows of an epoch."""
     shown: ClassVar[tuple[str, ...]] = ("loss",)
-    """Metrics of an evaluation that the progress bar shows."""
+    """Evaluation metrics that the progress bar shows."""
     gather = staticmethod(Gather)
-    """What a loss over the rows of all processes gathers them with."""
+    """How a loss that compares the rows of all processes gathers them."""
     joint = False
-    """Whether the loss needs all batches of an accumulation at once, because it is no sum over rows, or several sums
-    with counts of their own; see `joint_loss`."""
+    """Whether the loss needs all batches of an accumulation at once (see `joint_loss`): because it is not a sum over
+    rows, or because it consists of several sums, each with its own count."""
 
     def __init__(
         self,
@@ -89,7 +88,7 @@ class TrunklineModule(L.LightningModule):
         self.loss_sum: Tensor | float = 0.0
         self.accumulation = Accumulation()
         self.held: list[Any] = []
-        """Batches of an accumulation that is under way, for a joint loss."""
+        """Batches of the current accumulation, for a joint loss."""
         self.counts = torch.nn.ModuleDict(
             {f"{stage}_{name}": SumMetric() for stage in ("train", *STAGES) for name in self.counted}
         )
@@ -103,11 +102,11 @@ class TrunklineModule(L.LightningModule):
     def read_weights(
         self, name: str | None, argument: str = "init_from", accepted: tuple[type[Network], ...] = ()
     ) -> TrainedWeights | None:
-        """What an argument names to start from, if anything; see `TrainedWeights.read`."""
+        """The weights that an argument names, or None without a name; see `TrainedWeights.read`."""
         return None if name is None else TrainedWeights.read(name, argument, accepted or self.accepted())
 
-    def configured(self, config_class: type[C], network: C | None) -> C:
-        """The network's configuration, with the sizes that a recipe leaves out because its data states them."""
+    def configured(self, config_class: type[ConfigT], network: ConfigT | None) -> ConfigT:
+        """The network's configuration, with the sizes that the recipe leaves out taken from its data."""
         weights = self.beginning.weights
         source = None if weights is None else weights.config
         return with_sizes_of_data(as_config(config_class, network), self.beginning.facts, source)
@@ -123,17 +122,17 @@ class TrunklineModule(L.LightningModule):
         self.save_hyperparameters({name: as_plain(value) for name, value in {**arguments, **shared}.items()})
 
     def start(self) -> None:
-        """Copy the trained weights into `network`, freeze what shall not learn, and make the metrics."""
+        """Copy the trained weights into `network`, freeze the first blocks, and make the metrics."""
         if self.beginning.weights is not None:
             self.copy_weights(self.beginning.weights)
         if self.freeze_blocks > 0:
             self.frozen += freeze(self.network, self.freeze_blocks)
-        self.beginning = Beginning()  # averaging of weights copies the module, and would copy all the data with it
+        self.beginning = Beginning()  # weight averaging copies the module, and would copy facts and weights with it
         self.metrics = torch.nn.ModuleDict({stage: torch.nn.ModuleDict(self.make_metrics()) for stage in STAGES})
         self.train()
 
     def copy_weights(self, weights: TrainedWeights) -> None:
-        """Let the network start from weights of one of the `accepted` kinds."""
+        """Copy the weights of an `accepted` network into this objective's network."""
         load_matching(self.network, weights.network(), weights.name, weights.argument)
 
     def setup(self, stage: str) -> None:
@@ -147,7 +146,7 @@ class TrunklineModule(L.LightningModule):
         check_sizes(self.network.config, facts)
 
     def train(self, mode: bool = True) -> "TrunklineModule":
-        """As usual, but frozen parts stay in evaluation mode: their dropout would only be noise."""
+        """Set the mode as usual, but keep frozen parts in evaluation mode: their dropout would only be noise."""
         super().train(mode)
         for module in self.frozen:
             module.eval()
@@ -156,17 +155,18 @@ class TrunklineModule(L.LightningModule):
     # --- the loss
 
     def loss(self, batch: Any) -> Loss | Terms:
-        """The sum of a batch's losses and what it counts; several of them are divided by their own counts and added.
+        """The sum of a batch's losses and the count to divide it by.
 
-        No trainer, no logging, no collective: see `training_step`.
+        If there are several such sums, each is divided by its own count and the means are added. This method uses no
+        trainer, logs nothing and does not communicate between processes: `training_step` does.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss")
 
     def joint_loss(self, batches: list[Any]) -> Terms:
         """The loss of all batches of an accumulation together, for an objective that is `joint`.
 
-        By default the sums of the batches' own losses. Each batch is computed once more in the backward pass, so that
-        memory holds the activations of one.
+        By default it adds up the losses of the batches. Each batch is recomputed in the backward pass, so that memory
+        holds the activations of only one batch.
         """
         names: list[str] = []
 
@@ -180,16 +180,16 @@ class TrunklineModule(L.LightningModule):
         return [Loss(totals[2 * n], totals[2 * n + 1].detach(), name=name) for n, name in enumerate(names)]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss whose gradients, averaged over processes, are those of the mean over all that is counted."""
+        """The loss of a step, scaled so that its gradients, averaged over processes, are those of the global mean."""
         self.count(batch, "train")
         steps = self.trainer.accumulate_grad_batches
         first = batch_idx % steps == 0
         if self.joint and steps > 1:
-            self.held = [batch] if first else [*self.held, batch]  # not what an interrupted epoch left
+            self.held = [batch] if first else [*self.held, batch]  # an interrupted epoch may have left batches
             if accumulates(self.trainer):
                 return 0.0 * next(p for p in self.network.parameters() if p.requires_grad).sum()
             batches, self.held = self.held, []
-            return self.sum_of_means(self.joint_loss(batches)) * steps  # the trainer divides by them
+            return self.sum_of_means(self.joint_loss(batches)) * steps  # the trainer divides by the number of steps
         terms = as_terms(self.loss(batch))
         if steps == 1:
             return self.sum_of_means(terms)
@@ -199,14 +199,14 @@ class TrunklineModule(L.LightningModule):
         return loss
 
     def sum_of_means(self, terms: Terms) -> Tensor:
-        """All terms, each divided by what it counts."""
+        """Divide each term by its count, log the means, and add them up."""
         means = [(term, term.total / mean_count(self.trainer, term.count)) for term in terms]
         self.log_terms(means)
         first, *others = (mean for _, mean in means)
         return sum(others, start=first)
 
     def log_terms(self, means: list[tuple[Loss, Any]]) -> None:
-        """Log the means of a training step, and what else the objective says of it."""
+        """Log the means of a training step, and the further values that the objective wants logged."""
         for term, mean in means:
             self.log(f"train/{term.name}", mean, prog_bar=term.name == "loss")
             for name, value in term.logs.items():
@@ -215,26 +215,26 @@ class TrunklineModule(L.LightningModule):
     # --- evaluation
 
     def make_metrics(self) -> dict[str, Metric]:
-        """New metrics of a split, by the name under which they are logged."""
+        """New metrics for one split, by name."""
         return {"loss": MeanMetric()}
 
     def evaluate(self, batch: Any, metrics: Any) -> Any:
-        """Count a batch towards the metrics of its split; what is returned is there for callbacks.
+        """Update the metrics of a split with a batch; what is returned is meant for callbacks.
 
-        By default the mean of `loss`, which does not know rows that only fill a batch (`valid` False).
+        By default the metric is the mean of `loss`. It also counts rows that only fill up a batch (`valid` False).
         """
         for term in as_terms(self.loss(batch)):
             metrics[term.name].update(term.total / term.count, weight=term.count)
 
     def logged(self, metrics: Any) -> dict[str, Metric]:
-        """Which of a split's metrics are logged."""
+        """The metrics of a split that are logged."""
         return dict(metrics.items())
 
     def start_evaluation(self) -> None:
-        """Forget what an evaluation before, perhaps an interrupted one, has left."""
+        """Discard what an earlier evaluation has left; it may have been interrupted."""
 
     def finish_evaluation(self, stage: str, metrics: Any) -> dict[str, Any]:
-        """Figures that follow from a whole split, by name, the same in all processes."""
+        """Further figures of a whole split, by name; they must be the same in all processes."""
         return {}
 
     def _evaluate(self, batch: Any, stage: str) -> Any:
@@ -250,11 +250,9 @@ class TrunklineModule(L.LightningModule):
             self.log(f"{stage}/{name}", value, prog_bar=name in self.shown, sync_dist=True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        """Evaluate a batch of the validation split."""
         return self._evaluate(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Evaluate a batch of the test split."""
         self._evaluate(batch, "test")
 
     def on_validation_epoch_start(self) -> None:
@@ -272,7 +270,7 @@ class TrunklineModule(L.LightningModule):
     # --- training
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The configured optimiser, with its schedule stepped once an optimiser step."""
+        """The configured optimiser, with a schedule that advances at every optimiser step."""
         optimizer = build_optimizer(self.network, self.optimizer_config)
         try:
             total = self.trainer.estimated_stepping_batches
@@ -287,7 +285,7 @@ class TrunklineModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Reseed from (seed, epoch, batch, rank): what a step draws does not depend on how the run got there."""
+        """Reseed from (seed, epoch, batch, rank), so that a resumed run draws the same random numbers."""
         words = np.random.SeedSequence((self.seed, self.current_epoch, batch_idx, self.global_rank)).generate_state(3)
         random.seed(int(words[0]))
         np.random.seed(words[1])
@@ -295,17 +293,17 @@ class TrunklineModule(L.LightningModule):
         correct_step_count(self.trainer)
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Stop at a loss that is not finite, before it reaches a weight that is saved.
+        """Stop at a loss that is not finite, before it can reach a saved weight.
 
-        To look at each loss of an accelerator, the host would have to wait for it: there the sum is kept, which no
-        later loss can make finite again, and looked at when logging and saving.
+        Reading every loss from an accelerator would make the host wait for it. So the losses are added up, and on an
+        accelerator the sum is read only when logging and saving: once it is not finite, it stays so.
         """
         self.loss_sum = self.loss_sum + loss.detach()
         if self.device.type == "cpu" or self.is_logging_step():
             self.check_finite()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Finish an accumulation's mean; log the largest learning rate and the gradient's norm before clipping."""
+        """Correct accumulated gradients; log the largest learning rate and the gradients' norm before clipping."""
         steps = self.trainer.accumulate_grad_batches
         if steps > 1 and not self.joint:
             scale_gradients(self.network, self.accumulation.correction(self.trainer, steps))
@@ -315,7 +313,7 @@ class TrunklineModule(L.LightningModule):
             self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
 
     def is_logging_step(self) -> bool:
-        """Whether the trainer writes this step's metrics."""
+        """Whether the trainer logs this step's metrics."""
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return (self.trainer.global_step + 1) % interval == 0
 
@@ -330,11 +328,15 @@ class TrunklineModule(L.LightningModule):
         if not math.isfinite(self.loss_sum):
             raise TrunklineError(
                 f"the loss is not finite by step {self.trainer.global_step} (epoch {self.current_epoch}); the last "
-                f"checkpoint is from before that. {DIVERGED}"
+                f"checkpoint was saved before that. {DIVERGED}"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Never let diverged weights replace good ones, and say what the checkpoint is of."""
+        """Refuse to save diverged weights, and store which classes the checkpoint belongs to.
+
+        Raises:
+            TrunklineError: if the loss or a weight is not finite.
+        """
         self.check_finite()
         for name, p in self.network.named_parameters():
             if not torch.isfinite(p).all():
@@ -349,10 +351,10 @@ class TrunklineModule(L.LightningModule):
         drop_half_done_validation(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights of another architecture with one message instead of a list of keys.
+        """Refuse weights of another architecture.
 
         Raises:
-            TrunklineError: naming the first difference.
+            TrunklineError: with the first weight that differs, instead of a list of all keys.
         """
         for callback in self.trainer.checkpoint_callbacks:
             state = checkpoint.get("callbacks", {}).get(callback.state_key)
@@ -372,10 +374,10 @@ class TrunklineModule(L.LightningModule):
     # --- counting
 
     def count(self, batch: Mapping[str, Any], stage: str) -> None:
-        """Log how many rows of this epoch have the flags in `counted`, over all processes.
+        """Log how many rows of this epoch are flagged (see `counted`), over all processes.
 
         Args:
-            batch: may lack a flag.
+            batch: a flag that it does not hold counts as 0.
             stage: train, val or test.
         """
         for name, title in self.counted.items():
@@ -384,15 +386,18 @@ class TrunklineModule(L.LightningModule):
             self.log(f"{stage}/{title}", metric, on_step=False, on_epoch=True)
 
     def batch_size(self, batch: dict[str, Tensor]) -> int:
-        """Samples in this process's batch."""
+        """Number of samples in this process's batch."""
         return len(next(iter(batch.values())))
 
     def flops_per_batch(self, batch: Any) -> int:
-        """Floating-point operations of a training step on this batch; 0 where nobody counts them."""
+        """Floating-point operations of a training step on this batch; 0 if the objective does not count them."""
         return 0
 
     def network_flops(self, *inputs: Any, **options: Any) -> int:
-        """Floating-point operations of one training step (forward and twice that backward) on such inputs."""
+        """Floating-point operations of a training step on inputs of these shapes.
+
+        The backward pass is taken to cost twice as much as the forward pass.
+        """
 
         def shape_only(x: Any) -> Any:
             return torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x
@@ -406,18 +411,18 @@ class TrunklineModule(L.LightningModule):
 
 @dataclasses.dataclass
 class Beginning:
-    """What an objective knows while it is made, and forgets after that."""
+    """What an objective needs only until `start`."""
 
     facts: DataFacts = dataclasses.field(default_factory=DataFacts)
     weights: TrainedWeights | None = None
 
 
 def as_terms(loss: Loss | Terms) -> Terms:
-    """A loss of one term as a list of it."""
+    """The terms of a loss; a single term becomes a list with one entry."""
     return [loss] if isinstance(loss, Loss) else loss
 
 
-def as_config(config_class: type[C], value: Any) -> C:
+def as_config(config_class: type[ConfigT], value: Any) -> ConfigT:
     """A configuration from a dataclass, a plain mapping, or None for the defaults."""
     if isinstance(value, config_class):
         return copy.deepcopy(value)
@@ -425,7 +430,7 @@ def as_config(config_class: type[C], value: Any) -> C:
 
 
 def as_plain(value: Any) -> Any:
-    """Dataclasses as dicts, tuples as lists: what JSON would make of them."""
+    """Plain data: dataclasses become dicts and tuples become lists, as in JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):

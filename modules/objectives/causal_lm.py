@@ -16,13 +16,13 @@ from trunkline.modules.objectives.checks import check_loss_options, facts_of
 class CausalLM(TrunklineModule):
     """Cross-entropy of each next token.
 
-    Logged in evaluation: `loss` in nats per token, `ppl` (perplexity), `acc` (share of tokens that were the
-    likeliest) and `bpb`, bits per byte of text, which unlike the others compares across tokenizers.
+    Logged in evaluation: `loss` in nats per token, `ppl` (perplexity), `acc` (share of tokens that the network
+    predicts as the likeliest) and `bpb` (bits per byte of text). Only `bpb` can be compared across tokenizers.
 
     Args:
         network: shape of the GPT.
         label_smoothing: share of the target spread evenly over the vocabulary (arXiv:1512.00567).
-        z_loss: factor of the squared log-partition (arXiv:2204.02311; 1e-4 there); 0 is off.
+        z_loss: factor of the squared log-partition (arXiv:2204.02311, which uses 1e-4); 0 is off.
         **shared: see `TrunklineModule`.
     """
 
@@ -46,7 +46,7 @@ class CausalLM(TrunklineModule):
         return self.network(tokens)
 
     def loss(self, batch: TokenBatch) -> Loss:
-        """Over the tokens that have a target."""
+        """The loss over the tokens that have a target."""
         states = self.network(batch["tokens"], batch.get("document"), return_logits=False)
         targets = batch["targets"].flatten()
         total = linear_cross_entropy(
@@ -78,7 +78,7 @@ class CausalLM(TrunklineModule):
         return found
 
     def batch_size(self, batch: TokenBatch) -> int:  # type: ignore[override]
-        """Tokens in this process's batch."""
+        """Number of tokens in this process's batch."""
         return batch["tokens"].numel()
 
     def flops_per_batch(self, batch: TokenBatch) -> int:

@@ -1,8 +1,8 @@
-"""What fits together: the sizes of a network and the data, tokenizers, options of a loss."""
+"""Checks before training: sizes of network and data, tokenizers, options of a loss."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 
@@ -10,18 +10,17 @@ from trunkline import TrunklineError
 from trunkline.contract import DataFacts, HasFacts
 from trunkline.files import load_checkpoint
 from trunkline.modules.backbone import TransformerConfig
-
-C = TypeVar("C")
+from trunkline.modules.networks.base import ConfigT
 
 
 def facts_of(trainer: L.Trainer) -> DataFacts:
-    """What the data of a trainer knows; nothing where it was given bare loaders."""
+    """What the trainer's datamodule knows; no facts if the trainer was given bare data loaders."""
     data = getattr(trainer, "datamodule", None)
     return data.facts if isinstance(data, HasFacts) else DataFacts()
 
 
 def sizes_of(facts: DataFacts) -> dict[str, Any]:
-    """Field of a network's configuration -> the data's size."""
+    """The data's sizes, by the name of the network's configuration field."""
     classes = len(facts.class_names) if facts.class_names else None
     sizes = {
         "image_size": facts.image_size,
@@ -35,24 +34,24 @@ def sizes_of(facts: DataFacts) -> dict[str, Any]:
 
 
 ROOMY = {"vocab_size": "take their tokenizer", "max_length": "set the data's max_length to at most {}"}
-"""Sizes in which a network may exceed the data; and what to do where trained weights have too little of one."""
+"""Sizes that may be larger in the network than in the data -> what to do if trained weights have too small a size."""
 PLACE_IN_DATA = {"vocab_size": "data.tokenizer", "max_length": "data.max_length"}
 
 
-def with_sizes_of_data(config: C, facts: DataFacts, source: Any = None, place: str = "model.network") -> C:
-    """A network's configuration with the sizes that the data knows, and that the recipe therefore leaves out.
+def with_sizes_of_data(config: ConfigT, facts: DataFacts, source: Any = None, place: str = "model.network") -> ConfigT:
+    """Fill the sizes that a recipe leaves out of the network's configuration with the data's sizes.
 
-    A size that still has its default counts as left out. Of a vocabulary and a row length the network may have more
-    than the data; left out, they are those of `source`, if there is one, so that its weights fit.
+    A size that still has its default counts as left out. The vocabulary and the row length may be larger in the network
+    than in the data; if they are left out and there is a `source`, they are taken from it, so that its weights fit.
 
     Args:
-        config: a dataclass; dataclasses in it are filled likewise, but for trunks, which know no data.
-        facts: of the data.
-        source: configuration, of the same class, of a network whose weights will be copied.
-        place: of the configuration in a recipe, for messages.
+        config: a dataclass; nested dataclasses are filled too, except trunks, which do not depend on the data.
+        facts: what the data knows.
+        source: the configuration, of the same class, of a network whose weights will be copied.
+        place: where the configuration stands in a recipe, for messages.
 
     Raises:
-        TrunklineError: for a size that was stated and is not the data's, or a `source` that is too small for the data.
+        TrunklineError: if a stated size differs from the data's, or if `source` is too small for the data.
     """
     sizes, changed = sizes_of(facts), {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
@@ -76,7 +75,7 @@ def check_trained(name: str, trained: int, size: int | None) -> None:
     """Compare a size of trained weights with the data's.
 
     Raises:
-        TrunklineError: if the data needs more, which weights cannot be given afterwards.
+        TrunklineError: if the data needs a larger size.
     """
     if size is not None and trained < size:
         raise TrunklineError(
@@ -90,7 +89,7 @@ def check_size(name: str, own: Any, size: Any, place: str) -> None:
     """Compare a size of a network with the data's.
 
     Raises:
-        TrunklineError: if the network is too small for the data, or made for another size.
+        TrunklineError: if the network's size does not fit the data.
     """
     if size is None or own == size or (name in ROOMY and own >= size):
         return
@@ -110,7 +109,7 @@ def _sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def check_sizes(config: Any, facts: DataFacts, place: str = "model.network") -> None:
-    """Compare all sizes of a network's configuration with the data's; see `check_size`."""
+    """Compare all sizes of a network's configuration with the data's, by `check_size`."""
     sizes = sizes_of(facts)
     for field in dataclasses.fields(config):
         own, at = getattr(config, field.name), f"{place}.{field.name}"
@@ -121,15 +120,15 @@ def check_sizes(config: Any, facts: DataFacts, place: str = "model.network") -> 
 
 
 def check_tokenizer(facts: DataFacts, source: str | None, argument: str = "init_from") -> None:
-    """Compare the data's tokenizer with that of the checkpoint whose weights a run starts from.
+    """Compare the data's tokenizer with the tokenizer of the checkpoint that a run starts from.
 
     Args:
-        facts: of the data.
-        source: the checkpoint; a folder or a hub name has no tokenizer to compare with.
-        argument: that names it.
+        facts: what the data knows.
+        source: file of the checkpoint; a folder or a hub name holds no tokenizer and is not checked.
+        argument: the argument that names the checkpoint, for the message.
 
     Raises:
-        TrunklineError: if they differ, for then the ids mean other words.
+        TrunklineError: if the tokenizers differ: the same ids would mean other words.
     """
     if facts.tokenizer is None or source is None or not Path(source).is_file():
         return
@@ -143,10 +142,10 @@ def check_tokenizer(facts: DataFacts, source: str | None, argument: str = "init_
 
 
 def check_loss_options(label_smoothing: float, z_loss: float = 0.0) -> None:
-    """Refuse what no loss can be made with.
+    """Check the ranges of a loss's options.
 
     Raises:
-        TrunklineError: naming the field.
+        TrunklineError: if one is out of range.
     """
     if not 0 <= label_smoothing < 1:
         raise TrunklineError(

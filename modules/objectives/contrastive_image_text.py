@@ -21,32 +21,32 @@ from trunkline.modules.training.distributed import Gather
 from trunkline.modules.training.warm_start import freeze, load_matching, start_text_head
 
 INPUTS: tuple[Literal["image", "tokens", "mask"], ...] = ("image", "tokens", "mask")
-"""What of a batch the network sees."""
+"""Fields of a batch that the network takes."""
 
 
 class ContrastiveImageText(TrunklineModule):
     """Pull the embeddings of an image and its text together, and push all others of the batch apart.
 
-    The batch is that of all processes and of all steps of an accumulation: loss and gradients are those of one
-    process that sees it whole.
+    The batch consists of the batches of all processes and of all steps of an accumulation: loss and gradients are the
+    same as if one process saw all of it at once.
 
-    Logged: `loss` (in training the first process's part of it) beside `chance_loss`, that of embeddings that know
-    nothing where all captions differ, and in training `logit_scale`; in evaluation over the whole split, one caption an
-    image, `image_to_text_R@1`, `@5`, `@10`, `image_to_text_median_rank` and the same for `text_to_image`.
+    Logged: `loss` (in training only the first process's part) and `chance_loss`, the loss of uninformative embeddings
+    if all captions differ; in training also `logit_scale`. Evaluation also logs retrieval over the whole split with one
+    caption per image: `image_to_text_R@1`, `@5`, `@10`, `image_to_text_median_rank`, and the same for `text_to_image`.
 
     Args:
         network: shape of the towers.
-        loss: `infonce`, CLIP's, or `sigmoid`, SigLIP's, which needs `network.init_logit_bias`.
-        same_captions: whether pairs of one caption are each other's wrong answers (`negatives`) or `ignored`.
-        chunk_size: pairs of a process that run through the towers at a time; each chunk runs twice, and memory is that
-            of one chunk (gradient caching, arXiv:2101.06983). None takes a whole batch; where gradients are
-            accumulated, each batch is such a chunk.
-        init_image_from: weights of the image tower alone: those of a ViT.
-        init_text_from: weights of the text tower alone: those of a BERT, a GPT, or a task on one.
-        freeze_image_blocks: first blocks of the image tower that keep their weights; the depth or more locks the tower
-            but for its projection (LiT, arXiv:2111.07991).
+        loss: `infonce` (CLIP) or `sigmoid` (SigLIP), which needs `network.init_logit_bias`.
+        same_captions: whether pairs with the same caption are each other's wrong answers (`negatives`) or `ignored`.
+        chunk_size: pairs per process that run through the towers at a time. Each chunk runs twice, and memory holds the
+            activations of one chunk (gradient caching, arXiv:2101.06983). None runs the whole batch at once; with
+            accumulated gradients, each batch is a chunk.
+        init_image_from: trained weights for the image tower alone: a ViT.
+        init_text_from: trained weights for the text tower alone: a BERT, a GPT, or a task's network built on one.
+        freeze_image_blocks: number of first blocks of the image tower that keep their weights. With the depth or more,
+            only the tower's projection learns (LiT, arXiv:2111.07991).
         freeze_text_blocks: the same for the text tower.
-        **shared: see `TrunklineModule`; its `freeze_blocks` is for both towers.
+        **shared: see `TrunklineModule`; its `freeze_blocks` applies to both towers.
     """
 
     network: CLIP
@@ -96,20 +96,20 @@ class ContrastiveImageText(TrunklineModule):
             self.frozen += freeze(tower, blocks) if blocks > 0 else []
         self.train()
         self.evaluated: list[tuple[Embeddings, Tensor]] = []
-        """Embeddings and caption keys of the evaluation so far."""
+        """Embeddings and caption keys of the batches evaluated so far."""
 
     def check_options(
         self, config: CLIPConfig, trained: tuple[str | None, str | None], frozen: tuple[int, int]
     ) -> None:
-        """Refuse what cannot work together.
+        """Refuse options that contradict each other.
 
         Args:
-            config: of the network.
-            trained: what the towers start from.
-            frozen: blocks of them that keep their weights.
+            config: the network's configuration.
+            trained: `init_image_from` and `init_text_from`.
+            frozen: `freeze_image_blocks` and `freeze_text_blocks`.
 
         Raises:
-            TrunklineError: naming the fields.
+            TrunklineError: if options do not fit each other or are out of range.
         """
         if self.kind == "sigmoid" and config.init_logit_bias is None:
             raise TrunklineError(
@@ -135,11 +135,11 @@ class ContrastiveImageText(TrunklineModule):
         check_tokenizer(facts_of(self.trainer), self.init_text_from, "init_text_from")
 
     def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Embeddings:
-        """Embeddings of images and texts; see `CLIP.forward`."""
+        """Embeddings of images and texts, as in `CLIP.forward`."""
         return self.network(image, tokens, mask)
 
     def embed(self, *batches: PairBatch, chunk: int | None = None) -> Embeddings:
-        """Embeddings of batches, one after the other; what is in chunks is computed once more in the backward pass."""
+        """Embeddings of the pairs of all batches; chunks are recomputed in the backward pass, to save memory."""
         parts = [
             part
             for batch in batches
@@ -152,7 +152,7 @@ class ContrastiveImageText(TrunklineModule):
         return Embeddings(*(torch.cat(side) for side in zip(*found, strict=True)))
 
     def contrast(self, embeddings: Embeddings, keys: Tensor, gather: Gather) -> Tensor:
-        """Sum of the losses of this process's pairs against those of all processes."""
+        """Sum of the losses of this process's pairs, each compared with the pairs of all processes."""
         scale, texts = self.network.scale, gather(embeddings.text)
         same = gather(keys) if self.same_captions == "ignored" else None
         if self.kind == "sigmoid":
@@ -164,29 +164,30 @@ class ContrastiveImageText(TrunklineModule):
         return self.joint_loss([batch])
 
     def joint_loss(self, batches: list[PairBatch]) -> Terms:
-        """Over the pairs of all batches.
+        """The loss over the pairs of all batches.
 
         Raises:
-            TrunklineError: for one pair alone, which has nothing to be told from.
+            TrunklineError: if there is only one pair, which has no wrong answers to be compared with.
         """
         keys = torch.cat([batch["caption_key"] for batch in batches])
         embeddings, gather = self.embed(*batches, chunk=self.chunk_size), self.gather(keys)
         if gather.total < 2:
             raise TrunklineError(
-                "a batch of one pair has nothing to tell it from; set batch_size to 2 or more", field="data.batch_size"
+                "a batch of one pair has no other pair to compare it with; set batch_size to 2 or more",
+                field="data.batch_size",
             )
         logs = {"chance_loss": self.chance(gather.total), "logit_scale": self.network.scale.factor.detach()}
         return [Loss(self.contrast(embeddings, keys, gather), keys.new_tensor(len(keys)), logs)]
 
     def chance(self, pairs: int) -> float:
-        """Loss among this many pairs of embeddings that know nothing, at the best scale and bias."""
+        """Loss of uninformative embeddings among this many pairs, with the best scale and bias."""
         if self.kind == "infonce":
             return math.log(pairs)
         # Each text belongs to an image with probability 1 / pairs.
         return math.log(pairs) + (pairs - 1) * math.log(pairs / max(pairs - 1, 1))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """As usual, with the scale kept within its limits."""
+        """Step as usual, then clamp the logit scale to its limits."""
         super().optimizer_step(*args, **kwargs)
         self.network.scale.clamp()
 
@@ -223,10 +224,10 @@ class ContrastiveImageText(TrunklineModule):
         images, texts, keys = (gather(x) for x in (images, texts, keys))
         if not len(keys):
             raise TrunklineError(
-                f"not one pair of the {stage} split could be read; mend its images and captions, see the warnings"
+                f"not one pair of the {stage} split could be read; check its images and captions (see the warnings)"
             )
         return retrieval_metrics(images, texts, keys, keys)
 
     def flops_per_batch(self, batch: PairBatch) -> int:
-        """As usual; what chunks compute twice is counted once."""
+        """As in the base class; the recomputation of chunks is not counted."""
         return self.network_flops(batch["image"], batch["tokens"], mask=batch["mask"])

@@ -18,13 +18,13 @@ from trunkline.modules.objectives.checks import check_loss_options
 class ImageClassifier(TrunklineModule):
     """Cross-entropy on images with one label each.
 
-    Logged in evaluation: `loss`, `acc`, and of more than five classes `acc_top5`.
+    Logged in evaluation: `loss`, `acc`, and with more than five classes `acc_top5`.
 
     Args:
-        network: shape of the ViT. Learned positions of weights to start from are interpolated to its `image_size`.
+        network: shape of the ViT. Learned positions of trained weights are interpolated to its `image_size`.
         label_smoothing: share of the target spread evenly over all classes (arXiv:1512.00567).
         mixup: alpha of mixup (arXiv:1710.09412); 0 is off.
-        cutmix: alpha of CutMix (arXiv:1905.04899); 0 is off. With both, each batch takes one of them.
+        cutmix: alpha of CutMix (arXiv:1905.04899); 0 is off. If both are on, each batch uses one of them.
         mix_prob: probability that a batch is mixed at all.
         **shared: see `TrunklineModule`.
     """
@@ -63,11 +63,11 @@ class ImageClassifier(TrunklineModule):
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Number of classes."""
         return self.network.config.num_classes
 
     def features(self, batch: ImageBatch) -> Tensor:
-        """(B, D) pooled features of `image`, as the output layer reads them."""
+        """Pooled features (B, D) of the images: the input of the output layer."""
         return self.network.forward_head(self.network.forward_features(batch["image"]), pre_logits=True)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -75,17 +75,17 @@ class ImageClassifier(TrunklineModule):
         return self.network(image)
 
     def loss(self, batch: ImageBatch) -> Loss:
-        """Over the images, mixed if so configured.
+        """The loss over the images, which are mixed first if the options say so.
 
         Raises:
-            TrunklineError: if an odd number of images cannot be mixed in pairs.
+            TrunklineError: if images are mixed in pairs and their number is odd.
         """
         image, target = batch["image"], batch["label"]
         if self.mix.mixup_alpha or self.mix.cutmix_alpha:
             if len(image) % 2:
                 raise TrunklineError(
-                    f"mixup and CutMix pair images: {len(image)} a process is odd; set batch_size to an even number a "
-                    "process",
+                    f"mixup and CutMix pair images, but {len(image)} images per process is an odd number; set "
+                    "batch_size to an even number per process",
                     field="data.batch_size",
                 )
             image, target = self.mix(image.clone(), target)  # (B, num_classes) soft targets

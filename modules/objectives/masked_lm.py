@@ -1,4 +1,4 @@
-"""Masked language modelling: name hidden tokens, and optionally tell whether two texts follow each other."""
+"""Masked language modelling: predict hidden tokens, and optionally whether the second text follows the first."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ from trunkline.modules.objectives.reduction import Terms
 
 
 class MaskedLM(TrunklineModule):
-    """Cross-entropy of hidden tokens; the last block and the head compute no more than these.
+    """Cross-entropy of hidden tokens; the last block and the head compute only these tokens.
 
-    Logged in evaluation: `loss` in nats per hidden token, `ppl` (pseudo-perplexity), `acc`, beside them
-    `unigram_entropy`, the loss of guessing by frequency alone: a run that stays near it is stuck; with
-    pairs also `next_loss` and `next_acc`.
+    Logged in evaluation: `loss` in nats per hidden token, `ppl` (pseudo-perplexity), `acc`, and `unigram_entropy`, the
+    loss of guessing by frequency alone: a run whose loss stays near it is stuck. With pairs of texts also `next_loss`
+    and `next_acc`.
 
     Args:
-        network: shape of the BERT; with `next_sentence` both losses are added.
+        network: shape of the BERT; with `next_sentence` the loss of the pairs is added.
         label_smoothing: share of the target spread evenly over the vocabulary (arXiv:1512.00567).
         **shared: see `TrunklineModule`.
     """
@@ -37,7 +37,7 @@ class MaskedLM(TrunklineModule):
         config = self.configured(BERTConfig, network)
         self.keep_hyperparameters(network=config, label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
-        self.joint = config.next_sentence  # hidden tokens and pairs are counted apart
+        self.joint = config.next_sentence  # hidden tokens and pairs have separate counts
         self.network = BERT(config)
         self.start()
 
@@ -46,7 +46,7 @@ class MaskedLM(TrunklineModule):
         return self.network(tokens)
 
     def states(self, batch: MaskedBatch) -> tuple[Tensor, Tensor | None]:
-        """What the output layer reads, (B N, D), and with pairs the (B, 2) logits of what follows."""
+        """Inputs of the output layer (B N, D), and with pairs the logits (B, 2) of next-sentence prediction."""
         inputs: dict[str, Any] = {"mask": batch.get("mask"), "keep": batch["positions"], "return_logits": False}
         if not self.network.config.next_sentence:
             return self.network(batch["tokens"], batch.get("segment"), **inputs).flatten(0, 1), None
@@ -54,7 +54,7 @@ class MaskedLM(TrunklineModule):
         return states.flatten(0, 1), pairs
 
     def loss(self, batch: MaskedBatch) -> Terms:
-        """Over the hidden tokens; and over the pairs, where there are any."""
+        """The loss over the hidden tokens, and with `next_sentence` the loss over the pairs."""
         states, pairs = self.states(batch)
         targets, head = batch["targets"].flatten(), self.network.head
         total = linear_cross_entropy(states, head.weight, targets, head.bias, label_smoothing=self.label_smoothing)
@@ -88,7 +88,7 @@ class MaskedLM(TrunklineModule):
         return found if baseline is None else {**found, "unigram_entropy": baseline}
 
     def batch_size(self, batch: MaskedBatch) -> int:  # type: ignore[override]
-        """Tokens in this process's batch."""
+        """Number of tokens in this process's batch."""
         return batch["tokens"].numel()
 
     def flops_per_batch(self, batch: MaskedBatch) -> int:

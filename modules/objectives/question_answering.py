@@ -1,4 +1,4 @@
-"""Extractive question answering: where in a text the answer begins and ends."""
+"""Extractive question answering: find where the answer begins and ends in a text."""
 
 from typing import Any, ClassVar
 
@@ -18,9 +18,9 @@ from trunkline.modules.objectives.text_task import TextTask
 class QuestionAnswering(TextTask):
     """Cross-entropy of the first and of the last token of an answer, as in BERT for SQuAD (arXiv:1606.05250).
 
-    Logged in evaluation: `loss` over windows; `exact` and `f1` over questions, shares from 0 to 1 as SQuAD's own
-    script counts them. Where any question has no answer (SQuAD 2.0, arXiv:1806.03822), no answer is
-    predicted if it scores higher than each answer.
+    Logged in evaluation: `loss` over windows; `exact` and `f1` over questions, from 0 to 1, counted as by SQuAD's own
+    script. If some questions of the split have no answer (SQuAD 2.0, arXiv:1806.03822), "no answer" is predicted
+    where it scores higher than every answer.
 
     Args:
         network: shape of body and output; `pool` must be `none` and `num_outputs` 2.
@@ -46,16 +46,16 @@ class QuestionAnswering(TextTask):
             )
         self.max_answer_length = max_answer_length
         self.found: list[WindowAnswer] = []
-        """Likeliest answers of the evaluation so far."""
+        """Likeliest answers of the windows evaluated so far."""
         self.make_network(config)
 
     def loss(self, batch: WindowBatch) -> Loss:
-        """Over the windows."""
+        """The loss over the windows."""
         losses = self.window_losses(self.outputs(batch), batch)
         return Loss(losses.sum(), len(losses))
 
     def window_losses(self, outputs: Tensor, batch: WindowBatch) -> Tensor:
-        """(B,) mean of both cross-entropies; padding is nobody's answer."""
+        """Mean of the cross-entropies of first and last token (B,); padding cannot be an answer."""
         logits = outputs.masked_fill(~batch["mask"][..., None], -torch.inf)  # (B, T, 2)
         first = F.cross_entropy(logits[..., 0], batch["start"], reduction="none")
         last = F.cross_entropy(logits[..., 1], batch["end"], reduction="none")
@@ -89,7 +89,7 @@ class QuestionAnswering(TextTask):
         return [WindowAnswer(*values) for values in zip(*lists, strict=True)]
 
     def predict_step(self, batch: WindowBatch, batch_idx: int) -> list[WindowAnswer]:
-        """The likeliest answer of each window; see `merge_windows`."""
+        """The likeliest answer of each valid window; `merge_windows` takes them."""
         return self.likeliest(self.outputs(batch), batch)
 
     def finish_evaluation(self, stage: str, metrics: Any) -> dict[str, Any]:

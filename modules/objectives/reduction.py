@@ -1,4 +1,4 @@
-"""From sums of losses to the mean over all processes and all steps of an accumulation."""
+"""Turns sums of losses into the mean over all processes and all steps of an accumulation."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from trunkline.contract import Loss
 
 Terms = Sequence[Loss]
-"""What an objective's loss consists of: one sum, or several that are divided by counts of their own and then added."""
+"""The parts of an objective's loss: each sum is divided by its own count, then the means are added."""
 
 
 def mean_count(trainer: L.Trainer, count: Tensor | int) -> Tensor | int:
-    """The mean over processes of a count; a whole number is the same in all of them, and needs no collective."""
+    """The mean of a count over processes; an int is the same in all processes, so nothing is communicated."""
     if isinstance(count, int):
         return max(count, 1)
     count = count.float()
@@ -23,10 +23,11 @@ def mean_count(trainer: L.Trainer, count: Tensor | int) -> Tensor | int:
 
 
 class Accumulation:
-    """The gradient of a sum over several steps, divided at the end by all that was counted in them.
+    """The gradient of the mean over all steps of an accumulation.
 
-    How much the steps count together is known only after the last one, but each must go backward at once. So each is
-    divided by what the first one counts, and `correction` makes the mean of it before the optimiser steps.
+    The total count is known only after the last step, but each step's loss must go backward immediately. So each loss
+    is divided by the count of the first step, and before the optimiser's step the gradients are multiplied by
+    `correction`.
     """
 
     def __init__(self) -> None:
@@ -35,16 +36,16 @@ class Accumulation:
         self.count: Tensor | int = 0
 
     def add(self, trainer: L.Trainer, loss: Loss, first: bool) -> Tensor:
-        """What goes backward for a step; the trainer divides it by the number of steps.
+        """The loss that goes backward in this step; the trainer divides it by the number of steps.
 
         Args:
-            trainer: knows the other processes.
-            loss: of this process's batch.
-            first: whether an accumulation begins with this step.
+            trainer: communicates with the other processes.
+            loss: the loss of this process's batch.
+            first: whether this step begins an accumulation.
         """
         if first:
             reference = mean_count(trainer, loss.count)
-            # Not below 1, or a first batch that counts nothing would make the others' gradients overflow.
+            # Not below 1: a first batch without any count would make the gradients of the others overflow.
             self.reference = reference if isinstance(reference, int) else reference.clamp(min=1)
             self.total, self.count = 0.0, 0
         self.total = self.total + loss.total.detach()
@@ -52,16 +53,16 @@ class Accumulation:
         return loss.total / self.reference
 
     def mean(self, trainer: L.Trainer) -> Tensor | float:
-        """The loss of all steps so far; summed over processes and divided by their number it is the global mean."""
+        """The loss of all steps so far, scaled so that its average over processes is the global mean."""
         return self.total / mean_count(trainer, self.count)
 
     def correction(self, trainer: L.Trainer, steps: int) -> Tensor | float:
-        """The factor that makes the mean over all that was counted of the gradients."""
+        """The factor that turns the accumulated gradients into those of the global mean."""
         return self.reference * steps / mean_count(trainer, self.count)
 
 
 def scale_gradients(module: torch.nn.Module, factor: Tensor | float) -> None:
-    """Multiply all gradients, in one kernel call for all of them."""
+    """Multiply all gradients by a factor, in one kernel call."""
     grads = [p.grad for p in module.parameters() if p.grad is not None]
     if not isinstance(factor, Tensor) and factor == 1.0:
         return

@@ -42,7 +42,7 @@ class TextClassifier(TextTask):
         self.make_network(config)
 
     def loss(self, batch: TextBatch) -> Loss:
-        """Over the texts."""
+        """The loss over the texts."""
         outputs, label = self.outputs(batch), batch["label"]
         total = F.cross_entropy(outputs, label, reduction="sum", label_smoothing=self.label_smoothing)
         return Loss(total, len(label))

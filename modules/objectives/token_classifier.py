@@ -1,4 +1,4 @@
-"""Classification of tokens: names of persons and places, parts of speech."""
+"""Classification of words, such as names of persons and places or parts of speech."""
 
 from typing import Any, ClassVar
 
@@ -16,10 +16,10 @@ from trunkline.modules.objectives.text_task import TextTask
 
 
 class TokenClassifier(TextTask):
-    """Cross-entropy of a tag for each word.
+    """Cross-entropy of one tag per word.
 
-    Logged in evaluation: `loss` and `acc` over words, and `f1`: of whole entities as CoNLL counts them (borders and
-    type must be right) if the data's tags begin with `B-` and `I-`, else the mean of the tags' F1 scores.
+    Logged in evaluation: `loss` and `acc` over words, and `f1`. If the data's tags begin with `B-` and `I-`, `f1` is
+    that of whole entities as CoNLL counts them (borders and type must be right), else the mean of the tags' F1 scores.
 
     Args:
         network: shape of body and output; `pool` must be `none`.
@@ -42,11 +42,11 @@ class TokenClassifier(TextTask):
             )
         self.label_smoothing = label_smoothing
         self.tags: list[str] = []
-        """Names of the tags, where they mark entities."""
+        """Names of the tags; empty unless they mark entities."""
         self.make_network(config)
 
     def loss(self, batch: TaggedBatch) -> Loss:
-        """Over the words."""
+        """The loss over the words."""
         targets = batch["targets"].flatten()
         logits = self.outputs(batch).flatten(0, 1)  # (B T, K)
         total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
@@ -69,7 +69,7 @@ class TokenClassifier(TextTask):
         self.tags = names if any(name.startswith(("B-", "I-")) for name in names) else []
 
     def evaluate(self, batch: TaggedBatch, metrics: Any) -> dict[str, Tensor]:
-        """Returns `label` and `prediction` (N,) of the words of the valid sentences."""
+        """Returns `label` and `prediction` (N,) of the words in the valid sentences."""
         valid = batch["valid"]
         logits, targets = self.outputs(batch)[valid], batch["targets"][valid]
         counted, best = targets != IGNORE, logits.argmax(dim=-1)
@@ -85,7 +85,7 @@ class TokenClassifier(TextTask):
         return {"label": labels, "prediction": words.argmax(dim=-1)}
 
     def predict_step(self, batch: TaggedBatch, batch_idx: int) -> dict[str, Tensor]:
-        """`index` of its sample, `prediction`, the likeliest tag, and `probability`, each (N,), of the valid words."""
+        """`index` of the sentence, `prediction` and its `probability`, each (N,), for the words of valid sentences."""
         words = (batch["targets"] != IGNORE) & batch["valid"][:, None]
         probability, prediction = self.outputs(batch)[words].softmax(dim=-1).max(dim=-1)
         index = batch["index"][:, None].expand_as(words)[words]

@@ -62,7 +62,7 @@ def test_against_a_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Values and all gradients, also where only two rows of logits are held at a time."""
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", chunk)
     got, want = embeddings(), embeddings()
     value, expected = loss(*got, keys=keys), loop(*want, keys)
     torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)

@@ -86,7 +86,7 @@ def test_nothing_to_predict() -> None:
 
 def test_token_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     (x, weight, bias), target = inputs(torch.float32)
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 500)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 500)
     mine, best = token_losses(x, weight, target, bias)
     logits = F.linear(x, weight, bias)
     torch.testing.assert_close(mine, F.cross_entropy(logits, target, reduction="none"))

@@ -25,7 +25,7 @@ def brute(queries: Tensor, gallery: Tensor, query_keys: list[int], gallery_keys:
 @pytest.mark.parametrize("elements", [1, 100, 2**24])
 @pytest.mark.parametrize("keys", [list(range(30)), [n % 7 for n in range(30)]])
 def test_against_a_loop(elements: int, keys: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieval, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(retrieval, "COSINES_AT_ONCE", elements)
     image, text = normalize(torch.randn(30, 4), dim=1), normalize(torch.randn(41, 4), dim=1)
     text_keys = keys + keys[:11]
     ranks = {

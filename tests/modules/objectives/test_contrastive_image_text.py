@@ -232,7 +232,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(TrunklineError, match=r"give init_image_from or init_text_from, not both") as caught:
         ContrastiveImageText(shared, init_image_from="a", init_text_from="b")
     assert caught.value.field == "model.init_image_from"
-    message = r"a batch of one pair has nothing to tell it from; set batch_size to 2 or more"
+    message = r"a batch of one pair has no other pair to compare it with; set batch_size to 2 or more"
     with pytest.raises(TrunklineError, match=message) as caught:
         fit(model(loss="infonce"), tmp_path, cut([1, 10]))
     assert caught.value.field == "data.batch_size"

@@ -70,7 +70,7 @@ def test_mix_prob_is_the_share_of_mixed_batches() -> None:
 
 
 def test_mixing_an_odd_batch_is_an_error() -> None:
-    with pytest.raises(TrunklineError, match=r"5 a process is odd; set batch_size to an even number") as caught:
+    with pytest.raises(TrunklineError, match=r"5 images per process is an odd number; set batch_size") as caught:
         classifier(mixup=0.1).loss(batches(1, size=5)[0])
     assert caught.value.field == "data.batch_size"
 
