@@ -1,1 +1,1 @@
-"""How networks learn, and how a run is saved, resumed and started from trained weights."""
+"""Optimisers and schedules; how a run is saved, resumed, and started from trained weights."""

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill, a full disk and a flipped bit."""
+"""Checkpoints that survive a kill or a full disk, and in which a flipped bit is noticed."""
 
 import os
 from collections.abc import Callable
@@ -12,26 +12,26 @@ from trunkline.files import cannot_write, digest, digest_file, find_fault, known
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes whole files or none, keeps a SHA-256 beside each, and loads plain data only.
+    """Writes each file completely or not at all, keeps a SHA-256 digest beside it, and loads only plain data.
 
-    Lightning's writer moves a file across file systems without fsync: a kill can leave it torn.
+    Lightning's writer moves a file across file systems without fsync, so that a kill can leave an incomplete file.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Write beside the target, flush to the disk, then rename.
+        """Write to a temporary file beside the target, flush it to the disk, then rename it.
 
         Raises:
-            TrunklineError: if the disk is full or not writable; names the path and the free space. An
-                older file of the same name stays as it was.
+            TrunklineError: if the disk is full or not writable, with the path and the free space. An older file of the
+                same name stays as it was.
         """
         path = Path(path)
         try:
             for left_over in path.parent.glob(".*.ckpt.*"):  # of a save that was killed
                 left_over.unlink(missing_ok=True)
-            # The digest goes first and names the file that is about to be replaced too, so that a kill
-            # between the two renames leaves a valid pair, even if that happens several times.
+            # The digest file is renamed first. It also lists the digests of the files before, so that a kill between
+            # the two renames leaves a valid checkpoint, even if that happens several times.
             with replacing(digest_file(path), path) as (digests, content):
                 torch.save(checkpoint, content)
                 known = known_digests(path)[:7]
@@ -45,11 +45,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Load by `trunkline.files.load_checkpoint`, which runs no code in a file, whatever `weights_only` says."""
+        """Load with `trunkline.files.load_checkpoint`, which never runs code from a file; `weights_only` is ignored."""
         return load_checkpoint(path, map_location)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Remove a file and its digest."""
         path = Path(path)
         super().remove_checkpoint(path)
         digest_file(path).unlink(missing_ok=True)
@@ -58,7 +57,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint below a folder, and what is wrong with the newer ones.
 
-    Files without a digest are passed over, for nothing tells whether they are whole.
+    Files without a digest are ignored, because they cannot be checked.
     """
     faults: list[str] = []
     files = [p for p in folder.rglob("*.ckpt") if digest_file(p).exists()]
@@ -71,11 +70,11 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def follow_folder(state: dict[str, Any], folder: str) -> None:
-    """Let a checkpoint callback find its files in a run's folder that was moved, or is reached by another path.
+    """Correct the paths in a checkpoint callback's state if the run's folder was moved or has another path now.
 
     Args:
-        state: of a `ModelCheckpoint`, changed in place.
-        folder: where it writes now.
+        state: state of a `ModelCheckpoint`, changed in place.
+        folder: the folder that the callback writes to now.
     """
     before, best = state["dirpath"], state["best_model_path"]
     if before == folder or (best and not Path(folder, Path(best).name).exists()):

@@ -1,4 +1,4 @@
-"""Tensors of all processes, with gradients to where they came from. Needs torch alone."""
+"""Gathers tensors from all processes, and sends the gradients back. Needs only torch."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from torch import Tensor
 
 
 class Gather:
-    """Puts the rows of all processes together, in the order of the processes, the same on each.
+    """Concatenates the rows of all processes, in the order of the processes; the result is the same in each.
 
-    Each process may have another number of rows, or none. Making one waits for the device, because the numbers must
-    be known: to take them for equal would hang or mix up rows where they are not.
+    The processes may have different numbers of rows, or none. The constructor exchanges these numbers, for which it
+    waits for the device: if they were assumed equal and were not, the run would hang or mix up rows.
 
     Args:
-        rows: a tensor with this process's rows.
+        rows: a tensor with this process's rows; only its length is used.
     """
 
     def __init__(self, rows: Tensor) -> None:
         self.counts, self.rank = [len(rows)], 0
-        """Rows of each process; number of this process."""
+        """Number of rows of each process; rank of this process."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             counts = rows.new_empty(dist.get_world_size(), dtype=torch.long)
             dist.all_gather_into_tensor(counts, counts.new_tensor([len(rows)]))
@@ -27,23 +27,23 @@ class Gather:
 
     @property
     def total(self) -> int:
-        """Rows of all processes."""
+        """Number of rows of all processes together."""
         return sum(self.counts)
 
     @property
     def start(self) -> int:
-        """Number of the first row of this process among all."""
+        """Index of this process's first row among the rows of all processes."""
         return sum(self.counts[: self.rank])
 
     @property
     def own(self) -> slice:
-        """The rows of this process among all."""
+        """Slice of this process's rows among the rows of all processes."""
         return slice(self.start, self.start + self.counts[self.rank])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(own rows, ...) -> (all rows, ...).
+        """(rows of this process, ...) -> (rows of all processes, ...).
 
-        Backward adds up what the losses of all processes say about the own rows.
+        The backward pass adds up the gradients from the losses of all processes.
         """
         return x if len(self.counts) == 1 else _GatherRows.apply(x, self)
 

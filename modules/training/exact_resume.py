@@ -1,7 +1,7 @@
-"""All that touches names that Lightning keeps to itself, most of it for the exact resume.
+"""All code that uses private names of Lightning; most of it serves the exact resume.
 
-Lightning may change these names in any release, so pyproject.toml allows the tested minor version alone, and
-`tests/modules/training/test_exact_resume.py` fails where one of them is missing or means something else.
+Lightning may change private names in any release. So pyproject.toml allows only the tested minor versions, and
+`tests/modules/training/test_exact_resume.py` fails if one of the names is missing or means something else.
 """
 
 from typing import Any
@@ -12,55 +12,55 @@ from lightning.pytorch.plugins.precision import Precision
 
 
 def accumulates(trainer: L.Trainer) -> bool:
-    """Whether the batch that is trained on ends without an optimiser step, because gradients are accumulated."""
+    """Whether the current batch ends without an optimiser step, because gradients are accumulated."""
     return trainer.fit_loop._should_accumulate()
 
 
 def correct_step_count(trainer: L.Trainer) -> None:
-    """Let loggers count optimiser steps; Lightning's own count for them is one off after some resumes."""
+    """Make loggers count optimiser steps: Lightning's own count is off by one after some resumes."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 def drop_half_done_validation(trainer: L.Trainer) -> None:
-    """Take back the validation that `settle_progress` may have put into the counters."""
+    """Remove the begun validation that `settle_progress` may have entered into the counters."""
     trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:
-    """The type in which the device multiplies at this precision."""
-    # Not Fabric's function of this name, which takes all of the Trainer's precisions for float32.
+    """The data type of matrix products at this precision."""
+    # Not Fabric's function of this name: it returns float32 for every precision plugin of the Trainer.
     from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 
     return _plugin_to_compute_dtype(precision)
 
 
 def settle_progress(trainer: L.Trainer, saved: dict[str, Any]) -> None:
-    """Correct saved counters where Lightning 2.6 would resume from another point than it saved.
+    """Correct saved counters where Lightning 2.6 would resume from another point than the saved one.
 
-    It would lose the gradients of an accumulation that is under way, leave out a validation that was due
-    but not done, and count wrongly from the last batch of an epoch on.
+    Without this it would lose the gradients of an unfinished accumulation, skip a validation that was due but not done,
+    and count wrongly after the last batch of an epoch.
 
     Args:
-        trainer: while it saves.
+        trainer: the trainer that is saving.
         saved: state of its fit loop, changed in place.
     """
     loop = trainer.fit_loop.epoch_loop
     epochs, batches = saved["epoch_progress"], saved["epoch_loop.batch_progress"]
     ready = batches["current"]["ready"]
-    if epochs["current"]["processed"] == epochs["current"]["ready"]:  # the epoch's work is done: the next one follows
+    if epochs["current"]["processed"] == epochs["current"]["ready"]:  # the epoch is done: resume with the next
         for count in (epochs["current"], epochs["total"]):
             count["completed"] = count["processed"]
         batches.update(current=dict.fromkeys(batches["current"], 0), is_last_batch=False)
-    elif loop._should_accumulate():  # the optimiser step begins again, as if saved at the end of the one before
+    elif loop._should_accumulate():  # repeat the step from its first batch, as if saved at the end of the step before
         for count in (batches["current"], batches["total"]):
             first = count["ready"] - ready % trainer.accumulate_grad_batches
             count.update(ready=first, started=first, processed=first, completed=first - 1)
-    elif batches["current"]["processed"] == ready > batches["current"]["completed"]:  # the batch's work is done
+    elif batches["current"]["processed"] == ready > batches["current"]["completed"]:  # the batch is done
         due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         if due or loop._num_ready_batches_reached():
             for count in (batches["current"], batches["total"]):
                 count["completed"] += 1
-        if due:  # as if saved after the validation has begun
+        if due:  # as if saved just after the validation began
             validation = saved["epoch_loop.val_loop.batch_progress"]
             validation["current"].update(ready=1, started=1, processed=0, completed=0)
             validation["total"]["ready"] += 1

@@ -1,4 +1,4 @@
-"""Optimisers, parameter groups and learning-rate schedules. Needs torch alone."""
+"""Optimisers, parameter groups and learning-rate schedules. Needs only torch."""
 
 import math
 from collections import defaultdict
@@ -19,50 +19,50 @@ from trunkline.modules.networks.base import Network
 
 @dataclass
 class OptimizerConfig:
-    """How a network learns. Every schedule counts optimiser steps, never epochs."""
+    """Optimiser and learning-rate schedule. Every schedule counts optimiser steps, never epochs."""
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
-    """`muon` orthogonalises the trunk's matrices and leaves the rest to AdamW."""
+    """`muon` is used for the matrices in the trunk's blocks; all other parameters then use AdamW."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
-    """Decay of linear weights, never of norms, biases, embeddings or tokens; decoupled but with `sgd`."""
+    """Decay of linear weights; norms, biases, embeddings and tokens never decay. Decoupled, except with `sgd`."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
-    """AdamW's denominator floor."""
+    """Added to AdamW's denominator."""
     momentum: float = 0.95
-    """Momentum (Nesterov) of Muon and SGD."""
+    """Nesterov momentum of Muon and SGD."""
     layer_decay: float = 1.0
-    """Each block's rate is this times that of the block above (arXiv:2106.08254); 1 means equal rates."""
+    """The rate of each block is the rate of the block above times this (arXiv:2106.08254); 1 means equal rates."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warm-up: cosine to `final_lr`, constant then linear to it (warm-up-stable-decay), or constant."""
+    """After the warm-up: `cosine` falls to `final_lr`; `wsd` (warm-up-stable-decay) stays constant, then falls linearly
+    to `final_lr`; `constant` stays constant."""
     warmup: float = 0.05
     """Linear warm-up: a fraction of all steps if below 1, else a number of steps."""
     decay_fraction: float = 0.2
     """Share of all steps in which `wsd` decays."""
     final_lr: float = 0.0
-    """Rate at the end, as a fraction of the peak."""
+    """Learning rate at the end, as a fraction of the peak."""
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) for groups with `muon=True`, AdamW for the others.
 
-    Momentum of a matrix is replaced by its nearest semi-orthogonal matrix, scaled so that its entries
-    have the size of an AdamW update (arXiv:2502.16982): one rate and decay serve both. Matrices of one
-    shape are orthogonalised together, in as many kernel calls as one of them would need.
+    A matrix is updated with the semi-orthogonal matrix nearest to its momentum, scaled so that the entries are as large
+    as in an AdamW update (arXiv:2502.16982): so both methods use the same learning rate and decay. All matrices of the
+    same shape are orthogonalised together, in as many kernel calls as a single matrix needs.
 
-    Group keys: `muon`, `splits` (a fused projection is that many equal matrices), `lr`, `weight_decay`,
-    `momentum`, `betas`, `eps`.
+    Group keys: `muon`, `splits` (number of equal matrices in a fused projection), `lr`, `weight_decay`, `momentum`,
+    `betas`, `eps`.
     """
 
     def __init__(self, params: Any, **defaults: Any) -> None:
-        # `fused` tells load_state_dict that AdamW's step counts belong on the parameters' device.
+        # `fused` makes load_state_dict move AdamW's step counts to the parameters' device.
         super().__init__(params, {"muon": True, "splits": 1, "fused": True, **defaults})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -115,18 +115,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16 products."""
+    """Whether the device has instructions for bfloat16 matrix products."""
     return device.type == "cuda" or (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Nearly semi-orthogonal matrices of the same row and column spaces, by a quintic Newton-Schulz iteration.
+    """Make matrices nearly semi-orthogonal, by a quintic Newton-Schulz iteration.
 
     Args:
         matrices: (N, rows, columns).
         steps: iterations; after 5 the singular values lie between about 0.7 and 1.2.
     """
-    # bfloat16 is enough for the iteration, and twice as fast or more where the device multiplies it natively.
+    # bfloat16 is precise enough, and at least twice as fast where the device multiplies it natively.
     x = matrices.bfloat16() if multiplies_bfloat16(matrices.device) else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -139,12 +139,15 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def parameter_groups(network: Network, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Sort the parameters that learn into groups of equal rate, decay and method.
+    """Sort the trainable parameters into groups with the same learning rate, decay and method.
 
-    What a parameter is follows from the module that owns it, not from its name: only weights of linear
-    layers decay, and only those inside a trunk's blocks are Muon's. A weight shared with an embedding
-    counts as an embedding. With `layer_decay`, block i of a trunk of depth n has the rate
-    lr * layer_decay**(n - i), embeddings lr * layer_decay**(n + 1), heads and final norms lr.
+    A parameter's kind follows from the module that owns it, not from its name: only weights of linear layers decay, and
+    Muon updates only those inside a trunk's blocks. A weight that is shared with an embedding counts as an embedding.
+    With `layer_decay`, block i of a trunk of depth n has the rate lr * layer_decay**(n - i), embeddings
+    lr * layer_decay**(n + 1), heads and final norms lr.
+
+    Raises:
+        TrunklineError: if every parameter is frozen.
     """
     embeddings = {p for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     decays = {m.weight for m in network.modules() if isinstance(m, nn.Linear)} - embeddings
@@ -178,7 +181,7 @@ def parameter_groups(network: Network, config: OptimizerConfig) -> list[dict[str
 
 
 def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The configured optimiser over the network's parameter groups."""
+    """Make the configured optimiser for the network's parameter groups."""
     groups = parameter_groups(network, config)
     if config.name == "muon":
         return Muon(
@@ -193,7 +196,7 @@ def lr_multiplier(step: int, total_steps: float, config: OptimizerConfig) -> flo
     """Learning rate of optimiser step `step` (from 0), as a fraction of the peak.
 
     Raises:
-        TrunklineError: if the schedule needs an end and the training has none.
+        TrunklineError: if the schedule needs to know the last step, but the training has no end.
     """
     endless = math.isinf(total_steps)
     if endless and (config.schedule != "constant" or 0 < config.warmup < 1):

@@ -1,4 +1,4 @@
-"""How a network starts from trained weights, and what of it shall not learn."""
+"""Start a network from trained weights, and freeze parts of it."""
 
 import dataclasses
 import json
@@ -18,9 +18,9 @@ from trunkline.modules.networks.text_head import without_heads
 
 N = TypeVar("N", bound=Network)
 FREE = {"dropout", "drop_path", "activation_checkpointing", "next_sentence", "tie_embeddings"}
-"""Fields of a configuration in which a network may differ from the one that it starts from."""
+"""Configuration fields that may differ between a network and the one whose weights it starts from."""
 SHOWN = {"dim", "depth", "mlp_dim", "num_kv_heads"}
-"""Fields of a trunk's configuration that the shapes of its weights tell."""
+"""Fields of a trunk's configuration that show in the shapes of its weights, which are compared anyway."""
 NETWORK_OF = {
     "CausalLM": "GPT",
     "ContrastiveImageText": "CLIP",
@@ -30,18 +30,18 @@ NETWORK_OF = {
     "TextClassifier": "TextHead",
     "TokenClassifier": "TextHead",
 }
-"""Objective -> network, for checkpoints from before they named their network."""
+"""Objective -> network, for old checkpoints, which do not name their network."""
 
 
 def class_path(kind: type) -> str:
-    """`module.Class`, as a checkpoint names a class."""
+    """`module.Class`: how a checkpoint names a class."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def network_class_of(content: Mapping[str, Any], known: tuple[type[Network], ...] = ()) -> type[Network] | None:
-    """The class of the network in a training checkpoint; None if it is none of the house's and none of `known`.
+    """The class of the network in a training checkpoint; None if it is neither Trunkline's own nor one of `known`.
 
-    Nothing is imported: a checkpoint from elsewhere must not choose what code runs.
+    Nothing is imported: a checkpoint from elsewhere must not decide which code runs.
     """
     path = content.get("classes", {}).get("network", "")
     for kind in known:
@@ -52,14 +52,14 @@ def network_class_of(content: Mapping[str, Any], known: tuple[type[Network], ...
 
 
 def network_of(network_class: type[N], content: Mapping[str, Any], path: str | Path) -> N:
-    """The network inside a training checkpoint (with averaged weights, where the run kept an average).
+    """The network inside a training checkpoint (with averaged weights, if the run kept an average).
 
     Raises:
-        TrunklineError: if it holds no such network.
+        TrunklineError: if the checkpoint names no network, or its weights do not fit the configuration.
     """
     config = content.get("hyper_parameters", {}).get("network")
     if config is None:
-        raise TrunklineError(f"{path} is no checkpoint of a Trunkline run: it names no network")
+        raise TrunklineError(f"{path} is not a checkpoint of a Trunkline run: it names no network")
     network = network_class(config_from_dict(network_class.config_class, config))
     prefix = "network."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
@@ -72,30 +72,30 @@ def network_of(network_class: type[N], content: Mapping[str, Any], path: str | P
 
 
 def network_from_checkpoint(network_class: type[N], path: str | Path) -> N:
-    """The network inside a training checkpoint; see `network_of` and `load_checkpoint` for what is refused."""
+    """The network inside a training checkpoint; raises the errors of `network_of` and `load_checkpoint`."""
     return network_of(network_class, load_checkpoint(path), path)
 
 
 @dataclasses.dataclass
 class TrainedWeights:
-    """Weights to start from: of a training checkpoint, a folder that `save_pretrained` wrote, or a hub name."""
+    """Weights to start from: a training checkpoint, a folder that `save_pretrained` wrote, or a hub name."""
 
     name: str
-    """Of the file, folder or repository."""
+    """Name of the file, folder or repository."""
     argument: str
-    """That gave the name, for messages."""
+    """The argument that gave the name, for messages."""
     network_class: type[Network]
     config: Any
-    """Of that network."""
+    """Configuration of the trained network."""
     content: dict[str, Any] | None
-    """Of a checkpoint."""
+    """Content of a training checkpoint; None for a folder or a hub name."""
 
     @classmethod
     def read(cls, name: str, argument: str, accepted: tuple[type[Network], ...]) -> "TrainedWeights":
-        """Look what is there; the network itself is made later.
+        """Read class and configuration of the network; `network` makes the network itself.
 
         Raises:
-            TrunklineError: if there is nothing that can be read, or another network than the accepted ones.
+            TrunklineError: if nothing can be read, or if the network is not of an accepted class.
         """
         content = None
         if Path(name).is_file():
@@ -127,7 +127,7 @@ class TrainedWeights:
 
 
 def freeze(network: Network, blocks: int) -> list[torch.nn.Module]:
-    """Let only the output modules and the blocks from number `blocks` on learn; returns what stands still."""
+    """Freeze all but the output modules and the blocks from number `blocks` on; returns the frozen modules."""
     learning = [*network.output_modules()]
     for trunk in (m for m in network.modules() if isinstance(m, Transformer)):
         if blocks < len(trunk.blocks):
@@ -135,15 +135,15 @@ def freeze(network: Network, blocks: int) -> list[torch.nn.Module]:
     kept = {p for module in learning for p in module.parameters()}
     for p in network.parameters():
         p.requires_grad_(p in kept)
-    inside = {m for module in learning for m in module.modules()}  # their dropout has no parameters
+    inside = {m for module in learning for m in module.modules()}  # with their dropout, which has no parameters
     return [m for m in network.modules() if m not in inside and kept.isdisjoint(m.parameters())]
 
 
 def check_same_sizes(there: Any, here: Any, name: str, place: str, free: set[str] = FREE) -> None:
-    """Compare two configurations, of which weights tell a part only (the number of heads, say, not).
+    """Compare two configurations, because the shapes of weights do not show all fields (not the number of heads).
 
     Raises:
-        TrunklineError: naming the first difference.
+        TrunklineError: with the first difference.
     """
     for field in dataclasses.fields(here):
         found, own = getattr(there, field.name), getattr(here, field.name)
@@ -158,7 +158,7 @@ def check_same_sizes(there: Any, here: Any, name: str, place: str, free: set[str
 
 
 def trunks_of(config: Any, place: str) -> dict[str, TransformerConfig]:
-    """Place in a recipe -> trunk, of all that a configuration holds."""
+    """All trunk configurations inside a network's configuration, by their place in a recipe."""
     found = {}
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{place}.{field.name}"
@@ -172,17 +172,17 @@ def trunks_of(config: Any, place: str) -> dict[str, TransformerConfig]:
 def load_matching(
     network: Network, source: Network, name: str, argument: str = "init_from", place: str = "model.network"
 ) -> None:
-    """Copy weights from `source`; output modules may differ in shape, all else must fit.
+    """Copy weights from `source`; output modules may have another shape, everything else must fit.
 
     Args:
-        network: to change.
-        source: of the same class.
-        name: of the source, for messages, as the next two.
-        argument: that gave the name.
-        place: of the network's configuration in a recipe.
+        network: the network that is changed.
+        source: a network of the same class.
+        name: name of the source, for messages.
+        argument: the argument that gave the name, for messages.
+        place: where the network's configuration stands in a recipe, for messages.
 
     Raises:
-        TrunklineError: naming the first weight or option that does not fit.
+        TrunklineError: with the first weight or option that does not fit.
     """
     network.adapt(source)
     outputs = {p for m in network.output_modules() for p in m.parameters()}
@@ -205,10 +205,10 @@ def load_matching(
 
 
 def start_text_head(network: TextHead, weights: TrainedWeights) -> None:
-    """Copy the weights of another `TextHead`, or of a BERT or GPT into the body.
+    """Copy the weights of another `TextHead`, or copy a BERT or GPT into the body.
 
     Raises:
-        TrunklineError: if they are of another kind of body, or of other sizes.
+        TrunklineError: if the body is of another kind or has other sizes.
     """
     config, named = network.config, f"{weights.argument} {weights.name}"
     own = "bert" if config.bert is not None else "gpt"
