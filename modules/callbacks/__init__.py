@@ -1,4 +1,4 @@
-"""What happens around training: throughput, graceful stops, and what TensorBoard shows."""
+"""Callbacks: throughput, graceful stops, and reports in TensorBoard."""
 
 from trunkline.modules.callbacks.attention_maps import AttentionMaps
 from trunkline.modules.callbacks.classification import ClassificationReport

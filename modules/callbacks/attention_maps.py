@@ -1,4 +1,4 @@
-"""Where a ViT looks: attention laid over images, in TensorBoard."""
+"""A ViT's attention, drawn over images in TensorBoard."""
 
 import lightning as L
 import matplotlib
@@ -15,13 +15,14 @@ from trunkline.modules.networks import ViT
 
 
 class AttentionMaps(Callback):
-    """After each validation, a row for each of some images: the image, the rollout, each head of the last block.
+    """After each validation, draws the attention over some images (`val/attention`).
 
-    Needs a `ClassificationReport` beside it, whose images it shows (`val/attention`).
+    Each image has a row: the image itself, the attention rollout, and the heads of the last block. The images come from
+    a `ClassificationReport`; without one among the callbacks nothing is drawn.
 
     Args:
-        images: number of rows.
-        heads: most heads shown.
+        images: number of images.
+        heads: largest number of heads shown.
     """
 
     def __init__(self, images: int = 4, heads: int = 8) -> None:
@@ -29,7 +30,6 @@ class AttentionMaps(Callback):
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw."""
         writer = tensorboard(trainer)
         report = next((c for c in trainer.callbacks if isinstance(c, ClassificationReport)), None)  # type: ignore[attr-defined]
         if writer is None or trainer.sanity_checking or report is None or not report.kept:
@@ -48,10 +48,10 @@ class AttentionMaps(Callback):
 
 
 def attention_rollout(attention: list[Tensor]) -> Tensor:
-    """How much each output token draws on each input token through all blocks (arXiv:2005.00928).
+    """How much each output token attends to each input token through all blocks (arXiv:2005.00928).
 
     Args:
-        attention: one (B, H, T, T) tensor a block.
+        attention: one tensor (B, H, T, T) per block.
 
     Returns:
         (B, T, T); rows sum to 1.
@@ -64,14 +64,14 @@ def attention_rollout(attention: list[Tensor]) -> Tensor:
 
 
 def to_patches(weights: Tensor, network: ViT) -> Tensor:
-    """(B, M, T, T) token weights -> (B, M, rows, columns): what the pooled output looks at."""
+    """Attention of the pooled output to the patches: (B, M, T, T) weights -> (B, M, rows, columns)."""
     prefix = network.num_prefix_tokens
-    looking = weights[:, :, 0] if network.config.pool == "cls" else weights[:, :, prefix:].mean(dim=2)  # (B, M, T)
-    return looking[:, :, prefix:].unflatten(-1, network.patch_embed.grid)
+    pooled = weights[:, :, 0] if network.config.pool == "cls" else weights[:, :, prefix:].mean(dim=2)  # (B, M, T)
+    return pooled[:, :, prefix:].unflatten(-1, network.patch_embed.grid)
 
 
 def overlay(picture: Image.Image, weights: Tensor) -> Image.Image:
-    """A (rows, columns) map in colour over a picture; its own largest value is the brightest."""
+    """Lay a coloured map (rows, columns) over a picture; the map's largest value is the brightest."""
     size = (picture.height, picture.width)
     smooth = F.interpolate(weights[None, None].cpu(), size=size, mode="bilinear", align_corners=False)[0, 0]
     smooth = (smooth - smooth.min()) / (smooth.max() - smooth.min()).clamp(min=1e-8)

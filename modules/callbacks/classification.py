@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a classifier: the confusion matrix, the features, and of images pictures with labels."""
+"""A classifier in TensorBoard: confusion matrix, images with their predictions, and features."""
 
 from typing import Any
 
@@ -15,16 +15,16 @@ from trunkline.modules.objectives.checks import facts_of
 
 
 class ClassificationReport(Callback):
-    """After each validation the confusion matrix and a grid of images; at the end the embedding projector.
+    """Shows the confusion matrix and a grid of images after each validation, and features at the end of training.
 
-    Reads what a `validation_step` returns: `label` and `prediction` (N,), which make the matrix; `image` (N, C, height,
-    width) for the grid; and `image` or `tokens` (N, T) for the projector, for which the module has `features`. The
-    module has `num_classes`; the data knows its class names, and for texts a tokenizer.
+    Uses what `validation_step` returns: `label` and `prediction` (N,) for the matrix, `image` (N, C, height, width) for
+    the grid, and `image` or `tokens` (N, T) for the embedding projector. The module must have `num_classes`, and for
+    the projector a method `features`. The data should know its class names; for texts it must have a tokenizer.
 
     Args:
-        images: number of validation images in the grid (`val/images`; wrong ones have a red frame).
+        images: number of validation images in the grid (`val/images`); wrong predictions have a red frame.
         projected: number of validation images or texts whose pooled features go to the projector (`val/features`).
-        max_classes: leave the confusion matrix (`val/confusion`) out if there are more classes.
+        max_classes: with more classes than this there is no confusion matrix (`val/confusion`).
     """
 
     def __init__(self, images: int = 32, projected: int = 256, max_classes: int = 100) -> None:
@@ -33,7 +33,6 @@ class ClassificationReport(Callback):
         self.kept: list[dict[str, Tensor]] = []
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the validation before."""
         self.kept = []
         classes: int = pl_module.num_classes  # type: ignore[assignment]
         if classes <= self.max_classes:
@@ -42,7 +41,6 @@ class ClassificationReport(Callback):
     def on_validation_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict[str, Tensor], *rest: Any
     ) -> None:
-        """Count the predictions and keep the first samples."""
         if self.matrix is not None:
             self.matrix.update(outputs["prediction"], outputs["label"])
         room = max(self.images, self.projected) - sum(len(k["label"]) for k in self.kept)
@@ -50,8 +48,7 @@ class ClassificationReport(Callback):
             self.kept.append({name: value[:room].cpu() for name, value in outputs.items()})
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw."""
-        counts = None if self.matrix is None else self.matrix.compute()  # on all processes: it gathers
+        counts = None if self.matrix is None else self.matrix.compute()  # in all processes, because it communicates
         writer = tensorboard(trainer)
         if trainer.sanity_checking or writer is None or not self.kept:
             return
@@ -76,7 +73,6 @@ class ClassificationReport(Callback):
 
     @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Send the pooled features of the kept images or texts to the projector."""
         writer = tensorboard(trainer)
         if writer is None or not self.kept or not self.projected or not {"image", "tokens"} & self.kept[0].keys():
             return
@@ -102,12 +98,12 @@ class ClassificationReport(Callback):
 
 
 def names_of_classes(trainer: L.Trainer, module: L.LightningModule) -> list[str]:
-    """As the data has them, or numbers."""
+    """The data's class names; numbers if it has none."""
     return facts_of(trainer).class_names or [str(n) for n in range(module.num_classes)]  # type: ignore[arg-type]
 
 
 def draw_confusion(counts: Tensor, names: list[str]) -> Figure:
-    """Figure of a (true class, predicted class) matrix of counts; cells are shaded by share of the row."""
+    """Draw a matrix of counts (true class, predicted class); a cell's colour shows its share of the row."""
     side = max(4.0, 0.4 * len(names))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What TensorBoard's callbacks share; pictures are drawn with Pillow: cheap enough for every validation."""
+"""Helpers of the TensorBoard callbacks. Pictures are drawn with Pillow, which is fast enough for every validation."""
 
 import textwrap
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from trunkline.modules.objectives.checks import facts_of
 
 GREEN, RED, GREY = (0, 150, 60), (220, 30, 30), (90, 90, 90)
 LINE, LETTER = 14, 6
-"""Pixels: of a line's height, and of an average letter's width."""
+"""Pixels: height of a line, and average width of a letter."""
 
 
 def tensorboard(trainer: L.Trainer) -> SummaryWriter | None:
-    """The writer of this process, or None where TensorBoard is off or another process writes."""
+    """TensorBoard's writer; None if TensorBoard is off, or in all processes but the first."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             return logger.experiment
@@ -47,7 +47,7 @@ def to_pictures(images: Tensor, trainer: L.Trainer, side: int) -> list[Image.Ima
         mean, std = (images.new_tensor(v).reshape(-1, 1, 1) for v in (facts.mean, facts.std))
         images = images * std + mean
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    if pixels.shape[-1] != 3:  # grey, or more channels than a screen has: the first one
+    if pixels.shape[-1] != 3:  # show the first channel in grey
         pixels = np.repeat(pixels[..., :1], 3, axis=-1)
     scale = side / max(pixels.shape[1:3])
     size = (round(pixels.shape[2] * scale), round(pixels.shape[1] * scale))
@@ -56,20 +56,20 @@ def to_pictures(images: Tensor, trainer: L.Trainer, side: int) -> list[Image.Ima
 
 
 def wrapped(text: str, width: int, lines: int) -> str:
-    """Exactly so many lines of about `width` pixels; what does not fit is cut off."""
+    """Wrap a text to exactly `lines` lines of about `width` pixels; what does not fit is cut off."""
     found = textwrap.wrap(text, max(width // LETTER, 2), max_lines=lines, placeholder="…")
     return "\n".join([*found, *[""] * (lines - len(found))])
 
 
 def written(text: str, size: tuple[int, int]) -> Image.Image:
-    """A text as a white picture of (width, height) pixels."""
+    """Draw a text on a white picture of `size`, (width, height) in pixels."""
     picture = Image.new("RGB", size, "white")
     ImageDraw.Draw(picture).text((2, 2), wrapped(text, size[0] - 4, size[1] // LINE), fill="black")
     return picture
 
 
 def captioned(picture: Image.Image, caption: str, colour: tuple[int, int, int]) -> Image.Image:
-    """The picture in a coloured frame, with the caption's lines below it."""
+    """Put a picture into a coloured frame, with the lines of the caption below."""
     frame, text = 3, LINE * (1 + caption.count("\n"))
     tile = Image.new("RGB", (picture.width + 2 * frame, picture.height + 2 * frame + text), "white")
     draw = ImageDraw.Draw(tile)
@@ -80,7 +80,7 @@ def captioned(picture: Image.Image, caption: str, colour: tuple[int, int, int]) 
 
 
 def grid(tiles: Sequence[Image.Image], columns: int) -> np.ndarray:
-    """Pictures of one size in rows, as (height, width, 3) bytes."""
+    """Arrange pictures of equal size in rows, as an array (height, width, 3) of bytes."""
     width, height = tiles[0].size
     sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
     for i, tile in enumerate(tiles):

@@ -1,4 +1,4 @@
-"""However a run ends, by itself or by Ctrl-C or SIGTERM, its last step is in a checkpoint."""
+"""Save the last step in a checkpoint when training ends, also when Ctrl-C or SIGTERM ends it."""
 
 import os
 import signal
@@ -16,16 +16,15 @@ from trunkline.modules.training.exact_resume import accumulates
 class LastCheckpoint(Callback):
     """Save `checkpoints/last.ckpt` at the end of training.
 
-    Stands before any averaging of weights, which then replaces the weights that learn by their average.
+    It must come before a callback that averages weights: that one replaces the trained weights by their average.
     """
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last step's state."""
         save_last(trainer)
 
 
 def save_last(trainer: L.Trainer) -> Path:
-    """Save the state as it is."""
+    """Save the trainer's state as `checkpoints/last.ckpt`, and return the path."""
     path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
     trainer.save_checkpoint(path, weights_only=False)
     return path
@@ -47,11 +46,11 @@ class Stopped(SystemExit):
 class GracefulStop(Callback):
     """At a signal, finish the step, save `checkpoints/last.ckpt` and end the run.
 
-    The run exits with 128 + the signal's number. Lightning itself saves nothing on Ctrl-C, and exits with 0
-    on SIGTERM, which a scheduler takes for success. A second signal ends the run at once.
+    The run exits with 128 + the signal's number. Lightning itself saves nothing on Ctrl-C, and on SIGTERM it exits
+    with 0, which a scheduler takes for success. A second signal ends the run at once.
 
     Args:
-        signals: names of the signals to act on.
+        signals: names of the signals to handle.
     """
 
     def __init__(self, signals: tuple[str, ...] = ("SIGINT", "SIGTERM")) -> None:
@@ -60,12 +59,12 @@ class GracefulStop(Callback):
         self.previous: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stand after the callbacks whose state belongs to a step, such as an average of the weights."""
+        """Move this callback to the end, so that others, such as a weight average, finish the step before it saves."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = sorted(callbacks, key=lambda c: c is self)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen, from here on in place of Lightning's own handlers."""
+        """Replace Lightning's own signal handlers."""
         self.received = 0
         self.previous = {number: signal.signal(number, self._receive) for number in self.signals}
 
@@ -83,9 +82,9 @@ class GracefulStop(Callback):
         self.previous = {}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """If any process got a signal, all save and exit together."""
+        """If any process has received a signal, save and exit in all processes together."""
         if accumulates(trainer):
-            return  # gradients of half a step are in no checkpoint
+            return  # a checkpoint cannot hold accumulated gradients
         if not trainer.strategy.reduce_boolean_decision(self.received > 0, all=False):
             return
         path = save_last(trainer)
@@ -93,9 +92,7 @@ class GracefulStop(Callback):
         raise Stopped(128 + (self.received or signal.SIGTERM), trainer.default_root_dir)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the signals back."""
         self._stop_listening()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
         self._stop_listening()

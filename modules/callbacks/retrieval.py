@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a CLIP: similarities of a fixed batch, what texts find, and the space of the pictures."""
+"""A CLIP in TensorBoard: similarities of fixed pairs, pictures that texts find, and embeddings of pictures."""
 
 from typing import Any
 
@@ -25,21 +25,21 @@ from trunkline.modules.metrics.retrieval import retrieval_ranks
 from trunkline.modules.objectives.checks import facts_of
 
 SIDE = 80
-"""Pixels of the longer side of a picture that is kept."""
+"""Longer side of a stored picture, in pixels."""
 
 
 class RetrievalReport(Callback):
-    """After each validation the cosines of fixed pairs and what fixed texts find; at the end the embedding projector.
+    """Shows cosines and retrieval for fixed pairs after each validation, and embeddings at the end of training.
 
-    Reads what a `validation_step` returns: `image` (N, C, height, width), `image_embedding` and `text_embedding` (N, E)
-    of length 1, `caption_key` and `index` (N,). The data tells its captions; else a pair is called by
-    its index. Of several processes the first shows what it validates itself.
+    Uses what `validation_step` returns: `image` (N, C, height, width), `image_embedding` and `text_embedding` (N, E) of
+    length 1, `caption_key` and `index` (N,). A pair is labelled with its caption if the data knows it, else with its
+    index. Only the first process draws, from the pairs that it validates itself.
 
     Args:
-        pairs: first validation pairs in the matrix of cosines (`val/similarity`), texts by pictures.
-        queries: first validation texts, each with the five most similar pictures (`val/retrieval`; those of the same
-            caption have a green frame, the others a red one; below the text is the rank of the first right one).
-        pool: first validation pictures that are searched, and go to the projector (`val/pictures`).
+        pairs: number of pairs in the matrix of cosines, texts by pictures (`val/similarity`).
+        queries: number of texts for which the five most similar pictures are shown (`val/retrieval`). Pictures with the
+            same caption have a green frame, others a red one; below the text is the rank of the first right picture.
+        pool: number of pictures that are searched, and that go to the projector (`val/pictures`).
     """
 
     def __init__(self, pairs: int = 32, queries: int = 8, pool: int = 1000) -> None:
@@ -48,20 +48,17 @@ class RetrievalReport(Callback):
         self.pictures: list[Image.Image] = []
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the validation before."""
         self.kept, self.pictures = [], []
 
     def on_validation_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict[str, Tensor], *rest: Any
     ) -> None:
-        """Keep the first pairs, their pictures small."""
         room = self.pool - len(self.pictures)
         if room > 0 and len(outputs["index"]) and not trainer.sanity_checking and tensorboard(trainer) is not None:
             self.pictures += to_pictures(outputs["image"][:room], trainer, SIDE)
             self.kept.append({name: value[:room].cpu() for name, value in outputs.items() if name != "image"})
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw."""
         writer = tensorboard(trainer)
         if trainer.sanity_checking or writer is None or not self.kept:
             return
@@ -83,7 +80,6 @@ class RetrievalReport(Callback):
         writer.add_image("val/retrieval", grid(tiles, columns=1 + len(rows)), trainer.global_step, dataformats="HWC")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Send the pictures' embeddings of the last validation to the projector."""
         writer = tensorboard(trainer)
         if writer is None or not self.kept:
             return
@@ -106,13 +102,13 @@ class RetrievalReport(Callback):
         }
 
     def _captions(self, trainer: L.Trainer, index: Tensor) -> list[str]:
-        """Of validation rows."""
+        """Captions of the validation rows with these numbers."""
         caption = facts_of(trainer).caption
         return [str(n) if caption is None else caption("val", n) for n in index.tolist()]
 
 
 def sprites(pictures: list[Image.Image], side: int = 32) -> Tensor:
-    """Pictures of one size as the projector takes them: (N, 3, height, width) from 0 to 1, `side` the longer one."""
+    """Shrink pictures of equal size for the projector: (N, 3, height, width) from 0 to 1, longer side `side`."""
     width, height = pictures[0].size
     size = round(width * side / max(width, height)), round(height * side / max(width, height))
     pixels = np.stack([np.asarray(picture.resize(size)) for picture in pictures])
@@ -120,7 +116,7 @@ def sprites(pictures: list[Image.Image], side: int = 32) -> Tensor:
 
 
 def draw_similarity(cosines: Tensor, captions: list[str]) -> Figure:
-    """Figure of an (N, N) matrix of texts by pictures; a right pair is on the diagonal."""
+    """Draw a matrix of cosines (N, N), texts by pictures; the right pairs are on the diagonal."""
     side = 2.5 + 0.2 * len(captions)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()

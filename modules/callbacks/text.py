@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a language model: texts it writes, and where its heads look."""
+"""A language model in TensorBoard: generated texts, filled masks, and attention of the heads."""
 
 from collections.abc import Sequence
 
@@ -17,15 +17,15 @@ from trunkline.modules.objectives.checks import facts_of
 
 
 class TextSamples(Callback):
-    """After each validation, continue fixed prompts (`val/samples`); at the end of training print the last texts.
+    """After each validation, continues fixed prompts (`val/samples`); at the end of training, prints the last texts.
 
-    The data has a tokenizer. All processes generate, because sharded weights need them all.
+    The data must have a tokenizer. All processes generate, because sharded weights need all of them.
 
     Args:
-        prompts: how the texts begin.
-        max_new_tokens: tokens of each text after its prompt.
-        temperature: see `GenerationConfig`, as `top_p`.
-        top_p: see there.
+        prompts: beginnings of the texts.
+        max_new_tokens: number of tokens after the prompt.
+        temperature: as in `GenerationConfig`.
+        top_p: as in `GenerationConfig`.
     """
 
     def __init__(
@@ -40,13 +40,12 @@ class TextSamples(Callback):
         self.texts: list[str] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find a prompt without tokens before the first step."""
+        """Refuse a prompt without tokens before training starts."""
         for prompt in self.prompts:
             if not tokenizer_of(trainer, self).encode(prompt, add_special_tokens=False).ids:
                 raise TrunklineError(f"TextSamples: the prompt {prompt!r} has no tokens; give it some text")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write."""
         if trainer.sanity_checking:
             return
         tokenizer, network = tokenizer_of(trainer, self), pl_module.network
@@ -62,29 +61,28 @@ class TextSamples(Callback):
             writer.add_text("val/samples", fenced, trainer.global_step)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print."""
         if trainer.is_global_zero:
             for text in self.texts:
                 print(f"\n{text}\n" + "─" * 40)
 
 
 class FilledMasks(Callback):
-    """After each validation, the likeliest words for the masks of fixed sentences (`val/filled`).
+    """After each validation, shows the likeliest words for the masks in fixed sentences (`val/filled`).
 
-    The datamodule is `MaskedTextData`. All processes compute, because sharded weights need them all.
+    The datamodule must be `MaskedTextData`. All processes compute, because sharded weights need all of them.
 
     Args:
-        sentences: with the tokenizer's mask (`[MASK]`, `<mask>`) in each.
-        count: words shown for each mask.
+        sentences: each holds the tokenizer's mask (`[MASK]`, `<mask>`) at least once.
+        count: number of words shown for each mask.
     """
 
     def __init__(self, sentences: Sequence[str], count: int = 5) -> None:
         self.sentences, self.count = list(sentences), count
         self.rows: list[tuple[list[int], int]] = []
-        """Ids of each sentence, and that of the mask."""
+        """For each sentence, its token ids and the id of the mask."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find a sentence without a mask, or one that is too long, before the first step."""
+        """Refuse a sentence without a mask, or one that is too long, before training starts."""
         encode = facts_of(trainer).encode_masked
         if encode is None:
             raise TrunklineError("FilledMasks needs MaskedTextData; leave the callback out with other data")
@@ -94,7 +92,6 @@ class FilledMasks(Callback):
         self.rows = [encode(sentence, limit, "FilledMasks: the sentence") for sentence in self.sentences]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write."""
         if trainer.sanity_checking:
             return
         tokenizer, network = tokenizer_of(trainer, self), pl_module.network
@@ -112,12 +109,12 @@ class FilledMasks(Callback):
 
 
 class AttentionHeads(Callback):
-    """After each validation, a picture of every head's attention over a sentence (`val/attention`).
+    """After each validation, draws the attention of each head on a sentence (`val/attention`).
 
     Args:
-        sentence: a short one: each token gets a row and a column.
-        blocks: at most this many blocks, evenly spread from the first to the last.
-        heads: at most this many heads of each.
+        sentence: should be short, because each token gets a row and a column.
+        blocks: largest number of blocks drawn, evenly spread from the first to the last.
+        heads: largest number of heads drawn in each block.
     """
 
     def __init__(self, sentence: str, blocks: int = 4, heads: int = 8) -> None:
@@ -125,7 +122,6 @@ class AttentionHeads(Callback):
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw."""
         if trainer.sanity_checking:
             return
         tokenizer, network = tokenizer_of(trainer, self), pl_module.network
@@ -148,7 +144,7 @@ class AttentionHeads(Callback):
 
 
 def draw_heads(maps: dict[int, Tensor], labels: list[str]) -> Figure:
-    """A row of (H, T, T) maps for each block; a row of a map is the token that looks."""
+    """Draw a row of maps (H, T, T) for each block; a map has a row for each query and a column for each key."""
     heads = len(next(iter(maps.values())))
     side = max(1.6, 0.14 * len(labels))
     figure = Figure(figsize=(side * heads + 1, side * len(maps) + 1), layout="constrained")

@@ -1,4 +1,4 @@
-"""Speed of training: samples and FLOP a second, utilisation, and curves over samples seen."""
+"""Training speed: samples and FLOP per second, utilisation, and curves over the samples seen."""
 
 import time
 from typing import Any
@@ -14,15 +14,16 @@ from trunkline.modules.training.exact_resume import accumulates, compute_dtype
 
 
 class Throughput(Callback):
-    """Log `throughput/*` each time the trainer logs, and the main curves again over samples seen.
+    """Logs `throughput/*` each time the trainer logs, and the main curves once more over the samples seen.
 
-    Unlike Lightning's `ThroughputMonitor` it never makes the host wait for the device: over a whole
-    logging interval the two are in step anyway. Time spent in validation is left out.
+    Unlike Lightning's `ThroughputMonitor` it never makes the host wait for the device: over a whole logging interval
+    host and device advance together anyway. Time spent in validation does not count.
 
-    Logged: `throughput/<unit>_per_sec` (images, …) over all processes, where texts are among the unit also
-    `throughput/tokens_per_sec` (without padding; other processes count as this one), `throughput/flops_per_sec` (model
-    FLOP/s, a backward pass counted as two forward passes), `throughput/mfu` where the device's peak is known,
-    `<unit>_seen`, and under `by_<unit>/` the losses and metrics with images, tokens, … seen as the x-axis.
+    Logged: `throughput/<unit>_per_sec` over all processes, where `<unit>` is `images`, `texts`, …;
+    `throughput/tokens_per_sec` if the samples hold text (without padding; all processes are assumed to have as many
+    tokens as this one); `throughput/flops_per_sec` (FLOP of the model, a backward pass counted as two forward passes);
+    `throughput/mfu` if the device's peak is known; `<unit>_seen`; and under `by_<unit>/` the losses and metrics with
+    the number of samples seen as the x-axis.
     """
 
     def __init__(self) -> None:
@@ -33,17 +34,15 @@ class Throughput(Callback):
         self.flops: int | None = None
         self.peak: int | None = None
         self.per_second = 0.0
-        """Samples a second over all processes in the last interval; for the progress bar."""
+        """Samples per second over all processes in the last interval; shown in the progress bar."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the first interval."""
         self.peak = get_available_flops(trainer.strategy.root_device, compute_dtype(trainer.precision_plugin))
         self.samples, self.tokens, self.started = 0, 0, time.perf_counter()
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: TrunklineModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count, and log at the trainer's interval."""
         size = pl_module.batch_size(batch)
         self.samples += size * trainer.world_size
         if pl_module.unit != "tokens":
@@ -60,7 +59,7 @@ class Throughput(Callback):
             f"throughput/{pl_module.unit}_per_sec": self.per_second,
             f"{pl_module.unit}_seen": trainer.global_step * self.samples_a_step,
         }
-        if tokens := int(self.tokens):  # Lightning, too, reads its metrics off the device only when it logs
+        if tokens := int(self.tokens):  # waits for the device, as Lightning does when it logs
             metrics["throughput/tokens_per_sec"] = tokens * trainer.world_size / elapsed
         if self.flops:
             metrics["throughput/flops_per_sec"] = self.per_second * self.flops
@@ -72,23 +71,20 @@ class Throughput(Callback):
         self.samples, self.tokens, self.started = 0, 0, time.perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock."""
-        self.started -= time.perf_counter()
+        self.started -= time.perf_counter()  # stops the clock; `on_validation_end` starts it again
 
     def on_validation_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: TrunklineModule
     ) -> None:
-        """Start it again where it stood."""
         self.started += time.perf_counter()
         if not trainer.sanity_checking:
             self._log_by_samples(trainer, pl_module, "val/")
 
     def state_dict(self) -> dict[str, Any]:
-        """For a resume that begins with a validation, before any batch has shown its size."""
+        """The number of samples per step, because a resumed run may begin with a validation, before any batch."""
         return {"samples_a_step": self.samples_a_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
         self.samples_a_step = state_dict["samples_a_step"]
 
     def _log_by_samples(self, trainer: L.Trainer, pl_module: TrunklineModule, prefix: str) -> None:
@@ -100,24 +96,23 @@ class Throughput(Callback):
 
 
 def count_tokens(batch: dict[str, Tensor]) -> Tensor | int:
-    """Tokens of a batch without padding, left on its device; 0 where there are none."""
+    """Number of a batch's tokens without padding, as a tensor on its device; 0 if the batch has no tokens."""
     if "mask" in batch:
         return batch["mask"].sum()
     return batch["tokens"].numel() if "tokens" in batch else 0
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, with samples a second.
+    """Lightning's progress bar, with samples per second.
 
     Args:
-        refresh_rate: batches between two updates.
+        refresh_rate: number of batches between two updates.
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Losses and metrics as logged, without the version number, and the throughput."""
         metrics = dict(super().get_metrics(trainer, pl_module))
         metrics.pop("v_num", None)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
