@@ -1,1 +1,1 @@
-"""How good a result is: retrieval, probes of frozen features, entities, answers to questions."""
+"""Metrics: retrieval, probes of frozen features, entities, answers to questions."""

@@ -1,4 +1,4 @@
-"""Entities in tagged sentences: names of persons, places and the like, and how many were found."""
+"""F1 of entities in tagged sentences, such as names of persons and places."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from torchmetrics import Metric
 class EntityF1(Metric):
     """F1 of entities over all sentences, as the script conlleval counts them (Tjong Kim Sang and Buchholz, 2000).
 
-    An entity counts as right if its borders and its type are. torchmetrics has scores of single tags only.
+    An entity is right if its borders and its type are right. torchmetrics only scores single tags.
     """
 
     full_state_update = False
@@ -27,8 +27,8 @@ class EntityF1(Metric):
         """Count the entities of one sentence.
 
         Args:
-            predicted: tag of each word, such as `B-PER`, `I-PER` or `O`.
-            true: the right ones.
+            predicted: predicted tag of each word, such as `B-PER`, `I-PER` or `O`.
+            true: right tag of each word.
         """
         found, wanted = entities(predicted), entities(true)
         self.right += len(found & wanted)
@@ -36,15 +36,15 @@ class EntityF1(Metric):
         self.true += len(wanted)
 
     def compute(self) -> Tensor:
-        """2 right / (predicted + true); 0 where there is neither."""
+        """2 right / (predicted + true); 0 if no entity was predicted and none exists."""
         return 2 * self.right / (self.predicted + self.true).clamp(min=1)
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """(type, first word, word after the last) of the entities that a sentence's tags mark.
+    """The entities that a sentence's tags mark, each as (type, first word, word after the last).
 
-    Read as conlleval reads them: `B-` begins an entity, and so does an `I-` that follows no tag of its type. So both
-    usual schemes, IOB1 and BIO (IOB2), are understood.
+    As in conlleval, an entity begins at `B-`, and at an `I-` that does not follow a tag of the same type. So both usual
+    schemes, IOB1 and BIO (IOB2), are understood.
     """
     found = set()
     kind, start = "", 0

@@ -1,4 +1,4 @@
-"""Probes: how well simple classifiers do on the features of a frozen network."""
+"""Probes: accuracy of simple classifiers on the features of a frozen network."""
 
 from typing import NamedTuple
 
@@ -9,9 +9,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 TEMPERATURE = 0.07
-"""Divides the cosine by which a neighbour's vote is weighted."""
+"""A neighbour's vote has the weight exp(cosine / TEMPERATURE)."""
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-"""Values of C, the inverse of the regularisation, that a linear probe chooses from."""
+"""Values of C, the inverse strength of the regularisation, that a linear probe tries."""
 
 
 class Labelled(NamedTuple):
@@ -26,8 +26,8 @@ class Labelled(NamedTuple):
 def knn_accuracy(train: Labelled, test: Labelled, k: int) -> float:
     """Accuracy of a nearest-neighbour classifier on the test rows.
 
-    The `k` training rows of highest cosine vote, each with the weight exp(cosine / 0.07), as in DINO (arXiv:2104.14294)
-    and before it in arXiv:1805.01978.
+    The `k` training rows with the highest cosines vote, each with the weight exp(cosine / 0.07), as in arXiv:1805.01978
+    and in DINO (arXiv:2104.14294).
     """
     voters = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE))
     return float(voters.fit(*train).score(*test))
@@ -36,8 +36,8 @@ def knn_accuracy(train: Labelled, test: Labelled, k: int) -> float:
 def linear_probe_accuracy(train: Labelled, val: Labelled, test: Labelled) -> tuple[float, float]:
     """Accuracy of a logistic regression on the test rows, and its C.
 
-    Features are standardised. C is the one of `STRENGTHS` that does best on the validation rows after learning from the
-    training rows; the probe that is tested has then learned from both.
+    Features are standardised. C is the value in `STRENGTHS` with the best accuracy on the validation rows after fitting
+    the training rows. The probe that is tested is then fitted to both.
     """
 
     def fitted(strength: float, rows: Labelled) -> LogisticRegression:

@@ -1,6 +1,6 @@
-"""Answers to questions: the likeliest spans of a text, the best one of several windows, and SQuAD's scores of them.
+"""Answers to questions: the likeliest span of each window, the best of several windows, and SQuAD's scores.
 
-Shape legend: B windows of texts, T tokens of a window.
+Shape legend: B windows, T tokens of a window.
 """
 
 from collections import defaultdict
@@ -15,31 +15,31 @@ from torchmetrics.text import SQuAD
 
 
 class WindowAnswer(NamedTuple):
-    """The likeliest answer in a window of a question's text."""
+    """The likeliest answer in one window of the text that belongs to a question."""
 
     question: int
     """Number of the question."""
     score: float
-    """Sum of the logits of its first and last token."""
+    """Sum of the logits of the answer's first and last token."""
     null_score: float
-    """The same sum for there being no answer in this window."""
+    """The same sum for "no answer in this window"."""
     start: int
-    """First character in the whole text."""
+    """The answer's first character in the whole text."""
     end: int
-    """The character after the last."""
+    """The character after the answer's last."""
 
 
 def best_spans(start: Tensor, end: Tensor, context: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest valid span of each row: within the text, not ending before it starts, not too long.
+    """The likeliest valid span of each row: inside the text, with its end not before its start, not too long.
 
     Args:
         start: (B, T) logits of the first token.
         end: (B, T) logits of the last token.
-        context: (B, T) bool, True for tokens of the text, in which both must lie.
-        longest: most tokens of a span.
+        context: (B, T) bool, True for tokens of the text; first and last token must be among them.
+        longest: largest number of tokens in a span.
 
     Returns:
-        Three tensors (B,): sums of both logits, first tokens and last tokens.
+        Three tensors (B,): sum of both logits, first token, last token.
     """
     first = start.masked_fill(~context, -torch.inf)
     last = F.pad(end.masked_fill(~context, -torch.inf), (0, longest - 1), value=-torch.inf)
@@ -50,12 +50,12 @@ def best_spans(start: Tensor, end: Tensor, context: Tensor, longest: int) -> tup
 
 
 def merge_windows(windows: Iterable[WindowAnswer], unanswerable: bool) -> dict[int, WindowAnswer | None]:
-    """The likeliest answer to each question among its windows, in the order of the questions' numbers.
+    """The likeliest answer to each question among its windows, sorted by the number of the question.
 
     Args:
-        windows: of all questions, in any order.
-        unanswerable: whether a question may have no answer (SQuAD 2.0). Then it is given None if "no answer" scores
-            higher than the best answer, even in the window where it scores lowest.
+        windows: windows of all questions, in any order.
+        unanswerable: whether a question may have no answer (SQuAD 2.0). If so, the answer is None where in every window
+            "no answer" scores higher than the question's best answer.
     """
     by_question: dict[int, list[WindowAnswer]] = defaultdict(list)
     for window in windows:
@@ -69,14 +69,14 @@ def merge_windows(windows: Iterable[WindowAnswer], unanswerable: bool) -> dict[i
 
 
 def squad_scores(answers: Iterable[tuple[str, Sequence[str]]]) -> dict[str, float]:
-    """Exact match and F1 over questions, as SQuAD's own script counts them, from 0 to 1.
+    """Exact match and F1 over questions, from 0 to 1, counted as by SQuAD's own script.
 
     Args:
-        answers: (given answer, all right ones) for each question. The empty answer means that there is none; it is
-            right where no right one is listed.
+        answers: (predicted answer, all right answers) for each question. An empty prediction means "no answer"; it is
+            right if the list of right answers is empty.
 
     Returns:
-        `exact` and `f1`; empty without questions.
+        `exact` and `f1`; an empty dict if there are no questions.
     """
     metric = SQuAD()
     metric.set_dtype(torch.float64)  # in float32 a sum over many questions is too coarse
@@ -84,19 +84,19 @@ def squad_scores(answers: Iterable[tuple[str, Sequence[str]]]) -> dict[str, floa
         metric.update(*torchmetrics_format(answer, worthwhile(golds)))
     if not metric.total:
         return {}
-    # `compute` would give percentages.
+    # Not `metric.compute()`, which returns percentages.
     return {"exact": (metric.exact_match / metric.total).item(), "f1": (metric.f1_score / metric.total).item()}
 
 
 def worthwhile(golds: Sequence[str]) -> list[str]:
-    """Right answers that are more than articles and punctuation; without any, the empty one.
+    """The right answers that are more than articles and punctuation; the empty answer if none is left.
 
-    torchmetrics has the script of SQuAD 1.1, in which each question has an answer. This is what that of SQuAD 2.0
-    (arXiv:1806.03822) does before.
+    torchmetrics implements the script of SQuAD 1.1, in which each question has an answer. The script of SQuAD 2.0
+    (arXiv:1806.03822) also does this step.
     """
     return [gold for gold in golds if not squad(*torchmetrics_format("", [gold]))["exact_match"]] or [""]
 
 
 def torchmetrics_format(answer: str, golds: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """One question as torchmetrics wants it."""
+    """One question in the format of torchmetrics: prediction and target."""
     return {"id": "", "prediction_text": answer}, {"id": "", "answers": {"text": golds}}
