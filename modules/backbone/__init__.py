@@ -1,4 +1,4 @@
-"""The trunk and its parts. Needs torch alone."""
+"""The trunk and its parts. Needs only torch."""
 
 from trunkline.modules.backbone.attention import KVCache
 from trunkline.modules.backbone.config import TransformerConfig

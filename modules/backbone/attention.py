@@ -1,4 +1,4 @@
-"""Attention of the trunk: self or cross, grouped queries, rotary positions, cache, captured weights.
+"""Attention of the trunk: self- and cross-attention, grouped queries, rotary positions, key/value cache.
 
 Shape legend: B batch, T target (query) tokens, S source (key) tokens, D model width, H query heads,
 K key/value heads, E width of one head (D / H).
@@ -21,15 +21,15 @@ Keep = slice | Tensor
 class KVCache:
     """Keys and values of the tokens seen so far, so that a new token costs one row of attention.
 
-    Self-attention keys and values are written in place into buffers of a fixed length; those of
-    `context` are projected once, at the first call. For inference only.
+    Keys and values of self-attention are written in place into buffers of a fixed length. Keys and values of `context`
+    are computed once, at the first call. For inference only.
 
     Args:
         config: the trunk's configuration.
         batch_size: number of sequences.
         max_length: number of tokens that fit.
-        dtype: of the keys and values; give the dtype in which the trunk computes.
-        device: where the buffers live.
+        dtype: data type of the keys and values; should be the type in which the trunk computes.
+        device: device of the buffers.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.cross: dict[int, tuple[Tensor, Tensor]] = {}
         self.length = 0
-        """Tokens held so far; the trunk adds to it at the end of each call."""
+        """Number of tokens in the cache; the trunk increases it at the end of each call."""
 
     @property
     def max_length(self) -> int:
@@ -53,7 +53,11 @@ class KVCache:
         return self.keys.shape[3]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, K, T, E) keys and values of one layer; return all (B, K, S, E) held with them."""
+        """Add keys and values (B, K, T, E) of one layer; return all that the layer has now, (B, K, S, E).
+
+        Raises:
+            TrunklineError: if they do not fit into the cache.
+        """
         end = self.length + k.shape[2]
         if end > self.max_length:
             raise TrunklineError(
@@ -64,7 +68,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def reorder(self, index: Tensor) -> None:
-        """Let row b continue row `index[b]`, for beam search; fewer or more rows than before are allowed."""
+        """Make row b continue the old row `index[b]`, for beam search; the number of rows may change."""
         if len(index) == self.keys.shape[1]:
             held = slice(0, self.length)
             self.keys[:, :, :, held] = self.keys[:, index, :, held]
@@ -75,16 +79,17 @@ class KVCache:
 
 
 def make_norm(config: TransformerConfig, dim: int) -> nn.Module:
-    """The configuration's norm over a last dimension of `dim`."""
+    """The configured norm, over a last dimension of `dim`."""
     if config.norm == "rmsnorm":
         return nn.RMSNorm(dim, eps=config.norm_eps)
     return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
 
 
 def rotation_table(positions: Tensor, head_dim: int, theta: float) -> Rotation:
-    """Cosines and signed sines, each (T, E), of the rotary embedding at `positions` (T,); see `rotate`.
+    """Cosines and signed sines (T, E) of the rotary embedding at `positions` (T,), for `rotate`.
 
-    Always float32: a buffer would follow `module.to(bfloat16)`, and far positions would lose their phase.
+    Always float32, and not a buffer: `module.to(bfloat16)` would convert a buffer, and far positions would lose their
+    phase.
     """
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = torch.outer(positions.float(), frequency)  # (T, E / 2)
@@ -99,12 +104,12 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def take(x: Tensor, keep: Keep) -> Tensor:
-    """Some tokens of (B, T, ...): (B, N, ...)."""
+    """Select tokens: (B, T, ...) -> (B, N, ...)."""
     return x[:, keep] if isinstance(keep, slice) else x[torch.arange(len(keep), device=x.device)[:, None], keep]
 
 
 def take_queries(mask: Tensor | None, keep: Keep) -> Tensor | None:
-    """Rows of some queries of a mask (B or 1, H or 1, T or 1, S)."""
+    """Select the rows of some queries in a mask (B or 1, H or 1, T or 1, S)."""
     if mask is None or mask.shape[2] == 1:
         return mask
     if isinstance(keep, Tensor):
@@ -115,9 +120,9 @@ def take_queries(mask: Tensor | None, keep: Keep) -> Tensor | None:
 def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    """What `F.scaled_dot_product_attention` computes, with the (B, H, T, S) weights as a second result.
+    """Computes the same as `F.scaled_dot_product_attention`, and also returns the weights (B, H, T, S).
 
-    A query that may attend to nothing gets zeros, as it does there.
+    A query that may attend to nothing gets zeros, as in PyTorch's function.
     """
     may = mask if mask is None or mask.dtype == torch.bool else mask > -math.inf  # (B, H, T, S)
     groups = q.shape[1] // k.shape[1]
@@ -150,13 +155,13 @@ def learns_slowly(q: Tensor, k: Tensor) -> bool:
 
 
 def _rotation_of(rotation: Rotation, keep: Keep) -> Rotation:
-    """The angles of some tokens, (N, E) or (B, 1, N, E)."""
+    """Select the cosines and sines of some tokens: (N, E) or (B, 1, N, E)."""
     cos, sin = (t[keep] if isinstance(keep, slice) else t[keep][:, None] for t in rotation)
     return cos, sin
 
 
 class Attention(nn.Module):
-    """Multi-head attention with H query heads over K key/value heads; self-attention, or over a context."""
+    """Multi-head attention with H query heads and K key/value heads; self-attention or cross-attention."""
 
     def __init__(self, config: TransformerConfig, cross: bool = False) -> None:
         super().__init__()
@@ -173,13 +178,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=config.bias)
 
     def fused_projections(self) -> list[tuple[Tensor, int]]:
-        """Weights that are several equal matrices stacked, with how many (for optimisers that see matrices)."""
+        """Weights that consist of several stacked matrices of equal shape, each with their number; Muon splits them."""
         if hasattr(self, "kv"):
             return [(self.kv.weight, 2)]
         return [(self.qkv.weight, 3)] if not self.gqa else []
 
     def project(self, x: Tensor, keep: Keep | None) -> list[Tensor]:
-        """Flat queries (B, T or N, D), keys and values (B, T, K * E)."""
+        """Project x to queries (B, T or N, D), keys and values (B, T, K * E), with heads not yet separated."""
         sizes = [self.qkv.out_features - 2 * self.kv_dim, self.kv_dim, self.kv_dim]
         if keep is None:
             return list(self.qkv(x).split(sizes, dim=-1))
@@ -193,7 +198,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def keys_values(self, k: Tensor, v: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """Flat (B, S, K * E) projections -> keys and values (B, K, S, E), ready to attend to."""
+        """Projections (B, S, K * E) -> keys and values (B, K, S, E), with norm and rotation applied."""
         k, v = self.heads(k), self.heads(v)
         if self.k_norm is not None:
             k = self.k_norm(k).to(v.dtype)  # autocast runs norms in float32
@@ -212,11 +217,11 @@ class Attention(nn.Module):
         keep: Keep | None = None,
         return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (B, T, D), and the (B, H, T, S) weights if asked for.
+        """(B, T, D) -> (B, T, D), and the weights (B, H, T, S) with `return_attention`.
 
-        `context` (B, S, D) is attended to by a module made with `cross=True`. `mask` is broadcastable to
-        (B, H, T, S) and either boolean, True where a query may attend, or added to the scores. With `keep`,
-        queries are computed for those tokens only, and T is their number, in the mask as well.
+        A module made with `cross=True` attends to `context` (B, S, D). `mask` is broadcastable to (B, H, T, S); it is
+        either boolean, True where a query may attend, or added to the scores. With `keep`, queries are computed only
+        for those tokens; T is then their number, also in the mask.
         """
         if context is None:
             q, k, v = self.project(x, keep)
@@ -244,7 +249,7 @@ class Attention(nn.Module):
             weights = weights if return_attention else None
         else:
             if mask is not None and mask.is_floating_point():
-                mask = mask.to(q.dtype)  # the fused kernels take no other
+                mask = mask.to(q.dtype)  # the fused kernels need equal types
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, enable_gqa=self.gqa
             )

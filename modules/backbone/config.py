@@ -1,4 +1,4 @@
-"""The trunk's one configuration."""
+"""The configuration of the trunk."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -26,9 +26,9 @@ class TransformerConfig:
     num_kv_heads: int | None = None
     """Key/value heads K (grouped-query attention, arXiv:2305.13245); None means one per query head."""
     mlp_dim: int | None = None
-    """Hidden width F of the MLP; None means 4 D, or 8/3 D rounded up to a multiple of 8 for swiglu."""
+    """Hidden width F of the MLP; None means 4 D, or for `swiglu` 8/3 D rounded up to a multiple of 8."""
     mlp: MLPKind = "gelu"
-    """Activation; `swiglu` gates the hidden layer (arXiv:2002.05202), `relu2` squares (arXiv:2109.08668)."""
+    """Activation; `swiglu` gates the hidden layer (arXiv:2002.05202), `relu2` is ReLU squared (arXiv:2109.08668)."""
     norm: NormKind = "layernorm"
     """Normalisation layer; `rmsnorm` is arXiv:1910.07467."""
     norm_eps: float = 1e-6
@@ -46,11 +46,11 @@ class TransformerConfig:
     cross_attention: bool = False
     """Each block also attends to `context` (the decoder of an encoder-decoder)."""
     rope_theta: float | None = None
-    """Base of the rotary position embedding (arXiv:2104.09864, half-split layout); None means none."""
+    """Base of the rotary position embedding (arXiv:2104.09864, half-split layout); None turns it off."""
     dropout: float = 0.0
-    """Probability for attention weights and for the output of each sub-layer."""
+    """Dropout probability of attention weights and of each sub-layer's output."""
     drop_path: float = 0.0
-    """Stochastic depth (arXiv:1603.09382): rate of the last block, growing linearly from 0 at the first."""
+    """Stochastic depth (arXiv:1603.09382): rate of the last block; it grows linearly from 0 at the first block."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
 

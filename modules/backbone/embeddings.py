@@ -1,4 +1,4 @@
-"""How modalities become the trunk's (B, T, D) embeddings: patches and absolute positions."""
+"""Patch embedding and absolute positions, for embeddings (B, T, D) that enter the trunk."""
 
 import math
 
@@ -11,10 +11,9 @@ from trunkline.modules.backbone.transformer import init_linear
 
 
 class PatchEmbed(nn.Module):
-    """Cut an image into square patches and project each to a token (ViT, arXiv:2010.11929).
+    """Cuts an image into square patches and projects each to a token (ViT, arXiv:2010.11929).
 
-    Cutting and a linear layer are what a convolution with stride = kernel computes; its flattened
-    weight is this layer's weight.
+    This is the same as a convolution whose stride is its kernel size; its flattened weight is the weight of `proj`.
 
     Args:
         image_size: (height, width) in pixels.
@@ -42,7 +41,7 @@ class PatchEmbed(nn.Module):
         """(B, C, height, width) -> (B, T, D), row by row.
 
         Raises:
-            TrunklineError: if the images have another shape than the network was made for.
+            TrunklineError: if the images do not have the network's size or channels.
         """
         shape = (self.in_chans, *self.image_size)
         if image.shape[1:] != shape:
@@ -57,7 +56,7 @@ class PatchEmbed(nn.Module):
 
 
 def sincos_positions(length: int, dim: int, theta: float = 10_000.0) -> Tensor:
-    """(length, dim) sinusoidal positions: sines in the first half, cosines in the second (arXiv:1706.03762).
+    """Sinusoidal positions (length, dim): sines in the first half, cosines in the second (arXiv:1706.03762).
 
     Raises:
         TrunklineError: if `dim` is odd.
@@ -69,10 +68,10 @@ def sincos_positions(length: int, dim: int, theta: float = 10_000.0) -> Tensor:
 
 
 def sincos_positions_2d(grid: tuple[int, int], dim: int, theta: float = 10_000.0) -> Tensor:
-    """(rows * columns, dim) positions of a grid, half of the width for x and half for y (arXiv:2205.01580).
+    """Positions (rows * columns, dim) of a grid, half of the width for x and half for y (arXiv:2205.01580).
 
     Raises:
-        TrunklineError: if `dim` is no multiple of 4.
+        TrunklineError: if `dim` is not a multiple of 4.
     """
     if dim % 4:
         raise TrunklineError(f"2-D sin-cos positions need a dim that is a multiple of 4, not {dim}")
@@ -88,7 +87,7 @@ def _sincos(position: Tensor, frequency: Tensor) -> Tensor:
 
 
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positions (1, old rows * columns, D) of one patch grid, interpolated to another (bicubic, antialiased)."""
+    """Interpolate positions (1, rows * columns, D) from one patch grid to another (bicubic, antialiased)."""
     if old == new:
         return positions
     dim, dtype = positions.shape[-1], positions.dtype

@@ -1,4 +1,4 @@
-"""Attention pooling: the trunk's states become one vector."""
+"""Attention pooling, which turns the trunk's states into one vector."""
 
 from dataclasses import replace
 
@@ -11,14 +11,14 @@ from trunkline.modules.backbone.transformer import MLP, init_linear
 
 
 class AttentionPool(nn.Module):
-    """Multi-head attention pooling (MAP): one learnt query looks at all states (arXiv:1810.00825).
+    """Multi-head attention pooling (MAP): one learned query attends to all states (arXiv:1810.00825).
 
-    As big_vision and timm have it: attention, then a residual MLP on the normalised result.
+    As in big_vision and timm: attention, then a residual MLP on the normalised result.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        # There is one query a sample, so options that are meant for long sequences are off.
+        # There is one query per sample, so options that are meant for long sequences are off.
         config = replace(config, dropout=0.0, qk_norm=False, num_kv_heads=None)
         self.query = nn.Parameter(torch.empty(1, 1, config.dim))
         nn.init.trunc_normal_(self.query, std=config.dim**-0.5)

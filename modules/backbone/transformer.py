@@ -37,13 +37,13 @@ class TransformerOutput(NamedTuple):
     x: Tensor
     """(B, T, D) final states."""
     attention: list[Tensor] | None = None
-    """One (B, H, T, S) tensor of self-attention weights a block, with `return_attention=True`."""
+    """With `return_attention=True`: the self-attention weights (B, H, T, S) of each block."""
     cross_attention: list[Tensor] | None = None
-    """One (B, H, T, S) tensor of weights over `context` a block, with `return_attention=True`."""
+    """With `return_attention=True`: the weights (B, H, T, S) over `context` of each block."""
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them; `swiglu` packs gate and value into the first."""
+    """Two linear layers with an activation between them; with `swiglu` the first computes both gate and value."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.hidden_dim, config.dim, bias=config.bias)
 
     def fused_projections(self) -> list[tuple[Tensor, int]]:
-        """Weights that are several equal matrices stacked, with how many."""
+        """As for `Attention`."""
         return [(self.fc1.weight, 2)] if self.kind == "swiglu" else []
 
     def activate(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class MLP(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: leave a residual branch out for some samples, and scale it up for the others."""
+    """Stochastic depth: drops a residual branch for some samples, and scales it up for the others."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention where configured, and an MLP, each on a residual branch."""
+    """Self-attention, cross-attention if configured, and an MLP, each on a residual branch."""
 
     def __init__(self, config: TransformerConfig, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -124,9 +124,9 @@ class Block(nn.Module):
         return_attention: bool,
         keep: Keep | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(B, T, D) -> (B, T, D), or (B, N, D) with `keep`; self-attention weights, cross-attention weights."""
+        """(B, T, D) -> (B, T, D), or (B, N, D) with `keep`; then self-attention and cross-attention weights."""
         if keep is not None:
-            if is_causal:  # the flag would be wrong for some of the queries
+            if is_causal:  # the flag would misplace the selected queries
                 mask, is_causal = causal_mask(0, x.shape[1], x.device), False
             mask, context_mask = take_queries(mask, keep), take_queries(context_mask, keep)
         branch, weights = self.attn(
@@ -156,22 +156,22 @@ class Block(nn.Module):
 
 
 def causal_mask(start: int, end: int, device: torch.device) -> Tensor:
-    """(1, 1, end - start, end), True where queries start..end may attend to keys 0..end."""
+    """Causal mask (1, 1, end - start, end) for queries start..end over keys 0..end, True where they may attend."""
     return torch.ones(1, 1, end - start, end, dtype=torch.bool, device=device).tril(start)
 
 
 def restrict(mask: Tensor | None, allowed: Tensor) -> Tensor:
-    """A boolean or additive mask, or none, with everything forbidden that the boolean `allowed` forbids."""
+    """Also forbid what the boolean mask `allowed` forbids; `mask` may be boolean, additive or None."""
     if mask is None:
         return allowed
     return mask & allowed if mask.dtype == torch.bool else torch.where(allowed, mask, -math.inf)
 
 
 def four_dimensional(mask: Tensor | None) -> Tensor | None:
-    """(B, S) mask -> (B, 1, 1, S), (H or 1, T, S) -> (1, H or 1, T, S); four dimensions stay.
+    """Mask (B, S) -> (B, 1, 1, S), or (H or 1, T, S) -> (1, H or 1, T, S); four dimensions stay as they are.
 
     Raises:
-        TrunklineError: if it is neither boolean nor floating point.
+        TrunklineError: if the mask is neither boolean nor floating point.
     """
     if mask is None:
         return None
@@ -190,9 +190,9 @@ def self_attention_mask(
 ) -> tuple[Tensor | None, bool]:
     """Mask and `is_causal` flag for queries start..end over keys 0..end.
 
-    Where the flag alone suffices, no (T, S) mask is built.
+    If the flag alone is enough, no (T, S) mask is built.
     """
-    if not causal or end - start == 1:  # one new token sees all that came before it
+    if not causal or end - start == 1:  # a single new token sees all tokens before it
         return mask, False
     if mask is None and start == 0:
         return None, True
@@ -200,7 +200,7 @@ def self_attention_mask(
 
 
 class Transformer(nn.Module):
-    """A stack of blocks over embeddings: an encoder, a decoder or both, as its `TransformerConfig` says."""
+    """A stack of blocks over embeddings; its `TransformerConfig` makes it an encoder or a decoder."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -225,26 +225,26 @@ class Transformer(nn.Module):
         """Run the trunk.
 
         Args:
-            x: (B, T, D) embeddings; with `cache`, of the new tokens only.
-            context: (B, S, D) encoder states; needed exactly if `config.cross_attention`.
-            mask: boolean, True where a token may attend, or floating point and added to the scores before the
-                softmax (a bias by relative position, say; it may be learned), where minus infinity forbids. (B, S)
-                for padding, with `cache` over the old and new tokens together, or anything broadcastable to
-                (B, H, T, S). Causality is applied on top of it.
-            causal: whether a token sees only itself and the tokens before it, in this call; None means
+            x: (B, T, D) embeddings; with `cache`, only those of the new tokens.
+            context: (B, S, D) encoder states; required if `config.cross_attention`, else not allowed.
+            mask: boolean, True where a token may attend; or floating point, added to the scores before the softmax
+                (such as a bias by relative position, which may be learned), where minus infinity forbids. Either (B, S)
+                for padding, or anything broadcastable to (B, H, T, S); with `cache`, S counts old and new tokens.
+                Causality is applied in addition.
+            causal: whether a token sees only itself and the tokens before it in this call; None means
                 `config.causal`.
-            context_mask: the same over `context`.
-            cache: keys and values of earlier tokens; the new ones are added to it.
-            keep: tokens whose final states are wanted, a slice or (B, N) positions: the last block then runs
-                for them alone, which saves most of its work where a model reads one token (a class token,
-                the end of a text) or a few (masked ones).
+            context_mask: like `mask`, over `context`.
+            cache: keys and values of earlier tokens; those of the new tokens are added to it.
+            keep: the tokens whose final states are returned, as a slice or as (B, N) positions. The last block computes
+                only these, which saves most of its work when a model reads one token (the class token, the end of a
+                text) or a few (masked tokens).
             return_attention: also return each block's attention weights (slower, same result).
 
         Returns:
             `TransformerOutput(x=(B, T, D), attention, cross_attention)`; x is (B, N, D) with `keep`.
 
         Raises:
-            TrunklineError: if `context` is given or missing against the configuration, or a mask is
+            TrunklineError: if `context` is given without `config.cross_attention` or missing with it, or if a mask is
                 neither boolean nor floating point.
         """
         if (context is not None) != self.config.cross_attention:
@@ -276,7 +276,7 @@ class Transformer(nn.Module):
 
 
 def init_linear(module: nn.Module) -> None:
-    """Truncated normal weights with deviation 0.02 and zero biases, as BERT, GPT-2 and ViT start."""
+    """Initialise a linear layer as in BERT, GPT-2 and ViT: truncated normal weights (std 0.02), zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
