@@ -1,4 +1,4 @@
-"""Plain torch networks, each a short composition on the trunk. Needs torch alone."""
+"""Plain torch networks, each a short composition on the trunk. Needs only torch."""
 
 from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.bert import BERT, BERTConfig

@@ -18,10 +18,10 @@ ConfigT = TypeVar("ConfigT")
 
 
 def config_from_dict(config_class: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
-    """Build a (nested) configuration dataclass from plain data, as JSON and checkpoints hold it.
+    """Build a (nested) configuration dataclass from plain data, such as that of a JSON file or a checkpoint.
 
     Raises:
-        TrunklineError: for a key that the configuration does not have; names the nearest one.
+        TrunklineError: for a key that the configuration does not have; suggests the nearest one.
     """
     hints = get_type_hints(config_class)
     values = {}
@@ -38,19 +38,19 @@ def config_from_dict(config_class: type[ConfigT], data: Mapping[str, Any]) -> Co
 
 
 OWN_TO_TRUNK = {"causal", "dropout", "drop_path", "activation_checkpointing"}
-"""Fields of a trunk's configuration that change neither its weights nor what it computes in evaluation; `causal` does,
-but each network says it in each call."""
+"""Fields in which a given trunk may differ from the network's configuration: they change neither its weights nor its
+results in evaluation, or, like `causal`, are passed in each call."""
 
 
 def trunk_for(config: TransformerConfig, trunk: Transformer | None) -> Transformer:
-    """A new trunk, or the given one with the weights that it has.
+    """Make a new trunk, or check and return a given one.
 
     Args:
-        config: what the network's configuration says of its trunk.
-        trunk: an existing one, whose dropout and checkpointing stay as they are; None makes a new one.
+        config: the trunk's configuration inside the network's.
+        trunk: an existing trunk, which keeps its weights, dropout and checkpointing; None makes a new one.
 
     Raises:
-        TrunklineError: if the given trunk is of another shape; names the field.
+        TrunklineError: with the field in which the given trunk differs.
     """
     if trunk is None:
         return Transformer(config)
@@ -67,25 +67,25 @@ def trunk_for(config: TransformerConfig, trunk: Transformer | None) -> Transform
 
 
 class Network(nn.Module):
-    """A plain torch network that is rebuilt from its configuration and saved as two public files.
+    """A plain torch network that can be rebuilt from its configuration, and that is saved as two standard files.
 
-    A subclass names its configuration dataclass in `config_class`, takes an instance of it as its first
-    argument and keeps it as `config`. The second, `trunk`, is an existing `Transformer` to be built around, so that
-    several networks can share its weights; without it the network makes its own.
+    A subclass names its configuration dataclass in `config_class`, takes an instance of it as its first argument and
+    keeps it as `config`. Its second argument, `trunk`, is an existing `Transformer` to use, so that several networks
+    can share its weights; without it the network makes its own trunk.
     """
 
     config_class: ClassVar[type]
     config: Any
 
     def output_modules(self) -> list[nn.Module]:
-        """The parts after the trunk (pooling, heads): never frozen, and at full rate in layer-wise decay."""
+        """The parts after the trunk (pooling, heads): never frozen, and with the full rate in layer-wise decay."""
         return []
 
     def adapt(self, source: Any) -> None:
-        """Change a trained network of the same class, in place, so that it takes the inputs that this one takes."""
+        """Change a trained network of the same class, in place, so that it accepts this network's inputs."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, made if missing."""
+        """Write `config.json` and `model.safetensors` into `folder`, which is created if missing."""
         from safetensors.torch import save_model
 
         folder = Path(folder)
@@ -102,7 +102,7 @@ class Network(nn.Module):
             source: the folder, or the name of a Hugging Face hub repository (needs `huggingface_hub`).
 
         Raises:
-            TrunklineError: if a file is missing, of another network, or does not fit the configuration.
+            TrunklineError: if a file is missing, belongs to another class, or does not fit the configuration.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_model
@@ -127,10 +127,10 @@ class Network(nn.Module):
 
 
 def pretrained_folder(source: str | Path) -> Path:
-    """The folder that a name stands for: itself, or the files of a hub repository, in the hub's own cache.
+    """The folder of that name, or the hub's cached copy of the repository of that name.
 
     Raises:
-        TrunklineError: if it is no folder, and no repository that can be reached.
+        TrunklineError: if there is no such folder, and no such repository can be reached.
     """
     if Path(source).is_dir():
         return Path(source)

@@ -30,13 +30,13 @@ class BERTConfig:
     """
 
     vocab_size: int = 30522
-    """Tokens V; more than the tokenizer has is allowed."""
+    """Number V of tokens; may be larger than the tokenizer's."""
     max_length: int = 512
-    """Tokens the network can see at once."""
+    """Largest number of tokens that the network can see at once."""
     positions: Literal["learned", "none"] = "learned"
     """Absolute positions; `none` is for a rotary trunk."""
     num_segments: int = 2
-    """Kinds of text in a row, such as the two of a pair, each with an embedding; 0 for no such embeddings."""
+    """Number of segment embeddings: 2 for the texts of a pair, 0 for none."""
     next_sentence: bool = False
     """A second output, read from the first token: does the second text follow the first?"""
     backbone: TransformerConfig = field(default_factory=bert_trunk)
@@ -44,7 +44,9 @@ class BERTConfig:
 
     def __post_init__(self) -> None:
         if self.backbone.causal:
-            raise TrunklineError("BERT looks both ways: its trunk cannot be causal; leave causal out, or train a GPT")
+            raise TrunklineError(
+                "the trunk of a BERT cannot be causal, because tokens see both sides; leave causal out, or train a GPT"
+            )
 
 
 class MaskedHead(nn.Module):
@@ -81,10 +83,10 @@ class BERT(Network):
 
     Args:
         config: shape of the network.
-        trunk: an existing trunk to build around, which then looks both ways here, whatever its configuration says.
+        trunk: an existing trunk to use. It always runs without a causal mask here, whatever its configuration says.
 
     Raises:
-        TrunklineError: if the given trunk is of another shape than `config.backbone`.
+        TrunklineError: if the given trunk does not fit `config.backbone`.
     """
 
     config_class = BERTConfig
@@ -112,11 +114,10 @@ class BERT(Network):
             init_linear(self.next_head)
 
     def output_modules(self) -> list[nn.Module]:
-        """The heads."""
         return [m for m in (self.masked_head, self.head, self.pooler, self.next_head) if m is not None]
 
     def embed(self, tokens: Tensor, segment: Tensor | None = None) -> Tensor:
-        """(B, T) token ids and segments (all 0 if None) -> (B, T, D).
+        """Token ids (B, T) and segments (B, T), all 0 if None -> embeddings (B, T, D).
 
         Raises:
             TrunklineError: if there are more tokens than positions.
@@ -157,20 +158,20 @@ class BERT(Network):
         return_logits: bool = True,
         return_next: bool = False,
     ) -> Any:
-        """Logits of the tokens that stand at each position, masked or not.
+        """Logits of the token at each position, masked or not.
 
         Args:
             tokens: (B, T) token ids.
             segment: (B, T) number of the text within the row, 0 or 1 for a pair.
             mask: (B, T) bool, False for padding.
             keep: compute these positions only, such as the masked ones (B, N); T becomes their number.
-            return_logits: False stops before the output layer, at what it multiplies, for a chunked loss.
-            return_next: also tell whether the second text follows the first, from the state of the first token, which
-                is computed besides those of `keep`.
+            return_logits: False returns the inputs of the output layer `head` instead, for a chunked loss.
+            return_next: also predict whether the second text follows the first, from the state of the first token,
+                which is then computed in addition to those in `keep`.
 
         Returns:
-            (B, T, V) logits, or (B, T, D) of what `head` multiplies. With `return_next` a tuple of that and of
-            (B, 2) logits, of which class 1 says that the second text follows the first.
+            (B, T, V) logits, or (B, T, D) inputs of `head`. With `return_next`, a tuple of these and (B, 2) logits;
+            class 1 means that the second text follows the first.
 
         Raises:
             TrunklineError: if there are more tokens than positions, or for `return_next` without
@@ -190,7 +191,7 @@ class BERT(Network):
 
 
 def with_first(keep: Keep, tokens: Tensor) -> Tensor:
-    """Positions in rows of tokens (B, T), with that of the first token before them: (B, 1 + N)."""
+    """Positions (B, 1 + N): that of the first token, then those in `keep`; `tokens` is (B, T)."""
     if isinstance(keep, slice):
         keep = torch.arange(tokens.shape[1], device=tokens.device)[keep].expand(len(tokens), -1)
     return torch.cat([keep.new_zeros(len(keep), 1), keep], dim=1)

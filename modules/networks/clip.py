@@ -18,7 +18,7 @@ from trunkline.modules.networks.text_head import TextHead, TextHeadConfig
 from trunkline.modules.networks.vit import ViT, ViTConfig
 
 MAX_LOGIT_SCALE = math.log(100)
-"""The limit of the paper, whose authors found training unstable above it."""
+"""The limit that the paper uses, because training was unstable above it."""
 
 
 @dataclass
@@ -26,35 +26,36 @@ class CLIPConfig:
     """Shape of the two towers and of the space that they share.
 
     Raises:
-        TrunklineError: for no text tower or two, or towers that cannot share a trunk.
+        TrunklineError: if there is not exactly one text tower, for a value out of range, or if `share_trunk` is set and
+            the towers' trunks differ.
     """
 
     image: ViTConfig = field(default_factory=ViTConfig)
-    """The image tower; its head is the projection into the space, with a bias, whatever `num_classes` says."""
+    """The image tower; its head is the projection into the shared space, with a bias, so `num_classes` is ignored."""
     bert: BERTConfig | None = None
-    """The text tower, if it looks both ways."""
+    """The text tower, if it is bidirectional."""
     gpt: GPTConfig | None = None
-    """The text tower, if it is causal, as CLIP's own."""
+    """The text tower, if it is causal, as in the paper."""
     text_pool: Literal["last", "mean", "cls"] = "last"
-    """What a text's embedding is read from: its last token (end of text), the mean over all tokens, or the first."""
+    """Source of a text's embedding: its last token (end of text), the mean over all tokens, or the first token."""
     dim: int = 512
     """Size E of an embedding."""
     share_trunk: bool = False
     """Both towers run through the same blocks, whose weights exist once."""
     init_logit_scale: float = math.log(1 / 0.07)
-    """Logarithm of the factor that cosines are multiplied by, at the start of training."""
+    """Initial logarithm of the factor that multiplies the cosines."""
     init_logit_bias: float | None = None
-    """Bias added to the logits, at the start of training; None for none. SigLIP's loss (arXiv:2303.15343) needs one,
-    such as -10."""
+    """Initial bias that is added to the logits; None for no bias. SigLIP's loss (arXiv:2303.15343) needs one, such as
+    -10."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.bert, Mapping):  # as checkpoints and config.json hold it
+        if isinstance(self.bert, Mapping):  # in checkpoints and config.json
             self.bert = config_from_dict(BERTConfig, self.bert)
         if isinstance(self.gpt, Mapping):
             self.gpt = config_from_dict(GPTConfig, self.gpt)
         if self.gpt is not None and self.text_pool == "cls":
             raise TrunklineError(
-                "with text_pool=cls a GPT's first token is read, which sees no other; set text_pool to last or mean",
+                "text_pool=cls reads a GPT's first token, which sees no other token; set text_pool to last or mean",
                 "model.network.text_pool",
             )
         if self.dim < 1:
@@ -66,7 +67,7 @@ class CLIPConfig:
                 "model.network.init_logit_scale",
             )
         own, other = self.image.backbone, self.text.body.backbone
-        names = [f.name for f in fields(own) if f.name != "causal"]  # each tower says that in each call
+        names = [f.name for f in fields(own) if f.name != "causal"]  # each tower passes this in each call
         different = [name for name in names if getattr(own, name) != getattr(other, name)]
         if self.share_trunk and different:
             raise TrunklineError(
@@ -100,7 +101,7 @@ class LogitScale(nn.Module):
 
     def __init__(self, scale: float, bias: float | None) -> None:
         super().__init__()
-        # Not scalars: PyTorch's FSDP shards vectors only.
+        # Vectors, not scalars, which PyTorch's FSDP cannot shard.
         self.logit_scale = nn.Parameter(torch.tensor([scale]))
         self.logit_bias = nn.Parameter(torch.tensor([bias])) if bias is not None else None
 
@@ -111,7 +112,7 @@ class LogitScale(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Keep the factor from 1 to 100; to be called after each optimiser step."""
+        """Limit the factor to the range from 1 to 100; to be called after each optimiser step."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def forward(self, cosines: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ class CLIP(Network):
         trunk: an existing trunk for both towers; needs `config.share_trunk`.
 
     Raises:
-        TrunklineError: if a trunk is given where the towers share none, or one of another shape.
+        TrunklineError: if a trunk is given without `share_trunk`, or if it does not fit the configuration.
     """
 
     config_class = CLIPConfig
@@ -143,8 +144,8 @@ class CLIP(Network):
         self.image = ViT(config.vision, trunk)
         self.text = TextHead(config.text, trunk)
         if config.share_trunk:
-            # The text tower's own is dropped, not left unmade: its random draws come before those of the heads, and
-            # runs with a seed must start from the weights that they always started from.
+            # The text tower's own trunk is made and then dropped: making it draws random numbers before the heads do,
+            # and runs with a seed must keep their initial weights.
             self.text.body.backbone = self.image.backbone
         self.scale = LogitScale(config.init_logit_scale, config.init_logit_bias)
         for head in (self.image.head, self.text.head):
@@ -152,7 +153,6 @@ class CLIP(Network):
             nn.init.normal_(head.weight, std=head.in_features**-0.5)
 
     def output_modules(self) -> list[nn.Module]:
-        """Projections, pooling, and the scale."""
         return [*self.image.output_modules(), *self.text.output_modules(), self.scale]
 
     def adapt(self, source: "CLIP") -> None:
@@ -177,5 +177,5 @@ class CLIP(Network):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of length 1, in float32 at least: cosines are multiplied by up to 100."""
+    """Scale rows to length 1, in float32 or wider, because the cosines are then multiplied by up to 100."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

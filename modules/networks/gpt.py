@@ -24,9 +24,9 @@ class GPTConfig:
     """Shape of a causal language model; the defaults are GPT-2 124M."""
 
     vocab_size: int = 50257
-    """Tokens V; more than the tokenizer has is allowed (a multiple of 64 multiplies faster on a GPU)."""
+    """Number V of tokens; may be larger than the tokenizer's (multiples of 64 are faster on a GPU)."""
     max_length: int = 1024
-    """Tokens that the network can see at once."""
+    """Largest number of tokens that the network can see at once."""
     positions: Literal["learned", "none"] = "learned"
     """Absolute positions; `none` is for a rotary trunk."""
     tie_embeddings: bool = True
@@ -41,24 +41,24 @@ class GPTConfig:
 
 @dataclass
 class GPTState:
-    """How far a GPT has written: what `prefill` and `step` keep between calls."""
+    """What `prefill` and `step` keep between calls."""
 
     cache: KVCache
     mask: Tensor | None
-    """(B, length of the cache) bool, False for padding; None where there is none."""
+    """(B, length of the cache) bool, False for padding; None without padding."""
 
 
 class GPT(Network):
     """Token embedding, positions, causal trunk, output layer.
 
-    Shape legend: B batch, T given tokens, S those and the ones in the cache, D width, V vocabulary.
+    Shape legend: B batch, T given tokens, S given and cached tokens together, D width, V vocabulary.
 
     Args:
         config: shape of the network.
-        trunk: an existing trunk to build around, which then runs causally here, whatever its configuration says.
+        trunk: an existing trunk to use. It always runs causally here, whatever its configuration says.
 
     Raises:
-        TrunklineError: if the given trunk is of another shape than `config.backbone`.
+        TrunklineError: if the given trunk does not fit `config.backbone`.
     """
 
     config_class = GPTConfig
@@ -78,21 +78,20 @@ class GPT(Network):
             if module is not None:
                 nn.init.trunc_normal_(module.weight, std=0.02)
         if not config.tie_embeddings:
-            # The norms make outputs independent of its scale, and larger rows keep their direction under the first
-            # updates of an optimiser that moves each weight by its learning rate: learns visibly faster.
+            # Because of the norms, outputs do not depend on the embedding's scale. AdamW moves each weight by about the
+            # learning rate, so larger rows keep their direction in the first updates: it learns visibly faster.
             nn.init.normal_(self.token_embed.weight, std=0.5)
         if trunk is None:
             self._scale_residual_branches()
 
     @torch.no_grad()
     def _scale_residual_branches(self) -> None:
-        """The residual stream's variance grows with depth: GPT-2 scales down what is added to it."""
+        """Scale down what blocks add to the residual stream, as in GPT-2: its variance grows with depth."""
         for block in self.backbone.blocks:
             for linear in (block.get_submodule("attn.proj"), block.get_submodule("mlp.fc2")):
                 linear.get_parameter("weight").div_(math.sqrt(2 * self.config.backbone.depth))
 
     def output_modules(self) -> list[nn.Module]:
-        """The output layer, unless it is the embedding."""
         return [] if self.config.tie_embeddings else [self.head]
 
     def embed(
@@ -102,9 +101,9 @@ class GPT(Network):
 
         Args:
             tokens: (B, T) token ids.
-            document: (B, T) number of the document within a packed row; positions count from 0 in each.
-            mask: (B, start + T) bool, False for padding on the left, which positions do not count.
-            start: position of the first token, if others stand before it.
+            document: (B, T) number of the document within a packed row; positions begin at 0 in each document.
+            mask: (B, start + T) bool, False for padding on the left; positions do not count padding.
+            start: number of tokens before these.
 
         Returns:
             (B, T, D) embeddings for `run`.
@@ -136,10 +135,10 @@ class GPT(Network):
         """Second step of `forward`: embeddings become states, which `head` turns into logits.
 
         Args:
-            x: (B, T, D) embeddings from `embed`, in which or before which may stand others of the same width, such
-                as those of an image. Where positions are learned, these others have only those that were added.
-            document: (B, T) number of the document within a packed row; a token sees its own document only.
-            mask: which tokens may be attended to, as `Transformer.forward` takes it.
+            x: (B, T, D) embeddings from `embed`. Other embeddings of the same width, such as those of an image, may
+                stand before or among them; with learned positions, the caller adds positions to these itself.
+            document: (B, T) number of the document within a packed row; a token sees only its own document.
+            mask: which tokens may be attended to, as in `Transformer.forward`.
             cache: keys and values of the tokens before these.
             keep: compute these positions only; T becomes their number.
             return_attention: also return the attention weights.
@@ -191,12 +190,12 @@ class GPT(Network):
 
         Args:
             tokens: (B, T) token ids.
-            document: (B, T) number of the document within a packed row; a token sees its own document only,
-                whose positions count from 0.
+            document: (B, T) number of the document within a packed row. A token sees only its own document, and
+                positions begin at 0 in each document.
             mask: (B, S) bool, False for padding on the left.
             cache: keys and values of the tokens before these.
             keep: compute these positions only, such as `slice(-1, None)`; T becomes their number.
-            return_logits: False stops at the states, for a loss that never holds all logits.
+            return_logits: False returns the states instead, for a loss that never holds all logits.
 
         Returns:
             (B, T, V) logits, or (B, T, D) states.
@@ -209,20 +208,20 @@ class GPT(Network):
 
     def make_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for sequences of up to `max_length` tokens (default: all that the network can see)."""
-        weight = next(self.backbone.parameters())  # the embedding may be of another type
+        weight = next(self.backbone.parameters())  # the embedding may have another type
         length = max_length or self.config.max_length
         return KVCache(self.config.backbone, batch_size, length, dtype=weight.dtype, device=weight.device)
 
-    # --- what generation asks for: a `Decoder`, see `trunkline.modules.generation.decoding`
+    # --- the protocol `Decoder` of `trunkline.modules.generation.decoding`
 
     @property
     def vocab_size(self) -> int:
-        """Tokens V."""
+        """Number V of tokens."""
         return self.config.vocab_size
 
     @property
     def max_length(self) -> int:
-        """Tokens that the network can see at once."""
+        """Largest number of tokens that the network can see at once."""
         return self.config.max_length
 
     def prefill(
@@ -232,9 +231,9 @@ class GPT(Network):
 
         Args:
             tokens: (B, T) token ids.
-            mask: (B, T) bool, False for padding on the left; None without.
-            room: tokens that will follow.
-            state: of the same rows, whose tokens are forgotten; its memory is used again.
+            mask: (B, T) bool, False for padding on the left; None without padding.
+            room: number of tokens that will follow.
+            state: an old state of the same rows; its tokens are discarded and its memory is used again.
 
         Returns:
             (B, V) logits of the next token, and the state for `step`.
@@ -255,14 +254,14 @@ class GPT(Network):
         return self(tokens[:, None], mask=mask, cache=state.cache)[:, -1]
 
     def reorder(self, state: GPTState, rows: Tensor) -> GPTState:
-        """Let row b continue row `rows[b]`."""
+        """Make row b continue the old row `rows[b]`."""
         state.cache.reorder(rows)
         state.mask = None if state.mask is None else state.mask[rows]
         return state
 
 
 def positions_in_document(document: Tensor) -> Tensor:
-    """(B, T) numbers of documents that follow one another in a row -> (B, T) positions within each."""
+    """Numbers (B, T) of the documents in packed rows -> positions (B, T) within each document."""
     index = torch.arange(document.shape[1], device=document.device).expand_as(document)
     begins = torch.ones_like(document, dtype=torch.bool)
     begins[:, 1:] = document[:, 1:] != document[:, :-1]

@@ -18,10 +18,10 @@ from trunkline.modules.networks.gpt import GPT, GPTConfig
 
 @dataclass
 class TextHeadConfig:
-    """Shape of a body, which is either a BERT or a GPT, and of the output on it.
+    """Shape of a body, which is a BERT or a GPT, and of the output layer.
 
     Raises:
-        TrunklineError: for no body or two, or a pooling that cannot work.
+        TrunklineError: if there is not exactly one body, or for a value that cannot work.
     """
 
     bert: BERTConfig | None = None
@@ -29,14 +29,14 @@ class TextHeadConfig:
     gpt: GPTConfig | None = None
     """The body, if it is a GPT."""
     num_outputs: int = 2
-    """Classes of a text or of a token; 2 for the start and the end of an answer."""
+    """Number K of outputs: classes of a text or of a token, or 2 for the start and the end of an answer."""
     pool: Literal["cls", "mean", "last", "none"] = "cls"
-    """What is read: the first token, the mean over all, the last token before padding, or each token."""
+    """Input of the output layer: the first token, the mean over all, the last token before padding, or each token."""
     dropout: float = 0.1
     """Probability of dropout before the output layer."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.bert, Mapping):  # as checkpoints and config.json hold it
+        if isinstance(self.bert, Mapping):  # in checkpoints and config.json
             self.bert = config_from_dict(BERTConfig, self.bert)
         if isinstance(self.gpt, Mapping):
             self.gpt = config_from_dict(GPTConfig, self.gpt)
@@ -47,7 +47,7 @@ class TextHeadConfig:
             )
         if self.gpt is not None and self.pool == "cls":
             raise TrunklineError(
-                "with pool=cls a GPT's first token is read, which sees no other; set pool to last or mean",
+                "pool=cls reads a GPT's first token, which sees no other token; set pool to last or mean",
                 "model.network.pool",
             )
         if self.num_outputs < 1:
@@ -57,7 +57,8 @@ class TextHeadConfig:
             )
         if not 0 <= self.dropout < 1:
             raise TrunklineError(
-                f"dropout={self.dropout} is no probability; set it to at least 0 and below 1", "model.network.dropout"
+                f"dropout={self.dropout} is not a probability; set it to at least 0 and below 1",
+                "model.network.dropout",
             )
 
     @property
@@ -78,7 +79,7 @@ class TextHead(Network):
         trunk: an existing trunk for the body.
 
     Raises:
-        TrunklineError: if the given trunk is of another shape than that of the body's configuration.
+        TrunklineError: if the given trunk does not fit the body's configuration.
     """
 
     config_class = TextHeadConfig
@@ -93,13 +94,12 @@ class TextHead(Network):
         init_linear(self.head)
 
     def output_modules(self) -> list[nn.Module]:
-        """The linear layer, and its dropout."""
         return [self.dropout, self.head]
 
     def states(self, tokens: Tensor, segment: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Pooled states for the output layer, (B, D), or (B, T, D) with `pool="none"`; arguments as for `forward`.
+        """Inputs of the output layer, (B, D), or (B, T, D) with `pool="none"`; arguments as for `forward`.
 
-        The last block computes only the tokens that are read.
+        The last block computes only the tokens that are used.
         """
         pool = self.config.pool
         keep: Keep | None = None
@@ -109,21 +109,21 @@ class TextHead(Network):
             keep = slice(-1, None) if mask is None else last_position(mask)
         if isinstance(self.body, BERT):
             x = self.body(tokens, segment, mask=mask, keep=keep, return_logits=False)
-        else:  # padding is on the right, where no token of a GPT looks
+        else:  # padding is on the right, which no token of a GPT sees
             x = self.body(tokens, keep=keep, return_logits=False)
         if pool == "none":
             return x
         if pool == "mean" and mask is not None:
             weight = mask[..., None].to(x.dtype)  # (B, T, 1)
             return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
-        return x.mean(dim=1)  # of the one that was kept, or of all
+        return x.mean(dim=1)  # over the one kept token, or over all
 
     def forward(self, tokens: Tensor, segment: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
-        """Outputs of texts, or with `pool="none"` of their tokens.
+        """Outputs for each text, or with `pool="none"` for each token.
 
         Args:
             tokens: (B, T) token ids.
-            segment: (B, T) number of the text within the row, 0 or 1 for a pair; a GPT has no use for it.
+            segment: (B, T) number of the text within the row, 0 or 1 for a pair; a GPT ignores it.
             mask: (B, T) bool, False for padding, which is on the right.
 
         Returns:
@@ -136,7 +136,7 @@ class TextHead(Network):
 
 
 def without_heads(body: BERT | GPT) -> BERT | GPT:
-    """Remove a language model's own output layers, in place: DDP fails on parameters that get no gradient."""
+    """Remove a language model's own output layers, in place; DDP fails if parameters get no gradient."""
     body.head = nn.Identity()  # type: ignore[assignment]
     if isinstance(body, BERT):
         body.masked_head = nn.Identity()  # type: ignore[assignment]

@@ -32,7 +32,7 @@ class ViTConfig:
     patch_size: int = 16
     """Side of a patch in pixels; must divide the image."""
     in_chans: int = 3
-    """Channels: 1 grey, 3 RGB, any other number as the data has it."""
+    """Channels of an image: 1 for grey, 3 for RGB, or any other number."""
     num_classes: int = 1000
     """Outputs of the head; 0 leaves the head out, and the network returns pooled features."""
     pool: Literal["cls", "mean", "map"] = "cls"
@@ -40,7 +40,7 @@ class ViTConfig:
     positions: Literal["learned", "sincos2d", "none"] = "learned"
     """Absolute positions of the patches; `none` is for a rotary trunk."""
     num_registers: int = 0
-    """Extra tokens that no head reads (arXiv:2309.16588)."""
+    """Number of extra tokens that no head reads (arXiv:2309.16588)."""
     embed_norm: bool = False
     """Normalise the tokens before the trunk, as CLIP does."""
     backbone: TransformerConfig = field(default_factory=TransformerConfig)
@@ -48,7 +48,9 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         if self.backbone.causal:
-            raise TrunklineError("in a ViT every patch sees every other: its trunk cannot be causal; leave causal out")
+            raise TrunklineError(
+                "the trunk of a ViT cannot be causal, because every patch sees every other; leave causal out"
+            )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -57,14 +59,14 @@ class ViTConfig:
 
 
 class ViTFeatures(NamedTuple):
-    """States of the trunk over an image."""
+    """Final states of the trunk for images."""
 
     prefix: Tensor
-    """(B, P, D): the class token, if any, then the registers."""
+    """(B, P, D) states of the class token, if any, and of the registers."""
     patches: Tensor
-    """(B, rows * columns, D)."""
+    """(B, rows * columns, D) states of the patches."""
     attention: list[Tensor] | None
-    """One (B, H, P + rows * columns, same) tensor a block, if asked for."""
+    """On request, the attention weights (B, H, T, T) of each block, with T = P + rows * columns tokens."""
 
 
 class ViT(Network):
@@ -72,12 +74,10 @@ class ViT(Network):
 
     Args:
         config: shape of the network.
-        trunk: an existing trunk to build around, in which every patch sees every other, whatever its configuration
-            says.
+        trunk: an existing trunk to use. It always runs without a causal mask here, whatever its configuration says.
 
     Raises:
-        TrunklineError: if the patches do not tile the image, or the given trunk is of another shape than
-            `config.backbone`.
+        TrunklineError: if the patches do not tile the image, or if the given trunk does not fit `config.backbone`.
     """
 
     config_class = ViTConfig
@@ -94,7 +94,7 @@ class ViT(Network):
         if config.positions == "learned":
             self.pos_embed = nn.Parameter(torch.empty(1, grid[0] * grid[1], dim))
         elif config.positions == "sincos2d":
-            # Computed, so it is no part of the weights and fits any grid.
+            # Computed, so it is not saved with the weights and fits any grid.
             self.register_buffer("pos_embed", sincos_positions_2d(grid, dim)[None], persistent=False)
         else:
             self.pos_embed = None
@@ -112,11 +112,10 @@ class ViT(Network):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """P, the tokens before the patches."""
+        """Number P of tokens before the patches."""
         return (self.cls_token is not None) + self.config.num_registers
 
     def output_modules(self) -> list[nn.Module]:
-        """Pooling and classification head."""
         return [module for module in (self.attn_pool, self.head) if module is not None]
 
     def adapt(self, source: "ViT") -> None:
@@ -125,7 +124,7 @@ class ViT(Network):
 
     @torch.no_grad()
     def resize(self, image_size: int | tuple[int, int]) -> None:
-        """Take images of another size from now on; learned positions are interpolated.
+        """Change the size of the images, in place; learned positions are interpolated.
 
         Raises:
             TrunklineError: if the patch does not divide the new size.
@@ -144,7 +143,7 @@ class ViT(Network):
             self.pos_embed = sincos_positions_2d(self.patch_embed.grid, config.backbone.dim)[None].to(before)
 
     def embed(self, image: Tensor) -> Tensor:
-        """(B, C, height, width) -> (B, P + rows * columns, D) tokens, ready for the trunk."""
+        """(B, C, height, width) -> (B, P + rows * columns, D) embeddings for the trunk."""
         x = self.patch_embed(image)
         if self.pos_embed is not None:
             x = x + self.pos_embed
@@ -167,6 +166,6 @@ class ViT(Network):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, height, width) -> (B, num_classes) logits."""
-        if self.config.pool == "cls":  # the last block need not compute what no head reads
+        if self.config.pool == "cls":  # the last block computes only the token that the head reads
             return self.head(self.backbone(self.embed(image), causal=False, keep=slice(0, 1)).x[:, 0])
         return self.forward_head(self.forward_features(image))

@@ -1,4 +1,4 @@
-"""Foreign weights enter here: one key table for each foreign family, each with a parity test (test_parity_*.py)."""
+"""Conversion of foreign weights: one key table per family, each with a parity test (test_parity_*.py)."""
 
 from trunkline.modules.networks.convert.timm_vit import vit_from_timm
 from trunkline.modules.networks.convert.transformers_bert import bert_from_transformers

@@ -1,10 +1,10 @@
-"""Weights of timm's VisionTransformer become those of a `ViT`."""
+"""Convert the weights of timm's VisionTransformer to those of a `ViT`."""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
-# timm's name of a part -> ours. Parts of the same name are not listed.
+# timm's name of a part -> our name. Parts with equal names are not listed.
 TIMM_VIT = {
     "blocks.": "backbone.blocks.",
     "norm.": "backbone.norm.",

@@ -1,11 +1,11 @@
-"""Weights of the BERT in transformers become those of a `BERT`."""
+"""Convert the weights of the BERT in transformers to those of a `BERT`."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-# transformers' name of a part of BERT -> ours.
+# transformers' name of a part of BERT -> our name.
 TRANSFORMERS_BERT = {
     "bert.embeddings.word_embeddings.": "token_embed.",
     "bert.embeddings.position_embeddings.": "pos_embed.",
@@ -31,8 +31,8 @@ TRANSFORMERS_BERT_BLOCK = {
 def bert_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """State dict of a transformers `BertForPreTraining` or `BertForMaskedLM` -> state dict of a `BERT`.
 
-    Queries, keys and values are one matrix here. Of the next-sentence classes, 0 says there that the second text
-    follows, here 1.
+    Queries, keys and values are one matrix here. In transformers, class 0 means that the second text follows; here it
+    is class 1.
     """
     converted: dict[str, Tensor] = {}
     for name, value in weights.items():

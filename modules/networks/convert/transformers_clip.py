@@ -1,11 +1,11 @@
-"""Weights of the CLIP in transformers become those of a `CLIP`."""
+"""Convert the weights of the CLIP in transformers to those of a `CLIP`."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-# transformers' name of a part of CLIP -> ours.
+# transformers' name of a part of CLIP -> our name.
 TRANSFORMERS_CLIP = {
     "visual_projection.": "image.head.",
     "text_projection.": "text.head.",
@@ -26,10 +26,10 @@ TRANSFORMERS_CLIP_BLOCK = {
 
 
 def clip_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of a transformers `CLIPModel` -> state dict of a `CLIP` of a ViT with `embed_norm` and a GPT.
+    """State dict of a transformers `CLIPModel` -> state dict of a `CLIP` with a GPT and a ViT with `embed_norm`.
 
-    CLIP has no biases at its patches and projections: here they are zero. The position of the class token is part of
-    the token here.
+    The patches and projections of transformers' CLIP have no biases: here they are zero. The position of the class
+    token is added to the token here.
     """
     converted: dict[str, Tensor] = {}
     for name, value in weights.items():

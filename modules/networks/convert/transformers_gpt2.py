@@ -1,4 +1,4 @@
-"""Weights and configuration of the GPT-2 in transformers become those of a `GPT`."""
+"""Convert weights and configuration of the GPT-2 in transformers to those of a `GPT`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks.gpt import GPTConfig
 
-# transformers' name of a part of GPT-2 -> ours.
+# transformers' name of a part of GPT-2 -> our name.
 TRANSFORMERS_GPT = {
     "wte.": "token_embed.",
     "wpe.": "pos_embed.",
@@ -30,7 +30,7 @@ TRANSFORMERS_GPT_BLOCK = {
 def gpt_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """State dict of a transformers `GPT2LMHeadModel` or `GPT2Model` -> state dict of a `GPT`.
 
-    GPT-2 keeps its linear layers as (in, out) matrices, which it calls Conv1D; here they are (out, in).
+    GPT-2 stores linear layers as (in, out) matrices, which it calls Conv1D; here they are (out, in).
     """
     converted = {}
     for name, value in weights.items():
@@ -45,7 +45,7 @@ def gpt_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 value = value.T if value.ndim == 2 else value
                 break
         converted[name] = value
-    converted.setdefault("head.weight", converted["token_embed.weight"])  # absent in files, where it is tied
+    converted.setdefault("head.weight", converted["token_embed.weight"])  # absent in files if it is tied
     return converted
 
 
@@ -53,7 +53,7 @@ def gpt_config_from_transformers(config: Mapping[str, Any]) -> GPTConfig:
     """Content of the config.json of a transformers GPT-2 -> configuration of the same `GPT`.
 
     Raises:
-        TrunklineError: if it uses an option that the trunk does not have.
+        TrunklineError: if the GPT-2 uses an option that the trunk does not have.
     """
     activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
     usual = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}

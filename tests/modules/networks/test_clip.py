@@ -111,7 +111,11 @@ def test_scale() -> None:
     ("options", "message", "field"),
     [
         ({"gpt": None}, "needs one body, not none; set either bert or gpt", "bert"),
-        ({"text_pool": "cls"}, "GPT's first token is read, which sees no other; set text_pool to last", "text_pool"),
+        (
+            {"text_pool": "cls"},
+            "reads a GPT's first token, which sees no other token; set text_pool to last",
+            "text_pool",
+        ),
         ({"dim": 0}, "dim=0 is below 1", "dim"),
         ({"init_logit_scale": 10.0}, r"init_logit_scale=10\.0 is out of range; .* at most 4\.605", "init_logit_scale"),
         ({"share_trunk": True}, r"they differ in dim; make image\.backbone and gpt\.backbone equal", "share_trunk"),

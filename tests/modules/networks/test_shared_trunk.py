@@ -158,7 +158,7 @@ def test_a_shared_trunk_starts_where_it_always_did() -> None:
 
 
 def test_a_causal_vit_is_refused() -> None:
-    with pytest.raises(TrunklineError, match="its trunk cannot be causal"):
+    with pytest.raises(TrunklineError, match="the trunk of a ViT cannot be causal"):
         vit({"causal": True})
 
 

@@ -166,7 +166,7 @@ def test_data_that_does_not_fit(name: str, needed: int, own: int) -> None:
 
 
 def test_a_causal_trunk_is_refused() -> None:
-    with pytest.raises(TrunklineError, match="BERT looks both ways"):
+    with pytest.raises(TrunklineError, match="the trunk of a BERT cannot be causal"):
         BERTConfig(backbone=TransformerConfig(causal=True))
 
 
