@@ -1,1 +1,1 @@
-"""Text generation: sampling, beam search, filling of masks, and low-precision weights. Needs torch alone."""
+"""Text generation: sampling, beam search, filling of masks, and low-precision weights. Needs only torch."""

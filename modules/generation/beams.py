@@ -1,6 +1,6 @@
-"""Beam search: the likeliest of several texts that grow side by side.
+"""Beam search: extend several texts per prompt in parallel and return the likeliest.
 
-Needs torch alone. Shape legend: B rows, T tokens of the prompt, V vocabulary, N beams, L new tokens.
+Needs only torch. Shape legend: B rows, T tokens of the prompt, V vocabulary, N beams, L new tokens.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Beam(NamedTuple):
     tokens: list[int]
     """Without the end token."""
     score: float
-    """Sum of the tokens' log-probabilities, the end token's too, / their number ** length_penalty."""
+    """Sum of the tokens' log-probabilities, divided by their number ** length_penalty; the end token counts too."""
 
 
 @torch.inference_mode()
@@ -42,10 +42,10 @@ def beam_search(
     config: GenerationConfig | None = None,
     end_ids: Sequence[int] = (),
 ) -> list[list[Beam]]:
-    """The N texts of each row that score best, the best first.
+    """The N best texts of each row, the best first.
 
-    As in Hugging Face with `early_stopping=False`: a row is done when its best running beam, at its present
-    length, scores no better than its worst text. Arguments and errors are those of `sampling.stream`.
+    As in Hugging Face with `early_stopping=False`: a row is done when its best running beam, scored at its current
+    length, is not better than its worst ended text. Arguments and errors are those of `sampling.stream`.
     """
     config = config or GenerationConfig(num_beams=4)
     tokens, mask = check_prompts(decoder, tokens, mask)
@@ -77,20 +77,20 @@ class Beams:
         shape = (rows, config.num_beams)
         self.texts = torch.full((*shape, config.max_new_tokens), -1, device=device)
         self.scores = torch.full(shape, NEVER, device=device)
-        self.scores[:, 0] = 0.0  # at first the beams of a row are the same: only one counts
+        self.scores[:, 0] = 0.0  # at first all beams of a row are equal, so only one counts
         self.ended_texts, self.ended_scores = self.texts.clone(), torch.full(shape, NEVER, device=device)
         self.open = torch.ones(rows, 1, dtype=torch.bool, device=device)
         """(B, 1) whether a running beam may still beat an ended text."""
 
     def grow(self, scores: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-        """Continue by the best tokens; `scores` (B * N, V) are log-probabilities.
+        """Extend the beams with the best tokens; `scores` (B * N, V) are log-probabilities.
 
         Returns:
-            (B * N,) the window's row that each beam continues, and (B * N,) its token.
+            The row of the window that each beam continues, and its new token, both (B * N,).
         """
         rows, beams = self.scores.shape
         total = (self.scores[:, :, None] + scores.unflatten(0, (rows, beams))).flatten(1)  # (B, N * V)
-        count = min(beams * max(2, 1 + len(ends)), total.shape[1])  # N are left even if every beam ends
+        count = min(beams * max(2, 1 + len(ends)), total.shape[1])  # enough for N running beams even if every beam ends
         best, index = total.topk(count)
         source, token = index // scores.shape[1], index % scores.shape[1]
         texts = take_beams(self.texts, source)
@@ -108,7 +108,7 @@ class Beams:
         return (source.gather(1, kept) + offset).flatten(), token.gather(1, kept).flatten()
 
     def _keep_ended(self, best: Tensor, texts: Tensor, ending: Tensor) -> None:
-        """Let the best N candidates that end take the place of worse ended texts."""
+        """Replace ended texts by better ones that end now, if these are among the N best candidates."""
         beams = self.config.num_beams
         counted = (ending & self.open)[:, :beams]
         score = (best[:, :beams] / self.length**self.config.length_penalty).masked_fill(~counted, NEVER)
@@ -117,7 +117,7 @@ class Beams:
         self.ended_texts = take_beams(torch.cat((self.ended_texts, texts[:, :beams]), dim=1), index)
 
     def going(self) -> bool:
-        """Whether any row is not done."""
+        """Whether a row is not done yet."""
         return bool(self.open.any())
 
     def results(self, end_ids: Sequence[int]) -> list[list[Beam]]:
@@ -127,5 +127,5 @@ class Beams:
 
 
 def take_beams(texts: Tensor, index: Tensor) -> Tensor:
-    """(B, M, L), (B, N) -> (B, N, L)."""
+    """Select beams: texts (B, M, L) at index (B, N) -> (B, N, L)."""
     return texts.gather(1, index[:, :, None].expand(-1, -1, texts.shape[2]))

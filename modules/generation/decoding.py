@@ -1,6 +1,6 @@
-"""Parts of text generation: what writes, the options, the window of tokens that is seen, the choice of a token.
+"""Parts of text generation: the decoder protocol, the options, the window of visible tokens, the choice of a token.
 
-Needs torch alone. Shape legend: B rows, T tokens of the prompt, V vocabulary.
+Needs only torch. Shape legend: B rows, T tokens of the prompt, V vocabulary.
 """
 
 import math
@@ -17,71 +17,70 @@ from trunkline import TrunklineError
 
 
 class Decoder(Protocol):
-    """What generation asks of a model that writes tokens; a `GPT` is one.
+    """What a model must provide to generate text; a `GPT` does.
 
-    Whatever else the tokens depend on (the states of an encoder, embeddings that stand before the prompt) belongs to
-    the decoder, which holds it for each row in its state. A decoder that is a torch module is in evaluation mode while
-    it writes.
+    If the tokens depend on anything else (the states of an encoder, embeddings before the prompt), the decoder keeps it
+    for each row in its state. A decoder that is a torch module is set to evaluation mode while it generates.
     """
 
     @property
     def vocab_size(self) -> int:
-        """Tokens V; ids are from 0 to V - 1."""
+        """Number V of tokens; ids are from 0 to V - 1."""
 
     @property
     def max_length(self) -> int:
-        """Tokens of prompt and text that can be seen at once. When a text is longer, its older half is forgotten."""
+        """Largest number of tokens seen at once. When a text is longer, its older half is forgotten."""
 
     def prefill(self, tokens: Tensor, mask: Tensor | None, room: int, state: Any = None) -> tuple[Tensor, Any]:
         """Read prompts.
 
         Args:
             tokens: (B, T) token ids, padded on the left.
-            mask: (B, T) bool, False for padding; None where there is none.
-            room: tokens that will follow by `step`.
-            state: None at first. Later, when texts have filled `max_length`, their state: all tokens in it are to be
-                forgotten for those given now, while what else its rows depend on stays.
+            mask: (B, T) bool, False for padding; None without padding.
+            room: number of tokens that will follow by `step`.
+            state: None at first. Later, when texts have filled `max_length`, their state: the decoder replaces all its
+                tokens by the given ones, and keeps whatever else the rows depend on.
 
         Returns:
-            (B, V) logits of the next token, and a state that nobody else looks into.
+            (B, V) logits of the next token, and a state that only the decoder itself reads.
         """
 
     def step(self, tokens: Tensor, state: Any) -> Tensor:
         """Add one token (B,) to each row, changing the state in place -> (B, V) logits of the next token."""
 
     def reorder(self, state: Any, rows: Tensor) -> Any:
-        """A state in which row b continues row `rows[b]` of the given one, which is not used again.
+        """A state in which row b continues row `rows[b]` of the given state, which is not used again.
 
-        Beam search repeats and drops rows; rows whose text has ended leave. So `rows` may be of any length.
+        Beam search repeats and drops rows, and rows whose text has ended are dropped. So `rows` may have any length.
         """
 
 
 @dataclass
 class GenerationConfig:
-    """How the next token is chosen. The filters apply in the order in which they stand here.
+    """How the next token is chosen. The filters are applied in the order of these fields.
 
     Raises:
         TrunklineError: for a value out of range, or options that exclude each other.
     """
 
     max_new_tokens: int = 128
-    """Tokens after the prompt, at most."""
+    """Largest number of tokens after the prompt."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens that stand in the text (arXiv:1909.05858)."""
+    """Divides the positive and multiplies the negative logits of tokens that are in the text (arXiv:1909.05858)."""
     temperature: float = 1.0
-    """Divides the logits; 0 is greedy: always the likeliest token."""
+    """Divides the logits; 0 always chooses the likeliest token (greedy)."""
     top_k: int | None = None
     """Sample from the K likeliest tokens (arXiv:1805.04833)."""
     top_p: float | None = None
     """Sample from the likeliest tokens that together have this probability (arXiv:1904.09751)."""
     min_p: float | None = None
-    """Sample from tokens with at least this share of the likeliest token's probability (arXiv:2407.01082)."""
+    """Sample from tokens with at least this fraction of the likeliest token's probability (arXiv:2407.01082)."""
     num_beams: int = 1
-    """Above 1: beam search, which follows that many texts side by side and returns the likeliest."""
+    """Above 1: beam search, which extends this many texts in parallel and returns the likeliest."""
     length_penalty: float = 1.0
-    """A beam's score is its log-likelihood / length ** this; above 0 favours longer texts."""
+    """A beam's score is its log-likelihood / length ** length_penalty; above 0 favours longer texts."""
     seed: int = 0
-    """Of sampling; the draws of row b depend on (seed, b) only, not on the other rows."""
+    """Seed of sampling; the random numbers of row b depend only on (seed, b), not on other rows."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams", "top_k"):
@@ -105,7 +104,7 @@ class GenerationConfig:
         drawn += ["temperature"] if self.temperature not in (0, 1) else []
         if self.num_beams > 1 and drawn:
             raise TrunklineError(
-                f"num_beams={self.num_beams} is beam search, which draws nothing: leave out {' and '.join(drawn)}, "
+                f"num_beams={self.num_beams} is beam search, which does not sample: leave out {' and '.join(drawn)}, "
                 "or set num_beams=1"
             )
 
@@ -116,19 +115,19 @@ _OFF = dict.fromkeys(("top_k", "top_p", "min_p"), "; leave it out to take all to
 class Window:
     """The newest tokens of each row, and the decoder's state after them.
 
-    A row that fills the decoder's `max_length` forgets its older half, and the state is computed anew from
-    what is left. What a row sees depends on that row alone: never on how long its neighbours are.
+    A row that fills the decoder's `max_length` forgets its older half, and the state is computed again from the rest.
+    What a row sees depends only on that row, never on the length of other rows.
 
     Args:
-        decoder: in evaluation mode.
+        decoder: must be in evaluation mode.
         tokens: (B, T) prompts, padded on the left.
-        mask: (B, T) bool, False for padding; None without.
-        room: how many tokens will follow.
+        mask: (B, T) bool, False for padding; None without padding.
+        room: number of tokens that will follow.
     """
 
     state: Any = None
     logits: Tensor
-    """(B, V) of the token that comes next."""
+    """(B, V) logits of the next token."""
 
     def __init__(self, decoder: Decoder, tokens: Tensor, mask: Tensor | None, room: int) -> None:
         self.decoder, self.limit = decoder, decoder.max_length
@@ -136,7 +135,7 @@ class Window:
         self.fill(tokens, mask)
 
     def fill(self, tokens: Tensor, mask: Tensor | None) -> None:
-        """Hold these (B, T) tokens and nothing before them; `logits` are then of the token after them."""
+        """Replace all tokens by these (B, T) tokens; `logits` are then those of the token after them."""
         self.length = tokens.shape[1]
         self.tokens[:, : self.length] = tokens
         if mask is not None and bool(mask.all()):
@@ -164,21 +163,21 @@ class Window:
         self.fill(recent, columns >= width - kept[:, None])
 
     def take(self, rows: Tensor) -> None:
-        """Let row b continue row `rows[b]`; fewer rows than before leave the others out."""
+        """Make row b continue the old row `rows[b]`; rows that are not in `rows` are dropped."""
         self.tokens, self.padding, self.logits = self.tokens[rows], self.padding[rows], self.logits[rows]
         self.state = self.decoder.reorder(self.state, rows)
 
 
 def filter_logits(logits: Tensor, config: GenerationConfig, seen: Tensor | None = None) -> Tensor:
-    """Apply penalty, temperature and filters; semantics and order are those of Hugging Face.
+    """Apply penalty, temperature and filters, with the meaning and order of Hugging Face.
 
     Args:
         logits: (B, V) float32.
-        config: `temperature` 0 leaves the temperature and the filters after it out.
-        seen: (B, V) bool, True for tokens that stand in the row's text.
+        config: with `temperature` 0 only the penalty is applied.
+        seen: (B, V) bool, True for tokens that are in the row's text.
 
     Returns:
-        (B, V), minus infinity where a token is left out.
+        (B, V) logits, minus infinity for excluded tokens.
     """
     if seen is not None and config.repetition_penalty != 1:
         penalty = config.repetition_penalty
@@ -202,18 +201,18 @@ def filter_logits(logits: Tensor, config: GenerationConfig, seen: Tensor | None 
 
 
 def choose(logits: Tensor, draws: Tensor | None) -> Tensor:
-    """The likeliest token of each row of (B, V), or with uniform `draws` (B,) a sample of the softmax: (B,)."""
+    """Choose a token (B,) from logits (B, V): the likeliest, or with uniform `draws` (B,) a sample of the softmax."""
     if draws is None:
         return logits.argmax(dim=1)
     total = logits.softmax(dim=1, dtype=draws.dtype).cumsum(dim=1)
     aim = draws[:, None] * total[:, -1:]
-    # The first token whose running sum exceeds the aim; one that was left out adds nothing, so it is never the first.
+    # The first token whose running sum exceeds the aim. An excluded token adds nothing, so it is never the first.
     return torch.searchsorted(total, aim, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 @contextmanager
 def evaluating(decoder: Decoder) -> Iterator[None]:
-    """Evaluation mode, if the decoder is a module; afterwards its modules are in the mode in which they were."""
+    """Set the decoder to evaluation mode if it is a module; afterwards restore the mode of all its modules."""
     modules = list(decoder.modules()) if isinstance(decoder, nn.Module) else []
     training = [module for module in modules if module.training]
     for module in training:
@@ -226,18 +225,18 @@ def evaluating(decoder: Decoder) -> Iterator[None]:
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:
-    """Random numbers of one row, unrelated to those of any other row or seed."""
+    """Random number generator of one row, independent of those of other rows and seeds."""
     return torch.Generator().manual_seed(random.Random(f"{seed} {row}").getrandbits(63))
 
 
 def draw(generators: list[torch.Generator], device: torch.device) -> Tensor:
-    """A uniform number in [0, 1) from each generator: (B,) float64, fine enough for rare tokens to be drawn."""
+    """A uniform number in [0, 1) from each generator: (B,) float64, precise enough for rare tokens."""
     numbers = [torch.rand((), dtype=torch.float64, generator=generator) for generator in generators]
     return torch.stack(numbers).to(device, torch.float32 if device.type == "mps" else None)
 
 
 def tokens_seen(decoder: Decoder, tokens: Tensor, mask: Tensor | None, config: GenerationConfig) -> Tensor | None:
-    """(B, V) bool, True for tokens in the prompt; None where nothing penalises them."""
+    """(B, V) bool, True for tokens in the prompt; None without a repetition penalty."""
     if config.repetition_penalty == 1:
         return None
     seen = torch.zeros(len(tokens), decoder.vocab_size, dtype=torch.bool, device=tokens.device)
@@ -247,11 +246,11 @@ def tokens_seen(decoder: Decoder, tokens: Tensor, mask: Tensor | None, config: G
 
 
 def check_prompts(decoder: Decoder, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Prompts without the columns that are padding in all rows; `mask` is None where no padding is left.
+    """Check prompts, and remove the columns that are padding in all rows; the mask is None if no padding is left.
 
     Raises:
-        TrunklineError: for an empty prompt, one that the decoder cannot see at once, an unknown token, or a mask
-            that is not left padding.
+        TrunklineError: for an empty prompt, one that is longer than the decoder's `max_length`, an unknown token, or a
+            mask that is not left padding.
     """
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -278,5 +277,5 @@ def check_prompts(decoder: Decoder, tokens: Tensor, mask: Tensor | None) -> tupl
 
 
 def cut(tokens: list[int], end_ids: Sequence[int]) -> list[int]:
-    """The tokens before the first that is an end."""
+    """The tokens before the first end token."""
     return tokens[: next((n for n, token in enumerate(tokens) if token in end_ids), len(tokens))]

@@ -1,4 +1,4 @@
-"""Fill the masked places of texts with a masked language model. Needs torch alone."""
+"""Fill masks in texts with a masked language model. Needs only torch."""
 
 from typing import NamedTuple
 
@@ -9,20 +9,20 @@ from trunkline.modules.networks import BERT
 
 
 class Filling(NamedTuple):
-    """The likeliest tokens of one masked place."""
+    """The likeliest tokens for one mask."""
 
     position: int
-    """Of the place in its row."""
+    """Position of the mask in its row."""
     tokens: list[int]
-    """Ids, the likeliest first."""
+    """Token ids, the likeliest first."""
     probabilities: list[float]
 
 
 @torch.inference_mode()
 def fill_masks(network: BERT, tokens: Tensor, mask_id: int, count: int = 5) -> list[Filling]:
-    """The `count` likeliest tokens at each place of a row (T,) where `mask_id` stands.
+    """The `count` likeliest tokens at each position of a row (T,) that holds `mask_id`.
 
-    Each place is filled as if the others stayed masked.
+    Each mask is filled as if the others stayed masked.
     """
     positions = (tokens == mask_id).nonzero()[:, 0]
     training = network.training

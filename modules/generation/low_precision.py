@@ -1,4 +1,4 @@
-"""Low-precision weights for generation, which at batch size 1 spends most of its time on reading weights."""
+"""Low-precision weights for generation: at batch size 1 it spends most of its time on reading weights."""
 
 import torch
 import torch.nn.functional as F
@@ -7,26 +7,26 @@ from torch import Tensor, nn
 from trunkline.modules.networks import GPT
 
 FEW_ROWS = 8
-"""Below this number of rows, PyTorch's int8 kernel is faster than restoring the matrix."""
+"""With fewer rows than this, PyTorch's int8 kernel is faster than converting the matrix."""
 KERNEL_WIDTH = 32
-"""The kernel needs rows whose width is a multiple of this: it reads past the end of others."""
+"""The kernel needs rows whose width is a multiple of this: otherwise it reads past their end."""
 
 
 def to_bfloat16(network: GPT) -> GPT:
-    """Give a network bfloat16 weights, in place; for inference only. Returns it."""
+    """Convert a network's weights to bfloat16, in place; for inference only. Returns the network."""
     network.bfloat16().eval().requires_grad_(False)
     _replace_linears(network, RowLinear)
     return network
 
 
 def to_int8(network: GPT) -> GPT:
-    """Give linear layers and the token embedding int8 weights, in place; for inference only.
+    """Convert linear layers and the token embedding to int8 weights, in place; for inference only.
 
     Only weights are rounded, each row of a matrix to 255 levels, which changes logits by a few per cent. Everything
     else becomes bfloat16.
 
     Args:
-        network: on its device.
+        network: must already be on its device.
 
     Returns:
         The same network.
@@ -46,7 +46,7 @@ def _replace_linears(network: nn.Module, kind: "type[RowLinear] | type[Int8Linea
 
 
 class RowLinear(nn.Module):
-    """A linear layer that treats a single row as a vector, for which a CPU has a faster bfloat16 kernel."""
+    """A linear layer that treats a single row as a vector: bfloat16 matrix-vector products are faster on a CPU."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The (N, K) matrix, restored."""
+        """The (N, K) matrix in floating point."""
         return self.values * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Text generation: sampling and greedy choice, a token at a time.
+"""Text generation, one token at a time: sampling and greedy choice.
 
-Needs torch alone. Shape legend: B rows, T tokens of the prompt, V vocabulary.
+Needs only torch. Shape legend: B rows, T tokens of the prompt, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,27 +33,27 @@ def stream(
     end_ids: Sequence[int] = (),
     ended: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Continue each row, a token at a time.
+    """Continue each row, one token at a time.
 
     Args:
-        decoder: what writes, such as a `GPT`.
-        tokens: (B, T) prompts, padded on the left to one length.
-        mask: (B, T) bool, False for padding; None without.
-        config: how to choose; not for beam search.
+        decoder: the model, such as a `GPT`.
+        tokens: (B, T) prompts, padded on the left to the same length.
+        mask: (B, T) bool, False for padding; None without padding.
+        config: how tokens are chosen; must not ask for beam search.
         end_ids: tokens that end a row.
-        ended: (B,) bool, all False at first: is kept up to date, and the caller may end a row by setting it.
+        ended: (B,) bool, all False at first. It is updated here, and the caller may set it to end a row.
 
     Returns:
-        Iterator over the (B,) next tokens, at most `config.max_new_tokens` times, until all rows have ended. A row
-        that has ended gives the first of `end_ids`, or 0.
+        Iterator over the (B,) next tokens, at most `config.max_new_tokens` times, until all rows have ended. For a row
+        that has ended it gives the first of `end_ids`, or 0.
 
     Raises:
-        TrunklineError: for an empty prompt, one that the network cannot see at once, an unknown token, a mask that
-            is not left padding, or beam search; before the first token.
+        TrunklineError: before the first token, for an empty prompt, one that is longer than the decoder's `max_length`,
+            an unknown token, a mask that is not left padding, or beam search.
     """
     config = config or GenerationConfig()
     if config.num_beams > 1:
-        raise TrunklineError(f"num_beams={config.num_beams} gives no text before the end: call beam_search")
+        raise TrunklineError(f"num_beams={config.num_beams} is beam search, which cannot stream; call beam_search")
     tokens, mask = check_prompts(decoder, tokens, mask)
     if ended is None:
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -64,7 +64,7 @@ def stream(
 def _stream(
     decoder: Decoder, tokens: Tensor, mask: Tensor | None, config: GenerationConfig, ends: Tensor, ended: Tensor
 ) -> Iterator[Tensor]:
-    """The loop of `stream`. Rows that have ended leave the batch; `rows` are the others."""
+    """The loop of `stream`. Rows that have ended are removed from the batch; `rows` are the remaining ones."""
     rows = torch.arange(len(tokens), device=tokens.device)
     generators = [row_generator(config.seed, row) for row in range(len(tokens))] if config.temperature > 0 else []
     filler = ends[:1] if len(ends) else tokens.new_zeros(1)
@@ -97,7 +97,7 @@ def generate(
     config: GenerationConfig | None = None,
     end_ids: Sequence[int] = (),
 ) -> list[list[int]]:
-    """The new tokens of each row, without the end token; by beam search with `config.num_beams` above 1.
+    """The new tokens of each row, without the end token; uses beam search if `config.num_beams` is above 1.
 
     Arguments and errors are those of `stream`.
     """

@@ -363,5 +363,5 @@ def test_bad_prompts(tokens: Any, mask: Any, message: str, method: Any) -> None:
 
 
 def test_beams_do_not_stream() -> None:
-    with pytest.raises(TrunklineError, match="num_beams=2 gives no text before the end: call beam_search"):
+    with pytest.raises(TrunklineError, match="num_beams=2 is beam search, which cannot stream; call beam_search"):
         stream(gpt(), torch.tensor([[1]]), config=GenerationConfig(num_beams=2))
