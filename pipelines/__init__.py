@@ -1,1 +1,1 @@
-"""The commands: the only floor that knows both models and data."""
+"""The commands: the only part that imports both `modules` and `datamodules`."""

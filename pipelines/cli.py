@@ -18,7 +18,7 @@ PREPARATION = {"prepare": "tokenise a recipe's text ahead of its run"}
 
 
 class Function(NamedTuple):
-    """A command that is a function, imported when called, so that `trunkline --help` answers at once."""
+    """A command that is a function. It is imported only when called, so that `trunkline --help` answers at once."""
 
     module: str
     name: str
@@ -30,20 +30,22 @@ FUNCTIONS = {
     "evaluate": Function(
         "evaluation.evaluate", "evaluate", "judge an image network by retrieval, zero-shot, k-NN or a linear probe"
     ),
-    "fill-mask": Function("commands.fill_mask", "fill_mask", "name the masked words of a sentence with a checkpoint"),
+    "fill-mask": Function(
+        "commands.fill_mask", "fill_mask", "predict the masked words of a sentence with a checkpoint"
+    ),
     "generate": Function("commands.generate", "generate_text", "continue a text with a checkpoint"),
     "predict": Function("commands.predict", "predict", "classify a folder of images with a checkpoint"),
     "search": Function("commands.search", "search", "find the pictures that a text describes, with a checkpoint"),
     "benchmark": Function("benchmarks.benchmark", "benchmark", "measure speed side by side with peers"),
 }
-"""Modules below `trunkline.pipelines`."""
+"""Commands that are functions, by name; their modules are below `trunkline.pipelines`."""
 
 POSITIONAL = {"fill-mask": "--sentence", "search": "--query"}
-"""Flags whose value may stand right after the command."""
+"""Flag of each command whose value may follow the command without the flag."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Bad input ends with one message and exit code 2."""
+    """Entry point. Bad input prints one message and exits with code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments else "--help"
     options: Collection[str] | None = None
@@ -80,18 +82,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def load(function: Function) -> Callable[..., None]:
-    """Import what a command calls."""
+    """Import the function of a command."""
     found: Callable[..., None] = getattr(import_module(f"trunkline.pipelines.{function.module}"), function.name)
     return found
 
 
 def run_function(function: Callable[..., None], command: str, arguments: list[str]) -> None:
-    """Call a function with the flags of its command, which `arguments` begins with."""
+    """Call the function of a command; `arguments` are the command and its flags."""
     from jsonargparse import auto_cli
 
     from trunkline.pipelines.parser import CommandParser
 
-    sys.argv[1:] = arguments  # where messages look for flags
+    sys.argv[1:] = arguments  # error messages look for flags here
     given = arguments[1:]
     if command in POSITIONAL and given and not given[0].startswith("-"):
         given = [POSITIONAL[command], *given]
@@ -100,7 +102,7 @@ def run_function(function: Callable[..., None], command: str, arguments: list[st
 
 
 def usage() -> str:
-    """The commands, a line each."""
+    """The help text: all commands, one per line."""
     commands = {**TRAINING, **PREPARATION, **{name: f.help for name, f in FUNCTIONS.items()}}
     lines = "\n".join(f"  {name:<10} {text}" for name, text in commands.items())
     return (

@@ -1,4 +1,4 @@
-"""Configs by short name: `vit/digits` is the packaged `configs/vit/digits.yaml`."""
+"""Find configs by short name: `vit/digits` is the packaged file `configs/vit/digits.yaml`."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ DEFAULTS = CONFIGS / "defaults.yaml"
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
-    """A question that names what was probably meant, or nothing."""
+    """`; did you mean 'NAME'?` with the known name nearest to `name`; empty if none is similar."""
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
     return f"; did you mean '{near[0]}'?" if near else ""
 
@@ -24,10 +24,10 @@ def config_names() -> list[str]:
 
 
 def find_config(name: str) -> Path:
-    """The file of a path or a short name; a file of the user's own comes first.
+    """The config file for a path or a short name; an existing path comes first.
 
     Raises:
-        TrunklineError: if there is neither, suggesting the nearest packaged name, or if it is no YAML of sections.
+        TrunklineError: if there is neither, with the nearest packaged name; or if it is not a YAML file with sections.
     """
     for path in (Path(name), CONFIGS / f"{name}.yaml"):
         if path.is_file():
@@ -44,7 +44,7 @@ def find_config(name: str) -> Path:
 
 
 def resolve_configs(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Command-line arguments with short names replaced by files, and the recipe's name (the first config's)."""
+    """Replace short names of configs by files; also returns the recipe's name, which is that of the first config."""
     resolved, recipe = [], None
     is_config = False
     for argument in arguments:

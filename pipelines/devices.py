@@ -6,10 +6,10 @@ from trunkline import TrunklineError
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; `auto` is an accelerator, where there is one.
+    """The device of that name; `auto` is the accelerator if there is one, else the CPU.
 
     Raises:
-        TrunklineError: if there is no such device here.
+        TrunklineError: if the device does not exist or cannot be used.
     """
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Embeddings of many pictures and texts, by the network of an image classifier or of a CLIP."""
+"""Compute embeddings of many pictures and texts with an image classifier's network or a CLIP."""
 
 import sys
 from collections.abc import Callable
@@ -22,32 +22,32 @@ from trunkline.pipelines.trained import Trained
 
 
 class PictureRows(Protocol):
-    """What all rows with a picture have."""
+    """Rows that have a picture each."""
 
     def image(self, row: int) -> Image.Image:
-        """The decoded picture of a row, upright, in its file's own mode."""
+        """The decoded picture of a row, upright, in the mode of its file."""
 
     def name(self, row: int) -> str:
-        """File or row."""
+        """The row's file, or another name of the row."""
 
 
 class ImageNetwork(NamedTuple):
-    """A network that sees images, and how its inputs are prepared."""
+    """A network for images, and how its inputs are prepared."""
 
     trunk: ViT
-    """In evaluation mode."""
+    """The image network, in evaluation mode."""
     preprocessing: Preprocessing
     clip: CLIP | None = None
-    """With `trunk` inside; None: a classifier, which knows no texts."""
+    """The CLIP that contains `trunk`; None for a classifier, which cannot read texts."""
     encoder: CaptionEncoder | None = None
-    """Of the texts, if `clip` is there."""
+    """Prepares texts for `clip`; None for a classifier."""
 
 
 def image_network(trained: Trained, device: torch.device) -> ImageNetwork:
-    """The network of a checkpoint that suits `evaluate`, on a device.
+    """The image network of a checkpoint, on a device.
 
     Raises:
-        TrunklineError: if the checkpoint is of another objective, or does not say how its inputs were prepared.
+        TrunklineError: if `evaluate` cannot use the checkpoint, or if it does not say how its inputs were prepared.
     """
     trained.require("evaluate")
     preprocessing = trained.preprocessing
@@ -61,7 +61,7 @@ def clip_network(trained: Trained, device: torch.device) -> tuple[CLIP, Preproce
     """The CLIP of a checkpoint in evaluation mode, and how its images and texts are prepared.
 
     Raises:
-        TrunklineError: see `image_network`; for a classifier too.
+        TrunklineError: as in `image_network`, and also for a classifier.
     """
     found = image_network(trained, device)
     if found.clip is None or found.encoder is None:
@@ -72,13 +72,13 @@ def clip_network(trained: Trained, device: torch.device) -> tuple[CLIP, Preproce
 
 
 class Pictures(TransformedImages):
-    """Pictures of any rows as a network sees them in evaluation; items as in the base class.
+    """The pictures of any rows, preprocessed as in evaluation; items as in the base class.
 
     Args:
-        rows: have the pictures.
-        length: how many.
-        preprocessing: of the network.
-        skip_corrupt: mark those that cannot be read as not valid, instead of stopping.
+        rows: the rows.
+        length: number of rows.
+        preprocessing: preprocessing of the network's inputs.
+        skip_corrupt: give pictures that cannot be read `valid` False, instead of raising an error.
     """
 
     def __init__(self, rows: PictureRows, length: int, preprocessing: Preprocessing, skip_corrupt: bool) -> None:
@@ -86,15 +86,14 @@ class Pictures(TransformedImages):
         self.rows = rows
 
     def read(self, row: int) -> dict[str, Any]:
-        """An item without its transform."""
         return {"image": to_channels(self.rows.image(row), self.preprocessing.channels)}
 
 
 def open_pictures(images: str) -> tuple[PictureRows, int]:
-    """All pictures below a folder, or of `twemoji` or `openmoji`, and how many they are.
+    """All pictures below a folder, or all of `twemoji` or `openmoji`, and their number.
 
     Raises:
-        TrunklineError: if the folder is missing or holds none.
+        TrunklineError: if the folder is missing or holds no pictures.
     """
     if images in (TWEMOJI, OPENMOJI):
         emoji = EmojiPictures(images, flags=False)  # as in training
@@ -104,7 +103,7 @@ def open_pictures(images: str) -> tuple[PictureRows, int]:
 
 
 def progress_bar(batches: Any, description: str) -> Any:
-    """The batches, with a bar where a person looks on."""
+    """Show a progress bar over the batches if the output is a terminal."""
     return track(batches, description, transient=True, disable=not sys.stdout.isatty())
 
 
@@ -112,17 +111,17 @@ def progress_bar(batches: Any, description: str) -> Any:
 def embed_images(
     encode: Callable[[Tensor], Tensor], pictures: Pictures, batch_size: int, device: torch.device, num_workers: int = 0
 ) -> tuple[Tensor, list[int]]:
-    """What a network makes of pictures.
+    """Embed pictures. Prints how many were skipped because they cannot be read.
 
     Args:
-        encode: (B, C, height, width) -> (B, E).
-        pictures: those.
-        batch_size: pictures at a time.
-        device: of the network.
-        num_workers: processes that read pictures.
+        encode: the network, (B, C, height, width) -> (B, E).
+        pictures: the pictures.
+        batch_size: number of pictures at a time.
+        device: device of the network.
+        num_workers: number of processes that read pictures.
 
     Returns:
-        (N, E) float32 on the CPU, and the row of each: all but those that are skipped, which are counted in print.
+        Embeddings (N, E) in float32 on the CPU, and the row of each picture; skipped pictures are left out.
 
     Raises:
         TrunklineError: for a picture that cannot be read.
@@ -131,7 +130,7 @@ def embed_images(
     loader = DataLoader(pictures, batch_size, sampler=keys, num_workers=num_workers)
     found, rows = [], []
     with plain_errors(num_workers):
-        for batch in progress_bar(loader, "looking at pictures"):
+        for batch in progress_bar(loader, "embedding pictures"):
             valid = batch["valid"]
             found.append(encode(batch["image"].to(device))[valid.to(device)].float().cpu())
             rows += batch["index"][valid].tolist()
@@ -144,9 +143,9 @@ def embed_images(
 def embed_texts(
     network: CLIP, encoder: CaptionEncoder, texts: list[str], batch_size: int, device: torch.device
 ) -> Tensor:
-    """(M, E) float32 of length 1 on the CPU; texts that lose their end are counted in print."""
+    """Embed texts: (M, E) float32 of length 1 on the CPU. Prints how many texts were cut."""
     found, cut = [], 0
-    for start in progress_bar(range(0, len(texts), batch_size), "reading texts"):
+    for start in progress_bar(range(0, len(texts), batch_size), "embedding texts"):
         tokens, mask, truncated = encoder.encode(texts[start : start + batch_size])
         found.append(network.encode_text(tokens.to(device), mask.to(device)).float().cpu())
         cut += int(truncated.sum())
@@ -156,5 +155,5 @@ def embed_texts(
 
 
 def pooled(trunk: ViT) -> Callable[[Tensor], Tensor]:
-    """Images -> the (B, D) features that the head of a ViT reads."""
+    """A function from images to pooled features (B, D), which are the inputs of the ViT's head."""
     return lambda image: trunk.forward_head(trunk.forward_features(image), pre_logits=True)

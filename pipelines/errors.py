@@ -1,4 +1,4 @@
-"""Turns an error into words for a person: the message, and the flag or the line of a config that it is about."""
+"""Prints an error for the user: the message, and the flag or the line of a config that caused it."""
 
 import os
 import re
@@ -17,21 +17,21 @@ from trunkline import TrunklineError
 
 
 def own_error(error: BaseException | None) -> TrunklineError | None:
-    """The error of our own that others were raised from, if any."""
+    """The `TrunklineError` that is this error or one of its causes; None if there is none."""
     while error is not None and not isinstance(error, TrunklineError):
         error = error.__cause__
     return error
 
 
 def report(error: TrunklineError, options: Collection[str] | None = None) -> None:
-    """Print the message, and below it where on the command line or in a config its cause stands.
+    """Print the message of an error, and below it the flag or the line of a config that caused it.
 
-    Of an error that came out of a worker process, the message alone, without the worker's traceback. Processes that
-    find the same fault at the same time leave the message to the first one.
+    The traceback of a worker process is left out. If several processes find the same error at the same time, only the
+    first one prints it.
 
     Args:
-        error: what happened.
-        options: names of the command's flags, if it has flags of its own (`batch_size`); None: those of a
+        error: the error.
+        options: names of the command's own flags (`batch_size`); None for a command whose flags are the keys of a
             config (`data.batch_size`).
     """
     message = re.split(r"TrunklineError: ", str(error))[-1].strip()
@@ -53,8 +53,8 @@ def place_of(field: str, options: Collection[str] | None = None) -> str | None:
     If it was not given at all, the flag that would set it; None if the command has no such flag.
 
     Args:
-        field: see `TrunklineError`.
-        options: see `report`.
+        field: as in `TrunklineError`.
+        options: as in `report`.
     """
     name = plain(field)
     ends = [name] if options is None else list(tails(name))
@@ -71,37 +71,37 @@ def place_of(field: str, options: Collection[str] | None = None) -> str | None:
 
 
 class Entry(NamedTuple):
-    """A key of a config."""
+    """A key of a config, with its value."""
 
     key: str
-    """Dotted; those in a list have the list's name before them."""
+    """Dotted name; keys inside a list have the list's name before them."""
     value: str | None
-    """None of what has keys or items of its own."""
+    """None if the value has keys or items of its own."""
     line: int
-    """From 1."""
+    """Line number, from 1."""
 
 
 class Place(NamedTuple):
-    """Where something stands that a person wrote."""
+    """Where the user wrote something."""
 
     text: str
-    """For a message: `--data.batch_size`, or `mine.yaml, line 3`."""
+    """The place as messages name it: `--data.batch_size`, or `mine.yaml, line 3`."""
     key: str
-    """The whole dotted name there."""
+    """The full dotted name."""
     is_flag: bool = False
     config: str | None = None
     line: int = 0
-    """Of the config."""
+    """Line in the config."""
     entries: tuple[Entry, ...] = ()
-    """All of that config."""
+    """All entries of the config."""
 
 
 def locate(text: str, preferred: Collection[str] = ()) -> Place:
-    """Where the end of a key, or a value such as a class path, was given.
+    """Find where a key, or a value such as a class path, was given.
 
     Args:
-        text: the key or value.
-        preferred: whole keys, one of which it is rather than another with the same end.
+        text: the value, or the key, which may lack its first parts.
+        preferred: full keys that are chosen first if several keys have the same last parts.
     """
     name = plain(text)
     for flag, value in flags():
@@ -118,7 +118,7 @@ def locate(text: str, preferred: Collection[str] = ()) -> Place:
 
 
 def options_given(arguments: list[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Options with their dashes, and the values that they seem to have; None: of this process's command line."""
+    """Options with their dashes, and the values that follow them; None means this process's command line."""
     for argument, following in pairwise([*(sys.argv[1:] if arguments is None else arguments), ""]):
         if argument.startswith("-"):
             name, equals, value = argument.partition("=")
@@ -136,18 +136,18 @@ def plain(name: str) -> str:
 
 
 def tails(name: str) -> Iterator[str]:
-    """A dotted name, and what is left of it without its first parts."""
+    """The dotted name itself, and the name without its first part, without its first two parts, and so on."""
     parts = name.split(".")
     return (".".join(parts[start:]) for start in range(len(parts)))
 
 
 def config_files(arguments: list[str] | None = None) -> list[str]:
-    """The configs among arguments (None: of this process's command line), the first one first."""
+    """The configs among the arguments, in order; None means this process's command line."""
     return [value for name, value in options_given(arguments) if name in ("--config", "-c")]
 
 
 def read_entries(config: str) -> list[Entry]:
-    """All keys of a config in the order of their lines; none if it cannot be read."""
+    """All keys of a config in the order of their lines; empty if the config cannot be read."""
     try:
         return list(_entries(yaml.compose(Path(config).read_text(encoding="utf-8"), Loader=yaml.SafeLoader), ""))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

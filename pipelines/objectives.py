@@ -6,14 +6,16 @@ from typing import Any, NamedTuple
 
 
 class Kind(NamedTuple):
-    """What a run of an objective is made of, and what can be done with its checkpoints."""
+    """The classes of an objective's runs, and the commands that can use its checkpoints."""
 
     objective: str
-    """Path of a class, as the next two."""
+    """Path of the objective's class."""
     network: str
+    """Path of the network's class."""
     data: str
+    """Path of the usual datamodule's class."""
     commands: tuple[str, ...]
-    """Beside those that train and test."""
+    """Commands besides those that train and test."""
 
 
 _OBJECTIVES, _NETWORKS, _DATA = "trunkline.modules.objectives", "trunkline.modules.networks", "trunkline.datamodules"
@@ -63,25 +65,28 @@ KINDS = {
         (PREDICT_TEXTS,),
     ),
 }
-"""By the name of the objective."""
+"""The table, by the name of the objective."""
 
 PROBES = "trunkline.pipelines.evaluation.probe_callback.ImageProbes"
-"""A callback that imports much, and is imported only where it is named."""
+"""A callback whose import is slow; it is imported only if a recipe names it."""
 
 
 def short(path: str) -> str:
-    """The name of a class, of its path."""
+    """The name of a class, from its path."""
     return path.rpartition(".")[2]
 
 
 def import_class(path: str) -> Any:
-    """The class of a path."""
+    """Import the class with this path."""
     module, _, name = path.rpartition(".")
     return getattr(import_module(module), name)
 
 
 def known_class(path: str) -> Any:
-    """The class that a file names, or None: a file may not choose what is imported, unless it is Trunkline's own."""
+    """The class that a checkpoint or config names, or None if it is not known.
+
+    Only Trunkline's own modules are imported for it: a file must not decide what other code runs.
+    """
     if path.startswith("trunkline."):
         try:
             return import_class(path)
@@ -97,10 +102,10 @@ def able(command: str) -> list[str]:
 
 
 def objective_classes() -> list[type]:
-    """All objectives."""
+    """Classes of all objectives."""
     return [import_class(kind.objective) for kind in KINDS.values()]
 
 
 def data_classes() -> list[type]:
-    """All datamodules."""
+    """Classes of all datamodules."""
     return [import_class(kind.data) for kind in KINDS.values()]

@@ -1,4 +1,4 @@
-"""Reads flags and configs, and says in one sentence what is wrong with them and where."""
+"""Parsers of flags and configs, whose errors say in one sentence what is wrong and where."""
 
 import dataclasses
 import inspect
@@ -15,16 +15,16 @@ from trunkline.pipelines.errors import Place, locate, own_error
 from trunkline.pipelines.objectives import KINDS, PROBES, data_classes, import_class, objective_classes, short
 from trunkline.pipelines.renamed import RENAMED, moved, outdated
 
-# Fields of dataclasses are documented below each, and so in `--help`.
+# `--help` shows the docstring below each field of a dataclass.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 OPEN_ENDED = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 class CommandParser(ArgumentParser):
-    """Reports bad input as an error with a suggestion, where argparse would print a page of usage.
+    """Reports bad input with one message and a suggestion, where argparse would print a page of usage.
 
-    Flags cannot be abbreviated: a misspelt one is an error.
+    Flags cannot be abbreviated: a misspelt flag is an error.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -32,20 +32,19 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of exiting."""
-        own = own_error(ex)  # what our own constructors raised says it best
+        own = own_error(ex)  # an error of our own constructors has the best message
         raise own or TrunklineError(explain(" ".join(message.split()), self.known_names())) from ex
 
     def known_names(self) -> set[str]:
-        """Every option, dotted."""
+        """Dotted names of all options."""
         parsers = [self, *(getattr(self._subcommands_action, "choices", None) or {}).values()]
         return {action.dest for parser in parsers for action in parser._actions}
 
 
 class RecipeParser(CommandParser):
-    """The same of a parser that reads recipes."""
+    """A `CommandParser` that reads recipes."""
 
     def known_names(self) -> set[str]:
-        """Every option, dotted, with those of all objectives, datamodules and the trainer."""
         from lightning import Trainer
 
         names = super().known_names() | set(dotted(Trainer, "trainer"))
@@ -56,14 +55,14 @@ class RecipeParser(CommandParser):
 
 
 def dotted(cls: type, prefix: str) -> Iterator[str]:
-    """Names of a class's arguments, with those that it hands on to its bases, and of fields of dataclasses in them."""
+    """Dotted names of a class's arguments, of those that it passes on to its bases, and of dataclass fields in them."""
     for base in cls.__mro__:
         if "__init__" not in vars(base) or base is object:
             continue
         parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
         try:
             hints = get_type_hints(base.__init__)  # type: ignore[misc]
-        except NameError:  # with types for checkers alone, such as the facts about the data: no options
+        except NameError:  # types that are imported only for type checkers: these arguments are no options
             return
         for name in [name for name in hints if name in parameters and parameters[name].kind not in OPEN_ENDED]:
             yield f"{prefix}.{name}"
@@ -75,7 +74,7 @@ def dotted(cls: type, prefix: str) -> Iterator[str]:
 
 
 def explain(message: str, names: Collection[str]) -> str:
-    """Jsonargparse's message, in one line, as a sentence that names the flag or the line of a config, and the mend."""
+    """Turn jsonargparse's message (in one line) into a sentence that names the flag or the line, and the remedy."""
     unknown = re.search(r"Option '(\S+)' is not|not accept option '(\S+)'|unrecognized arguments: ([^\s=]+)", message)
     if unknown:
         return explain_option(next(group for group in unknown.groups() if group).lstrip("-"), names)
@@ -97,7 +96,7 @@ def explain(message: str, names: Collection[str]) -> str:
 
 
 def explain_option(key: str, names: Collection[str]) -> str:
-    """What is wrong with an option that no one knows."""
+    """The message for an unknown option."""
     place = locate(key, preferred=RENAMED)
     if place.is_flag:
         if place.key in RENAMED:
@@ -107,13 +106,13 @@ def explain_option(key: str, names: Collection[str]) -> str:
 
 
 def closest(name: str, names: Collection[str]) -> str:
-    """The hint at the nearest known name with as many parts."""
+    """A hint at the nearest known name with the same number of parts."""
     level = name.count(".") + 1
     return nearest(name, {".".join(known.split(".")[-level:]) for known in names}, cutoff=0.6)
 
 
 def explain_class(path: str) -> str:
-    """What is wrong with a class path that cannot be imported."""
+    """The message for a class path that cannot be imported."""
     place, names = locate(path), likely_classes()
     older = of_older_version(place)
     if older:
@@ -124,7 +123,7 @@ def explain_class(path: str) -> str:
 
 
 def of_older_version(place: Place) -> str | None:
-    """That a config was written for an older version, with the new names; None if it was not."""
+    """The message for a config of an older version, with the new names; None if `place` is in no such config."""
     found = outdated(place.entries, likely_classes())
     if not any(entry.line == place.line for entry in found):
         return None
@@ -133,7 +132,7 @@ def of_older_version(place: Place) -> str | None:
 
 
 def likely_classes() -> list[str]:
-    """Classes that a `class_path` is likely to name."""
+    """Names of classes that a `class_path` is likely to name."""
     import lightning.pytorch.callbacks
 
     import trunkline.modules.callbacks
@@ -143,7 +142,7 @@ def likely_classes() -> list[str]:
 
 
 def import_recipe_classes(texts: Collection[str]) -> None:
-    """Import the classes that a recipe may call by their short name: `class_path: ImageClassifier`.
+    """Import the classes that a recipe may name without a path, such as `class_path: ImageClassifier`.
 
     Args:
         texts: the command line and the configs.

@@ -1,4 +1,4 @@
-"""What older versions called otherwise, so that an error can say the new name."""
+"""Names of older versions, so that an error message can give the new name."""
 
 from collections.abc import Collection
 from typing import NamedTuple
@@ -12,7 +12,7 @@ RENAMED = {
     "data.test_path": "data.test_source",
     "data.hub_split": "data.train_split",
 }
-"""Keys of a config, as flags say them, by their old name."""
+"""Old key of a config -> new key, both as in flags."""
 
 
 class Outdated(NamedTuple):
@@ -30,8 +30,8 @@ def outdated(entries: Collection[Entry], class_names: Collection[str]) -> list[O
     """The keys and class paths of a config that have a new name.
 
     Args:
-        entries: of the config.
-        class_names: that a config can use without a path.
+        entries: all entries of the config.
+        class_names: names of classes that a config can use without a path.
     """
     found = []
     for entry in entries:
@@ -43,5 +43,5 @@ def outdated(entries: Collection[Entry], class_names: Collection[str]) -> list[O
 
 
 def moved(path: str, class_names: Collection[str]) -> bool:
-    """Whether this is the former path of a class that is elsewhere now."""
+    """Whether this is the old path of a class that has another path now."""
     return path.startswith("trunkline.") and short(path) in class_names and known_class(path) is None

@@ -11,12 +11,12 @@ from trunkline.files import find_fault
 from trunkline.modules.training.checkpoints import newest_valid
 
 RUN = "TRUNKLINE_RUN"
-"""Variable with the name of a new run's folder."""
+"""Environment variable with the name of a new run's folder."""
 
 
 @contextmanager
 def forgotten_run() -> Iterator[None]:
-    """Let a new run's name, which processes inherit by the environment, end with this run."""
+    """Remove a new run's name from the environment when the run ends; its processes inherit it from there."""
     inherited = RUN in os.environ
     try:
         yield
@@ -26,16 +26,16 @@ def forgotten_run() -> Iterator[None]:
 
 
 def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path | None, list[str]]:
-    """Where a training run lives, and the checkpoint that it continues from.
+    """Choose the folder of a training run, and the checkpoint that it resumes from.
 
     Args:
         root: folder of all runs.
         recipe: name of the recipe.
-        resume: None starts anew; `auto` continues the newest run of the recipe that has a valid checkpoint,
-            or starts anew; a run folder or a checkpoint file continues that.
+        resume: None starts a new run; `auto` resumes the newest run of the recipe with a valid checkpoint, or starts a
+            new one; a run's folder or a checkpoint file resumes that run.
 
     Returns:
-        The run's folder, the checkpoint or None, and what was found wrong with newer checkpoints.
+        The run's folder, the checkpoint or None, and what is wrong with newer checkpoints.
 
     Raises:
         TrunklineError: if `resume` names nothing that can be resumed.
@@ -72,9 +72,9 @@ def unused_config(folder: Path) -> str:
 
 
 def _new_run(folder: Path) -> Path:
-    """A new folder's name, the same in all processes of a run."""
+    """Path of a new run's folder, the same in all processes of the run."""
     if RUN not in os.environ:
-        # Processes that Lightning starts inherit the variable; those that a cluster starts share a job's id.
+        # Processes that Lightning starts inherit the variable; processes that a cluster starts share the job's id.
         multiple = int(os.environ.get("SLURM_NTASKS", os.environ.get("WORLD_SIZE", "1"))) > 1
         job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
         now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -83,7 +83,7 @@ def _new_run(folder: Path) -> Path:
 
 
 def _unused(folder: Path, name: str) -> str:
-    """The name, numbered if a run that started in the same second has it."""
+    """The name, with a number if a run that started in the same second already has it."""
     number = 1
     while (folder / (name if number == 1 else f"{name}.{number}")).exists():
         number += 1

@@ -1,4 +1,4 @@
-"""Sizes that a recipe states once, in its data: which of them it leaves to the network, and what came out of that."""
+"""Sizes that a recipe states once, in its data, and that the network takes from there."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,13 +16,13 @@ FIELDS = {
     "vocab_size": ("vocab_size",),
     "max_length": ("max_length",),
 }
-"""Fact -> fields of a network's configuration that follow from it."""
+"""Fact about the data -> fields of a network's configuration that follow from it."""
 
 
 def facts_left_out(facts: DataFacts) -> DataFacts:
-    """The facts without those that the recipe states for its network too, for example a longer row.
+    """Remove the facts that the recipe also states for its network, for example a longer row.
 
-    Whether what is stated fits the data is looked at before the first step.
+    Whether the stated sizes fit the data is checked before the first step.
     """
     keys = [plain(flag) for flag, _ in flags()]
     keys += [entry.key for config in config_files() for entry in read_entries(config)]
@@ -32,11 +32,11 @@ def facts_left_out(facts: DataFacts) -> DataFacts:
 
 
 def write_sizes(config: Namespace, hyperparameters: Any) -> None:
-    """Put the sizes that a network came out with into its resolved config, which then makes the same network again.
+    """Write the network's final sizes into the resolved config, so that it makes the same network again.
 
     Args:
-        config: of the run, changed in place.
-        hyperparameters: of its objective.
+        config: config of the run, changed in place.
+        hyperparameters: hyperparameters of its objective.
     """
     network = hyperparameters.get("network")
     if network is not None and config.get("model.init_args.network") is not None:

@@ -1,4 +1,4 @@
-"""The one reader of checkpoints that `trunkline fit` wrote: what they are of, their network, and how to feed it."""
+"""The reader of checkpoints that `trunkline fit` wrote: their classes, network, tokenizer and preprocessing."""
 
 from functools import cached_property
 from typing import Any
@@ -18,37 +18,37 @@ UNKNOWN = "something else"
 
 
 class Trained:
-    """What a checkpoint holds.
+    """A training checkpoint.
 
-    It names its classes itself; of one that is older than that the table of objectives says them. A class that is not
-    Trunkline's own must have been imported already: reading a file imports nothing that the file chooses.
+    A checkpoint names its classes; for old ones, which do not, the table of objectives gives them. A class that is not
+    Trunkline's own must have been imported before: a file must not decide what is imported.
 
     Args:
-        file: the checkpoint, for messages.
-        content: of it.
+        file: name of the checkpoint's file, for messages.
+        content: content of the checkpoint.
     """
 
     def __init__(self, file: str, content: dict[str, Any]) -> None:
         self.file, self.content = file, content
         self.classes: dict[str, str] = dict(content.get("classes") or {})
-        """Paths of the classes `objective`, `network` and `data`; of older checkpoints none."""
+        """Class paths of `objective`, `network` and `data`; empty for old checkpoints."""
         path = self.classes.get("objective", "")
         self.objective: str = short(path) or content.get("objective", UNKNOWN)
-        """Name of its class."""
+        """Name of the objective's class."""
         own = path != "" and not path.startswith("trunkline.")
         self.kind: Kind | None = None if own else KINDS.get(self.objective)
-        """Of the table; None: an objective of somebody's own."""
+        """The objective's entry in the table; None for an objective that is not Trunkline's."""
 
     @classmethod
     def read(cls, file: str, command: str | None = None) -> "Trained":
-        """The checkpoint in a file.
+        """Read a checkpoint.
 
         Args:
-            file: as `trunkline fit` wrote it.
-            command: that must be able to use it, see `require`; None: no matter.
+            file: a file that `trunkline fit` wrote.
+            command: a command that must be able to use it, see `require`; None for any checkpoint.
 
         Raises:
-            TrunklineError: if it is missing, damaged, or of no use to the command.
+            TrunklineError: if it is missing, damaged, or if the command cannot use it.
         """
         trained = cls(file, load_checkpoint(file))
         if command is not None:
@@ -56,10 +56,10 @@ class Trained:
         return trained
 
     def suits(self, command: str) -> bool:
-        """Whether a command of the table can use it.
+        """Whether a command of the table can use the checkpoint.
 
-        One of somebody's own objective serves where Trunkline's own network is all that counts: not for predictions,
-        which the objective makes.
+        With an objective that is not Trunkline's, a command can still use the network if that is Trunkline's. Only
+        predictions need the objective itself.
         """
         if self.kind is not None:
             return command in self.kind.commands
@@ -68,14 +68,14 @@ class Trained:
         }
 
     def require(self, command: str, mend: str = "give such a checkpoint") -> None:
-        """Refuse what a command cannot use.
+        """Raise an error if a command cannot use the checkpoint.
 
         Args:
-            command: of the table.
-            mend: what to do instead, for the message.
+            command: a command of the table.
+            mend: what the user can do, for the message.
 
         Raises:
-            TrunklineError: naming the objectives that it can use.
+            TrunklineError: with the objectives whose checkpoints the command can use.
         """
         if not self.suits(command):
             *others, last = able(command)
@@ -84,7 +84,7 @@ class Trained:
             raise TrunklineError(f"{self.file} is no checkpoint of {named}, but of {own}; {mend}")
 
     def _class_path(self, part: str) -> str:
-        """Path of the class of a part; empty if it is not known. Trunkline's own have that of the table."""
+        """Class path of a part, empty if not known; for Trunkline's own classes the current path in the table."""
         path = self.classes.get(part, "")
         if path and not path.startswith("trunkline."):
             return path
@@ -93,14 +93,14 @@ class Trained:
         return next((own for kind in KINDS.values() if short(own := getattr(kind, part)) == short(path)), path)
 
     def _class(self, part: str, base: type) -> Any:
-        """The class of a part, below `base`: a file must not choose what else is called.
+        """The class of a part. It must derive from `base`, so that a file cannot make us call anything else.
 
         Raises:
-            TrunklineError: if it is not known here.
+            TrunklineError: if the class is not known.
         """
         path = self._class_path(part)
         if not path:
-            raise TrunklineError(f"{self.file} does not say what its {part} is, which is of {self.objective}")
+            raise TrunklineError(f"{self.file} is of {self.objective} and does not name the class of its {part}")
         found = known_class(path)
         if not (isinstance(found, type) and issubclass(found, base)):
             raise TrunklineError(
@@ -110,17 +110,17 @@ class Trained:
 
     @property
     def network_class(self) -> type[Network]:
-        """Of its network.
+        """Class of the network.
 
         Raises:
-            TrunklineError: if it is not known here.
+            TrunklineError: if the class is not known.
         """
         found: type[Network] = self._class("network", Network)
         return found
 
     @cached_property
     def network(self) -> Network:
-        """In evaluation mode, with averaged weights where the run kept an average.
+        """The network in evaluation mode, with averaged weights if the run kept an average.
 
         Raises:
             TrunklineError: if its class is not known, or its weights do not fit.
@@ -141,10 +141,10 @@ class Trained:
 
     @property
     def data_class(self) -> Any:
-        """Of the datamodule that it was trained with, or should have been.
+        """Class of the datamodule of the run, or the objective's usual one.
 
         Raises:
-            TrunklineError: if it is not known here.
+            TrunklineError: if the class is not known.
         """
         from lightning import LightningDataModule
 
@@ -152,19 +152,19 @@ class Trained:
 
     @property
     def data_name(self) -> str:
-        """Name of the datamodule that it was trained with, or should have been."""
+        """Name of the run's datamodule, or of the objective's usual one."""
         return short(self._class_path("data")) or "a datamodule"
 
     @property
     def data(self) -> dict[str, Any] | None:
-        """What the datamodule keeps in the checkpoint; None if it was trained without."""
+        """What the datamodule saved in the checkpoint; None if the run had no datamodule."""
         return self.content.get(self.data_name)
 
     def data_state(self, field: str) -> Any:
         """A field of `data`.
 
         Raises:
-            TrunklineError: if it is not there.
+            TrunklineError: if the field is missing.
         """
         if self.data is None or field not in self.data:
             raise TrunklineError(
@@ -174,10 +174,10 @@ class Trained:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Of its images.
+        """How the images were prepared.
 
         Raises:
-            TrunklineError: if it does not say.
+            TrunklineError: if the checkpoint does not say.
         """
         return Preprocessing(**self.data_state("preprocessing"))
 
@@ -186,15 +186,15 @@ class Trained:
         """Names of the classes.
 
         Raises:
-            TrunklineError: if it does not say.
+            TrunklineError: if the checkpoint does not say.
         """
         return self.data_state("class_names")
 
     def tokenizer(self, mend: str = "give a checkpoint that `trunkline fit` wrote") -> Tokenizer:
-        """The tokenizer.
+        """The tokenizer in the checkpoint.
 
         Args:
-            mend: what to do if there is none, for the message.
+            mend: what the user can do if there is none, for the message.
 
         Raises:
             TrunklineError: if it is missing or broken.
@@ -204,37 +204,38 @@ class Trained:
             raise TrunklineError(f"{self.file} holds no tokenizer; {mend}")
         try:
             return Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare ones
+        except Exception as error:  # the library raises plain `Exception`
             raise TrunklineError(
                 f"the tokenizer in {self.file} is no tokenizer of the tokenizers library: {error}; {mend}"
             ) from error
 
     def encoder(self) -> CaptionEncoder:
-        """Prepares texts as the captions of training.
+        """Prepares texts like the captions in training.
 
         Raises:
-            TrunklineError: if it does not say how.
+            TrunklineError: if the checkpoint does not say how.
         """
         return CaptionEncoder(self.tokenizer(), self.data_state("max_length"))
 
 
 def read_language_model(file: str, command: str, tokenizer: str | None = None) -> tuple[Any, Tokenizer]:
-    """Network in evaluation mode, and tokenizer, of a language model's checkpoint.
+    """Read the checkpoint of a language model: its network in evaluation mode, and its tokenizer.
 
     Args:
         file: the checkpoint.
-        command: that it must suit.
-        tokenizer: see `load_tokenizer`, in place of the checkpoint's own.
+        command: the command that will use it.
+        tokenizer: as in `load_tokenizer`, used instead of the checkpoint's own tokenizer.
 
     Raises:
-        TrunklineError: if it is damaged, of another objective, or without a tokenizer, or if they do not fit.
+        TrunklineError: if the checkpoint is damaged, cannot be used by the command, or has no tokenizer; or if network
+            and tokenizer do not fit each other.
     """
     trained = Trained.read(file, command)
     return language_model_of(trained, tokenizer)
 
 
 def language_model_of(trained: Trained, tokenizer: str | None = None) -> tuple[Any, Tokenizer]:
-    """See `read_language_model`; of a checkpoint that is read already."""
+    """Network and tokenizer of a checkpoint, as `read_language_model` returns them."""
     if tokenizer is None:
         words = trained.tokenizer("name its file with --tokenizer tokenizer.json")
         source = f"the tokenizer in {trained.file}"

@@ -1,4 +1,4 @@
-"""`trunkline fit | validate | test`: a LightningCLI that composes recipes and machines."""
+"""`trunkline fit | validate | test`: a LightningCLI that combines recipes with configs of machines."""
 
 import logging
 import re
@@ -33,7 +33,7 @@ from trunkline.pipelines.sizes import facts_left_out, write_sizes
 
 
 class TrainingParser(RecipeParser, LightningArgumentParser):
-    """What LightningCLI asks for."""
+    """Our `RecipeParser` as the parser class that LightningCLI requires."""
 
 
 class TrainingCLI(LightningCLI):
@@ -60,13 +60,15 @@ class TrainingCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Trainer methods, and their arguments that are set here and not by flags."""
+        """Methods of the trainer, each with its arguments that are not flags."""
         own = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
         return {"fit": own | {"ckpt_path"}, "validate": own, "test": own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Flags of Trunkline's own."""
-        parser.add_argument("--name", type=str | None, default=None, help="Name of the recipe; else its config's name.")
+        """Add Trunkline's own flags."""
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="Name of the recipe; default: the name of its config."
+        )
         parser.add_argument("--run_dir", type=str, default="runs", help="Folder of all runs.")
         parser.add_argument(
             "--resume",
@@ -78,7 +80,7 @@ class TrainingCLI(LightningCLI):
             "--threads",
             type=int | None,
             default=None,
-            help="CPU threads of each process; else PyTorch's choice. Networks of toy size want 1.",
+            help="CPU threads of each process; default: PyTorch's choice. Tiny networks are fastest with 1.",
         )
         parser.add_argument("--compile", type=bool, default=False, help="torch.compile the network.")
         parser.add_argument(
@@ -89,15 +91,15 @@ class TrainingCLI(LightningCLI):
         )
         for group in ("model", "data"):
             parser.link_arguments("seed_everything", f"{group}.init_args.seed", compute_fn=int)
-        # A recipe states what the data knows once: image size, classes, vocabulary, row length.
+        # A recipe states image size, classes, vocabulary and row length once, in its data.
         facts = "model.init_args.facts"
         parser.link_arguments("data.facts", facts, compute_fn=facts_left_out, apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would let a checkpoint's hyperparameters win over the flags; here flags win last."""
+        """Do nothing: Lightning would let a checkpoint's hyperparameters override the flags."""
 
     def before_instantiate_classes(self) -> None:
-        """Choose the run's folder, or make sure that there is something to evaluate."""
+        """Choose the run's folder; for an evaluation, check the checkpoint."""
         config = self.config[self.subcommand]
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -114,10 +116,10 @@ class TrainingCLI(LightningCLI):
             rank_zero_info(f"resuming from {self.checkpoint}" if self.checkpoint else "nothing to resume: a new run")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """A Trainer that writes into the run's folder."""
+        """Make a Trainer that writes into the run's folder."""
         trainer = self._get(self.config_init, "trainer")
         write_sizes(self.config[self.subcommand], self.model.hparams)
-        kwargs["use_distributed_sampler"] = False  # our sampler shares the samples out itself
+        kwargs["use_distributed_sampler"] = False  # our sampler distributes the samples itself
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
         if self.subcommand == "fit":
@@ -134,18 +136,18 @@ class TrainingCLI(LightningCLI):
             raise TrunklineError(f"--trainer: {error}") from error
 
     def after_instantiate_classes(self) -> None:
-        """Compile in place, which leaves the names of the weights as they are."""
+        """Compile the network in place, which keeps the names of the weights."""
         if self._get(self.config, "compile"):
             self.model.network.compile()
 
     def fit(self, **kwargs: Any) -> None:
-        """Train, test, and say where everything is."""
+        """Train, test, and print the results and where they are."""
         self.trainer.fit(**kwargs, ckpt_path=self.checkpoint, weights_only=True)
         best = self.best_checkpoint()
         metrics: dict[str, Any] = {k: v for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         test_with = self._get(self.config, "test_with")
         if test_with != "none" and self.datamodule.test_dataloader():
-            # A weight average, if left on, puts the weights that learn in place of a loaded checkpoint's own.
+            # A weight average that stays on would replace the weights of a loaded checkpoint.
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             callbacks[:] = without(callbacks, WeightAveraging)
             path = best if test_with == "best" and best else None
@@ -155,22 +157,20 @@ class TrainingCLI(LightningCLI):
         self.summarise(metrics, best if test_with == "best" and best else str(last))
 
     def best_checkpoint(self) -> str:
-        """File of the best validation metric, or the last one where nothing is monitored."""
+        """The checkpoint with the best validation metric; empty if no metric is monitored."""
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor not in (None, "step"):
                 return callback.best_model_path
         return ""
 
     def validate(self, **kwargs: Any) -> None:
-        """Evaluate on the validation split."""
         self.summarise(self.trainer.validate(**kwargs, weights_only=True)[0], kwargs["ckpt_path"])
 
     def test(self, **kwargs: Any) -> None:
-        """Evaluate on the test split."""
         self.summarise(self.trainer.test(**kwargs, weights_only=True)[0], kwargs["ckpt_path"])
 
     def summarise(self, metrics: Any, checkpoint: str | None) -> None:
-        """Print the closing table."""
+        """Print a table of the results."""
         if not self.trainer.is_global_zero:
             return
         table = Table(show_header=False, title=self._get(self.config, "name"))
@@ -185,7 +185,7 @@ class TrainingCLI(LightningCLI):
 
 
 def without(callbacks: list[Callback], *kinds: type[Callback]) -> list[Callback]:
-    """The callbacks that are of none of these kinds."""
+    """The callbacks without those of these classes."""
     return [callback for callback in callbacks if not isinstance(callback, kinds)]
 
 
@@ -202,7 +202,7 @@ def run_training(arguments: list[str]) -> None:
     arguments, recipe = resolve_configs(arguments)
     if arguments[0] != "fit" and not {"--config", "-c", "--help", "-h"} & set(arguments):
         arguments = use_run_config(arguments)
-    # Lightning starts the other processes of a run with the same command line.
+    # Lightning starts the other processes of a run with this command line.
     sys.argv[1:] = arguments
     if str(Path.cwd()) not in sys.path:  # for classes of one's own, beside their config
         sys.path.append(str(Path.cwd()))
@@ -218,7 +218,7 @@ def run_training(arguments: list[str]) -> None:
 
 
 def use_run_config(arguments: list[str]) -> list[str]:
-    """Without a `--config`, a checkpoint is evaluated with the config that its run saved."""
+    """Add the config that the checkpoint's run saved, for an evaluation without `--config`."""
     values = [a.partition("=")[2] or b for a, b in pairwise([*arguments, ""]) if a.partition("=")[0] == "--ckpt_path"]
     if not values:
         raise TrunklineError(f"trunkline {arguments[0]} needs --ckpt_path, the checkpoint to evaluate")
@@ -232,16 +232,16 @@ def use_run_config(arguments: list[str]) -> list[str]:
 
 
 def quieten() -> None:
-    """Hide advertisements, and warnings about what is so on purpose."""
+    """Hide advertisements, and warnings about things that are intended."""
     rank_zero_logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     rank_zero_logger.addFilter(lambda record: not record.getMessage().startswith("💡"))
     for pattern in (
         ".*args parameter is intended to run from within Python.*",  # the list with short names replaced
         ".*does not have many workers.*",  # data in memory needs none
         ".*dataloader is not resumable.*",  # it is, by its own position
-        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run writes where it wrote before
+        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run writes into its old folder
         ".*smaller than the logging interval.*",
-        ".*callbacks used to create the checkpoint need to be provided.*",  # an average has done its work
+        ".*callbacks used to create the checkpoint need to be provided.*",  # the weight average is no longer needed
         ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts
         ".*srun.* command is available on your system.*",
         ".*LeafSpec.*is deprecated.*",

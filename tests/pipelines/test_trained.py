@@ -168,5 +168,5 @@ def test_classes_that_were_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert isinstance(trained.module(), Mine)
     assert (trained.module().network.head.bias == 1).all()
     assert not trained.suits("evaluate")
-    with pytest.raises(TrunklineError, match=r"a\.ckpt does not say what its data is, which is of Mine"):
+    with pytest.raises(TrunklineError, match=r"a\.ckpt is of Mine and does not name the class of its data"):
         _ = trained.data_class
