@@ -1,1 +1,1 @@
-"""`trunkline benchmark`: speed side by side with peers."""
+"""`trunkline benchmark`: compare speed with other libraries."""

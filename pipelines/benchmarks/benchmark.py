@@ -1,4 +1,4 @@
-"""`trunkline benchmark`: speed side by side with peers, in one run on one machine."""
+"""`trunkline benchmark`: compare speed with other libraries, in one run on one machine."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ CASES = {
     "muon": muon_step,
     "overhead": trainer_overhead,
 }
-"""Those that give times, by name."""
+"""Cases that measure times, by name."""
 
 
 def benchmark(
@@ -71,24 +71,25 @@ def benchmark(
     batch_size: int | None = None,
     output: str | None = None,
 ) -> None:
-    """Measure Trunkline side by side with its peers.
+    """Measure Trunkline side by side with other libraries.
 
     Args:
-        what: `vit`: training step of ViT-Ti/16 at 224 pixels, float32 eager, against timm's model in the
-            same loop. `vit_compiled`: the same with bfloat16 and torch.compile, against timm's float32
-            eager. `gpt` and `gpt_compiled`: likewise a GPT of 6 layers, width 384 and 256 tokens a row,
-            against transformers' GPT-2. `bert` and `bert_compiled`: likewise BERT-mini on 128 tokens a row, 15%
-            of them hidden; compiled on both sides. `bert_memory`: peak memory of such a step in float32, eager.
-            `clip` and `clip_compiled`: likewise a CLIP at 72 pixels, width 256, 6 image and 4 text layers, against
-            open_clip. `clip_chunks`: memory and time of 2,048 pairs in chunks of 128. `generation`: a token of GPT-2
-            124M, batch 1. `tokenization`: byte-level BPE against the bare library. `muon`: an optimiser step on the
-            digits recipe's network, against torch's Muon, which goes matrix by matrix. `overhead`: `trainer.fit` with
-            progress bar, throughput, TensorBoard and signal handling, against a bare loop of the same network and
-            batch size. `svm`: test accuracy of an RBF SVM on the splits of vit/digits. `ngram`: of a logistic
-            regression over characters' n-grams on those of bert/classify_demo.
-        rounds: turns that each side takes.
-        batch_size: images or rows a step; None is 16 images, 8 rows of a GPT, 32 of BERT, 64 pairs, 1 in generation.
-        output: a JSON file for the figures.
+        what: `vit`: a training step of ViT-Ti/16 at 224 pixels, float32 eager, against timm's model in the same loop.
+            `vit_compiled`: the same with bfloat16 and torch.compile, against timm's model in float32 eager. `gpt` and
+            `gpt_compiled`: the same for a GPT of 6 layers, width 384 and 256 tokens per row, against transformers'
+            GPT-2. `bert` and `bert_compiled`: the same for BERT-mini with 128 tokens per row, 15% of them hidden;
+            `bert_compiled` compiles both sides. `bert_memory`: peak memory of such a step in float32 eager. `clip` and
+            `clip_compiled`: the same for a CLIP at 72 pixels, width 256, 6 image and 4 text layers, against open_clip.
+            `clip_chunks`: memory and time of 2,048 pairs in chunks of 128. `generation`: one token of GPT-2 124M, batch
+            size 1. `tokenization`: byte-level BPE against the bare library. `muon`: an optimiser step on the matrices
+            of the digits recipe's network, against torch's Muon, which updates one matrix after the other. `overhead`:
+            `trainer.fit` with progress bar, throughput, TensorBoard and signal handling, against a bare loop with the
+            same network and batch size. `svm`: test accuracy of an RBF SVM on the splits of vit/digits. `ngram`: test
+            accuracy of a logistic regression on character n-grams on the splits of bert/classify_demo.
+        rounds: number of measurements of each side.
+        batch_size: images or rows per step; default: 16 images, 8 rows of a GPT, 32 rows of BERT, 64 pairs, 1 in
+            generation.
+        output: a JSON file for the results.
     """
     if output is not None and not Path(output).absolute().parent.is_dir():
         raise TrunklineError(f"--output {output}: there is no folder {Path(output).absolute().parent}; make it first")
@@ -109,7 +110,7 @@ def benchmark(
 
 
 def show_cases(rows: list[dict[str, Any]]) -> None:
-    """Print a table of what `compare` found."""
+    """Print a table of the results of `compare`."""
     table = Table("case", "peer", "ms", "peer ms", "peer / ours", "range", title=f"{torch.get_num_threads()} threads")
     for row in rows:
         low, high = row["range"]

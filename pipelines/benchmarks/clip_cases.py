@@ -1,4 +1,4 @@
-"""The cases of `trunkline benchmark` that are about images and texts."""
+"""Cases of `trunkline benchmark` with pairs of images and texts."""
 
 from functools import partial
 from typing import Any
@@ -15,11 +15,11 @@ from trunkline.pipelines.benchmarks.timing import Side, bare_loop, compare
 
 IMAGE_SIZE, PATCH_SIZE, WIDTH, IMAGE_LAYERS, TEXT_LAYERS = 72, 8, 256, 6, 4
 VOCABULARY, LENGTH = 49408, 77
-"""Of OpenAI's tokenizer, and the tokens of a caption, which open_clip takes by default."""
+"""Vocabulary of OpenAI's tokenizer, and tokens of a caption; both are open_clip's defaults."""
 
 
 def small_clip() -> CLIP:
-    """A cls-pooled ViT of 6 layers and a causal text tower of 4, width 256, with CLIP's norm before the image trunk."""
+    """A ViT of 6 layers with cls pooling and CLIP's norm before the trunk, and a causal text tower of 4; width 256."""
     trunks = [
         TransformerConfig(dim=WIDTH, depth=depth, num_heads=4, norm_eps=1e-5) for depth in (IMAGE_LAYERS, TEXT_LAYERS)
     ]
@@ -31,14 +31,14 @@ def open_clip_peer() -> tuple[Any, nn.Module]:
     """open_clip's network of the same shape, and its loss.
 
     Raises:
-        TrunklineError: if it is not installed.
+        TrunklineError: if open_clip is not installed.
     """
     try:
         from open_clip.loss import ClipLoss
         from open_clip.model import CLIP as TheirCLIP
         from open_clip.model import CLIPTextCfg, CLIPVisionCfg
     except ImportError as error:
-        raise TrunklineError("this case compares with open_clip; say pip install 'trunkline[bench]'") from error
+        raise TrunklineError("this case compares with open_clip; run pip install 'trunkline[bench]'") from error
     vision = CLIPVisionCfg(
         layers=IMAGE_LAYERS, width=WIDTH, head_width=64, patch_size=PATCH_SIZE, image_size=IMAGE_SIZE
     )
@@ -47,12 +47,12 @@ def open_clip_peer() -> tuple[Any, nn.Module]:
 
 
 def pairs(batch_size: int) -> dict[str, Tensor]:
-    """Pixels (batch, 3, 72, 72), and captions of random lengths in (batch, 77) tokens."""
+    """Random images (batch, 3, 72, 72), and captions of random lengths in (batch, 77) tokens."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lengths = torch.randint(5, LENGTH + 1, (batch_size, 1), device=device)
     places = torch.arange(LENGTH, device=device)
     tokens = torch.randint(1, VOCABULARY - 1, (batch_size, LENGTH), device=device)
-    end = VOCABULARY - 1  # open_clip reads a text at its largest id
+    end = VOCABULARY - 1  # open_clip pools a text at its largest id
     return {
         "image": torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device),
         "tokens": tokens.masked_fill(places == lengths - 1, end).masked_fill(places >= lengths, 0),
@@ -62,7 +62,7 @@ def pairs(batch_size: int) -> dict[str, Tensor]:
 
 
 def _clip_loops(batch_size: int, bf16: bool = False, compiled: bool = False) -> tuple[Side, Side]:
-    """Both sides' training step."""
+    """Training steps of our CLIP and of open_clip's."""
     torch.manual_seed(0)
     batch = pairs(batch_size)
     ours, (theirs, their_criterion) = small_clip(), open_clip_peer()
@@ -82,12 +82,12 @@ def _clip_loops(batch_size: int, bf16: bool = False, compiled: bool = False) -> 
 
 
 def clip_eager(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
-    """In float32, eager, on both sides."""
+    """A CLIP in float32, eager, on both sides."""
     return [compare("CLIP fp32 eager", "open_clip fp32 eager", *_clip_loops(batch_size or 64), rounds)]
 
 
 def clip_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
-    """In bfloat16 and compiled: ours, and open_clip's own, against open_clip in float32 eager."""
+    """A CLIP compiled in bfloat16, ours and open_clip's, each against open_clip in float32 eager."""
     peer = _clip_loops(batch_size or 64)[1]
     fast = _clip_loops(batch_size or 64, bf16=True, compiled=True)
     name = "open_clip fp32 eager"
@@ -101,7 +101,7 @@ LARGE, CHUNK = 2048, 128
 
 
 def clip_chunks(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
-    """Gradient caching: 2,048 pairs in chunks of 128, against batches of 128; prints memory, returns time a pair."""
+    """Gradient caching: 2,048 pairs in chunks of 128 against batches of 128; prints memory, returns time per pair."""
     chunked, plain = partial(_contrastive_step, LARGE, CHUNK), partial(_contrastive_step, CHUNK, None)
     large, small = (peak_memory(prepare) / 2**20 for prepare in (chunked, plain))
     print(f"CLIP step, peak memory: {CHUNK} pairs {small:.0f} MiB, {LARGE} in chunks of {CHUNK} {large:.0f} MiB")
@@ -110,7 +110,7 @@ def clip_chunks(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
 
 
 def _contrastive_step(batch_size: int, chunk: int | None) -> Side:
-    """A training step, its batch included."""
+    """A training step, including making its batch."""
     from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
 
     torch.manual_seed(0)

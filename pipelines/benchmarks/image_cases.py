@@ -1,4 +1,4 @@
-"""The cases of `trunkline benchmark` that are about images, and about what a trainer costs."""
+"""Cases of `trunkline benchmark` with images, and the overhead of the trainer."""
 
 import tempfile
 import time
@@ -22,7 +22,7 @@ from trunkline.pipelines.benchmarks.timing import Side, bare_loop, compare
 
 
 def _vit_loops(batch_size: int | None, bf16: bool = False, compiled: bool = False) -> tuple[Side, Side]:
-    """Training step of ours and of timm's ViT-Ti/16."""
+    """Training steps of our ViT-Ti/16 and of timm's."""
     import timm
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +47,7 @@ def vit_eager(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
 
 
 def vit_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
-    """ViT-Ti/16 in bfloat16 and compiled: ours, and timm's own, against timm in float32 eager."""
+    """ViT-Ti/16 compiled in bfloat16, ours and timm's, each against timm in float32 eager."""
     peer = _vit_loops(batch_size)[1]
     fast = _vit_loops(batch_size, bf16=True, compiled=True)
     name = "timm fp32 eager"
@@ -58,7 +58,7 @@ def vit_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
 
 
 def muon_step(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
-    """One optimiser step over the trunk's matrices, all gradients given."""
+    """One optimiser step over the trunk's matrices; the gradients are computed before."""
     trunk = Transformer(TransformerConfig(dim=64, depth=4, num_heads=4))
     matrices = [m.weight for m in trunk.modules() if isinstance(m, nn.Linear)]
     for weight in matrices:
@@ -93,13 +93,12 @@ def svm_accuracy() -> float:
 
 
 class StepClock(Callback):
-    """Seconds a step between the ends of the first and the last `steps` steps of a fit."""
+    """Measures seconds per step over `steps` steps of a fit, after `warmup` steps."""
 
     def __init__(self, steps: int, warmup: int) -> None:
         self.steps, self.warmup, self.start, self.seconds = steps, warmup, 0.0, 0.0
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Note the time."""
         if trainer.global_step == self.warmup:
             self.start = time.perf_counter()
         elif trainer.global_step == self.warmup + self.steps:
@@ -107,9 +106,9 @@ class StepClock(Callback):
 
 
 def trainer_overhead(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
-    """`trainer.fit` with the callbacks and the logger that recipes have by default, against a bare loop.
+    """`trainer.fit` with the default callbacks and logger of recipes, against a bare loop.
 
-    The step takes 40 ms or more on 2 CPU cores.
+    A step takes 40 ms or more on 2 CPU cores.
     """
     from trunkline.modules.callbacks import GracefulStop, ProgressBar, Throughput
     from trunkline.modules.objectives.image_classifier import ImageClassifier

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, measured in a process of its own."""
+"""Measure the peak memory of a function, in a process of its own."""
 
 import gc
 import multiprocessing
@@ -14,19 +14,19 @@ from typing import Any
 import torch
 
 Prepare = Callable[[], Callable[[], Any]]
-"""Makes what the work needs, and returns the work; a function of a module, or a `partial` of one."""
+"""Prepares the work and returns it as a function. It must be a module's function, or a `partial` of one."""
 
 
 def peak_memory(prepare: Prepare) -> int:
-    """Bytes of the CPU's memory that work takes at its peak, beyond what there was when it was prepared.
+    """Bytes of CPU memory that the work needs at its peak, in addition to the memory after its preparation.
 
-    A process of its own, begun anew: in this one, the allocator's free memory would hide a part, and `ru_maxrss` of a
-    fork begins at its parent's peak.
+    It runs in a new process: in this one, free memory of the allocator would hide a part, and in a fork `ru_maxrss`
+    would begin at the parent's peak.
     """
-    # What is freed goes back to the system at once: else holes in glibc's heap would count, by chance.
+    # Return freed memory to the system at once: otherwise gaps in glibc's heap would count, depending on chance.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
     try:
-        # One process for one task: nothing of another measurement is left in it.
+        # A new process for each measurement, so that an earlier one cannot affect it.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             return pool.submit(_measure, prepare, torch.get_num_threads()).result()
     finally:
@@ -38,16 +38,16 @@ def _measure(prepare: Prepare, threads: int) -> int:
     work = prepare()
     gc.collect()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (Linux)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
         before = _status("VmRSS")
-    except OSError:  # elsewhere, or forbidden: what the preparation took for a while counts as there
+    except OSError:  # another system, or not permitted: then the peak of the preparation is the baseline
         before = _peak()
     work()
     return _peak() - before
 
 
 def _peak() -> int:
-    """The largest resident memory so far."""
+    """The largest resident memory so far, in bytes."""
     if Path("/proc/self/status").exists():
         return _status("VmHWM")
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -55,7 +55,7 @@ def _peak() -> int:
 
 
 def _status(field: str) -> int:
-    """Bytes in a line of the process's status."""
+    """A size in the process's status (Linux), in bytes."""
     found = re.search(rf"^{field}:\s*(\d+) kB$", Path(f"/proc/{os.getpid()}/status").read_text(), re.MULTILINE)
     assert found is not None
     return 1024 * int(found[1])

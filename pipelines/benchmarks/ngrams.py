@@ -1,13 +1,14 @@
-"""What fine-tuning is measured against: characters' n-grams and a logistic regression."""
+"""A baseline for fine-tuning: logistic regression on character n-grams."""
 
 from trunkline.datamodules.text_tasks.labelled_text import LabelledTextData
 
 
 def ngram_accuracy(data: LabelledTextData) -> float:
-    """Accuracy of scikit-learn's logistic regression over TF-IDF of 1 to 4 characters, without any pre-training.
+    """Accuracy of scikit-learn's logistic regression on TF-IDF of 1 to 4 characters, without pre-training.
 
     Args:
-        data: its training rows are learnt; the test split's are counted, or if there is none the validation split's.
+        data: the regression is fitted to its training split, and tested on its test split, or on its validation split
+            if there is no test split.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression

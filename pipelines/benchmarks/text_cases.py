@@ -1,4 +1,4 @@
-"""The cases of `trunkline benchmark` that are about text."""
+"""Cases of `trunkline benchmark` with text."""
 
 import copy
 import time
@@ -26,16 +26,20 @@ NEW_TOKENS = 64
 
 
 def transformers() -> Any:
-    """The library, which is a peer and no dependency."""
+    """Import transformers, which only the benchmark needs.
+
+    Raises:
+        TrunklineError: if it is not installed.
+    """
     try:
         import transformers as library
     except ImportError as error:
-        raise TrunklineError("this case compares with transformers; say pip install 'trunkline[bench]'") from error
+        raise TrunklineError("this case compares with transformers; run pip install 'trunkline[bench]'") from error
     return library
 
 
 def _gpt_pair() -> tuple[GPT, nn.Module]:
-    """Ours and Hugging Face's GPT-2 of 6 layers and width 384, without dropout."""
+    """Our GPT and Hugging Face's GPT-2, with 6 layers, width 384 and no dropout."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     trunk = TransformerConfig(dim=384, depth=6, num_heads=6, mlp="gelu_tanh", norm_eps=1e-5)
@@ -48,7 +52,7 @@ def _gpt_pair() -> tuple[GPT, nn.Module]:
 
 
 def _gpt_loops(batch_size: int, bf16: bool = False, compiled: bool = False) -> tuple[Side, Side]:
-    """Both sides' training step on (batch, 256) tokens."""
+    """Training steps of both GPTs on (batch, 256) tokens."""
     ours, theirs = _gpt_pair()
     if compiled:
         ours.compile()
@@ -72,7 +76,7 @@ def gpt_eager(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
 
 
 def gpt_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
-    """The same in bfloat16 and compiled: ours, and theirs, against theirs in float32 eager."""
+    """The same GPT compiled in bfloat16, ours and theirs, each against theirs in float32 eager."""
     peer = _gpt_loops(batch_size or 8)[1]
     fast = _gpt_loops(batch_size or 8, bf16=True, compiled=True)
     name = "transformers fp32 eager"
@@ -83,7 +87,7 @@ def gpt_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
 
 
 def _bert_loops(batch_size: int, bf16: bool = False, compiled: bool = False) -> tuple[Side, Side]:
-    """Both sides' training step of BERT-mini (4 layers, width 256) on (batch, 128) tokens, 15% of them masked."""
+    """Training steps of both BERT-minis (4 layers, width 256) on (batch, 128) tokens, 15% of them masked."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     trunk = TransformerConfig(dim=256, depth=4, num_heads=4, norm_eps=1e-12, norm_first=False, final_norm=False)
@@ -116,13 +120,13 @@ def bert_eager(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
 
 
 def bert_compiled(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
-    """The same in bfloat16 and compiled, on both sides."""
+    """BERT-mini compiled in bfloat16, on both sides."""
     loops = _bert_loops(batch_size or 32, bf16=True, compiled=True)
     return [compare("BERT-mini bf16 compiled", "transformers bf16 compiled", *loops, rounds)]
 
 
 def bert_memory(batch_size: int | None) -> tuple[float, float]:
-    """MiB that the first training step of BERT-mini takes at its peak, optimiser's state and all: ours, theirs."""
+    """Peak memory in MiB of BERT-mini's first training step, including the optimiser's state: (ours, theirs)."""
     ours, theirs = (peak_memory(partial(_bert_step, side, batch_size or 32)) / 2**20 for side in (0, 1))
     return ours, theirs
 
@@ -132,7 +136,7 @@ def _bert_step(side: int, batch_size: int) -> Side:
 
 
 def generation(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
-    """A greedy token of GPT-2 124M after a prompt of 16, in float32, bfloat16 and int8 against theirs in float32."""
+    """Greedy generation with GPT-2 124M, ours in float32, bfloat16 and int8, each against theirs in float32."""
     library = transformers()
     torch.manual_seed(0)
     theirs: Any = library.GPT2LMHeadModel(library.GPT2Config(bos_token_id=None, eos_token_id=None)).eval()
@@ -160,7 +164,7 @@ def generation(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
 
 
 def tokenization(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
-    """Byte-level BPE of 8,192 tokens over the King James Bible, from an empty memory, against the bare library."""
+    """Byte-level BPE with 8,192 tokens on the King James Bible, with an empty cache, against the bare library."""
     texts = [piece.text for piece in open_text("kjv", "text").pieces({"train": 1.0})]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = train_tokenizer("bpe", texts, 8192)

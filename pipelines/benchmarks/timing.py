@@ -1,4 +1,4 @@
-"""Timing side by side: absolute seconds depend on what else a machine does, so every figure is a ratio."""
+"""Timing of two sides in turn: a machine's other work affects both, so their ratio is more reliable than seconds."""
 
 import statistics
 import time
@@ -10,11 +10,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 Side = Callable[[], float]
-"""Takes a turn and returns the seconds of one step."""
+"""Runs one measurement and returns the seconds per step."""
 
 
 def compare(case: str, peer: str, ours: Side, theirs: Side, rounds: int) -> dict[str, Any]:
-    """Let two sides take turns after two to warm up; ratios above 1 say that ours is faster."""
+    """Measure two sides in turn, after two warm-up rounds; ratios above 1 mean that ours is faster."""
     for side in (ours, theirs) * 2:  # compilation, allocation and caches
         side()
     pairs = []
@@ -34,7 +34,7 @@ def compare(case: str, peer: str, ours: Side, theirs: Side, rounds: int) -> dict
 
 
 def bare_loop(network: nn.Module, loss: Callable[[], Tensor], bf16: bool = False, steps: int = 1) -> Side:
-    """Forward, backward and AdamW on one fixed batch, whose loss `loss` computes with the network."""
+    """A plain training loop on one fixed batch: forward pass by `loss`, backward pass, AdamW."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     device = next(network.parameters()).device.type
 

@@ -1,1 +1,1 @@
-"""The commands that use what was trained, a file each."""
+"""Commands besides training, one file each; most of them use a checkpoint."""

@@ -1,4 +1,4 @@
-"""`trunkline embed`: embeddings of texts and images to a table and to TensorBoard's projector."""
+"""`trunkline embed`: write embeddings of texts and images to a table and to TensorBoard's projector."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ from trunkline.pipelines.embedding import Pictures, clip_network, embed_images, 
 from trunkline.pipelines.trained import Trained, language_model_of
 
 PROJECTED = 10_000
-"""Most images in the projector: a browser holds no more."""
+"""Largest number of images in the projector: browsers cannot show more."""
 
 
 def embed(
@@ -47,26 +47,25 @@ def embed(
     """Embed texts with the trunk of a language model, or texts and images with a CLIP.
 
     The table has the columns `text`, `embedding`, `nearest` (the most similar other text), `similarity` (its cosine),
-    and where there are images `path`.
+    and with images also `path`.
 
     Args:
-        checkpoint: of a `trunkline fit` of a masked or causal language model, or of images and texts.
-        texts: a .txt file with one text a line, or a .jsonl, .csv or .parquet file.
+        checkpoint: a checkpoint of a masked or causal language model or of a CLIP, from `trunkline fit`.
+        texts: a .txt file with one text per line, or a .jsonl, .csv or .parquet file.
         output: a .parquet file.
         images: a folder, `twemoji` or `openmoji`; needs a CLIP.
-        text_column: of a table.
-        pool: of a language model: the mean over all tokens, the first one (`cls`, of a BERT), or the last (of a GPT).
-        normalise: scale embeddings to length 1, as a CLIP's always are, so that their product is the cosine of their
-            angle.
-        batch_size: texts or images at a time.
-        num_workers: processes that read images.
+        text_column: column of the texts in a table.
+        pool: for a language model: the mean over all tokens, the first token (`cls`, for a BERT), or the last token.
+        normalise: for a language model: scale embeddings to length 1, so that products are cosines. A CLIP always does.
+        batch_size: number of texts or images at a time.
+        num_workers: number of processes that read images.
         skip_corrupt: leave out images that cannot be read, instead of stopping.
-        projector: a folder for TensorBoard's projector; of images it shows the first 10,000.
+        projector: a folder for TensorBoard's projector, which shows at most the first 10,000 images.
         device: auto, cpu, cuda, cuda:1, mps, …
-        tokenizer: of a language model: a tokenizer.json in place of the checkpoint's own.
+        tokenizer: for a language model: a tokenizer.json to use instead of the checkpoint's own tokenizer.
 
     Raises:
-        TrunklineError: for a missing file, a text that is too long, or a checkpoint of something else.
+        TrunklineError: for a missing file, a text that is too long, or a checkpoint that cannot be used.
     """
     check_output(output, (".parquet",))
     if texts is None and images is None:
@@ -75,14 +74,16 @@ def embed(
     if issubclass(trained.network_class, CLIP):
         if tokenizer is not None or not normalise or pool != "mean":
             raise TrunklineError(
-                f"--pool, --normalise and --tokenizer are for language models, and {checkpoint} is of images and "
-                "texts, which it embeds as it was trained to; leave them out"
+                f"--pool, --normalise and --tokenizer are for language models, but {checkpoint} is of a CLIP, which "
+                "embeds as in training; leave them out"
             )
         clip, shown = clip_network(trained, place), 0 if projector is None else PROJECTED
         rows = [] if texts is None else read_texts(Path(texts), text_column)
         found = embed_clip(clip, batch_size, place, num_workers, rows, images, skip_corrupt, shown)
     elif texts is None or images is not None:
-        raise TrunklineError(f"{checkpoint} knows texts alone; leave --images out, or give the checkpoint of a CLIP")
+        raise TrunklineError(
+            f"{checkpoint} is of a language model, which embeds only texts; give --texts, or a checkpoint of a CLIP"
+        )
     else:
         body, words = language_model_of(trained, tokenizer)
         rows = read_texts(Path(texts), text_column)
@@ -91,7 +92,7 @@ def embed(
 
 
 def write_embeddings(found: list["Embedded"], normalise: bool, output: str, projector: str | None) -> None:
-    """The table, and what the projector shows; see `embed`."""
+    """Write the table, and the data of the projector."""
     tables = [part.table(normalise) for part in found]
     pd.concat(tables, ignore_index=True).to_parquet(output, index=False)
     if projector is not None:
@@ -109,12 +110,12 @@ class Embedded(NamedTuple):
     """`text` or `path`."""
     names: list[str]
     vectors: Tensor
-    """(N, D)."""
+    """(N, D) embeddings."""
     pictures: Sequence[Image.Image] = ()
-    """Thumbnails of the first images."""
+    """Thumbnails of the first images, for the projector."""
 
     def table(self, normalise: bool) -> pd.DataFrame:
-        """A row each."""
+        """A table with one row per embedding."""
         scaled = unit(self.vectors)
         vectors = list((scaled if normalise else self.vectors).numpy())
         table = pd.DataFrame({self.column: self.names, "embedding": vectors})
@@ -124,7 +125,7 @@ class Embedded(NamedTuple):
         return table
 
     def project(self, writer: SummaryWriter) -> None:
-        """Write what TensorBoard's projector shows."""
+        """Write the data of TensorBoard's projector."""
         count = len(self.pictures) or len(self.names)
         names = [" ".join(name.split()) for name in self.names[:count]]
         shown: dict[str, Any] = {"label_img": sprites(list(self.pictures))} if self.pictures else {}
@@ -142,17 +143,17 @@ def embed_clip(
     skip_corrupt: bool,
     thumbnails: int,
 ) -> list[Embedded]:
-    """Texts, images or both with a CLIP; see `embed`.
+    """Embed texts, images or both with a CLIP.
 
     Args:
-        clip: network, and how its images and texts are prepared.
-        batch_size: texts or images at a time.
-        device: of the network.
-        num_workers: processes that read images.
-        texts: those, or none.
-        images: see `open_pictures`; None: texts alone.
-        skip_corrupt: see `Pictures`.
-        thumbnails: pictures of which one is kept, at most.
+        clip: the network, and how its images and texts are prepared.
+        batch_size: number of texts or images at a time.
+        device: device of the network.
+        num_workers: number of processes that read images.
+        texts: the texts; may be empty.
+        images: as for `open_pictures`; None without images.
+        skip_corrupt: as for `Pictures`.
+        thumbnails: largest number of thumbnails that are kept.
     """
     (network, preprocessing, encoder), found = clip, []
     if texts:
@@ -167,30 +168,30 @@ def embed_clip(
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
-    """All of the picture on a small white square."""
+    """The whole picture on a small white square."""
     return ImageOps.pad(to_channels(picture, 3), (32, 32), color="white")
 
 
 def read_states(
     body: BERT | GPT, words: Tokenizer, rows: list[str], pool: Any, batch_size: int, device: torch.device
 ) -> Tensor:
-    """(texts, D) pooled states of a language model.
+    """Pooled states (texts, D) of a language model.
 
     Raises:
-        TrunklineError: for a text that is too long.
+        TrunklineError: if a text is empty or too long.
     """
     kind = "bert" if isinstance(body, BERT) else "gpt"
     network = TextHead(TextHeadConfig(**{kind: body.config}, pool=pool))
-    network.body.load_state_dict(body.state_dict(), strict=False)  # all but the heads, which are not there
+    network.body.load_state_dict(body.state_dict(), strict=False)  # without the heads
     ids = [encoded(text, number, body, words) for number, text in enumerate(rows, start=1)]
     return embeddings(network.to(device).eval(), ids, batch_size)
 
 
 def read_texts(file: Path, column: str) -> list[str]:
-    """The texts of a table's column, or the lines of a text file that are not empty.
+    """The texts in a table's column, or the lines of a text file; empty ones are left out.
 
     Raises:
-        TrunklineError: if there are none, naming the file or row.
+        TrunklineError: if the file cannot be read or holds no text.
     """
     try:
         rows = list(read_column([file], column)) if reader_of(file) else file.read_text(encoding="utf-8").splitlines()
@@ -198,15 +199,15 @@ def read_texts(file: Path, column: str) -> list[str]:
         raise TrunklineError(f"cannot read --texts {file}: {error}; give a text file or a table") from error
     rows = [row for row in rows if row.strip()]
     if not rows:
-        raise TrunklineError(f"--texts {file} holds no text; give one text a line, or a row")
+        raise TrunklineError(f"--texts {file} holds no text; give one text per line or row")
     return rows
 
 
 def encoded(text: str, number: int, body: BERT | GPT, words: Tokenizer) -> list[int]:
-    """Ids of a text, as its kind of network was trained to see it.
+    """Token ids of a text, for a BERT with its special tokens around them.
 
     Raises:
-        TrunklineError: if it is longer than the network's positions.
+        TrunklineError: if there are no tokens, or more than the network can see.
     """
     ids = words.encode(text, add_special_tokens=False).ids
     if isinstance(body, BERT):
@@ -223,7 +224,7 @@ def encoded(text: str, number: int, body: BERT | GPT, words: Tokenizer) -> list[
 
 @torch.inference_mode()
 def embeddings(network: TextHead, ids: list[list[int]], batch_size: int) -> Tensor:
-    """(texts, D) float32 on the CPU; texts of like length go together."""
+    """Embeddings (texts, D) in float32 on the CPU; texts of similar length share a batch."""
     order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
     device = next(network.parameters()).device
     vectors = torch.empty(len(ids), network.config.body.backbone.dim)
@@ -237,7 +238,7 @@ def embeddings(network: TextHead, ids: list[list[int]], batch_size: int) -> Tens
 
 
 def most_similar(vectors: Tensor) -> tuple[list[int], list[float]]:
-    """Of each of (N, D) rows of length 1: the most similar other row, and the cosine of their angle."""
+    """For each row of (N, D) vectors of length 1, the most similar other row and its cosine."""
     found, cosines = [], []
     for start in range(0, len(vectors), 1024):
         similarity = vectors[start : start + 1024] @ vectors.T

@@ -1,4 +1,4 @@
-"""`trunkline fill-mask`: name what is masked in a sentence."""
+"""`trunkline fill-mask`: predict the masked words of a sentence."""
 
 import torch
 
@@ -15,14 +15,14 @@ def fill_mask(
     """Print the likeliest tokens for each `[MASK]`, with their probabilities.
 
     Args:
-        checkpoint: of a `trunkline fit` of a masked language model.
-        sentence: a text with `[MASK]` in it, or several as "[one, two]".
-        top_k: tokens shown for each place.
+        checkpoint: a checkpoint of a masked language model, from `trunkline fit`.
+        sentence: a text that holds `[MASK]`, or several texts as "[one, two]".
+        top_k: number of tokens shown for each mask.
         device: auto, cpu, cuda, cuda:1, mps, …
-        tokenizer: a tokenizer.json in place of the checkpoint's own.
+        tokenizer: a tokenizer.json to use instead of the checkpoint's own tokenizer.
 
     Raises:
-        TrunklineError: for a sentence without a mask, one that is too long, or a checkpoint of something else.
+        TrunklineError: for a sentence without a mask or one that is too long, or if the checkpoint cannot be used.
     """
     if top_k < 1:
         raise TrunklineError(f"--top_k must be at least 1, not {top_k}")

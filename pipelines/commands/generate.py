@@ -20,7 +20,7 @@ from trunkline.pipelines.devices import find_device
 from trunkline.pipelines.trained import read_language_model
 
 HALF = "\ufffd"
-"""Stands for bytes that are no whole character."""
+"""The replacement character, which stands for bytes of an incomplete character."""
 
 
 def generate_text(
@@ -42,29 +42,31 @@ def generate_text(
     device: str = "auto",
     tokenizer: str | None = None,
 ) -> None:
-    """Print prompts with their continuations: one text as it is made, several at the end with `---` between them.
+    """Print prompts with their continuations: a single text while it is generated, several texts at the end.
+
+    Several texts have `---` between them.
 
     Args:
-        checkpoint: of a `trunkline fit` of a causal language model.
+        checkpoint: a checkpoint of a causal language model, from `trunkline fit`.
         prompt: one text, or several as "[one, two]"; an empty one starts a new text.
-        max_new_tokens: tokens after the prompt, at most; an end-of-text token ends it earlier.
+        max_new_tokens: largest number of tokens after the prompt; an end-of-text token ends the text earlier.
         temperature: divides the logits; 0 always takes the likeliest token.
         top_k: sample from this many likeliest tokens.
         top_p: sample from the likeliest tokens that together have this probability.
-        min_p: sample from tokens with at least this share of the likeliest token's probability.
-        repetition_penalty: above 1 makes tokens that stand in the text less likely.
-        num_beams: above 1, search for the likeliest text along this many, instead of sampling.
+        min_p: sample from tokens with at least this fraction of the likeliest token's probability.
+        repetition_penalty: above 1, tokens that are already in the text become less likely.
+        num_beams: above 1, use beam search with this many beams instead of sampling.
         length_penalty: of beam search; above 0 favours longer texts.
-        stop: end a text before this string, or before the first of several, "[one, two]".
-        num_samples: continuations of each prompt.
-        seed: of sampling.
-        stream: print a single text as it is made.
-        dtype: number format of the weights; int8 is the fastest on a CPU, float32 exact.
+        stop: end a text before this string, or before any of several, "[one, two]".
+        num_samples: number of continuations of each prompt.
+        seed: seed of sampling.
+        stream: print a single text while it is generated.
+        dtype: number format of the weights; int8 is the fastest on a CPU, float32 is exact.
         device: auto, cpu, cuda, cuda:1, mps, …
-        tokenizer: a tokenizer.json in place of the checkpoint's own.
+        tokenizer: a tokenizer.json to use instead of the checkpoint's own tokenizer.
 
     Raises:
-        TrunklineError: for bad options, or a checkpoint of something else; before any text.
+        TrunklineError: for wrong options or a checkpoint that cannot be used, before any text is printed.
     """
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -91,18 +93,18 @@ def generate_text(
     steps = method(texts, prepared(network, dtype, place), rows, config, [] if end is None else [end])
     try:
         print_texts(texts, steps, prompts, one_by_one=stream and len(texts) == 1 and num_beams == 1)
-    except BrokenPipeError:  # the reader, such as `head`, has enough
+    except BrokenPipeError:  # the reader, such as `head`, has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_texts(texts: list["Text"], steps: Iterator[None], prompts: list[str], one_by_one: bool) -> None:
-    """Let the texts grow to their end, and print each behind its prompt.
+    """Generate the texts, and print each after its prompt.
 
     Args:
-        texts: as many of each prompt as of every other.
-        steps: let them grow.
-        prompts: before them.
-        one_by_one: print the only text token by token, as it grows.
+        texts: the texts, the same number for each prompt.
+        steps: generates the texts, one token at each step.
+        prompts: the prompts.
+        one_by_one: there is a single text; print it token by token.
     """
     if one_by_one:
         write(prompts[0])
@@ -116,13 +118,17 @@ def print_texts(texts: list["Text"], steps: Iterator[None], prompts: list[str], 
 
 
 def write(text: str) -> None:
-    """Print at once."""
+    """Print without delay."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def check_options(prompts: list[str], stops: list[str], num_samples: int, config: GenerationConfig) -> None:
-    """Refuse what `GenerationConfig` does not see."""
+    """Check the options that are not in `GenerationConfig`.
+
+    Raises:
+        TrunklineError: with the flag that is wrong.
+    """
     if not prompts:
         raise TrunklineError('--prompt is an empty list; give at least one text, or "" to start a new one')
     if "" in stops:
@@ -139,10 +145,10 @@ def check_options(prompts: list[str], stops: list[str], num_samples: int, config
 
 
 def prompt_ids(prompts: list[str], words: Tokenizer, end: int | None, limit: int) -> list[list[int]]:
-    """Token ids of each prompt; an empty one becomes the end-of-text token, after which a new text begins.
+    """Token ids of each prompt; an empty prompt becomes the end-of-text token, so that a new text begins.
 
     Raises:
-        TrunklineError: if there is no such token, or the prompt is longer than `limit`.
+        TrunklineError: if a prompt is empty and there is no such token, or if one has more than `limit` tokens.
     """
     rows = []
     start = [] if end is None else [end]
@@ -164,13 +170,13 @@ def prompt_ids(prompts: list[str], words: Tokenizer, end: int | None, limit: int
 
 
 def prepared(network: GPT, dtype: str, device: torch.device) -> GPT:
-    """The network on its device, in the number format of that name."""
+    """Move the network to a device and convert its weights to a number format."""
     convert = {"float32": lambda same: same, "bfloat16": to_bfloat16, "int8": to_int8}[dtype]
     return convert(network.to(device))
 
 
 def left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, T) tokens and their (B, T) mask, False for padding."""
+    """Pad rows on the left: tokens (B, T) and their mask (B, T), False for padding."""
     width = max(len(row) for row in rows)
     tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -180,7 +186,7 @@ def left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Te
 def grow(
     texts: list["Text"], network: GPT, rows: list[list[int]], config: GenerationConfig, ends: list[int]
 ) -> Iterator[None]:
-    """Let the texts continue their rows, a token each at every step."""
+    """Continue each row by sampling, one token at every step, and add the tokens to the texts."""
     device = next(network.parameters()).device
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for given in next_tokens(network, *left_padded(rows, device), config, ends, ended):
@@ -193,7 +199,7 @@ def grow(
 def grow_beams(
     texts: list["Text"], network: GPT, rows: list[list[int]], config: GenerationConfig, ends: list[int]
 ) -> Iterator[None]:
-    """Let the texts continue their rows by beam search, all in one step; texts of the same row differ."""
+    """Continue each row by beam search, in one step; the texts of a row get its best beams."""
     device = next(network.parameters()).device
     per_row = len(texts) // len(rows)
     found = beam_search(network, *left_padded(rows, device), config, ends)
@@ -205,31 +211,31 @@ def grow_beams(
 
 
 class Text:
-    """The text of new tokens, complete characters only, up to the first stop string.
+    """The text of new tokens, with complete characters only, up to the first stop string.
 
-    What is taken piece by piece while it grows is together what is taken at the end.
+    The pieces that `take` returns while the text grows are together the same as the whole text at the end.
 
     Args:
         words: the tokenizer.
-        prompt: tokens before the new ones; the first new one may be spelled differently without them.
+        prompt: tokens before the new ones; the text of the first new token may depend on them.
         stops: strings that end the text.
     """
 
     def __init__(self, words: Tokenizer, prompt: list[int], stops: list[str]) -> None:
         self.words, self.stops = words, stops
         self.recent = prompt[-8:]
-        """Tokens whose text is known, as context, then those whose text is not yet final."""
+        """Tokens whose text is already known, as context, then tokens whose text is not yet final."""
         self.known = self.decode(self.recent)
         self.text = ""
         self.taken = 0
         self.ended = False
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of tokens, without special ones."""
+        """Text of tokens, without special tokens."""
         return self.words.decode(tokens, skip_special_tokens=True)
 
     def add(self, token: int) -> bool:
-        """Continue by a token; True says that a stop string has ended the text."""
+        """Add a token; returns True if a stop string has ended the text."""
         self.recent.append(token)
         text = self.decode(self.recent)
         if text.endswith(HALF):  # the rest of the character is in the next token
@@ -237,7 +243,7 @@ class Text:
         return self._extend(text)
 
     def _extend(self, text: str) -> bool:
-        """Take over the text of `recent`."""
+        """Add the new part of `text`, which is the text of the tokens in `recent`; True if the text has ended."""
         start = max(0, len(self.text) - max((len(stop) for stop in self.stops), default=1) + 1)
         self.text += text[len(self.known) :]
         self.recent = self.recent[-8:]
@@ -248,7 +254,7 @@ class Text:
         return self.ended
 
     def take(self, last: bool = False) -> str:
-        """What is new and final since the last call; the beginning of a stop string waits for its end."""
+        """The part of the text that is new since the last call; the beginning of a stop string is held back."""
         if last and not self.ended:
             self._extend(self.decode(self.recent).rstrip(HALF))
         final = len(self.text)

@@ -1,4 +1,4 @@
-"""The files that commands write."""
+"""Check of the files that commands write."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from trunkline import TrunklineError
 
 
 def check_output(path: str, suffixes: tuple[str, ...]) -> str:
-    """The ending of `--output`, in small letters; looked at before any work.
+    """Check `--output` before any work, and return its suffix in lower case.
 
     Raises:
-        TrunklineError: if it is none of `suffixes`, or the folder does not exist.
+        TrunklineError: if the suffix is not among `suffixes`, or the folder does not exist.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in suffixes or not Path(path).absolute().parent.is_dir():

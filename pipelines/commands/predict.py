@@ -1,4 +1,4 @@
-"""`trunkline predict`: classify a folder of images, or do a task on texts."""
+"""`trunkline predict`: classify images or texts, tag words, answer questions."""
 
 import warnings
 from functools import partial
@@ -32,28 +32,28 @@ def predict(
     accelerator: str = "auto",
     precision: str = "32-true",
 ) -> None:
-    """Classify images or texts, tag words or answer questions, and write a table; the checkpoint says which.
+    """Classify images or texts, tag words or answer questions, and write a table. The checkpoint decides which.
 
-    Images: path, label, probability. Texts: text, with pairs also pair, label, probability. Tags: row, word, tag,
-    probability. Answers: id, question, answer, score.
+    Columns of the table. Images: path, label, probability. Texts: text (and pair), label, probability. Tags: row, word,
+    tag, probability. Answers: id, question, answer, score.
 
     Args:
-        checkpoint: of a `trunkline fit` of a classifier, a tagger or a model that answers questions.
+        checkpoint: a checkpoint of a classifier, a tagger or a model that answers questions, from `trunkline fit`.
         images: a folder; every image file below it is classified.
-        output: a .csv or .parquet file in the order of the input, or of tags a .conll file.
-        texts: to classify, a .txt file with a text a line or a table (.jsonl, .csv, .parquet); to tag, a .txt file with
-            a sentence a line or a .conll file with a word a line; to answer, SQuAD's .json, or a table with the columns
-            question, context and if you like id.
-        text_column: of a table with texts to classify; None takes that of training.
-        pair_column: of the second text of a pair; None takes that of training.
+        output: a .csv or .parquet file, in the order of the input; tags can also go to a .conll file.
+        texts: to classify, a .txt file with one text per line or a table (.jsonl, .csv, .parquet); to tag, a .txt file
+            with one sentence per line or a .conll file with one word per line; to answer, a .json file as SQuAD's, or a
+            table with the columns question, context and optionally id.
+        text_column: column of the texts in a table; default: the column of training.
+        pair_column: column of the second text of a pair; default: the column of training.
         skip_corrupt: leave label and probability of images that cannot be read empty, instead of stopping.
-        batch_size: images, texts or windows at a time.
-        num_workers: processes that read.
-        accelerator: Lightning's name of the device: auto, cpu, gpu, …
-        precision: Lightning's name of the precision.
+        batch_size: number of images, texts or windows at a time.
+        num_workers: number of processes that read the input.
+        accelerator: device, as Lightning names it: auto, cpu, gpu, …
+        precision: precision, as Lightning names it.
 
     Raises:
-        TrunklineError: for a missing or damaged file, or an ending other than those three; before any work.
+        TrunklineError: for a missing or damaged file, or for another output format (before any work).
     """
     if (images is None) == (texts is None):
         given = "neither" if images is None else "both"
@@ -62,7 +62,9 @@ def predict(
     trained = Trained.read(checkpoint)
     run = partial(run_batches, batch_size, num_workers, accelerator, precision)
     if writer is write_conll and trained.objective != "TokenClassifier":
-        raise TrunklineError(f"--output {output}: only tags are written so; give a .csv or .parquet file")
+        raise TrunklineError(
+            f"--output {output}: only tags can be written to a .conll file; give a .csv or .parquet file"
+        )
     if images is not None:
         table = predict_images(trained, images, skip_corrupt, run)
     else:
@@ -75,10 +77,10 @@ def predict(
 def run_batches(
     batch_size: int, num_workers: int, accelerator: str, precision: Any, model: L.LightningModule, dataset: Dataset[Any]
 ) -> list[Any]:
-    """What `predict_step` makes of each batch of a dataset; see `predict`."""
-    # Lightning replaces the batch sampler of a prediction by one of its own, which keeps the sampler.
+    """The result of `predict_step` for each batch of a dataset; arguments as for `predict`."""
+    # In a prediction, Lightning replaces the batch sampler by its own, which keeps the sampler.
     keys = [SampleKey(0, n) for n in range(len(dataset))]  # type: ignore[arg-type]
-    # By keyword alone: Lightning builds the loader again from these, and an earlier error may have left it recording.
+    # Keyword arguments only: Lightning records them to build the loader again, which an earlier error can disturb.
     loader = DataLoader(dataset=dataset, batch_size=batch_size, sampler=keys, num_workers=num_workers)
     trainer = L.Trainer(
         accelerator=accelerator,
@@ -94,7 +96,7 @@ def run_batches(
 
 
 def table_writer(output: str) -> Any:
-    """A function of a table and `output` that writes in the format of its ending."""
+    """A function that writes a table to a file, in the format of the suffix of `output`."""
     writers = {
         ".csv": lambda table, path: table.to_csv(path, index=False),
         ".parquet": lambda table, path: table.to_parquet(path, index=False),
@@ -104,10 +106,9 @@ def table_writer(output: str) -> Any:
 
 
 class ReadableImages(ImageFiles):
-    """Image files; one that cannot be read is a black picture with `valid` False."""
+    """Image files; an image that cannot be read becomes black, with `valid` False."""
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """The item of a key."""
         try:
             return super().__getitem__(key)
         except TrunklineError as error:
@@ -117,11 +118,10 @@ class ReadableImages(ImageFiles):
 
 
 def predict_images(trained: Trained, folder: str, skip_corrupt: bool, run: Run) -> pd.DataFrame:
-    """`path`, `label`, `probability` of every image below a folder.
+    """A table with `path`, `label` and `probability` of every image below a folder.
 
     Raises:
-        TrunklineError: if the checkpoint is of another objective, or for an image that cannot be read, unless
-            `skip_corrupt`.
+        TrunklineError: if the checkpoint cannot be used, or if an image cannot be read, unless `skip_corrupt`.
     """
     if trained.suits(PREDICT_TEXTS):
         trained.require(PREDICT_IMAGES, "give --texts instead of --images")

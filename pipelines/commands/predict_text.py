@@ -1,4 +1,4 @@
-"""`trunkline predict --texts`: classes of texts, tags of words, answers to questions, as evaluation finds them."""
+"""`trunkline predict --texts`: classes of texts, tags of words, answers to questions; computed as in evaluation."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from trunkline.pipelines.objectives import PREDICT_TEXTS
 from trunkline.pipelines.trained import Trained
 
 Run = Callable[[Any, Dataset[Any]], list[Any]]
-"""Gives the batches that a module's `predict_step` makes of a dataset."""
+"""A function from a module and a dataset to the results of `predict_step`, one per batch."""
 
 
 def predict_texts(trained: Trained, texts: str, columns: dict[str, str | None], run: Run) -> pd.DataFrame:
@@ -29,12 +29,12 @@ def predict_texts(trained: Trained, texts: str, columns: dict[str, str | None], 
 
     Args:
         trained: the checkpoint.
-        texts: see `predict`.
-        columns: `text_column` and `pair_column`; None takes those of training.
-        run: does the work.
+        texts: as for `predict`.
+        columns: `text_column` and `pair_column`; None takes the column of training.
+        run: makes the predictions.
 
     Raises:
-        TrunklineError: naming the flag, or the file and row, that is at fault.
+        TrunklineError: with the flag, or the file and row, that is wrong.
     """
     trained.require(PREDICT_TEXTS)
     task = TASKS[trained.objective]
@@ -49,20 +49,21 @@ def predict_texts(trained: Trained, texts: str, columns: dict[str, str | None], 
 
 
 def data_of(trained: Trained, file: Path, given: dict[str, str]) -> Any:
-    """A datamodule that prepares the texts of a file as those of training.
+    """A datamodule that prepares the texts of a file as in training.
 
     Args:
-        trained: with the settings of training.
-        file: has the texts.
-        given: columns that replace those of training.
+        trained: the checkpoint, which holds the settings of training.
+        file: the file with the texts.
+        given: names of columns that replace those of training.
 
     Raises:
-        TrunklineError: if the checkpoint does not say how, or knows no pairs and is given some.
+        TrunklineError: if the checkpoint does not say how texts were prepared, or if a column of pairs is given to a
+            model of single texts.
     """
     state = trained.data
     if state is None or "settings" not in state:
         raise TrunklineError(
-            f"{trained.file} does not tell how its texts were prepared, because it was trained without "
+            f"{trained.file} does not say how its texts were prepared, because it was trained without "
             f"{trained.data_name} or by an older version; train again"
         )
     settings = state["settings"]
@@ -76,7 +77,7 @@ def data_of(trained: Trained, file: Path, given: dict[str, str]) -> Any:
 
 
 def class_table(model: Any, data: LabelledTextData, file: Path, state: dict[str, Any], run: Run) -> pd.DataFrame:
-    """`text`, with pairs `pair`, `label`, `probability`."""
+    """A table with `text` (and `pair`), `label` and `probability`."""
     if reader_of(file) is None:
         if data.pair_column is not None:
             raise TrunklineError(
@@ -98,7 +99,7 @@ def class_table(model: Any, data: LabelledTextData, file: Path, state: dict[str,
 
 
 def tag_table(model: Any, data: TaggedTextData, file: Path, state: dict[str, Any], run: Run) -> pd.DataFrame:
-    """`row` (number of the sentence, from 1), `word`, `tag`, `probability`."""
+    """A table with `row` (number of the sentence, from 1), `word`, `tag` and `probability`."""
     column = data.tokens_column
     if file.suffix in CONLL and file.suffix != ".txt":
         rows = [Row(number, *row) for number, row in enumerate(read_conll(file, column, None))]
@@ -125,9 +126,9 @@ def tag_table(model: Any, data: TaggedTextData, file: Path, state: dict[str, Any
 
 
 def answer_table(model: Any, data: SquadData, file: Path, state: dict[str, Any], run: Run) -> pd.DataFrame:
-    """`id`, `question`, `answer`, `score` (sum of the logits of its two ends).
+    """A table with `id`, `question`, `answer` and `score` (sum of the logits of the answer's first and last token).
 
-    If a training question had no answer, an empty one is predicted where that scores higher, as in evaluation.
+    As in evaluation, if some question of training had no answer, an empty answer is predicted where that scores higher.
     """
     if file.suffix == ".json":
         rows = [Row(number, *row) for number, row in enumerate(read_squad(file))]
@@ -158,10 +159,10 @@ def answer_table(model: Any, data: SquadData, file: Path, state: dict[str, Any],
 
 
 def text_lines(file: Path, column: str) -> list[Row]:
-    """The lines of a text file; empty ones at its end do not count.
+    """The lines of a text file, without empty lines at its end.
 
     Raises:
-        TrunklineError: for another one that is empty.
+        TrunklineError: if another line is empty.
     """
     rows = [Row(number, *row) for number, row in enumerate(read_lines(file, column))]
     while rows and not rows[-1].cells[column].strip():
@@ -172,25 +173,25 @@ def text_lines(file: Path, column: str) -> list[Row]:
 
 
 def check_text(there: bool, place: str) -> None:
-    """Refuse what has no text."""
+    """Raise an error for a row without text."""
     if not there:
         raise TrunklineError(f"{place} is empty; write a text there, or remove it")
 
 
 def check_any(rows: list[Any], file: Path) -> None:
-    """Refuse a file without rows."""
+    """Raise an error for a file without rows."""
     if not rows:
         raise TrunklineError(f"--texts {file} holds no text; give one with at least one row")
 
 
 def warn_of_cut(count: int, what: str) -> None:
-    """Say how many texts were not read to their end."""
+    """Print how many texts were cut."""
     if count:
         print(f"{count} {what} and were cut, as in training")
 
 
 def write_conll(table: pd.DataFrame, output: str) -> None:
-    """A word and its tag a line, an empty line after each sentence."""
+    """Write a word and its tag per line, and an empty line after each sentence."""
     with Path(output).open("w", encoding="utf-8") as stream:
         for _, sentence in table.groupby("row"):
             stream.writelines(f"{word}\t{tag}\n" for word, tag in zip(sentence.word, sentence.tag, strict=True))
@@ -198,7 +199,7 @@ def write_conll(table: pd.DataFrame, output: str) -> None:
 
 
 class TaskOnTexts(NamedTuple):
-    """What is made of a checkpoint."""
+    """A task that a checkpoint can do on texts."""
 
     name: str
     table: Callable[..., pd.DataFrame]
@@ -209,4 +210,4 @@ TASKS = {
     "TokenClassifier": TaskOnTexts("tags of words", tag_table),
     "QuestionAnswering": TaskOnTexts("answers to questions", answer_table),
 }
-"""By objective."""
+"""Tasks by the name of the objective."""

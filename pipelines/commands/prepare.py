@@ -1,4 +1,4 @@
-"""`trunkline prepare`: tokenise a recipe's text before its run, such as on a machine without accelerators."""
+"""`trunkline prepare`: tokenise a recipe's text before the run, for example on a machine without accelerators."""
 
 import sys
 import time
@@ -23,14 +23,14 @@ def run_prepare(arguments: list[str]) -> None:
     """Prepare the data of a recipe, and print where it is.
 
     Args:
-        arguments: the command and its options: those of `trunkline fit`, of which the `data` section counts.
+        arguments: the command, and options as for `trunkline fit`; only the `data` section is used.
 
     Raises:
         TrunklineError: for bad input.
     """
     arguments, _ = resolve_configs(arguments[1:] if arguments[:1] == ["prepare"] else arguments)
-    sys.argv[1:] = arguments  # where the parser's messages look for flags and configs
-    data_classes()  # so that they may be called by their short names
+    sys.argv[1:] = arguments  # the parser's messages look for flags and configs here
+    data_classes()  # imports them, so that recipes can use their short names
     parser = make_parser()
     data = parser.instantiate_classes(parser.parse_args(own_arguments(arguments))).get("data")
     if data is None:
@@ -41,11 +41,11 @@ def run_prepare(arguments: list[str]) -> None:
         print(f"{type(data).__name__} keeps nothing of its own on disk; its data can be read")
         return
     Console(soft_wrap=True).print(summary(data, time.perf_counter() - start))
-    print(data.preparation.folder)  # a table would wrap it
+    print(data.preparation.folder)  # in a table it could be wrapped
 
 
 def make_parser() -> RecipeParser:
-    """Takes all that a recipe holds; what is not of the data goes unread."""
+    """A parser that accepts a whole recipe and reads only its data."""
     parser = RecipeParser(
         prog="trunkline prepare",
         description="Tokenise the text of a recipe once; `trunkline fit` with the same data then starts at once. "
@@ -61,7 +61,7 @@ def make_parser() -> RecipeParser:
 
 
 def own_arguments(arguments: list[str]) -> list[str]:
-    """The command line without flags such as `--trainer.max_epochs 3`, whose meaning is not known here."""
+    """The command line without flags such as `--trainer.max_epochs 3`, which this parser does not know."""
     kept: list[str] = []
     dropping = False
     for argument in arguments:
@@ -79,7 +79,7 @@ def own_arguments(arguments: list[str]) -> list[str]:
 
 
 def summary(data: TokenisedText, seconds: float) -> Table:
-    """What was prepared."""
+    """A table of what was prepared."""
     index = data.preparation.prepare()
     table = Table(show_header=False, title="prepared")
     for split, entry in index["splits"].items():

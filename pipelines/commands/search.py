@@ -1,4 +1,4 @@
-"""`trunkline search`: the pictures that a text describes best."""
+"""`trunkline search`: find the pictures that a text describes best."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from trunkline.pipelines.embedding import (
 from trunkline.pipelines.trained import Trained
 
 TILE, COLUMNS = 160, 5
-"""Of the contact sheet: pixels of a picture, and pictures in a row."""
+"""Contact sheet: side of a picture in pixels, and pictures per row."""
 
 
 def search(
@@ -43,18 +43,18 @@ def search(
 
     Args:
         query: the text.
-        checkpoint: of a `trunkline fit` of images and texts.
+        checkpoint: a checkpoint of a CLIP, from `trunkline fit`.
         images: a folder, `twemoji` or `openmoji`.
-        embeddings: a table that `trunkline embed` wrote of the pictures with the same checkpoint; saves embedding them.
-        count: pictures shown.
-        output: a .png or .jpg file: the contact sheet.
-        batch_size: pictures at a time.
-        num_workers: processes that read pictures.
+        embeddings: a table of the pictures that `trunkline embed` wrote with the same checkpoint, which saves time.
+        count: number of pictures shown.
+        output: a .png or .jpg file for the contact sheet.
+        batch_size: number of pictures at a time.
+        num_workers: number of processes that read pictures.
         skip_corrupt: leave out pictures that cannot be read, instead of stopping.
         device: auto, cpu, cuda, cuda:1, mps, …
 
     Raises:
-        TrunklineError: for a missing or damaged file, or a checkpoint of something else.
+        TrunklineError: for a missing or damaged file, or a checkpoint that cannot be used.
     """
     check_output(output, (".png", ".jpg"))
     if not query.strip():
@@ -83,19 +83,19 @@ def search(
 
 
 def read_embeddings(file: str, images: str | None, numbers: int) -> tuple[PictureRows, Tensor, list[int]]:
-    """Pictures, their (N, E) embeddings, and the rows of these.
+    """Read pictures, their embeddings (N, E), and the row of each embedding among the pictures.
 
     Args:
-        file: has them.
+        file: table with the embeddings.
         images: where the pictures are; None takes the paths in the table.
-        numbers: E.
+        numbers: the size E of an embedding.
 
     Raises:
         TrunklineError: if the table does not fit the checkpoint or the pictures.
     """
     try:
         table = pd.read_parquet(file)
-    except (OSError, ValueError) as error:  # of pyarrow, for what is no Parquet file
+    except (OSError, ValueError) as error:  # pyarrow raises them if the file is not Parquet
         raise TrunklineError(f"cannot read --embeddings {file}: {error}; write it with `trunkline embed`") from error
     missing = {"path", "embedding"} - set(table.columns)
     if missing:

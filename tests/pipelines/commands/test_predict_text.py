@@ -275,12 +275,14 @@ def test_flags_that_do_not_fit(classifier: SimpleNamespace, tagger: SimpleNamesp
         predict(classifier.checkpoint, texts=text, output=path, pair_column="pair")
     with pytest.raises(TrunklineError, match=r"--text_column is for classes of texts, but .* is of tags of words"):
         predict(tagger.checkpoint, texts=text, output=path, text_column="a")
-    with pytest.raises(TrunklineError, match=r"--output .*out\.conll: only tags are written so; give"):
+    with pytest.raises(
+        TrunklineError, match=r"--output .*out\.conll: only tags can be written to a \.conll file; give"
+    ):
         predict(classifier.checkpoint, texts=text, output=str(tmp_path / "out.conll"))
     content = torch.load(classifier.checkpoint, weights_only=True)
     del content["LabelledTextData"]["settings"]
     SafeCheckpointIO().save_checkpoint(content, tmp_path / "old.ckpt")
-    with pytest.raises(TrunklineError, match=r"old\.ckpt does not tell how its texts were prepared"):
+    with pytest.raises(TrunklineError, match=r"old\.ckpt does not say how its texts were prepared"):
         predict(str(tmp_path / "old.ckpt"), texts=text, output=path)
 
 

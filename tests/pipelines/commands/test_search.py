@@ -154,7 +154,7 @@ def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path, checkp
         ({}, "there is nothing to embed; give --texts, --images or both"),
         ({"images": "nowhere"}, "images=nowhere is no folder; give one that holds images"),
         ({"images": ".", "normalise": False}, "--pool, --normalise and --tokenizer are for language models"),
-        ({"images": ".", "pool": "cls"}, "which it embeds as it was trained to; leave them out"),
+        ({"images": ".", "pool": "cls"}, "is of a CLIP, which embeds as in training; leave them out"),
     ],
 )
 def test_embed_bad_input(options: dict[str, Any], message: str, checkpoint: str, tmp_path: Path) -> None:

@@ -139,5 +139,7 @@ def test_embed_missing_file(checkpoint: str, tmp_path: Path) -> None:
 
 
 def test_a_language_model_knows_no_images(checkpoint: str, tmp_path: Path) -> None:
-    with pytest.raises(TrunklineError, match="knows texts alone; leave --images out, or give the checkpoint of a CLIP"):
+    with pytest.raises(
+        TrunklineError, match="is of a language model, which embeds only texts; give --texts, or a checkpoint of a CLIP"
+    ):
         embed(checkpoint, images=str(tmp_path), output=str(tmp_path / "out.parquet"), device="cpu")
