@@ -1,7 +1,6 @@
 """The base class of all objectives: optimiser, reduction of losses, evaluation, reseeding, check for divergence."""
 
 import copy
-import dataclasses
 import math
 import random
 from collections.abc import Mapping
@@ -19,9 +18,16 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts, Loss
-from trunkline.modules.networks.base import ConfigT, Network, config_from_dict
-from trunkline.modules.objectives.checks import check_sizes, check_tokenizer, facts_of, with_sizes_of_data
-from trunkline.modules.objectives.reduction import Accumulation, Terms, mean_count, scale_gradients
+from trunkline.modules.networks.base import ConfigT, Network
+from trunkline.modules.objectives.arguments import Beginning, as_config, as_plain
+from trunkline.modules.objectives.checks import (
+    check_architecture,
+    check_sizes,
+    check_tokenizer,
+    facts_of,
+    with_sizes_of_data,
+)
+from trunkline.modules.objectives.reduction import Accumulation, Terms, as_terms, mean_count, scale_gradients
 from trunkline.modules.training.checkpoints import follow_folder
 from trunkline.modules.training.distributed import Gather
 from trunkline.modules.training.exact_resume import (
@@ -105,10 +111,16 @@ class TrunklineModule(L.LightningModule):
         """The weights that an argument names, or None without a name; see `TrainedWeights.read`."""
         return None if name is None else TrainedWeights.read(name, argument, accepted or self.accepted())
 
-    def configured(self, config_class: type[ConfigT], network: ConfigT | None) -> ConfigT:
-        """The network's configuration, with the sizes that the recipe leaves out taken from its data."""
-        weights = self.beginning.weights
-        source = None if weights is None else weights.config
+    def configured(self, config_class: type[ConfigT], network: ConfigT | None, source: Any = None) -> ConfigT:
+        """The network's configuration, with the sizes that the recipe leaves out taken from its data.
+
+        Args:
+            config_class: class of the configuration.
+            network: as the recipe states it.
+            source: configuration of the weights to start from; None takes that of `init_from`, if there is one.
+        """
+        if source is None and self.beginning.weights is not None:
+            source = self.beginning.weights.config
         return with_sizes_of_data(as_config(config_class, network), self.beginning.facts, source)
 
     def keep_hyperparameters(self, **arguments: Any) -> None:
@@ -360,16 +372,7 @@ class TrunklineModule(L.LightningModule):
             state = checkpoint.get("callbacks", {}).get(callback.state_key)
             if isinstance(callback, ModelCheckpoint) and state:
                 follow_folder(state, str(callback.dirpath))
-        saved, own = checkpoint["state_dict"], self.state_dict()
-        shape = {key: tuple(value.shape) for key, value in own.items()}
-        different = [k for k in {**own, **saved} if k not in saved or shape.get(k) != tuple(saved[k].shape)]
-        if different:
-            key = different[0]
-            shapes = [tuple(d[key].shape) if key in d else "missing" for d in (saved, own)]
-            raise TrunklineError(
-                f"the checkpoint is of another architecture: {len(different)} weight(s) differ, first {key}: "
-                f"{shapes[0]} in the checkpoint, {shapes[1]} here; use the config.yaml of the run that wrote it"
-            )
+        check_architecture(checkpoint["state_dict"], self.state_dict())
 
     # --- counting
 
@@ -407,32 +410,3 @@ class TrunklineModule(L.LightningModule):
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 network(*map(shape_only, inputs), **{name: shape_only(x) for name, x in options.items()})
         return 3 * counter.get_total_flops()
-
-
-@dataclasses.dataclass
-class Beginning:
-    """What an objective needs only until `start`."""
-
-    facts: DataFacts = dataclasses.field(default_factory=DataFacts)
-    weights: TrainedWeights | None = None
-
-
-def as_terms(loss: Loss | Terms) -> Terms:
-    """The terms of a loss; a single term becomes a list with one entry."""
-    return [loss] if isinstance(loss, Loss) else loss
-
-
-def as_config(config_class: type[ConfigT], value: Any) -> ConfigT:
-    """A configuration from a dataclass, a plain mapping, or None for the defaults."""
-    if isinstance(value, config_class):
-        return copy.deepcopy(value)
-    return config_from_dict(config_class, value if isinstance(value, Mapping) else {})
-
-
-def as_plain(value: Any) -> Any:
-    """Plain data: dataclasses become dicts and tuples become lists, as in JSON."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return {key: as_plain(v) for key, v in value.items()}
-    return [as_plain(v) for v in value] if isinstance(value, list | tuple) else value

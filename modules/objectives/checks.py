@@ -1,10 +1,12 @@
 """Checks before training: sizes of network and data, tokenizers, options of a loss."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts, HasFacts
@@ -153,3 +155,20 @@ def check_loss_options(label_smoothing: float, z_loss: float = 0.0) -> None:
         )
     if z_loss < 0:
         raise TrunklineError(f"z_loss must be 0 or more, not {z_loss}", field="model.z_loss")
+
+
+def check_architecture(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Compare the weights in a checkpoint with those of an objective by their names and shapes.
+
+    Raises:
+        TrunklineError: naming the first difference, instead of a list of all.
+    """
+    shapes = [{key: tuple(value.shape) for key, value in weights.items()} for weights in (saved, own)]
+    different = [key for key in {**own, **saved} if shapes[0].get(key) != shapes[1].get(key)]
+    if different:
+        key = different[0]
+        there, here = (found.get(key, "missing") for found in shapes)
+        raise TrunklineError(
+            f"the checkpoint is of another architecture: {len(different)} weight(s) differ, first {key}: "
+            f"{there} in the checkpoint, {here} here; use the config.yaml of the run that wrote it"
+        )

@@ -14,11 +14,12 @@ from trunkline.modules.losses import infonce_loss, sigmoid_loss
 from trunkline.modules.metrics.retrieval import retrieval_metrics
 from trunkline.modules.networks import BERT, CLIP, GPT, CLIPConfig, TextHead, ViT
 from trunkline.modules.networks.clip import Embeddings
+from trunkline.modules.objectives.arguments import as_config
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.objectives.checks import check_tokenizer, facts_of
 from trunkline.modules.objectives.reduction import Terms
 from trunkline.modules.training.distributed import Gather
-from trunkline.modules.training.warm_start import freeze, load_matching, start_text_head
+from trunkline.modules.training.warm_start import freeze, load_matching, start_text_head, text_sizes
 
 INPUTS: tuple[Literal["image", "tokens", "mask"], ...] = ("image", "tokens", "mask")
 """Fields of a batch that the network takes."""
@@ -70,7 +71,13 @@ class ContrastiveImageText(TrunklineModule):
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
-        config = self.configured(CLIPConfig, network)
+        self.kind, self.same_captions, self.chunk_size = loss, same_captions, chunk_size
+        self.init_text_from = init_text_from
+        stated, frozen = as_config(CLIPConfig, network), (freeze_image_blocks, freeze_text_blocks)
+        self.check_options(stated, (init_image_from, init_text_from), frozen)
+        image = self.read_weights(init_image_from, "init_image_from", (ViT,))
+        text = self.read_weights(init_text_from, "init_text_from", (TextHead, BERT, GPT))
+        config = self.configured(CLIPConfig, stated, text and text_sizes(text))
         self.keep_hyperparameters(
             network=config,
             loss=loss,
@@ -81,18 +88,13 @@ class ContrastiveImageText(TrunklineModule):
             freeze_image_blocks=freeze_image_blocks,
             freeze_text_blocks=freeze_text_blocks,
         )
-        self.kind, self.same_captions, self.chunk_size = loss, same_captions, chunk_size
-        self.init_text_from = init_text_from
-        self.check_options(config, (init_image_from, init_text_from), (freeze_image_blocks, freeze_text_blocks))
-        image = self.read_weights(init_image_from, "init_image_from", (ViT,))
-        text = self.read_weights(init_text_from, "init_text_from", (TextHead, BERT, GPT))
         self.network = CLIP(config)
         self.start()
         if image is not None:
             load_matching(self.network.image, image.network(), image.name, image.argument, "model.network.image")
         if text is not None:
             start_text_head(self.network.text, text)
-        for tower, blocks in ((self.network.image, freeze_image_blocks), (self.network.text, freeze_text_blocks)):
+        for tower, blocks in zip((self.network.image, self.network.text), frozen, strict=True):
             self.frozen += freeze(tower, blocks) if blocks > 0 else []
         self.train()
         self.evaluated: list[tuple[Embeddings, Tensor]] = []

@@ -12,6 +12,11 @@ Terms = Sequence[Loss]
 """The parts of an objective's loss: each sum is divided by its own count, then the means are added."""
 
 
+def as_terms(loss: Loss | Terms) -> Terms:
+    """The terms of a loss; a single term becomes a list with one entry."""
+    return [loss] if isinstance(loss, Loss) else loss
+
+
 def mean_count(trainer: L.Trainer, count: Tensor | int) -> Tensor | int:
     """The mean of a count over processes; an int is the same in all processes, so nothing is communicated."""
     if isinstance(count, int):

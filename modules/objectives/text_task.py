@@ -1,6 +1,5 @@
 """Base class of the tasks on labelled text: a BERT or GPT with a new output layer."""
 
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -8,9 +7,8 @@ from torch import Tensor
 from trunkline.contract import TextBatch
 from trunkline.modules.networks import BERT, GPT, TextHead, TextHeadConfig
 from trunkline.modules.networks.base import ConfigT, Network
-from trunkline.modules.objectives.base import TrunklineModule, as_config
-from trunkline.modules.objectives.checks import with_sizes_of_data
-from trunkline.modules.training.warm_start import TrainedWeights, start_text_head
+from trunkline.modules.objectives.base import TrunklineModule
+from trunkline.modules.training.warm_start import TrainedWeights, start_text_head, text_sizes
 
 
 class TextTask(TrunklineModule):
@@ -23,14 +21,9 @@ class TextTask(TrunklineModule):
     def accepted(self) -> tuple[type[Network], ...]:
         return (TextHead, BERT, GPT)
 
-    def configured(self, config_class: type[ConfigT], network: ConfigT | None) -> ConfigT:
-        config, weights = as_config(config_class, network), self.beginning.weights
-        source: Any = None if weights is None else weights.config
-        if (
-            source is not None and weights is not None and weights.network_class is not TextHead
-        ):  # a BERT or GPT without a task
-            source = SimpleNamespace(**{"bert" if weights.network_class is BERT else "gpt": source})
-        return with_sizes_of_data(config, self.beginning.facts, source)
+    def configured(self, config_class: type[ConfigT], network: ConfigT | None, source: Any = None) -> ConfigT:
+        weights = self.beginning.weights
+        return super().configured(config_class, network, source or (weights and text_sizes(weights)))
 
     def copy_weights(self, weights: TrainedWeights) -> None:
         start_text_head(self.network, weights)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from trunkline import TrunklineError
 from trunkline.files import load_checkpoint
 from trunkline.modules import networks
 from trunkline.modules.backbone import Transformer, TransformerConfig
-from trunkline.modules.networks import TextHead
+from trunkline.modules.networks import BERT, TextHead
 from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, pretrained_folder
 from trunkline.modules.networks.text_head import without_heads
 
@@ -202,6 +203,13 @@ def load_matching(
     for trunk_place, trunk in trunks_of(network.config, place).items():
         check_same_sizes(there[trunk_place], trunk, f"{argument} {name}", trunk_place, FREE | SHOWN)
     network.load_state_dict({key: weights[key] for key in network.state_dict()})
+
+
+def text_sizes(weights: TrainedWeights) -> Any:
+    """The configuration of a text network by the field, `bert` or `gpt`, in which a `TextHead` or a CLIP has it."""
+    if weights.network_class is TextHead:
+        return weights.config
+    return SimpleNamespace(**{"bert" if weights.network_class is BERT else "gpt": weights.config})
 
 
 def start_text_head(network: TextHead, weights: TrainedWeights) -> None:

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import ViTConfig
-from trunkline.modules.objectives.base import TrunklineModule, as_terms
+from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.objectives.image_classifier import ImageClassifier
+from trunkline.modules.objectives.reduction import as_terms
 from trunkline.modules.training.optim import OptimizerConfig
 
 

@@ -15,9 +15,11 @@ from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import BERTConfig, CLIPConfig, GPTConfig, TextHeadConfig, ViTConfig
-from trunkline.modules.objectives.base import TrunklineModule, as_plain
+from trunkline.modules.objectives.arguments import as_plain
+from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.objectives.causal_lm import CausalLM
 from trunkline.modules.objectives.checks import check_sizes, with_sizes_of_data
+from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.objectives.masked_lm import MaskedLM
 from trunkline.modules.objectives.text_classifier import TextClassifier
@@ -192,6 +194,16 @@ def test_a_task_has_the_vocabulary_and_the_row_length_of_its_body(source: str, k
     torch.testing.assert_close(made.body.token_embed.weight, origin.token_embed.weight, rtol=0, atol=0)
     with pytest.raises(TrunklineError, match="have vocab_size=16, but the data needs at least 17"):
         TextClassifier(network, init_from=name, facts=DataFacts(vocab_size=17))
+
+
+def test_a_text_tower_has_the_sizes_of_what_it_starts_from(tmp_path: Path) -> None:
+    name = saved(MaskedLM(BERTConfig(16, 20, backbone=TRUNK)), tmp_path, "folder")
+    network = CLIPConfig(image=vit(), bert=BERTConfig(backbone=TRUNK), dim=4)
+    made = ContrastiveImageText(
+        network, init_text_from=name, facts=dataclasses.replace(TEXT, image_size=32, channels=1)
+    )
+    assert made.network.config.bert == BERTConfig(16, 20, backbone=TRUNK)
+    assert (made.network.config.image.image_size, made.network.config.image.in_chans) == (32, 1)
 
 
 def test_sizes_of_the_data_are_in_the_checkpoint() -> None:

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 from trunkline.contract import IGNORE, Loss
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import BERTConfig, GPTConfig, TextHeadConfig
-from trunkline.modules.objectives.base import TrunklineModule, as_terms
+from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.objectives.causal_lm import CausalLM
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.objectives.masked_lm import MaskedLM
-from trunkline.modules.objectives.reduction import Accumulation, mean_count
+from trunkline.modules.objectives.reduction import Accumulation, as_terms, mean_count
 from trunkline.modules.objectives.token_classifier import TokenClassifier
 from trunkline.modules.training.optim import OptimizerConfig
 

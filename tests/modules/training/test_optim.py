@@ -370,7 +370,7 @@ def test_warmup() -> None:
 
 @pytest.mark.parametrize(("schedule", "warmup"), [("cosine", 5), ("wsd", 0), ("constant", 0.1), ("cosine", 0.1)])
 def test_endless_training_needs_a_schedule_without_end(schedule: Any, warmup: float) -> None:
-    with pytest.raises(TrunklineError, match=r"set --trainer\.max_epochs or --trainer\.max_steps"):
+    with pytest.raises(TrunklineError, match=r"set trainer\.max_epochs or trainer\.max_steps"):
         lr_multiplier(0, math.inf, OptimizerConfig(schedule=schedule, warmup=warmup))
 
 

@@ -32,7 +32,7 @@ from trunkline.datamodules.pairs.emoji_pictures import concepts
 from trunkline.datamodules.splits import split_of
 from trunkline.modules.metrics.probes import STRENGTHS
 from trunkline.modules.networks import CLIP
-from trunkline.modules.objectives.base import as_plain
+from trunkline.modules.objectives.arguments import as_plain
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.cli import main
 from trunkline.pipelines.evaluation import evaluate as command
