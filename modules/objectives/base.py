@@ -1,6 +1,5 @@
 """The base class of all objectives: optimiser, reduction of losses, evaluation, reseeding, check for divergence."""
 
-import copy
 import math
 import random
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MeanMetric, Metric, SumMetric
 
 from trunkline import TrunklineError
@@ -36,6 +34,7 @@ from trunkline.modules.training.exact_resume import (
     drop_half_done_validation,
     settle_progress,
 )
+from trunkline.modules.training.flops import training_flops
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze, load_matching
 
@@ -397,16 +396,5 @@ class TrunklineModule(L.LightningModule):
         return 0
 
     def network_flops(self, *inputs: Any, **options: Any) -> int:
-        """Floating-point operations of a training step on inputs of these shapes.
-
-        The backward pass is taken to cost twice as much as the forward pass.
-        """
-
-        def shape_only(x: Any) -> Any:
-            return torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x
-
-        with torch.device("meta"):
-            network = type(self.network)(copy.deepcopy(self.network.config))
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                network(*map(shape_only, inputs), **{name: shape_only(x) for name, x in options.items()})
-        return 3 * counter.get_total_flops()
+        """Floating-point operations of a training step of the network on inputs of these shapes."""
+        return training_flops(self.network, *inputs, **options)
