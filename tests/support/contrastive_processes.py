@@ -1,4 +1,4 @@
-"""A contrastive loss and its gradients on one or several processes, for tests/test_contrastive_distributed.py."""
+"""A contrastive loss and its gradients in one or several processes, for `test_contrastive_distributed.py`."""
 
 import os
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def model(**options: Any) -> ContrastiveImageText:
     torch.manual_seed(0)
     trunk = TransformerConfig(dim=16, depth=2, num_heads=2)
     image = ViTConfig(16, 8, pool="mean", backbone=trunk)
-    # A factor of 10 makes a task of it: near 1 all pairs would weigh the same.
+    # A factor of about 10: near 1 all pairs would have almost the same weight.
     config = CLIPConfig(image, gpt=GPTConfig(50, 6, backbone=trunk), dim=8, init_logit_scale=2.3, init_logit_bias=-3.0)
     if options["loss"] == "infonce":
         config.init_logit_bias = None
@@ -39,7 +39,7 @@ def model(**options: Any) -> ContrastiveImageText:
 
 
 def pairs() -> dict[str, Tensor]:
-    """Three captions occur twice."""
+    """A batch of pairs, in which some captions occur twice."""
     draw = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 50, (PAIRS, 6), generator=draw)
     tokens[[3, 7, 9]] = tokens[[0, 1, 1]]
@@ -52,7 +52,7 @@ def pairs() -> dict[str, Tensor]:
 
 
 def large_step(count: int, chunk: int | None) -> Callable[[], None]:
-    """A forward and backward pass through towers whose activations are most of the memory."""
+    """A forward and backward pass, in which activations need most of the memory."""
     trunk = TransformerConfig(dim=128, depth=4, num_heads=4)
     config = CLIPConfig(ViTConfig(32, 4, pool="mean", backbone=trunk), gpt=GPTConfig(50, 6, backbone=trunk), dim=8)
     module = ContrastiveImageText(config)
@@ -70,7 +70,7 @@ def large_step(count: int, chunk: int | None) -> Callable[[], None]:
 
 
 class Step(nn.Module):
-    """What a training step of this process goes backward from."""
+    """The loss of this process from which a training step goes backward."""
 
     def __init__(self, module: ContrastiveImageText) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Step(nn.Module):
 
 
 def group() -> Any:
-    """Enough of a trainer to take means over the processes of this group."""
+    """A stand-in for a trainer that can only take means over the processes."""
 
     def reduce(count: Tensor, reduce_op: str) -> Tensor:
         assert reduce_op == "mean"
@@ -94,7 +94,11 @@ def group() -> Any:
 
 
 def losses_and_gradients(counts: list[int] | None = None) -> list[dict[str, Tensor]]:
-    """Of all cases; with `counts`, the number of pairs of each process, of this process's share."""
+    """Loss and gradients of all cases, for all pairs, or for this process's share of them.
+
+    Args:
+        counts: number of pairs of each process; None for all pairs in one process.
+    """
     results = []
     for case in CASES:
         step: nn.Module = Step(model(**case))
@@ -114,7 +118,10 @@ def losses_and_gradients(counts: list[int] | None = None) -> list[dict[str, Tens
 
 
 def evaluation(counts: list[int]) -> dict[str, float]:
-    """What is logged of a validation in two batches: one of which a process has no valid pair, one without any."""
+    """What a validation of two batches logs.
+
+    In the first batch some processes may have no valid pair, in the second there is no valid pair at all.
+    """
     module, batch, logged = model(loss="infonce"), pairs(), {}
     rank = dist.get_rank() if dist.is_initialized() else 0
     start = sum(counts[:rank])
@@ -132,7 +139,7 @@ def evaluation(counts: list[int]) -> dict[str, float]:
 
 
 def worker(rank: int, counts: list[int], port: int, folder: Path) -> None:
-    """One process; the first writes what came out."""
+    """Run one process; the first one writes the results."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     machine_settings.apply()
     dist.init_process_group("gloo", rank=rank, world_size=len(counts))

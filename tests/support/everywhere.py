@@ -1,6 +1,7 @@
-"""Run the tests that could differ between machines under settings that stand for other machines.
+"""Run the tests whose results could differ between machines, under settings that stand for other machines.
 
-One line a setting; what failed follows it. Two settings run side by side, but those that need both cores alone.
+Prints one line per setting, followed by the tests that failed. Two settings run in parallel, except those that need
+both cores.
 """
 
 import argparse
@@ -13,16 +14,16 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
 
-# Files whose tests compute, and tests of others, by what `pytest -k` takes. None of them needs long.
+# Test files (without `test_` and `.py`) whose results depend on arithmetic.
 NUMERIC = (
     "backbone callbacks causal_lm clip contrastive_distributed contrastive_image_text contrastive_losses evaluate "
     "generation gpt image_classifier losses masked_lm networks optim parity parity_bert parity_gpt parity_vit "
     "predict_text probe_callback question_answering retrieval search text_callbacks text_classifier text_head "
     "token_classifier warm_start"
 )
-RUNS = "resume"  # costs more: all of it only where the machine is busy
+RUNS = "resume"  # slow: all of its tests run only beside the busy loops
 FEW = f"not peak_memory and (not test_{RUNS} or classify or (equal_losses and (image or pairs)))"
-TIMED = [RUNS, "checkpoints", "shards", "samplers", "memory", "benchmark"]  # could differ where the machine is busy
+TIMED = [RUNS, "checkpoints", "shards", "samplers", "memory", "benchmark"]  # could differ on a busy machine
 
 SETTINGS: dict[str, dict[str, str]] = {
     "ATEN_CPU_CAPABILITY=default": {"ATEN_CPU_CAPABILITY": "default"},
@@ -35,12 +36,12 @@ SETTINGS: dict[str, dict[str, str]] = {
     "2 threads": {"TRUNKLINE_TEST_THREADS": "2", "OMP_NUM_THREADS": "2"},
     "random order": {"TRUNKLINE_TEST_ORDER": "1"},
 }
-ALONE = "2 threads"  # each would wait for the other, which the neighbour keeps from running
+ALONE = "2 threads"  # beside another setting its threads would wait for each other
 BUSY = "beside two busy loops"
 
 
 def file_of(name: str) -> str:
-    """The test file of this name, in whatever folder."""
+    """The path of the test file `test_NAME.py`."""
     (found,) = TESTS.rglob(f"test_{name}.py")
     return str(found)
 
@@ -60,7 +61,7 @@ def run(setting: str, environ: dict[str, str], names: list[str], *options: str) 
 
 
 def run_beside_busy_loops() -> bool:
-    """All that waits for something or is killed, with two other processes that take all of two cores."""
+    """Run all tests that could differ on a busy machine, beside two processes that keep both cores busy."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
         return run(BUSY, {}, [*NUMERIC.split(), *TIMED])
@@ -70,9 +71,9 @@ def run_beside_busy_loops() -> bool:
 
 
 def main() -> None:
-    """Run all settings, or those whose name holds one of the words given."""
+    """Run all settings, or those whose names contain one of the given words."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("words", nargs="*", help="only settings whose name holds one of these")
+    parser.add_argument("words", nargs="*", help="run only settings whose names contain one of these")
     words = parser.parse_args().words
     chosen = [name for name in SETTINGS if not words or any(word in name for word in words)]
 

@@ -1,8 +1,8 @@
 """Settings in which machines differ, forced by environment variables (`make test-everywhere` sets them).
 
-TRUNKLINE_TEST_THREADS: threads of PyTorch in each process; 1 unless set, because the models are tiny.
+TRUNKLINE_TEST_THREADS: number of PyTorch threads in each process; 1 unless set, because the models are tiny.
 TRUNKLINE_TEST_BFLOAT16: `on` or `off`: whether Muon orthogonalises in bfloat16.
-TRUNKLINE_TEST_ORDER: a number; files, classes and tests run in a random order drawn from it.
+TRUNKLINE_TEST_ORDER: a seed; files, classes and tests then run in a random order.
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 
 
 def apply() -> None:
-    """Set threads and bfloat16 of this process; processes that tests start call it too."""
+    """Apply the settings of threads and bfloat16 to this process; processes that tests start must call it too."""
     torch.set_num_threads(int(os.environ.get("TRUNKLINE_TEST_THREADS", "1")))
     forced = os.environ.get("TRUNKLINE_TEST_BFLOAT16")
     if forced is not None:
@@ -24,7 +24,7 @@ def apply() -> None:
 
 
 def reorder(items: list[Any]) -> None:
-    """Shuffle test files, classes in a file and tests in a class, which keeps what they share set up once."""
+    """Shuffle files, classes in a file and tests in a class, so that shared fixtures are still made only once."""
     seed = os.environ.get("TRUNKLINE_TEST_ORDER")
     if seed is None:
         return

@@ -1,7 +1,7 @@
-"""Tiny checkpoints of every objective, the runs that made them, and what each command finds with them.
+"""Tiny checkpoints of every objective, the runs that make them, and the results of commands that use them.
 
-`record_numbers.py checkpoints FOLDER` writes them; tests load the files that older code has written. Dropout is off
-and what is random comes from numpy, so that figures of another machine are nearly the same.
+`record_numbers.py checkpoints FOLDER` writes the checkpoints; tests load files that older code has written. Dropout is
+off and random numbers come from numpy, so that the results of another machine are nearly the same.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ import small_data
 from record_numbers import Shrunk, images, network, text, train
 
 STEPS, LATER = 150, 152
-"""Optimiser steps of a checkpoint, and of the run that goes on from it."""
+"""Optimiser steps of a checkpoint, and of the run that resumes from it."""
 TRUNK = {"dim": 8, "depth": 1, "num_heads": 2, "mlp_dim": 12, "dropout": 0.0, "drop_path": 0.0, "bias": False}
 LENGTH, SIZE = 24, 8
-"""Tokens of a row, and pixels of a side."""
+"""Tokens per row, and side of an image in pixels."""
 PLAIN = {"crop_scale": [1, 1]}
 """An augmentation that changes nothing."""
 WORDS = len(small_data.MASKING + small_data.WORDS)
@@ -36,7 +36,7 @@ def trunk(prefix: str = "", **flags: Any) -> dict[str, Any]:
 
 
 def optimizer(name: str, lr: float) -> dict[str, Any]:
-    """Flags of an optimiser whose rate does not depend on the end of training; SGD's state is the smallest."""
+    """Flags of an optimiser with a constant learning rate; SGD has the smallest state."""
     flags = {"name": name, "lr": lr, "schedule": "constant", "warmup": 0, "weight_decay": 0.0, "momentum": 0.9}
     return {f"model.optimizer.{flag}": value for flag, value in flags.items()}
 
@@ -47,13 +47,13 @@ def tokens(folder: Path) -> dict[str, Any]:
 
 
 def bert(prefix: str = "bert.", segments: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Flags of a body, and those that the data tells."""
+    """Flags of a body, and of the sizes that come from the data."""
     sizes = network(prefix, vocab_size=WORDS, max_length=LENGTH)
     return trunk(prefix, norm_first=False, final_norm=False) | network(prefix, num_segments=segments), sizes
 
 
 def image_classifier(folder: Path) -> Shrunk:
-    """Dark pictures and light ones."""
+    """A classifier of dark and light pictures."""
     source = small_data.write_folders(folder / "kinds", 40, colour=False, size=(10, 10))
     data = images(source=source, image_size=SIZE, channels=1, augmentation=PLAIN, batch_size=8)
     shape = network(patch_size=4, pool="mean") | trunk() | optimizer("muon", 0.01)
@@ -61,20 +61,20 @@ def image_classifier(folder: Path) -> Shrunk:
 
 
 def causal_lm(folder: Path) -> Shrunk:
-    """Sentences, one after the other."""
+    """A language model of sentences."""
     data = text(source=small_data.write_text(folder / "lines.txt", 200)) | tokens(folder)
     return Shrunk(data | text(tokenizer="chars") | trunk() | optimizer("adamw", 0.02), network(max_length=LENGTH))
 
 
 def masked_lm(folder: Path) -> Shrunk:
-    """The same with hidden words."""
+    """A masked language model of the same sentences."""
     data = text(source=small_data.write_text(folder / "lines.txt", 200)) | tokens(folder)
     body, _ = bert("")
     return Shrunk(data | body | optimizer("sgd", 0.3), network(max_length=LENGTH))
 
 
 def text_classifier(folder: Path) -> Shrunk:
-    """Good or bad."""
+    """A classifier of good and bad texts."""
     data = text(source=small_data.write_labelled(folder / "labelled.jsonl")) | tokens(folder)
     body, sizes = bert()
     shape = network(pool="mean", dropout=0.0)
@@ -82,7 +82,7 @@ def text_classifier(folder: Path) -> Shrunk:
 
 
 def token_classifier(folder: Path) -> Shrunk:
-    """Persons and a place."""
+    """A tagger of persons and places."""
     data = text(source=small_data.write_tagged(folder / "tagged.conll")) | tokens(folder)
     body, sizes = bert()
     shape = network(pool="none", dropout=0.0)
@@ -90,7 +90,7 @@ def token_classifier(folder: Path) -> Shrunk:
 
 
 def question_answering(folder: Path) -> Shrunk:
-    """Questions who saw the film."""
+    """A model that answers who saw the film."""
     data = text(source=small_data.write_questions(folder / "asked.json"), doc_stride=8, max_question_length=8)
     body, sizes = bert(segments=2)
     shape = network(pool="none", num_outputs=2, dropout=0.0)
@@ -98,7 +98,7 @@ def question_answering(folder: Path) -> Shrunk:
 
 
 def contrastive(folder: Path) -> Shrunk:
-    """Small pictures and their captions."""
+    """A CLIP of small pictures and their captions."""
     data = images(source=small_data.write_pairs(folder / "pairs"), image_size=SIZE, channels=1, augmentation=PLAIN)
     body, sizes = bert()
     vision = network("image.", patch_size=4, pool="mean") | trunk("image.")
@@ -109,17 +109,17 @@ def contrastive(folder: Path) -> Shrunk:
 
 @dataclass
 class Objective:
-    """An objective that a checkpoint is of."""
+    """How to train and use the checkpoint of an objective."""
 
     data: str
     make: Callable[[Path], Shrunk]
-    """Writes its data below a folder; returns its flags."""
+    """Writes the data below a folder, and returns the flags."""
     ask: Callable[[str, Path], Any]
-    """What a command finds with a checkpoint; writes below a folder."""
+    """Runs a command with a checkpoint and returns its results; may write below a folder."""
 
 
 def call(*arguments: str) -> str:
-    """What a command prints."""
+    """Run a command and return what it prints."""
     from trunkline.pipelines.cli import main
 
     printed = io.StringIO()
@@ -129,7 +129,7 @@ def call(*arguments: str) -> str:
 
 
 def predicted(checkpoint: str, folder: Path, *arguments: str) -> list[Any]:
-    """Rows of a table of predictions, paths shortened to names."""
+    """Rows of a table of predictions, with file names instead of paths."""
     output = folder / "predictions.csv"
     call("predict", f"--checkpoint={checkpoint}", f"--output={output}", "--accelerator=cpu", *arguments)
     table = pd.read_csv(output)
@@ -165,7 +165,7 @@ def fill_and_embed(checkpoint: str, folder: Path) -> Any:
 
 
 def embedded(checkpoint: str, folder: Path, *arguments: str) -> Any:
-    """Embeddings of two texts, and of what else is asked for."""
+    """Embeddings of two texts, and of the images if the arguments name some."""
     (folder / "texts.txt").write_text("a dark film of anna\na light film of bo\n")
     output, texts = folder / "embeddings.parquet", folder / "texts.txt"
     call("embed", f"--checkpoint={checkpoint}", f"--texts={texts}", f"--output={output}", "--device=cpu", *arguments)
@@ -173,7 +173,7 @@ def embedded(checkpoint: str, folder: Path, *arguments: str) -> Any:
 
 
 def classify_texts(checkpoint: str, folder: Path) -> Any:
-    """Text, label and probability."""
+    """Text, label and probability of new texts."""
     (folder / "new.txt").write_text(
         "bo saw the film . the film was very bad .\ndora saw the film . the film was good .\n"
     )
@@ -181,13 +181,13 @@ def classify_texts(checkpoint: str, folder: Path) -> Any:
 
 
 def tag_words(checkpoint: str, folder: Path) -> Any:
-    """Sentence, word, tag and probability."""
+    """Sentence, word, tag and probability of a new sentence."""
     (folder / "new.txt").write_text("Dora saw in Berlin Carl .\n")
     return predicted(checkpoint, folder, f"--texts={folder / 'new.txt'}")
 
 
 def answer_questions(checkpoint: str, folder: Path) -> Any:
-    """Identity, question, answer and score."""
+    """Id, question, answer and score of new questions."""
     small_data.write_questions(folder / "new.json", 3)
     return predicted(checkpoint, folder, f"--texts={folder / 'new.json'}")
 
@@ -217,13 +217,13 @@ OBJECTIVES = {
 
 
 def fit(objective: str, folder: Path, steps: int, *arguments: str, **recorder: Any) -> Any:
-    """What `record_numbers.LossRecorder` wrote of a run of an objective.
+    """Train an objective, and return what `record_numbers.LossRecorder` wrote.
 
     Args:
-        objective: its name.
-        folder: for data and run; must be a new one, or that of a run before.
-        steps: of the optimiser, counted from the start of training.
-        arguments: more of the command.
+        objective: name of the objective.
+        folder: a folder for data and run; must be new, or that of an earlier run.
+        steps: optimiser steps, counted from the start of training.
+        arguments: further arguments of the command.
         recorder: arguments of `LossRecorder`.
     """
     os.environ["TRUNKLINE_CACHE"] = str(folder / "cache")
@@ -237,7 +237,7 @@ def fit(objective: str, folder: Path, steps: int, *arguments: str, **recorder: A
 
 
 def make_checkpoints(target: Path) -> None:
-    """Write a checkpoint of each objective, and `figures.json` with what each of them finds and how it goes on."""
+    """Write a checkpoint of each objective, and `figures.json` with the results and the losses after the checkpoint."""
     target.mkdir(parents=True, exist_ok=True)
     figures = {}
     for name, objective in OBJECTIVES.items():

@@ -1,4 +1,4 @@
-"""A task of one's own: which figure a cloud of points shows. Nothing in the package knows it."""
+"""A user's own task, which the package does not know: tell which figure the points of a cloud show."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,12 +27,12 @@ FIGURES = ("circle", "line", "cross")
 
 @dataclass
 class CloudConfig:
-    num_classes: int = 2  # a recipe leaves it out: the data knows it
+    num_classes: int = 2  # a recipe leaves it out, because the data knows it
     backbone: TransformerConfig = field(default_factory=lambda: TransformerConfig(dim=32, depth=2, num_heads=2))
 
 
 class CloudNet(Network):
-    """(B, N, 2) points -> (B, num_classes) logits, whatever the order of the points."""
+    """(B, N, 2) points -> (B, num_classes) logits, which do not depend on the order of the points."""
 
     config_class = CloudConfig
 
@@ -104,7 +104,7 @@ class CloudData(TrunklineDataModule):
 
 
 class CloudPictures(Callback):
-    """After each validation, the first clouds of the last batch with what they were taken for (`val/clouds`)."""
+    """After each validation, draws the first clouds of the last batch with their predictions (`val/clouds`)."""
 
     def on_validation_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *rest: Any) -> None:
         self.seen = outputs

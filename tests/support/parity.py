@@ -1,4 +1,4 @@
-"""What the parity tests share."""
+"""Helpers of the parity tests."""
 
 from typing import Any
 

@@ -1,14 +1,14 @@
-"""Records what training computes, so that a change of the code can be shown to leave it as it was.
+"""Record what training computes, to show that a change of the code leaves it as it was.
 
     python tests/support/record_numbers.py losses OUT.json [--only NAME]
     python tests/support/record_numbers.py checkpoints FOLDER
 
-`losses` trains every recipe for 20 steps, shrunk and on small synthetic data where a CPU needs it, and writes each
-loss to the last bit. The bits are one machine's: compare files that the same machine wrote. `checkpoints` makes the
-files of `tests/fixtures/checkpoints`, one for each objective; see `old_checkpoints`.
+`losses` trains every recipe for 20 steps and writes each loss exactly. Recipes that are too large for a CPU are shrunk
+and trained on small synthetic data. Compare only files that were written on the same machine. `checkpoints` makes the
+files of `tests/fixtures/checkpoints`, one for each objective (see `old_checkpoints.py`).
 
-Only the command line is called, so that the script runs on older and on newer code; `python -P` with another checkout
-in PYTHONPATH chooses the code. The names of flags that changed are in `names`.
+The script uses only the command line, so that it also runs with older code: call it with `python -P` and another
+checkout in PYTHONPATH. `BEFORE` has the old names of flags that changed.
 """
 
 import hashlib
@@ -35,19 +35,19 @@ STEPS = 20
 ACCUMULATED = 6
 """Optimiser steps of a run that accumulates gradients of two batches."""
 CONTRACTS = Path(trunkline.__file__).with_name("contract.py").exists()
-"""Whether the code has data that tells a network its sizes, and one name for a source."""
+"""Whether in this code the data gives a network its sizes, and all sources have the same flag."""
 BEFORE = {"source": "path", "val_source": "val_path", "test_source": "test_path", "train_split": "hub_split"}
-"""Flags of data of text, and what they were called before that."""
+"""Flags of text data -> their names before that."""
 
 
 class LossRecorder(Callback):
-    """Writes the loss of every batch, and the weights before and after training, when training ends.
+    """Writes the loss of every batch and a digest of the final weights, when training ends.
 
     Args:
         output: a .json file.
-        weights: a .pt file for the network's first weights.
-        checkpoint: a .ckpt file for the state after `step`, in the midst of training.
-        step: number of optimiser steps.
+        weights: a .pt file for the network's initial weights.
+        checkpoint: a .ckpt file for the state after `step` optimiser steps.
+        step: number of optimiser steps before the checkpoint.
     """
 
     def __init__(
@@ -58,19 +58,16 @@ class LossRecorder(Callback):
         self.start = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The weights that training begins with."""
         self.start = trainer.global_step
         if self.weights is not None:
             torch.save(weights_of(pl_module), self.weights)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """One loss, after any division by the steps of an accumulation; and the checkpoint when it is time."""
-        self.losses.append(float(outputs["loss"]).hex())
+        self.losses.append(float(outputs["loss"]).hex())  # already divided by the steps of an accumulation
         if self.checkpoint is not None and trainer.global_step == self.step:
             trainer.save_checkpoint(self.checkpoint)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The file."""
         weights, digest = weights_of(pl_module), hashlib.sha256()
         for name in sorted(weights):
             digest.update(name.encode() + weights[name].contiguous().view(torch.uint8).numpy().tobytes())
@@ -81,7 +78,7 @@ class LossRecorder(Callback):
 
 
 def weights_of(module: Any) -> dict[str, torch.Tensor]:
-    """The network's, by name."""
+    """The network's weights by name, on the CPU."""
     state = module.network.state_dict()
     return {name: value.detach().clone().cpu() for name, value in state.items()}
 
@@ -90,47 +87,47 @@ def weights_of(module: Any) -> dict[str, torch.Tensor]:
 class Shrunk:
     """Flags that make a recipe small.
 
-    Keys are those of `--model` and `--data`: `model.…` or `data.…`, by their present names.
+    Keys are flags without dashes (`model.…` or `data.…`), by their current names.
     """
 
     flags: dict[str, Any]
     before: dict[str, Any] = field(default_factory=dict)
-    """Sizes of the network that the data told only later."""
+    """Flags of sizes of the network, which older code does not take from the data."""
     own_precision: bool = False
 
     def arguments(self) -> list[str]:
-        """For the command line, by the names that the code knows."""
+        """Arguments of the command line, by the names that the code knows."""
         flags = self.flags if CONTRACTS else self.flags | self.before
         return [f"--{name}={as_text(value)}" for name, value in flags.items()]
 
 
 def as_text(value: Any) -> str:
-    """A value as a flag."""
+    """A value as the command line takes it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def text(**flags: Any) -> dict[str, Any]:
-    """Flags of data of text."""
+    """Flags of text data."""
     return {f"data.{flag if CONTRACTS else BEFORE.get(flag, flag)}": value for flag, value in flags.items()}
 
 
 def images(**flags: Any) -> dict[str, Any]:
-    """Flags of data with images."""
+    """Flags of image data."""
     return {f"data.{flag}": value for flag, value in flags.items()}
 
 
 def network(prefix: str = "", **flags: Any) -> dict[str, Any]:
-    """Flags of a network, or with `prefix` of a part of it."""
+    """Flags of a network, or of the part of it that `prefix` names."""
     return {f"model.network.{prefix}{flag}": value for flag, value in flags.items()}
 
 
 def trunk(prefix: str = "", **flags: Any) -> dict[str, Any]:
-    """A small trunk."""
+    """Flags of a small trunk."""
     return network(f"{prefix}backbone.", **{"dim": 32, "depth": 2, "num_heads": 2, **flags})
 
 
 WARMUP = {"model.optimizer.warmup": 5}
-"""Instead of thousands of steps, so that 20 of them learn."""
+"""A short warm-up instead of thousands of steps, so that 20 steps learn something."""
 
 
 def vit_recipes(folder: Path) -> dict[str, Shrunk]:
@@ -166,7 +163,7 @@ def gpt_recipes(folder: Path) -> dict[str, Shrunk]:
 
 
 def bert_recipes(folder: Path) -> dict[str, Shrunk]:
-    """Masked language models and tasks on them."""
+    """Masked language models, and tasks that use them."""
     tokens = {"tokenizer": str(folder / "words.json"), "batch_size": 8}
     documents = small_data.write_documents(folder / "wiki.jsonl")
     base = text(source=documents, **tokens, vocab_size=64, max_length=24, val_fraction=0.1) | WARMUP
@@ -189,7 +186,7 @@ def bert_recipes(folder: Path) -> dict[str, Shrunk]:
 
 
 def clip_recipes(folder: Path) -> dict[str, Shrunk]:
-    """Images and texts."""
+    """CLIPs."""
     data = images(source=small_data.write_shards(folder / "shards"), image_size=32, batch_size=8, val_fraction=0.1)
     data |= images(tokenizer=str(folder / "clip.json"), vocab_size=320, max_length=32)
     small = network(dim=16) | trunk("image.") | network("image.", patch_size=8)
@@ -206,7 +203,7 @@ def clip_recipes(folder: Path) -> dict[str, Shrunk]:
 
 
 def shrunk_recipes(folder: Path) -> dict[str, Shrunk]:
-    """Every recipe of `configs/`, with the flags that make it small; writes its data below a folder."""
+    """Every recipe of `configs/`, with the flags that make it small; writes the data below a folder."""
     small_data.save_tokenizers(folder)
     found = vit_recipes(folder) | gpt_recipes(folder) | bert_recipes(folder) | clip_recipes(folder)
     configs = Path(trunkline.__file__).with_name("configs")
@@ -217,7 +214,7 @@ def shrunk_recipes(folder: Path) -> dict[str, Shrunk]:
 
 
 def runs(folder: Path) -> dict[str, tuple[str, Shrunk, list[str]]]:
-    """Name -> recipe, how it is made small, and more arguments."""
+    """Name of a run -> recipe, the flags that make it small, and further arguments."""
     recipes = shrunk_recipes(folder)
     found = {name: (name, shrunk, [f"--trainer.max_steps={STEPS}"]) for name, shrunk in recipes.items()}
     twice = ["--trainer.accumulate_grad_batches=2", f"--trainer.max_steps={ACCUMULATED}"]
@@ -230,11 +227,11 @@ def runs(folder: Path) -> dict[str, tuple[str, Shrunk, list[str]]]:
 
 
 def train(arguments: list[str], folder: Path, **recorder: Any) -> dict[str, Any]:
-    """What the recorder wrote of a `trunkline fit`.
+    """Run `trunkline fit`, and return what the recorder wrote.
 
     Args:
-        arguments: of the command, after the trainer's that are the same for all.
-        folder: for the run.
+        arguments: arguments of the command, beginning with `--config` and the recipe.
+        folder: a folder for the run.
         recorder: arguments of `LossRecorder`.
     """
     from trunkline.pipelines.cli import main
@@ -252,7 +249,7 @@ def train(arguments: list[str], folder: Path, **recorder: Any) -> dict[str, Any]
 
 
 def record_losses(output: Path, only: str | None = None) -> None:
-    """See the module."""
+    """Train the recipes (or those whose name begins with `only`), and write their losses."""
     found = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -273,7 +270,7 @@ def record_losses(output: Path, only: str | None = None) -> None:
 
 
 def check_origin() -> None:
-    """Refuse figures of two mixed checkouts: an editable installation lends its modules where another one has none."""
+    """Refuse results of two mixed checkouts: modules that one lacks may come from an editable installation."""
     root = Path(trunkline.__file__).resolve().parent.parent
     files = [Path(str(module.__file__)) for name, module in sys.modules.items() if name.startswith("trunkline.")]
     strangers = [file for file in files if not file.resolve().is_relative_to(root)]
@@ -282,7 +279,7 @@ def check_origin() -> None:
 
 
 def run_script(arguments: list[str]) -> None:
-    """The command line; see the module."""
+    """Run the command line, as the docstring of this file describes it."""
     match arguments:
         case ["losses", output]:
             record_losses(Path(output))

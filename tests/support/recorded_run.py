@@ -1,4 +1,4 @@
-"""Small runs of `trunkline fit` in processes of their own, and a record of what they trained on."""
+"""Small runs of `trunkline fit` in new processes, and a record of what they trained on."""
 
 import contextlib
 import hashlib
@@ -31,13 +31,14 @@ POINTS = ("batch start", "backward", "batch end", "validation", "saving", "writi
 
 
 def halt_at(folder: Path, point: str, step: int, ranks: list[int]) -> None:
-    """Let the next run stop at one of the `POINTS`, the first time that it comes by after `step` optimiser steps.
+    """Make the next run stop at one of the `POINTS`, the first time that it gets there after `step` optimiser steps.
 
     Args:
-        folder: of the `Recorder`.
-        point: `saving` is while a checkpoint is gathered, `writing` while it is flushed to the disk (rank 0 only).
-        step: optimiser steps of the run, those before it was resumed among them.
-        ranks: processes that stop; the others go on until they need one that stands.
+        folder: folder of the `Recorder`.
+        point: `saving` means while the checkpoint's content is collected, `writing` while it is flushed to the disk
+            (rank 0 only).
+        step: optimiser steps of the run, including those before it was resumed.
+        ranks: processes that stop; the others go on until they need a stopped one.
     """
     assert point in POINTS
     for rank in ranks:
@@ -46,7 +47,7 @@ def halt_at(folder: Path, point: str, step: int, ranks: list[int]) -> None:
 
 
 def wait_until_halted(folder: Path, ranks: list[int], alive: Callable[[], bool]) -> bool:
-    """Whether the run got there; False if it ended before."""
+    """Wait until the processes have stopped; False if the run ended before."""
     while not all(halted_file(folder, rank).exists() for rank in ranks):
         if not alive():
             return False
@@ -55,7 +56,7 @@ def wait_until_halted(folder: Path, ranks: list[int], alive: Callable[[], bool])
 
 
 def go_on(folder: Path) -> None:
-    """Let a run that stands go on."""
+    """Let a stopped run continue."""
     (folder / HALT).unlink()
 
 
@@ -64,13 +65,14 @@ def halted_file(folder: Path, rank: int) -> Path:
 
 
 class Recorder(Callback):
-    """Append a line for each start of training, batch trained on, and validation; one file a process.
+    """Appends a line for each start of training, each batch and each validation; one file per process.
+
+    A run stops where `FOLDER/halt.json` says (see `halt_at`), and waits there until it is killed or the file is gone.
 
     Args:
-        folder: where `rank0.jsonl`, `rank1.jsonl`, … go.
-        keep: save a checkpoint at each point where one may be saved, as `KEEP/<hook><batch>/checkpoints/kept.ckpt`.
-
-    A run stops where `FOLDER/halt.json` says, and waits there until it is killed or the file is gone (`halt_at`).
+        folder: folder of the files `rank0.jsonl`, `rank1.jsonl`, …
+        keep: a folder; saves a checkpoint at each point where this is possible, as
+            `KEEP/<hook><batch>/checkpoints/kept.ckpt`.
     """
 
     def __init__(self, folder: str, keep: str | None = None) -> None:
@@ -80,7 +82,7 @@ class Recorder(Callback):
 
     def write(self, trainer: L.Trainer, hook: str, line: dict[str, Any]) -> None:
         with (self.folder / f"rank{trainer.global_rank}.jsonl").open("ab", buffering=0) as file:
-            file.write(json.dumps(line).encode() + b"\n")  # one system call: no kill tears a line
+            file.write(json.dumps(line).encode() + b"\n")  # one system call, so that a kill cannot leave half a line
         if self.keep and hook != "start":
             batch = trainer.fit_loop.total_batch_idx + 1
             trainer.save_checkpoint(Path(self.keep) / f"{hook}{batch}" / "checkpoints" / "kept.ckpt")
@@ -93,7 +95,7 @@ class Recorder(Callback):
             os.fsync = lambda descriptor: (self.wait_at("writing", trainer), self.fsync(descriptor))[1]
 
     def wait_at(self, point: str, trainer: L.Trainer) -> None:
-        """Wait here, if this is where the run shall stop: the first time that it comes by after so many steps."""
+        """Wait if the run must stop here; it does so only once, see `halt_at`."""
         halt = self.halt
         if not halt or (halt["point"], trainer.global_step >= halt["step"]) != (point, True):
             return
@@ -144,10 +146,10 @@ class Recorder(Callback):
 
 
 class Poison(Callback):
-    """Make a batch's images infinite.
+    """Makes the images of a batch infinite.
 
     Args:
-        step: optimiser steps before it.
+        step: number of optimiser steps before this batch.
     """
 
     def __init__(self, step: int) -> None:
@@ -161,14 +163,14 @@ class Poison(Callback):
 
 
 class PlainData(ImageData):
-    """The negative control: the same images from an ordinary shuffled DataLoader."""
+    """The same images from an ordinary shuffled DataLoader, which cannot resume exactly (a negative control)."""
 
     def train_dataloader(self) -> Any:
         return DataLoader(Keyed(self.datasets["train"]), self.batch_size, shuffle=True, drop_last=True)
 
 
 class Keyed(Dataset[Any]):
-    """Rows by number, as an ordinary sampler asks for them."""
+    """A dataset whose rows are read by number, as an ordinary sampler does."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -181,9 +183,9 @@ class Keyed(Dataset[Any]):
 
 
 class Run:
-    """`trunkline ARGUMENTS` in a folder, as one or several processes, each with a session of its own.
+    """`trunkline ARGUMENTS` in a folder, as one or several processes, each with its own session.
 
-    Several processes are started as a cluster does it, with their ranks in the environment.
+    Several processes are started as on a cluster, with their ranks in the environment.
     """
 
     def __init__(self, arguments: list[str], folder: Path, processes: int = 1) -> None:
@@ -207,7 +209,7 @@ class Run:
             process.start()
 
     def wait(self) -> list[int | None]:
-        """Exit codes (None: still running after two minutes); no process is left behind."""
+        """Wait for all processes and return their exit codes; one that runs for two minutes is killed (None)."""
         for process in self.processes:
             process.join(120)
         codes = [process.exitcode for process in self.processes]
@@ -215,13 +217,13 @@ class Run:
         return codes
 
     def signal(self, number: int) -> None:
-        """Send a signal to all processes, those that load data too, as a terminal does."""
+        """Send a signal to all processes, as a terminal does, including those that load data."""
         for process in self.processes:
             assert process.pid is not None
             os.killpg(process.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL all that still runs, and wait until it is gone."""
+        """Kill all processes that are still running, and wait until they are gone."""
         sessions = [process.pid for process in self.processes if process.pid is not None]
         kill_sessions(sessions)
         for process in self.processes:
@@ -232,12 +234,12 @@ class Run:
         return all(process.is_alive() for process in self.processes)
 
     def output(self) -> str:
-        """What the run printed."""
+        """Everything that the run has printed."""
         return self.log.read_text()
 
 
 def run_command(arguments: list[str], folder: Path, log: Path, environ: dict[str, str]) -> None:
-    """What the `trunkline` script does, in a new process."""
+    """Do what the `trunkline` script does, in a new process."""
     os.setsid()
     os.chdir(folder)
     os.environ.update(environ)
@@ -245,7 +247,9 @@ def run_command(arguments: list[str], folder: Path, log: Path, environ: dict[str
     os.dup2(file, 1)
     os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    multiprocessing.set_start_method("fork", force=True)  # of the processes that load data, as in an ordinary process
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # how processes that load data are started, as in an ordinary process
     machine_settings.apply()
     sys.argv = ["trunkline", *arguments]
     from trunkline.pipelines.cli import main
@@ -254,7 +258,7 @@ def run_command(arguments: list[str], folder: Path, log: Path, environ: dict[str
 
 
 def kill_sessions(sessions: list[int]) -> None:
-    """SIGKILL every process of these sessions, and wait until all are gone."""
+    """Kill every process of these sessions, and wait until all are gone."""
     while living := [pid for session in sessions for pid in members(session)]:
         for pid in living:
             with contextlib.suppress(ProcessLookupError):
@@ -266,7 +270,7 @@ def members(session: int) -> list[int]:
     """Living processes of a session."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
             state, _, _, number = stat.read_text().rpartition(")")[2].split()[:4]
             if int(number) == session and state not in "ZX":
                 found.append(int(stat.parent.name))

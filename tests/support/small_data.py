@@ -1,6 +1,6 @@
-"""Small data of every kind, the same at each making: pictures, texts, tables, shards and tokenizers.
+"""Small deterministic data of every kind: pictures, texts, tables, shards and tokenizers.
 
-Uses plain libraries alone, so that it stays as it is while the code under test moves.
+It does not import the code under test, so that changes of that code cannot change the data.
 """
 
 import io
@@ -22,7 +22,7 @@ SHADES = {"dark": 50, "light": 200}
 
 
 def word_tokenizer() -> Tokenizer:
-    """WordPiece of `WORDS`, in lower case, with the special tokens of BERT."""
+    """A lower-case WordPiece tokenizer of `WORDS`, with the special tokens of BERT."""
     made = Tokenizer(models.WordPiece({word: n for n, word in enumerate(MASKING + WORDS)}, unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer()
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -32,7 +32,7 @@ def word_tokenizer() -> Tokenizer:
 
 
 def byte_tokenizer(special: list[str]) -> Tokenizer:
-    """A token for each byte, with a few merges, after the special tokens."""
+    """A byte-level tokenizer with a few merges; the special tokens have the first ids."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("a", "n"), ("Ġ", "a")]
     vocabulary = {token: n for n, token in enumerate([*special, *alphabet, *(a + b for a, b in merges)])}
@@ -44,7 +44,7 @@ def byte_tokenizer(special: list[str]) -> Tokenizer:
 
 
 def save_tokenizers(folder: Path) -> None:
-    """`words.json`, `bytes.json` (masked), `gpt.json` and `clip.json`."""
+    """Write `words.json`, `bytes.json` (for masked models), `gpt.json` and `clip.json`."""
     word_tokenizer().save(str(folder / "words.json"))
     byte_tokenizer(MASKING).save(str(folder / "bytes.json"))
     byte_tokenizer(["<|endoftext|>"]).save(str(folder / "gpt.json"))
@@ -52,7 +52,7 @@ def save_tokenizers(folder: Path) -> None:
 
 
 def sentence(chance: random.Random) -> str:
-    """A sentence of `WORDS`."""
+    """A random sentence of `WORDS`."""
     name, other = chance.sample(NAMES, 2)
     very, kind = chance.choice(["", "very "]), chance.choice(["good", "bad"])
     forms = [
@@ -65,32 +65,32 @@ def sentence(chance: random.Random) -> str:
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """Several of them."""
+    """Several random sentences."""
     chance = random.Random(seed)
     return [sentence(chance) for _ in range(count)]
 
 
 def write_text(file: Path, count: int = 400) -> str:
-    """A sentence a line; returns the path."""
+    """Write one sentence per line; returns the path."""
     file.write_text("".join(f"{text}\n" for text in sentences(count)))
     return str(file)
 
 
 def write_documents(file: Path, count: int = 240) -> str:
-    """A table of documents of one to four sentences; returns its path, as all functions below do."""
+    """Write a table of documents of one to four sentences; returns its path."""
     chance = random.Random(1)
     texts = [" ".join(sentences(chance.randint(1, 4), seed)) for seed in range(count)]
     return write_rows(file, [{"text": text} for text in texts])
 
 
 def write_rows(file: Path, rows: list[dict[str, object]]) -> str:
-    """JSON lines."""
+    """Write rows as JSON lines; returns the path."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
 
 
 def write_labelled(file: Path, count: int = 80) -> str:
-    """Texts that are good or bad."""
+    """Write texts with the label good or bad; returns the path."""
     chance, rows = random.Random(2), []
     for _ in range(count):
         kind, name = chance.choice(["good", "bad"]), chance.choice(NAMES)
@@ -101,7 +101,7 @@ def write_labelled(file: Path, count: int = 80) -> str:
 
 
 def write_tagged(file: Path, count: int = 80) -> str:
-    """Sentences with persons and a place."""
+    """Write tagged sentences with persons and a place; returns the path."""
     chance, blocks = random.Random(3), []
     for _ in range(count):
         first, second = chance.sample(NAMES, 2)
@@ -113,7 +113,7 @@ def write_tagged(file: Path, count: int = 80) -> str:
 
 
 def write_questions(file: Path, count: int = 40) -> str:
-    """SQuAD's JSON: who saw the film, in a text that is longer than a window."""
+    """Write questions as SQuAD's JSON: who saw the film? The texts are longer than a window. Returns the path."""
     chance, paragraphs = random.Random(4), []
     for number in range(count):
         name, other = chance.sample(NAMES, 2)
@@ -127,7 +127,7 @@ def write_questions(file: Path, count: int = 40) -> str:
 
 
 def picture(number: int, kind: str = "dark", size: tuple[int, int] = (40, 36), colour: bool = True) -> Image.Image:
-    """A noisy picture of a kind, with a stripe whose place and shade are random."""
+    """A noisy dark or light picture, with a stripe of random position and shade."""
     chance = np.random.default_rng(number)
     shape = (size[1], size[0], 3) if colour else (size[1], size[0])
     pixels = SHADES[kind] + chance.integers(-40, 41, shape)
@@ -137,7 +137,7 @@ def picture(number: int, kind: str = "dark", size: tuple[int, int] = (40, 36), c
 
 
 def write_folders(folder: Path, count: int, colour: bool = True, size: tuple[int, int] = (40, 36)) -> str:
-    """A folder a kind of PNG files."""
+    """Write PNG files, one folder per kind; returns the path of the parent folder."""
     for number in range(count):
         kind = KINDS[number % 2]
         (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -146,14 +146,14 @@ def write_folders(folder: Path, count: int, colour: bool = True, size: tuple[int
 
 
 def encoded(image: Image.Image, form: str) -> bytes:
-    """The bytes of an image file."""
+    """The bytes of an image file in a format, such as PNG."""
     stream = io.BytesIO()
     image.save(stream, form)
     return stream.getvalue()
 
 
 def write_parquet(file: Path, image_column: str, count: int) -> str:
-    """Pictures with a class number, as hub tables have them."""
+    """Write pictures and class numbers to a Parquet file, in the layout of hub tables; returns the path."""
     import pyarrow
     from pyarrow import parquet
 
@@ -163,12 +163,12 @@ def write_parquet(file: Path, image_column: str, count: int) -> str:
 
 
 def caption(number: int) -> str:
-    """Of the picture of that number."""
+    """The caption of the picture with this number."""
     return f"a {KINDS[number % 2]} film of {NAMES[number // 2 % 4]}"
 
 
 def write_shards(folder: Path, shards: int = 3, count: int = 32) -> str:
-    """Tar files of JPEG pictures with their captions; returns a pattern."""
+    """Write tar files of JPEG pictures and captions; returns a pattern of their paths."""
     folder.mkdir()
     for shard in range(shards):
         with tarfile.open(folder / f"{shard:02d}.tar", "w") as tar:
@@ -182,7 +182,7 @@ def write_shards(folder: Path, shards: int = 3, count: int = 32) -> str:
 
 
 def write_pairs(folder: Path, count: int = 48) -> str:
-    """A list of small grey pictures with captions."""
+    """Write small grey pictures and a table of their captions; returns the path of the table."""
     folder.mkdir()
     rows = []
     for number in range(count):

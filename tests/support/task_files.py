@@ -1,4 +1,4 @@
-"""A tiny pre-trained BERT, and a small file of each task on text."""
+"""A tiny pre-trained BERT, and a small data file for each task on text."""
 
 import json
 from itertools import product
@@ -20,7 +20,7 @@ LENGTH = 32
 
 
 def words() -> Tokenizer:
-    """WordPiece of lower-case words."""
+    """A WordPiece tokenizer of lower-case words."""
     made = Tokenizer(models.WordPiece({word: n for n, word in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer()
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -35,7 +35,7 @@ def bert() -> BERTConfig:
 
 
 def pretrained(folder: Path) -> str:
-    """Checkpoint of a MaskedLM, as a run saves it."""
+    """Write a checkpoint of a MaskedLM as a run saves it; returns the path."""
     torch.manual_seed(0)
     model = MaskedLM(bert())
     content: dict[str, Any] = {"objective": "MaskedLM", "state_dict": model.state_dict()}
@@ -45,7 +45,7 @@ def pretrained(folder: Path) -> str:
 
 
 def labelled(folder: Path, pairs: bool = False) -> str:
-    """16 texts that are good or bad; of a pair the second text says it."""
+    """Write 16 texts with the label good or bad; of a pair, the second text decides. Returns the path."""
     rows = []
     for name, kind, very in product(NAMES, ("good", "bad"), ("", "very ")):
         first, second = f"{name} saw the film", f"the film was {very}{kind}."
@@ -56,7 +56,7 @@ def labelled(folder: Path, pairs: bool = False) -> str:
 
 
 def tagged(folder: Path) -> str:
-    """12 sentences with persons and a place of two sub-words."""
+    """Write 12 tagged sentences with persons and a place of two sub-words; returns the path."""
     sentences = [
         [(a.title(), "B-PER"), ("saw", "O"), (b.title(), "B-PER"), ("in", "O"), ("Berlin", "B-LOC"), (".", "O")]
         for a, b in product(NAMES, NAMES)
@@ -67,7 +67,7 @@ def tagged(folder: Path) -> str:
 
 
 def asked(folder: Path, impossible: bool = False) -> str:
-    """4 texts of two questions each, and with `impossible` one without an answer."""
+    """Write 4 texts with two questions each, and with `impossible` a third one without an answer; returns the path."""
     paragraphs = []
     for n, name in enumerate(NAMES):
         other = NAMES[n - 1].title()

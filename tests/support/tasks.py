@@ -1,4 +1,4 @@
-"""Small tasks of every objective, each with everything on that a resume could get wrong; 13 batches an epoch."""
+"""A small task for each objective, with every option on that could break a resume; 13 batches per epoch."""
 
 import json
 import random
@@ -103,7 +103,7 @@ def pairs(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def own(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of `own_task.py`, which the package does not know."""
+    """The task of `own_task.py`, which the package does not know."""
     model = {"class_path": "own_task.CloudClassifier", "init_args": {"network": {"backbone": trunk(exact)}}}
     return model, {"class_path": "own_task.CloudData", "init_args": {"rows": 270}}
 

@@ -1,4 +1,4 @@
-"""The smallest classifier that learns, and quiet trainers for it."""
+"""A tiny image classifier that can learn, and quiet trainers for it."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def vit(depth: int = 2, **options: Any) -> ViTConfig:
 
 
 def classifier(network: ViTConfig | None = None, **options: Any) -> ImageClassifier:
-    """With a head that does something: a new one is zero, and every image would look the same."""
+    """A classifier with a random head: a new head is zero, and would give the same outputs for every image."""
     torch.manual_seed(0)
     model = ImageClassifier(
         network or vit(), optimizer=OptimizerConfig(schedule="constant", warmup=0, lr=0.01), **options
@@ -59,6 +59,6 @@ def weights(model: ImageClassifier) -> dict[str, Tensor]:
 
 
 def mean_loss(objective: TrunklineModule, batch: Any) -> Tensor:
-    """What a training step of one process goes backward from."""
+    """The loss from which a training step goes backward in a single process."""
     terms = as_terms(objective.loss(batch))
     return torch.stack([term.total / term.count for term in terms]).sum()

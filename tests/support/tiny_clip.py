@@ -1,4 +1,4 @@
-"""A CLIP of four colours: its pictures, its tokenizer, and checkpoints of it."""
+"""A tiny CLIP that learns four colours: its pictures, its tokenizer and its checkpoints."""
 
 import json
 from dataclasses import asdict
@@ -42,7 +42,7 @@ def picture(colour: str, number: int = 0) -> Image.Image:
 
 
 def pixels(image: Image.Image) -> Tensor:
-    """(3, 8, 8), by hand."""
+    """Preprocess a picture by hand: (3, 8, 8)."""
     return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
 
 
@@ -55,7 +55,7 @@ def module() -> ContrastiveImageText:
 
 @cache
 def overfitted() -> CLIP:
-    """Knows the colours."""
+    """A CLIP that has learned the colours."""
     network = module().network
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     texts = [f"a {prefix}{colour} thing" for prefix in ("", "photo of ") for colour in COLOURS]
@@ -72,7 +72,7 @@ def overfitted() -> CLIP:
 
 
 def save(folder: Path, network: CLIP | None = None, **changes: Any) -> str:
-    """A checkpoint as `trunkline fit` writes it; of a random network, if none is given."""
+    """Write a checkpoint as `trunkline fit` does, of this network or of a random one; returns the path."""
     made = module()
     if network is not None:
         made.network.load_state_dict(network.state_dict())
@@ -84,7 +84,7 @@ def save(folder: Path, network: CLIP | None = None, **changes: Any) -> str:
 
 
 def folders(folder: Path, count: int) -> Path:
-    """`count` pictures of each colour, in a folder of its name."""
+    """Write `count` pictures of each colour, into one folder per colour."""
     for colour in COLOURS:
         (folder / colour).mkdir(parents=True)
         for n in range(count):
@@ -93,7 +93,7 @@ def folders(folder: Path, count: int) -> Path:
 
 
 def listed(folder: Path, rows: list[tuple[str, list[str]]]) -> Path:
-    """A list of pictures (colour, captions)."""
+    """Write pictures and a table of their captions, from rows (colour, captions); returns the table's path."""
     folder.mkdir()
     lines = []
     for n, (colour, captions) in enumerate(rows):
