@@ -65,8 +65,8 @@ class NamedSource:
         """
         if self.split is not None:
             raise TrunklineError(
-                f"{self.split_field}={self.split} is of a hub dataset, but {self.field}={self.name} is none; "
-                "leave it out",
+                f"{self.split_field}={self.split} names a split of a hub dataset, but {self.field}={self.name} is not "
+                "one; leave it out",
                 field=f"data.{self.split_field}",
             )
 

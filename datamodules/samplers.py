@@ -65,7 +65,7 @@ class ResumableBatchSampler:
             )
         if drop_last and length < batch_size:
             raise TrunklineError(
-                f"batch_size={batch_size} is larger than the training data ({length} samples), so that not one "
+                f"batch_size={batch_size} is larger than the training data ({length} samples), so that no "
                 f"batch is full; set batch_size to at most {length}",
                 field="data.batch_size",
             )

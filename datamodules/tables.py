@@ -85,7 +85,7 @@ def broken_text(file: Path) -> TrunklineError:
             try:
                 decoder.decode(block)
             except UnicodeDecodeError as error:
-                faults.append((error.start - pending, f"no UTF-8 ({error.reason})"))
+                faults.append((error.start - pending, f"not UTF-8 ({error.reason})"))
             if faults:
                 place, what = min(faults)
                 return TrunklineError(
@@ -93,7 +93,7 @@ def broken_text(file: Path) -> TrunklineError:
                     f"`iconv -f latin1 -t utf-8`), or leave this file out"
                 )
             position += len(block)
-    return TrunklineError(f"{file} ends in the middle of a UTF-8 character; mend its end, or leave this file out")
+    return TrunklineError(f"{file} ends in the middle of a UTF-8 character; fix its end, or leave this file out")
 
 
 def opened(file: Path) -> Any:
@@ -134,7 +134,7 @@ def read_json_lines(file: Path, column: str | None = None) -> PlacedRows:
                 if line.strip():
                     yield f"{file}:{number}", json_object(file, number, line)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise TrunklineError(f"{file} is no gzip file, or a broken one: {error}; pack it anew") from error
+            raise TrunklineError(f"{file} is not a gzip file, or it is broken: {error}; compress it again") from error
 
 
 def json_object(file: Path, number: int, line: bytes) -> dict[str, Any]:
@@ -145,9 +145,9 @@ def json_object(file: Path, number: int, line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise broken_text(file) from error
     except ValueError as error:
-        raise TrunklineError(f"{place} is no JSON ({error}); each line must be one JSON object") from error
+        raise TrunklineError(f"{place} is not JSON ({error}); each line must be one JSON object") from error
     if not isinstance(cells, dict):
-        raise TrunklineError(f"{place} is no JSON object but {kind(cells)}; each line must be one")
+        raise TrunklineError(f"{place} is not a JSON object but {kind(cells)}; each line must be one")
     return cells
 
 
@@ -165,7 +165,7 @@ def read_csv(file: Path, column: str | None = None) -> PlacedRows:
         except UnicodeDecodeError as error:
             raise broken_text(file) from error
         except csv.Error as error:
-            raise TrunklineError(f"{file}:{table.line_num} is no CSV ({error}); mend this line") from error
+            raise TrunklineError(f"{file}:{table.line_num} is not CSV ({error}); fix this line") from error
 
 
 def read_parquet(file: Path, column: str | None = None) -> PlacedRows:
@@ -184,7 +184,7 @@ def read_parquet(file: Path, column: str | None = None) -> PlacedRows:
                     yield f"{file}, row {number}", cells
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise TrunklineError(f"{file} is no Parquet file, or a broken one: {error}; write it anew") from error
+        raise TrunklineError(f"{file} is not a Parquet file, or it is broken: {error}; write it again") from error
 
 
 def read_table(file: Path, column: str | None = None) -> PlacedRows:
@@ -232,7 +232,7 @@ def checked(value: Any, place: str, column: str) -> str:
     """The value of a cell, which must be a string."""
     if not isinstance(value, str):
         raise TrunklineError(
-            f"{place}: '{column}' is no text but {kind(value)}; mend the row or set text_column",
+            f"{place}: '{column}' is not a text but {kind(value)}; fix the row or set text_column",
             field="data.text_column",
         )
     return value
@@ -255,6 +255,8 @@ def reader_of(file: Path) -> Reader | None:
     """
     if file.suffix == ".gz":
         if file.with_suffix("").suffix not in (".jsonl", ".json"):
-            raise TrunklineError(f"{file} is packed; only .jsonl.gz is read so: unpack it with gunzip")
+            raise TrunklineError(
+                f"{file} is compressed; only .jsonl.gz files can be read compressed: unpack it with gunzip"
+            )
         return read_json_lines
     return TABLES.get(file.suffix.lower())

@@ -242,14 +242,14 @@ def load_tokenizer(name: str, field: str = "data.tokenizer") -> Tokenizer:
     """
     path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
     if not path.exists() and (path.suffix in (".json", ".ckpt") or name.startswith((".", "/", "~"))):
-        raise TrunklineError(f"tokenizer={name}: there is no file {path}; mend the path", field)
+        raise TrunklineError(f"tokenizer={name}: there is no file {path}; fix the path", field)
     try:
         if path.suffix == ".ckpt":
             content = load_checkpoint(path, mmap=True, field=field)
             text = tokenizer_of_checkpoint(content)
             if text is None:
                 raise TrunklineError(
-                    f"tokenizer={name}: this checkpoint keeps no tokenizer; give one of a run on text", field
+                    f"tokenizer={name}: this checkpoint has no tokenizer; give one of a run on text", field
                 )
             tokenizer = Tokenizer.from_str(text)
         else:

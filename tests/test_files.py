@@ -242,8 +242,8 @@ def test_load_checkpoint(mmap: bool | None, checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (lambda: [1, 2], "no checkpoint of a training run: it holds a list"),
-        (lambda: {"x": Path("a")}, "no checkpoint of plain data: .*could run code"),
+        (lambda: [1, 2], "not a checkpoint of a training run: it holds a list"),
+        (lambda: {"x": Path("a")}, "not a checkpoint of plain data: .*could run code"),
     ],
 )
 @pytest.mark.parametrize("mmap", [None, True])

@@ -242,13 +242,14 @@ def load_checkpoint(
         refused = re.search("WeightsUnpickler error: *(.*)", str(error))
         reason = (refused[1] if refused else str(error).partition("\n")[0]) or type(error).__name__
         raise TrunklineError(
-            f"{path} is no checkpoint of plain data: {reason}; it is refused, because loading anything else could run "
-            "code",
+            f"{path} is not a checkpoint of plain data: {reason}; it is refused, because loading anything else could "
+            "run code",
             field,
         ) from error
     if not isinstance(content, dict):
         raise TrunklineError(
-            f"{path} is no checkpoint of a training run: it holds a {type(content).__name__}; give a .ckpt file of one",
+            f"{path} is not a checkpoint of a training run: it holds a {type(content).__name__}; give a .ckpt file of "
+            "one",
             field,
         )
     return content

@@ -213,7 +213,7 @@ def image_files(folder: str | Path, field: str = "images") -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise TrunklineError(f"{field.rpartition('.')[2]}={folder} is no folder; give one that holds images", field)
+        raise TrunklineError(f"{field.rpartition('.')[2]}={folder} is not a folder; give one that holds images", field)
     files = []
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         subfolders[:] = [n for n in subfolders if not n.startswith(".")]
@@ -260,7 +260,7 @@ def open_tables(
             known = {name for names in SPLIT_NAMES.values() for name in names} | set(split_names.values())
             return {f.name: f for f in _subfolders(path) if f.name in known} or {"train": path}
         if path.exists():
-            raise TrunklineError(f"{source} is no folder, Parquet (.parquet) or Arrow (.arrow) file")
+            raise TrunklineError(f"{source} is not a folder, or a Parquet (.parquet) or Arrow (.arrow) file")
         return dict(datasets.load_dataset(source, hub_config, revision=revision, cache_dir=cache_dir))
     except TrunklineError:
         raise
@@ -289,7 +289,7 @@ def _read_folders(folders: dict[str, Path]) -> ImageTable:
         classes = [file.relative_to(folder).parts[0] for file in files]
         for file, name in zip(files, classes, strict=True):
             if name == file.name:
-                raise TrunklineError(f"the image {file} lies in no class folder; move it into one below {folder}")
+                raise TrunklineError(f"the image {file} is not in a class folder; move it into one below {folder}")
             if name not in number:
                 raise TrunklineError(
                     f"{folder / name} is none of the {len(class_names)} class folders of the training split in "
@@ -362,7 +362,7 @@ def _class_numbers(table: Any, column: str, class_names: list[str], title: str) 
         if not isinstance(class_number, int) or not 0 <= class_number < len(class_names):
             raise TrunklineError(
                 f"{title}, row {row}: the label {label!r} is outside the {len(class_names)} classes of the "
-                "training split; mend the row or choose another label_column",
+                "training split; fix the row or choose another label_column",
                 field="data.label_column",
             )
         labels[row] = class_number
@@ -377,6 +377,6 @@ def undecoded(table: Any, column: str, title: str) -> Any:
         return table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
     except Exception as error:  # pyarrow raises different errors for different types of columns
         raise TrunklineError(
-            f"{title}: column '{column}' holds no images but {table.features[column]}; set image_column",
+            f"{title}: column '{column}' does not hold images but {table.features[column]}; set image_column",
             field="data.image_column",
         ) from error

@@ -162,8 +162,8 @@ class ImageInput:
     crop_pct: float = 1.0
     """Side of the centre crop in evaluation, as a share of the resized image."""
     augmentation: Augmentation | None = None
-    """Random changes to training images. None is only a random crop; images with captions lose less by it, because a
-    caption describes the whole image."""
+    """Random changes to training images. None is only a random crop; of images with captions it keeps at least 60% of
+    the area, because a caption describes the whole image."""
     skip_corrupt: bool = False
     """Replace a row that cannot be read by the next one and count it, instead of stopping with an error."""
 

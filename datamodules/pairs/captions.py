@@ -29,7 +29,7 @@ def caption_list(value: Any, place: str, column: str) -> list[str]:
         if isinstance(value, dict):
             found = kind(value)
         raise TrunklineError(
-            f"{place}: '{column}' is no text or list of texts but {found}; mend the row, set caption_column, or "
+            f"{place}: '{column}' is not a text or a list of texts but {found}; fix the row, set caption_column, or "
             "skip_corrupt=true",
             field="data.caption_column",
         )

@@ -237,7 +237,7 @@ def set_aside(splits: dict[str, PairRows], fractions: dict[str, float]) -> dict[
         if not len(rows):
             share = "val" if split == "train" else split
             raise TrunklineError(
-                f"the {split} split comes out empty; give more rows, name a split with {split}_split, or set "
+                f"the {split} split is empty; give more rows, name a split with {split}_split, or set "
                 f"{share}_fraction to another share",
                 field=f"data.{share}_fraction",
             )

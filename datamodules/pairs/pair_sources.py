@@ -183,8 +183,8 @@ def listed_pairs(files: list[Path], columns: dict[str, str], image_folder: Path 
             image, captions = cells[columns["image"]], cells[columns["caption"]]
             if not isinstance(image, str) or not image:
                 raise TrunklineError(
-                    f"{place}: '{columns['image']}' is no path but {kind(image) if image != '' else 'empty'}; mend the "
-                    "row or set image_column",
+                    f"{place}: '{columns['image']}' is not a path but {kind(image) if image != '' else 'empty'}; fix "
+                    "the row or set image_column",
                     field="data.image_column",
                 )
             path = str((image_folder or file.parent) / image)
@@ -239,7 +239,7 @@ def local_files(source: str) -> tuple[Path, list[Path]]:
         found = sorted(glob(name)) if re.search(r"[*?[]", name) else [name]
         files += [Path(file) for file in found]
         if not found or not files[-1].exists():
-            raise TrunklineError(f"source={source}: there is no file {name}; mend the path or pattern", "data.source")
+            raise TrunklineError(f"source={source}: there is no file {name}; fix the path or pattern", "data.source")
     fixed = re.split(r"[{*?[]", source)[0].rpartition("/")[0]
     return Path(fixed), files
 
@@ -301,7 +301,7 @@ def load_pairs(
         return {"train": EmojiPictures(source, flags)}
     folder = Path(image_folder) if image_folder else None
     if folder and not folder.is_dir():
-        raise TrunklineError(f"image_folder={folder}: there is no such folder; mend the path", "data.image_folder")
+        raise TrunklineError(f"image_folder={folder}: there is no such folder; fix the path", "data.image_folder")
     place, files = local_files(source)
     if files:
         chosen = choose_splits(by_split(place, files, split_names), source, split_names)

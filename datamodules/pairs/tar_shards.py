@@ -47,7 +47,7 @@ def read_index(shard: Path, cache: Path, skip_corrupt: bool) -> np.ndarray:
     try:
         state = file_state(shard)
     except OSError as error:
-        raise TrunklineError(f"cannot read the shard {shard}: {error.strerror}; mend source", "data.source") from error
+        raise TrunklineError(f"cannot read the shard {shard}: {error.strerror}; fix source", "data.source") from error
     name = hashlib.blake2b(json.dumps([INDEX_FORMAT, str(shard.resolve()), state]).encode(), digest_size=12).hexdigest()
     file = cache / "tar" / f"{name}.npy"
     if file.exists():
@@ -56,7 +56,8 @@ def read_index(shard: Path, cache: Path, skip_corrupt: bool) -> np.ndarray:
     if fault:
         if not skip_corrupt:
             raise TrunklineError(
-                f"{fault}; write it anew, or set skip_corrupt=true to use what is before", field="data.skip_corrupt"
+                f"{fault}; write it again, or set skip_corrupt=true to use the samples before that",
+                field="data.skip_corrupt",
             )
         warnings.warn(f"{fault}; only the {len(samples)} samples before that are used", stacklevel=2)
         return samples  # not stored in the cache, so that each run warns
@@ -88,7 +89,8 @@ def scan(shard: Path) -> tuple[np.ndarray, str]:
                 fault = f"{member.name} is cut short ({error})"
     except (tarfile.TarError, OSError) as error:
         raise TrunklineError(
-            f"the shard {shard} is no plain tar file: {error}; shards must be .tar files that are not packed"
+            f"the shard {shard} is not an uncompressed tar file: {error}; shards must be .tar files that are not "
+            "compressed"
         ) from error
     size = shard.stat().st_size
     members = [entry for entry in members if entry[2] + entry[3] <= size]
@@ -105,7 +107,9 @@ def broken_end(archive: tarfile.TarFile) -> str:
     block = stream.read(tarfile.BLOCKSIZE)
     if block == tarfile.NUL * tarfile.BLOCKSIZE:
         return ""
-    what = "something else than a member stands" if len(block) == tarfile.BLOCKSIZE else "it ends without its end mark"
+    what = (
+        "there is something else than a member" if len(block) == tarfile.BLOCKSIZE else "it ends without its end mark"
+    )
     return f"{what} at byte {archive.offset}"
 
 
@@ -150,7 +154,7 @@ class TarPairs:
         if not len(self.samples):
             raise TrunklineError(
                 f"{shards[0]}{f' and {len(shards) - 1} more' if len(shards) > 1 else ''} holds no images with texts "
-                "(KEY.jpg with KEY.txt or KEY.json); mend source",
+                "(KEY.jpg with KEY.txt or KEY.json); fix source",
                 field="data.source",
             )
         self.key = ["tar", caption_column, [[str(shard.resolve()), *file_state(shard)] for shard in shards]]
@@ -177,7 +181,7 @@ class TarPairs:
             cells = json.loads(text) if self.samples[row]["json"] else {"txt": text.strip()}
         except ValueError as error:
             raise TrunklineError(
-                f"{place}: the caption cannot be read: {error}; mend it, or set skip_corrupt=true",
+                f"{place}: the caption cannot be read: {error}; fix it, or set skip_corrupt=true",
                 field="data.skip_corrupt",
             ) from error
         column = self.caption_column if self.samples[row]["json"] else "txt"
@@ -216,7 +220,7 @@ class TarPairs:
             content = os.pread(self.opened[shard].fileno(), size, start)
         except OSError as error:
             raise TrunklineError(
-                f"cannot read the shard {self.shards[shard]}: {error.strerror}; mend source",
+                f"cannot read the shard {self.shards[shard]}: {error.strerror}; fix source",
                 field="data.source",
             ) from error
         if len(content) < size:

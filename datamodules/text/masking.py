@@ -82,9 +82,9 @@ def masked_sentence(tokenizer: Tokenizer, text: str, limit: int, where: str) -> 
     ids = [special["cls"], *tokenizer.encode(text, add_special_tokens=False).ids, special["sep"]]
     if special["mask"] not in ids:
         mask = tokenizer.id_to_token(special["mask"])
-        raise TrunklineError(f"{where} {text!r} has no {mask}; write it where a word is to be found")
+        raise TrunklineError(f"{where} {text!r} has no {mask}; write it where the model must predict a word")
     if len(ids) > limit:
-        raise TrunklineError(f"{where} {text!r} has {len(ids)} tokens, but the network can see {limit}; cut it")
+        raise TrunklineError(f"{where} {text!r} has {len(ids)} tokens, but the network can see {limit}; shorten it")
     return ids, special["mask"]
 
 

@@ -246,9 +246,9 @@ class Preparation:
             if not entries:
                 short = "val" if name == "train" else name
                 raise TrunklineError(
-                    f"the {name} split comes out empty, because the source has too little text or too few documents; "
+                    f"the {name} split is empty, because the source has too little text or too few documents; "
                     f"give more, "
-                    f"{'lower' if name == 'train' else 'raise'} {short}_fraction, or name a file of its own with "
+                    f"{'lower' if name == 'train' else 'raise'} {short}_fraction, or name a separate file with "
                     f"{short}_source",
                     field=f"data.{short}_fraction",
                 )

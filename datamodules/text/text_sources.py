@@ -229,8 +229,8 @@ def open_text(source: NamedSource | str, column: str) -> TextSource:
         return OFFLINE[name]() if name in OFFLINE else local_source(Path(name), column)
     if not source.is_hub_name((*TABLES, ".txt", ".md", ".gz")):
         raise TrunklineError(
-            f"{source.field}={name}: there is no such file or folder here, and it is no name of a hub dataset "
-            "(`owner/name`); mend the path",
+            f"{source.field}={name}: there is no such file or folder here, and it is not the name of a hub dataset "
+            "(`owner/name`); fix the path",
             field=f"data.{source.field}",
         )
     key = ["hub", source.hub_name, column, source.hub_config, source.hub_split, source.revision]

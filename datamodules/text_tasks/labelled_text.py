@@ -32,8 +32,9 @@ EMOJI = "emoji"
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class LabelledTextData(TaskTextData):
-    """Classification data from local tables, a hub name, or the offline source `emoji` (names in 14 languages), as
-    `TextBatch`es.
+    """Labelled texts or pairs of texts, as `TextBatch`es, from local tables, a hub name, or the offline source `emoji`.
+
+    `emoji` has names of emoji in 14 languages; the label of a name is its language.
 
     A row is `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`, or with a GPT tokenizer `a <|endoftext|>`. Texts that are too
     long lose their end; in a pair the longer text is cut first.
@@ -105,7 +106,7 @@ class LabelledTextData(TaskTextData):
                 if label not in numbers:
                     raise TrunklineError(
                         f"{row.place} ({split} split): no training row has the label '{label}', but "
-                        f"{', '.join(self.class_names[:5])}{', …' if len(numbers) > 5 else ''}; mend the row, or give "
+                        f"{', '.join(self.class_names[:5])}{', …' if len(numbers) > 5 else ''}; fix the row, or give "
                         "training rows with this label",
                         field="data.label_column",
                     )

@@ -21,8 +21,7 @@ from trunkline.datamodules.text_tasks.task_text import Frame, Row, TaskTextData,
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class SquadData(TaskTextData):
-    """Extractive question answering from SQuAD's JSON (versions 1 and 2), or from tables and hub datasets with one
-    question per row, as `WindowBatch`es.
+    """Extractive question answering, as `WindowBatch`es, from SQuAD's JSON (versions 1 and 2), tables or a hub name.
 
     A long text is read in windows. Each begins at most `doc_stride` tokens after the window before it, and each answer
     lies completely in at least one window. A row is `[CLS] question [SEP] window [SEP]`, and `null` is the position of
@@ -196,7 +195,7 @@ def answer_spans(question: Question, offsets: np.ndarray) -> list[tuple[int, int
         within = ((offsets[:, 1] > start) & (offsets[:, 0] < start + len(answer))).nonzero()[0]
         if not len(within):
             raise TrunklineError(
-                f"question {question.id}: the tokenizer makes nothing of the answer {answer!r}; mend it"
+                f"question {question.id}: the tokenizer makes no token of the answer {answer!r}; fix it"
             )
         spans.append((int(within[0]), int(within[-1])))
     return spans
@@ -219,7 +218,7 @@ def read_squad(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise broken_text(file) from error
     except (ValueError, KeyError, TypeError) as error:
         raise TrunklineError(
-            f"{file} is no SQuAD file ({type(error).__name__}: {error}); it must be one JSON object, "
+            f"{file} is not a SQuAD file ({type(error).__name__}: {error}); it must be one JSON object, "
             '{"data": [{"paragraphs": [{"context": …, "qas": [{"id": …, "question": …, "answers": […]}]}]}]}'
         ) from error
     for article, place, paragraph in paragraphs:
@@ -261,7 +260,7 @@ def questions_of(row: Row, answered: bool = True) -> Iterator[Question]:
     """
     context = row.cells.get("context")
     if not isinstance(context, str) or not context.strip():
-        raise TrunklineError(f"{row.place}: 'context' is no text but {kind(context)}; mend it")
+        raise TrunklineError(f"{row.place}: 'context' is not a text but {kind(context)}; fix it")
     for entry in row.cells.get("qas", ()):
         name = entry.get("id", "?") if isinstance(entry, Mapping) else "?"
         try:
@@ -277,8 +276,8 @@ def questions_of(row: Row, answered: bool = True) -> Iterator[Question]:
             found = context[start : start + len(answer)]
             if not answer or found != answer or start < 0:
                 raise TrunklineError(
-                    f"{row.place}, question {name}: the answer {answer!r} does not stand at character {start} of the "
-                    f"context, but {found!r}; mend answer_start"
+                    f"{row.place}, question {name}: the answer {answer!r} is not at character {start} of the "
+                    f"context, but {found!r} is; fix answer_start"
                 )
         yield Question(str(name), text, context, [a for a, _ in answers], [s for _, s in answers])
 
@@ -290,5 +289,5 @@ def as_text(value: Any) -> str:
         TypeError: if it is not.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{kind(value)} is no text")
+        raise TypeError(f"{kind(value)} is not a text")
     return value

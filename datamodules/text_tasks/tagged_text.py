@@ -108,7 +108,7 @@ class TaggedTextData(TaskTextData):
                 if unknown is not None:
                     raise TrunklineError(
                         f"{row.place} ({split} split): no training row has the tag '{unknown}', but "
-                        f"{', '.join(self.class_names[:5])}{', …' if len(numbers) > 5 else ''}; mend the row, or give "
+                        f"{', '.join(self.class_names[:5])}{', …' if len(numbers) > 5 else ''}; fix the row, or give "
                         "training rows with this tag",
                         field="data.tags_column",
                     )
@@ -127,7 +127,7 @@ class TaggedTextData(TaskTextData):
         for row, row_tags in zip(rows, tags, strict=True):
             tokens, first = words.encode(self._words(row), row.place)
             if len(first) != len(row_tags):
-                raise TrunklineError(f"{row.place} has {len(first)} words, but {len(row_tags)} tags; mend the row")
+                raise TrunklineError(f"{row.place} has {len(first)} words, but {len(row_tags)} tags; fix the row")
             if len(tokens) > room:
                 raise TrunklineError(
                     f"{row.place} has {len(tokens)} sub-words, but there is room for {room}; set max_length to at "
@@ -167,8 +167,8 @@ class WordEncoder:
         empty = (counts == 0).nonzero()[0]
         if len(empty):
             if self.unknown is None:
-                raise TrunklineError(f"{place}: the tokenizer makes nothing of word {empty[0]}, {words[empty[0]]!r}; "
-                                     "mend the row")  # fmt: skip
+                raise TrunklineError(f"{place}: the tokenizer makes no token of word {empty[0]}, {words[empty[0]]!r}; "
+                                     "fix the row")  # fmt: skip
             ids = np.insert(ids, counts.cumsum()[empty], self.unknown)
             counts[empty] = 1
         return ids, counts.cumsum() - counts
@@ -212,12 +212,12 @@ def list_cell(row: Row, column: str, field: str, kinds: Any) -> list[Any]:
     """
     value = cell(row, column, field)
     if not isinstance(value, list) or not value:
-        what = "an empty list" if value == [] else f"no list but {kind(value)}"
-        raise TrunklineError(f"{row.place}: '{column}' is {what}; mend the row or set {field}", f"data.{field}")
+        what = "an empty list" if value == [] else f"not a list but {kind(value)}"
+        raise TrunklineError(f"{row.place}: '{column}' is {what}; fix the row or set {field}", f"data.{field}")
     wrong = next((v for v in value if not isinstance(v, kinds)), None)
     if wrong is not None or None in value:
         raise TrunklineError(
-            f"{row.place}: '{column}' holds a {kind(wrong)} where each must be a name or a number; mend the row or set "
+            f"{row.place}: '{column}' holds a {kind(wrong)} where each must be a name or a number; fix the row or set "
             f"{field}",
             f"data.{field}",
         )

@@ -41,7 +41,7 @@ def table_files(source: NamedSource, suffixes: Sequence[str]) -> list[Path]:
     if source.is_hub_name(suffixes):
         return []
     if not path.exists():
-        raise TrunklineError(f"{source.field}={path}: there is no such file or folder; mend the path", at)
+        raise TrunklineError(f"{source.field}={path}: there is no such file or folder; fix the path", at)
     source.refuse_split()
     files = [path]
     if path.is_dir():
@@ -49,7 +49,7 @@ def table_files(source: NamedSource, suffixes: Sequence[str]) -> list[Path]:
     wrong = [file for file in files if file.suffix not in suffixes]
     if wrong or not files:
         found = f"{wrong[0]} is none" if wrong else f"the folder {path} is empty"
-        raise TrunklineError(f"{source.field} needs {', '.join(suffixes)} files, but {found}; mend the path", at)
+        raise TrunklineError(f"{source.field} needs {', '.join(suffixes)} files, but {found}; fix the path", at)
     return files
 
 
@@ -86,7 +86,7 @@ def text_cell(row: Row, column: str, field: str) -> str:
     value = cell(row, column, field)
     if not isinstance(value, str):
         raise TrunklineError(
-            f"{row.place}: '{column}' is no text but {kind(value)}; mend the row or set {field}", f"data.{field}"
+            f"{row.place}: '{column}' is not a text but {kind(value)}; fix the row or set {field}", f"data.{field}"
         )
     return value
 
@@ -98,8 +98,8 @@ def class_name(value: Any, place: str, column: str, field: str) -> str:
         TrunklineError: for any other value.
     """
     if not isinstance(value, str | int) or value == "":
-        what = "empty" if value == "" else f"no name or whole number but {kind(value)}"
-        raise TrunklineError(f"{place}: '{column}' is {what}; mend the row or set {field}", f"data.{field}")
+        what = "empty" if value == "" else f"not a name or a whole number but {kind(value)}"
+        raise TrunklineError(f"{place}: '{column}' is {what}; fix the row or set {field}", f"data.{field}")
     return str(value)
 
 
@@ -229,8 +229,8 @@ class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
             if not rows:
                 source_field = "val_source" if split == "train" else f"{split}_source"
                 raise TrunklineError(
-                    f"the {split} split of source={self.source} comes out empty; give more rows, or name a file of its "
-                    f"own with {source_field}",
+                    f"the {split} split of source={self.source} is empty; give more rows, or name a separate "
+                    f"file with {source_field}",
                     field=f"data.{source_field}",
                 )
         return splits

@@ -46,7 +46,7 @@ class Keys(Dataset[dict[str, int]]):
             try:
                 raise OSError("a decoder's complaint")
             except OSError as error:
-                raise TrunklineError(f"cannot read row {self.bad}; mend it") from error
+                raise TrunklineError(f"cannot read row {self.bad}; fix it") from error
         return {"epoch": key.epoch, "index": key.index, "valid": key.valid, "process": os.getpid()}
 
 
@@ -212,7 +212,7 @@ def test_an_epoch_left_early_does_not_leak_into_the_next(workers: int) -> None:
 @WORKERS
 def test_an_error_of_the_dataset_arrives_as_it_was_raised(workers: int) -> None:
     loader = make_loader(workers, Keys(bad=7))
-    with pytest.raises(TrunklineError, match=r"^cannot read row 7; mend it$"):
+    with pytest.raises(TrunklineError, match=r"^cannot read row 7; fix it$"):
         list(loader)
     if workers:  # else torch waits 5 s for each, once the garbage collector finds them through the traceback
         loader._iterator._shutdown_workers()  # type: ignore[union-attr]

@@ -93,11 +93,13 @@ def test_local_texts_have_no_splits_by_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("in.jsonl").write_text('{"text": "a", "label": 1}')
-    with pytest.raises(TrunklineError, match=f"{field}=dev is of a hub dataset, but source={source} is none") as caught:
+    with pytest.raises(
+        TrunklineError, match=f"{field}=dev names a split of a hub dataset, but source={source} is not one"
+    ) as caught:
         _ = TextData(source, **{field: "dev"}).preparation
     assert caught.value.field == f"data.{field}"
     if source != "kjv":
-        with pytest.raises(TrunklineError, match=f"{field}=dev is of a hub dataset"):
+        with pytest.raises(TrunklineError, match=f"{field}=dev names a split of a hub dataset"):
             _ = LabelledTextData(source, tokenizer="t.json", **{field: "dev"}).splits
 
 

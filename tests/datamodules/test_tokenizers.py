@@ -79,7 +79,7 @@ def test_training_reads_no_more_than_it_should(monkeypatch: pytest.MonkeyPatch) 
 def test_an_error_of_the_source_comes_out_of_the_training() -> None:
     def texts() -> object:
         yield "a"
-        raise TrunklineError("in.txt, byte 3: mend it")
+        raise TrunklineError("in.txt, byte 3: fix it")
 
     for name in ("bpe", "wordpiece", "chars"):
         with pytest.raises(TrunklineError, match=r"in\.txt, byte 3"):
@@ -225,7 +225,7 @@ def test_the_tokenizer_of_a_checkpoint(tmp_path: Path, trained: dict[str, Tokeni
     assert caught.value.field == "data.tokenizer"
     beside.unlink()
     torch.save({"TextData": {"tokenizer": path}}, path)
-    with pytest.raises(TrunklineError, match=r"a\.ckpt is no checkpoint of plain data"):
+    with pytest.raises(TrunklineError, match=r"a\.ckpt is not a checkpoint of plain data"):
         load_tokenizer(str(path))
 
 

@@ -139,7 +139,7 @@ BAD_INPUT = [
         r"batch_size=99999 is larger .*; set batch_size to at most 1257 \(--data.batch_size\)",
     ),
     ([*DIGITS, "--resume", "nothing"], "--resume nothing: there is no checkpoint nothing; give 'auto'"),
-    ([*DIGITS, "--resume", "small.yaml"], "small.yaml is no checkpoint of plain data: .*could run code"),
+    ([*DIGITS, "--resume", "small.yaml"], "small.yaml is not a checkpoint of plain data: .*could run code"),
     (["test"], "trunkline test needs --ckpt_path, the checkpoint to evaluate"),
     (["test", "--config", "vit/digits"], "--ckpt_path: nothing to evaluate; name a checkpoint"),
     (["validate", "--ckpt_path=a/b.ckpt"], "--ckpt_path: there is no checkpoint a/b.ckpt"),

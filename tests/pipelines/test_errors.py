@@ -179,7 +179,7 @@ def test_the_saved_config_of_an_older_version(tmp_path: Path, message: Callable[
     config.write_text(text)
     said = message(["test", "--ckpt_path", str(checkpoint)])
     assert "older version" not in said
-    assert "last.ckpt is no checkpoint of plain data" in said
+    assert "last.ckpt is not a checkpoint of plain data" in said
 
 
 @pytest.mark.parametrize(

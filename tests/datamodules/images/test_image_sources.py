@@ -293,11 +293,11 @@ ERRORS: dict[str, tuple[Callable[[Path], Path], dict[str, str], list[str]]] = {
     "empty class": (folder("a/1.png", empty="b"), {}, ["in/b holds no image", "fill it or remove it"]),
     "empty class in a split": (folder("train/a/1.png", empty="train/b"), {}, ["in/train/b holds no image"]),
     "no images": (folder(empty="a"), {}, ["in holds no image file", ".png"]),
-    "no class folders": (folder("1.png"), {}, ["in/1.png lies in no class folder", "move it into one below"]),
+    "no class folders": (folder("1.png"), {}, ["in/1.png is not in a class folder", "move it into one below"]),
     "class that train lacks": (folder("train/a/1.png", "val/b/2.png"), {}, ["in/val/b is none of the 1 class folders"]),
     "no train": (folder("val/a/1.png"), {}, ["no split 'train'", "it has val", "train_split"]),
     "folder's split": (folder("a/1.png"), {"val": "dev2"}, ["no split 'dev2'", "val_split"]),
-    "text file": (lambda d: (d / "a.txt", (d / "a.txt").touch())[0], {}, ["a.txt is no folder, Parquet"]),
+    "text file": (lambda d: (d / "a.txt", (d / "a.txt").touch())[0], {}, ["a.txt is not a folder, or a Parquet"]),
     "broken file": (
         lambda d: (d / "a.parquet", (d / "a.parquet").touch())[0],
         {},
@@ -308,7 +308,7 @@ ERRORS: dict[str, tuple[Callable[[Path], Path], dict[str, str], list[str]]] = {
     "no images in it": (
         parquet(lambda: table([0])),
         {"image": "label"},
-        ["'label' holds no images", "image_column"],
+        ["'label' does not hold images", "image_column"],
     ),
     "split": (saved_splits(a=[0], b=[1]), {"train": "a", "test": "c"}, ["no split 'c'", "a, b", "test_split"]),
     "new class": (

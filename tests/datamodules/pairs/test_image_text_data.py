@@ -358,7 +358,7 @@ def test_rows_are_set_aside_by_their_number(source: Path, tmp_path: Path) -> Non
 
 def test_an_empty_split_is_named(source: Path, tmp_path: Path) -> None:
     source.write_text("\n".join(source.read_text().splitlines()[:3]))
-    with pytest.raises(TrunklineError, match=r"the val split comes out empty; .*val_split, or .*val_fraction"):
+    with pytest.raises(TrunklineError, match=r"the val split is empty; .*val_split, or .*val_fraction"):
         make(source, tmp_path, val_fraction=0.1)
 
 

@@ -104,10 +104,10 @@ def test_lists_with_other_columns_and_splits(folder: Path) -> None:
             "pairs.jsonl:2 has no 'image'; it has picture, caption; set image",
         ),
         ({"image": "1.png", "text": "a"}, "pairs.jsonl:2 has no 'caption'; it has image, text; set caption"),
-        ({"image": 3, "caption": "a"}, "pairs.jsonl:2: 'image' is no path but int; mend"),
-        ({"image": "", "caption": "a"}, "pairs.jsonl:2: 'image' is no path but empty; mend"),
-        ({"image": "1.png", "caption": 3}, "pairs.jsonl:2: 'caption' is no text or list of texts but"),
-        ({"image": "1.png", "caption": ["a", 3]}, "pairs.jsonl:2: 'caption' is no text or list of texts but"),
+        ({"image": 3, "caption": "a"}, "pairs.jsonl:2: 'image' is not a path but int; fix"),
+        ({"image": "", "caption": "a"}, "pairs.jsonl:2: 'image' is not a path but empty; fix"),
+        ({"image": "1.png", "caption": 3}, "pairs.jsonl:2: 'caption' is not a text or a list of texts but"),
+        ({"image": "1.png", "caption": ["a", 3]}, "pairs.jsonl:2: 'caption' is not a text or a list of texts but"),
     ],
 )
 def test_broken_lists_stop_at_once(row: dict[str, Any], message: str, folder: Path) -> None:
@@ -182,12 +182,12 @@ def test_broken_tables(tmp_path: Path) -> None:
             rows.image(row)
     with pytest.raises(TrunklineError, match=r"row 1: 'caption' has an empty caption"):
         rows.captions(1)
-    with pytest.raises(TrunklineError, match=r"row 2: 'caption' is no text or list of texts but null"):
+    with pytest.raises(TrunklineError, match=r"row 2: 'caption' is not a text or a list of texts but null"):
         rows.captions(2)
     for flag, column in (("image", "img"), ("caption", "text")):
         with pytest.raises(TrunklineError, match=f"has no column '{column}'; .*set {flag}_column"):
             load(tmp_path / "rows.parquet", tmp_path, **{flag: column})
-    with pytest.raises(TrunklineError, match="column 'id' holds no images but"):
+    with pytest.raises(TrunklineError, match="column 'id' does not hold images but"):
         load(tmp_path / "rows.parquet", tmp_path, image="id")
 
 
@@ -220,7 +220,7 @@ def test_shards_of_a_file_a_folder_and_patterns(tmp_path: Path) -> None:
         ("sub/cc-validation-0000.tar", [(9, ["a 9"])]),
     ):
         if rows is None:
-            with pytest.raises(TrunklineError, match=r"there is no file .*cc-test-0000\.tar; mend the path or pattern"):
+            with pytest.raises(TrunklineError, match=r"there is no file .*cc-test-0000\.tar; fix the path or pattern"):
                 load(tmp_path / "in" / pattern, tmp_path)
         else:
             assert contents(load(tmp_path / "in" / pattern, tmp_path)["train"]) == rows
@@ -249,8 +249,8 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for source, message in (
         ("pipe:cat x.tar", "must be local files or on a mounted file system"),
         ("s3://bucket/x.tar", "must be local files or on a mounted file system"),
-        (tmp_path / "x.jsonl", "there is no file .*x.jsonl; mend the path"),
-        (tmp_path / "*.tar", "there is no file .*; mend the path or pattern"),
+        (tmp_path / "x.jsonl", "there is no file .*x.jsonl; fix the path"),
+        (tmp_path / "*.tar", "there is no file .*; fix the path or pattern"),
         (tmp_path / "a", "is a folder without captions; it needs .tar, .jsonl, .csv or .parquet files"),
     ):
         with pytest.raises(TrunklineError, match=message):

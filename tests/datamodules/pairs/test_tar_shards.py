@@ -109,7 +109,7 @@ def test_incomplete_samples_are_rows_that_cannot_be_read(tmp_path: Path) -> None
     for row, part in (
         (2, "s.tar, 3.png has no .txt or .json beside it"),
         (3, "s.tar, 4.json: the caption cannot be read"),
-        (4, "s.tar, 5.json: 'caption' is no text or list of texts but null"),
+        (4, "s.tar, 5.json: 'caption' is not a text or a list of texts but null"),
         (5, "s.tar, 6.txt: 'txt' has an empty caption"),
     ):
         with pytest.raises(TrunklineError) as caught:
@@ -179,7 +179,7 @@ def test_a_shard_cut_short(cut: int, samples: int, message: str, tmp_path: Path)
     with pytest.raises(TrunklineError) as caught:
         pairs([whole, tmp_path / "short.tar"])
     assert str(caught.value).startswith(f"the shard {tmp_path}/short.tar of {cut} bytes is broken: {message}")
-    assert str(caught.value).endswith("set skip_corrupt=true to use what is before")
+    assert str(caught.value).endswith("set skip_corrupt=true to use the samples before that")
     for _ in range(2):  # said in each run
         with pytest.warns(UserWarning, match=rf"short\.tar of {cut} bytes .*only the {samples} samples before"):
             rows = pairs([whole, tmp_path / "short.tar"], skip=True)
@@ -192,7 +192,7 @@ def test_noise_between_members(tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[512 * 8 : 512 * 9] = b"\x07" * 512
     shard.write_bytes(content)
-    with pytest.raises(TrunklineError, match="something else than a member stands at byte 4096"):
+    with pytest.raises(TrunklineError, match="there is something else than a member at byte 4096"):
         pairs([shard])
 
 
@@ -203,8 +203,8 @@ def test_what_is_no_shard(tmp_path: Path) -> None:
     write(tmp_path / "other.tar", {"1.cls": b"3"})
     (tmp_path / "empty.tar").touch()
     for name, message in (
-        ("packed.tar", r"packed\.tar is no plain tar file: .*not packed$"),
-        ("empty.tar", r"empty\.tar is no plain tar file: "),
+        ("packed.tar", r"packed\.tar is not an uncompressed tar file: .*not compressed$"),
+        ("empty.tar", r"empty\.tar is not an uncompressed tar file: "),
         ("other.tar", r"other\.tar holds no images with texts \(KEY\.jpg with KEY\.txt or KEY\.json\)"),
         ("missing.tar", r"cannot read the shard .*missing\.tar: No such file"),
     ):

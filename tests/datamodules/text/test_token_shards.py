@@ -314,7 +314,7 @@ def test_an_empty_split_is_refused(split: str, flag: str, tmp_path: Path) -> Non
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     with pytest.raises(TrunklineError) as caught:
         prepared(tmp_path / "in.jsonl", tmp_path / "cache", train=0.9, **{split: 0.1})
-    assert f"the {split} split comes out empty" in str(caught.value)
+    assert f"the {split} split is empty" in str(caught.value)
     assert f"raise {flag}" in str(caught.value)
     assert f"{split}_source" in str(caught.value)
 

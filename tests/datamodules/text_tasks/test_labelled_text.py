@@ -172,17 +172,17 @@ def test_few_rows_are_drawn_evenly(tmp_path: Path) -> None:
         (
             {"label": None},
             {},
-            r"t\.jsonl:3: 'label' is no name or whole number but null; mend the row or set .*label_column",
+            r"t\.jsonl:3: 'label' is not a name or a whole number but null; fix the row or set .*label_column",
         ),
-        ({"label": 0.5}, {}, r":3: 'label' is no name or whole number but float"),
+        ({"label": 0.5}, {}, r":3: 'label' is not a name or a whole number but float"),
         ({"label": ""}, {}, r":3: 'label' is empty"),
-        ({"text": 7}, {}, r":3: 'text' is no text but int; mend the row or set text_column"),
+        ({"text": 7}, {}, r":3: 'text' is not a text but int; fix the row or set text_column"),
         ({}, {"text_column": "body"}, r"t\.jsonl:1 has no 'body'; it has text, label; set text_column"),
         ({}, {"pair_column": "second"}, r"t\.jsonl:1 has no 'second'; it has text, label; set pair_column"),
         ({}, {"label_column": "y"}, r"t\.jsonl:1 has no 'y'; it has text, label; set label_column"),
         ({}, {"label_column": "c"}, r"t\.jsonl:1 has no 'c'"),
         ({}, {"val_fraction": 1.0}, r"val_fraction=1.0 leaves nothing for training"),
-        ({}, {"val_fraction": 0.001}, r"the val split .* comes out empty; give more rows, or .*val_source"),
+        ({}, {"val_fraction": 0.001}, r"the val split .* is empty; give more rows, or .*val_source"),
         ({}, {"max_length": 4}, r"max_length=4 leaves no room"),
         ({}, {"vocab_size": 5}, r"vocab_size=5 is smaller than the 14 tokens"),
         (
@@ -217,11 +217,11 @@ def test_labels_that_training_does_not_have(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "a"\n', r"a\.jsonl:1 is no JSON"),
-        ("a.jsonl", "[1]\n", r"a\.jsonl:1 is no JSON object but list"),
-        ("a.jsonl", b"\n\xff\n", r"a\.jsonl, byte 1: no UTF-8"),
-        ("a.csv", b"text,label\n\xff,1\n", r"a\.csv, byte 11: no UTF-8"),
-        ("a.parquet", "no", r"a\.parquet is no Parquet file"),
+        ("a.jsonl", '{"text": "a"\n', r"a\.jsonl:1 is not JSON"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl:1 is not a JSON object but list"),
+        ("a.jsonl", b"\n\xff\n", r"a\.jsonl, byte 1: not UTF-8"),
+        ("a.csv", b"text,label\n\xff,1\n", r"a\.csv, byte 11: not UTF-8"),
+        ("a.parquet", "no", r"a\.parquet is not a Parquet file"),
         ("a.xlsx", "", r"source needs \.jsonl, .* files, but .*a\.xlsx is none"),
     ],
 )
@@ -258,7 +258,7 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_files(tmp_path: Path) -> None:
     for name in (str(tmp_path / "none"), "none.jsonl"):
-        with pytest.raises(TrunklineError, match=rf"source={name}: there is no such file or folder; mend the path"):
+        with pytest.raises(TrunklineError, match=rf"source={name}: there is no such file or folder; fix the path"):
             ready(name, tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(TrunklineError, match=r"but the folder .*empty is empty"):
@@ -279,12 +279,12 @@ def test_checkpoints_remember_tokenizer_and_classes(tmp_path: Path, tokenizer: T
     again = data(str(tmp_path / "t.jsonl"), tmp_path, tokenizer=str(tmp_path / "run.ckpt"))
     assert again.vocabulary.to_str() == tokenizer.to_str()
     torch.save({"epoch": 3, "ImageData": {"mean": 1}}, tmp_path / "image.ckpt")
-    with pytest.raises(TrunklineError, match=r"tokenizer=.*image\.ckpt: this checkpoint keeps no tokenizer"):
+    with pytest.raises(TrunklineError, match=r"tokenizer=.*image\.ckpt: this checkpoint has no tokenizer"):
         assert data("t", tmp_path, tokenizer=str(tmp_path / "image.ckpt")).vocabulary
-    with pytest.raises(TrunklineError, match=r"none\.ckpt: there is no file .*none\.ckpt; mend the path"):
+    with pytest.raises(TrunklineError, match=r"none\.ckpt: there is no file .*none\.ckpt; fix the path"):
         assert data("t", tmp_path, tokenizer=str(tmp_path / "none.ckpt")).vocabulary
     (tmp_path / "broken.ckpt").write_bytes(b"no")
-    with pytest.raises(TrunklineError, match=r"broken\.ckpt is no checkpoint"):
+    with pytest.raises(TrunklineError, match=r"broken\.ckpt is not a checkpoint"):
         assert data("t", tmp_path, tokenizer=str(tmp_path / "broken.ckpt")).vocabulary
 
 

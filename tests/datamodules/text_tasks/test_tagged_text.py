@@ -126,15 +126,15 @@ def test_words_of_which_nothing_is_left(tmp_path: Path, tokenizer: Tokenizer) ->
     assert first.tolist() == [0, 1, 2, 3, 4, 6]
     without = Tokenizer(models.WordPiece({"a": 0}, unk_token="a"))
     without.normalizer = normalizers.BertNormalizer()
-    with pytest.raises(TrunklineError, match=r"here: the tokenizer makes nothing of word 1, '\\u200b'; mend the row"):
+    with pytest.raises(TrunklineError, match=r"here: the tokenizer makes no token of word 1, '\\u200b'; fix the row"):
         WordEncoder(without).encode(["a", "\u200b"], "here")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tags": ["O"] * 4}, r"t\.jsonl:2 has 5 words, but 4 tags; mend the row"),
-        ({"tokens": "Anna"}, r":2: 'tokens' is no list but str; mend the row or set tokens_column"),
+        ({"tags": ["O"] * 4}, r"t\.jsonl:2 has 5 words, but 4 tags; fix the row"),
+        ({"tokens": "Anna"}, r":2: 'tokens' is not a list but str; fix the row or set tokens_column"),
         ({"tokens": []}, r":2: 'tokens' is an empty list"),
         ({"tokens": ["a", 3, "b", "c", "d"]}, r":2: 'tokens' holds a int where"),
         ({"tags": ["O", None, "O", "O", "O"]}, r":2: 'tags' holds a null where .* set tags_column"),

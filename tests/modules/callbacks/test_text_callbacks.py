@@ -152,7 +152,11 @@ def test_heads_are_drawn_where_they_look() -> None:
     [
         (False, TextSamples([""]), "TextSamples: the prompt '' has no tokens"),
         (True, FilledMasks(["the cat"]), r"^FilledMasks: the sentence 'the cat' has no \[MASK\]; write it where"),
-        (True, FilledMasks(["[MASK]" * 15]), r"^FilledMasks: the sentence '.*' has 17 tokens, .* can see 16; cut it$"),
+        (
+            True,
+            FilledMasks(["[MASK]" * 15]),
+            r"^FilledMasks: the sentence '.*' has 17 tokens, .* can see 16; shorten it$",
+        ),
         (False, FilledMasks(["[MASK]"]), "^FilledMasks needs MaskedTextData; leave the callback out with other data$"),
     ],
 )

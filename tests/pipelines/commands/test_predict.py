@@ -136,9 +136,9 @@ def test_modes_of_one_picture(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_no_images(grey_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrunklineError, match=r"^images=.*nowhere is no folder; give one that holds images$"):
+    with pytest.raises(TrunklineError, match=r"^images=.*nowhere is not a folder; give one that holds images$"):
         run(grey_checkpoint, tmp_path / "nowhere", tmp_path / "out.csv")
-    with pytest.raises(TrunklineError, match=r"^images=.*a\.ckpt is no folder; give one that holds images$"):
+    with pytest.raises(TrunklineError, match=r"^images=.*a\.ckpt is not a folder; give one that holds images$"):
         run(grey_checkpoint, grey_checkpoint, tmp_path / "out.csv")
     (tmp_path / "empty" / "below").mkdir(parents=True)
     (tmp_path / "empty" / "notes.txt").write_text("no image")
@@ -203,10 +203,10 @@ def test_bad_checkpoint(grey_checkpoint: Path, images: Path, tmp_path: Path, mak
     [
         ({"state_dict": {}}, "no checkpoint of ImageClassifier, but of something else"),
         ({"objective": "CausalLM", "ImageData": {}}, "no checkpoint of ImageClassifier, but of CausalLM"),
-        (torch.zeros(3), "no checkpoint of a training run: it holds a Tensor"),
-        (Path("x"), "no checkpoint of plain data: Unsupported global.*could run code"),
-        (b"any text\n", "no checkpoint of plain data: "),
-        (b"}u\n", "no checkpoint of plain data: "),  # of which torch raises an IndexError
+        (torch.zeros(3), "not a checkpoint of a training run: it holds a Tensor"),
+        (Path("x"), "not a checkpoint of plain data: Unsupported global.*could run code"),
+        (b"any text\n", "not a checkpoint of plain data: "),
+        (b"}u\n", "not a checkpoint of plain data: "),  # of which torch raises an IndexError
     ],
 )
 def test_checkpoint_of_another_program(images: Path, tmp_path: Path, content: Any, message: str) -> None:

@@ -229,9 +229,9 @@ def test_long_questions_are_counted(
     [
         ("classifier", "in.txt", "a\n\nb\n", r"in\.txt:2 is empty; write a text there, or remove it"),
         ("classifier", "in.txt", "", r"--texts .*in\.txt holds no text"),
-        ("classifier", "in.txt", "a\n\xff", r"in\.txt, byte 2: no UTF-8"),
+        ("classifier", "in.txt", "a\n\xff", r"in\.txt, byte 2: not UTF-8"),
         ("classifier", "in.jsonl", '{"text": " "}', r"in\.jsonl:1 is empty"),
-        ("classifier", "in.jsonl", '{"text": 3}', r"in\.jsonl:1: 'text' is no text but int; .* set text_column$"),
+        ("classifier", "in.jsonl", '{"text": 3}', r"in\.jsonl:1: 'text' is not a text but int; .* set text_column$"),
         ("classifier", "in.csv", "body\na\n", r"in\.csv:2 has no 'text'; it has body; set text_column$"),
         ("classifier", "none.txt", None, r"--texts .*none\.txt: there is no such file; mend the path"),
         ("tagger", "in.txt", "anna\n\nbo", r"in\.txt:2 is empty"),
@@ -240,7 +240,7 @@ def test_long_questions_are_counted(
         ("tagger", "in.txt", "anna " * 15, r"in\.txt:1 has 15 sub-words, but there is room for 14; .*cut this sent"),
         ("answerer", "in.jsonl", '{"question": "a"}', r":1 has no 'context'; question answering needs question and c"),
         ("answerer", "in.jsonl", '{"question": "", "context": "a"}', r"in\.jsonl, question 0 is empty"),
-        ("answerer", "in.json", "[]", r"in\.json is no SQuAD file"),
+        ("answerer", "in.json", "[]", r"in\.json is not a SQuAD file"),
         ("answerer", "in.txt", "who", r"in\.txt: questions stand in a \.json file in SQuAD's format, or in a table"),
     ],
 )

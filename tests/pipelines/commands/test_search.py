@@ -112,7 +112,7 @@ def test_a_broken_picture(checkpoint: str, tmp_path: Path, capsys: pytest.Captur
         ({"query": " "}, "--query is empty; say what to look for"),
         ({"count": 0}, "--count must be at least 1, not 0"),
         ({"images": None}, "there is nothing to search; give --images, or --embeddings"),
-        ({"images": "nowhere"}, "images=nowhere is no folder; give one that holds images"),
+        ({"images": "nowhere"}, "images=nowhere is not a folder; give one that holds images"),
         (
             {"embeddings": "nowhere.parquet"},
             "cannot read --embeddings nowhere.parquet: .*write it with `trunkline embed",
@@ -152,7 +152,7 @@ def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path, checkp
     ("options", "message"),
     [
         ({}, "there is nothing to embed; give --texts, --images or both"),
-        ({"images": "nowhere"}, "images=nowhere is no folder; give one that holds images"),
+        ({"images": "nowhere"}, "images=nowhere is not a folder; give one that holds images"),
         ({"images": ".", "normalise": False}, "--pool, --normalise and --tokenizer are for language models"),
         ({"images": ".", "pool": "cls"}, "is of a CLIP, which embeds as in training; leave them out"),
     ],

@@ -63,7 +63,7 @@ def test_fill_mask(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     ("options", "message"),
     [
         ({"sentence": "paris is the capital"}, r"--sentence 'paris is the capital' has no \[MASK\]; write it"),
-        ({"sentence": "[MASK] " * 7}, "has 9 tokens, but the network can see 8; cut it"),
+        ({"sentence": "[MASK] " * 7}, "has 9 tokens, but the network can see 8; shorten it"),
         ({"sentence": "[MASK]", "top_k": 0}, "--top_k must be at least 1, not 0"),
         ({"sentence": "[MASK]", "checkpoint": "nowhere.ckpt"}, "nowhere.ckpt"),
     ],
