@@ -260,7 +260,7 @@ def test_stop_ends_the_row(checkpoint: str, printed: Any) -> None:
             r"--prompt has 25 tokens, but the network can see 24 \(max_length\); leave out at least 1 ",
         ),
         ({"prompt": ["a", "x" * 30]}, "--prompt: text 2 has 30 tokens, .* leave out at least 6 "),
-        ({"tokenizer": "nowhere.json"}, "tokenizer=nowhere.json: there is no file nowhere.json; mend the path"),
+        ({"tokenizer": "nowhere.json"}, "tokenizer=nowhere.json: there is no file nowhere.json; fix the path"),
     ],
 )
 def test_bad_options(checkpoint: str, capsys: pytest.CaptureFixture[str], options: Any, message: str) -> None:
