@@ -117,7 +117,7 @@ def test_nearest_in_blocks() -> None:
 @pytest.mark.parametrize(
     ("content", "output", "message"),
     [
-        ("", "out.parquet", "holds no text; give one text a line"),
+        ("", "out.parquet", "holds no text; give one text per line"),
         (
             "the " * 7,
             "out.parquet",
