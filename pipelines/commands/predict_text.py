@@ -43,7 +43,7 @@ def predict_texts(trained: Trained, texts: str, columns: dict[str, str | None], 
         raise TrunklineError(f"--{next(iter(given))} is for classes of texts, but {trained.file} is of {task.name}")
     file = Path(texts)
     if not file.is_file():
-        raise TrunklineError(f"--texts {texts}: there is no such file; mend the path")
+        raise TrunklineError(f"--texts {texts}: there is no such file; fix the path")
     data = data_of(trained, file, given)
     return task.table(trained.module(), data, file, trained.data or {}, run)
 

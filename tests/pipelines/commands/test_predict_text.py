@@ -233,7 +233,7 @@ def test_long_questions_are_counted(
         ("classifier", "in.jsonl", '{"text": " "}', r"in\.jsonl:1 is empty"),
         ("classifier", "in.jsonl", '{"text": 3}', r"in\.jsonl:1: 'text' is not a text but int; .* set text_column$"),
         ("classifier", "in.csv", "body\na\n", r"in\.csv:2 has no 'text'; it has body; set text_column$"),
-        ("classifier", "none.txt", None, r"--texts .*none\.txt: there is no such file; mend the path"),
+        ("classifier", "none.txt", None, r"--texts .*none\.txt: there is no such file; fix the path"),
         ("tagger", "in.txt", "anna\n\nbo", r"in\.txt:2 is empty"),
         ("tagger", "in.jsonl", "{}", r"in\.jsonl: words to be tagged stand in a \.txt file"),
         ("tagger", "in.conll", "\n\n", r"in\.conll holds no text"),
