@@ -30,7 +30,7 @@ finetune-bert: $(READY) ## what the pre-training is worth: name the language, ag
 train-clip: $(READY) ## train a CLIP on emoji and their names, offline, in five minutes; another artist's drawings test it
 	$(BIN)/trunkline fit --config clip/emoji $(ARGS)
 	@last=$$(ls -t runs/clip/emoji/*/checkpoints/last.ckpt | head -1) && set -x && \
-	$(BIN)/trunkline evaluate --checkpoint $$last --source openmoji --val_fraction 0 --split train
+	$(BIN)/trunkline evaluate --checkpoint $$last --data.source openmoji --data.val_fraction 0 --split train
 
 test: $(READY) ## the fast tests, without a network; two files side by side
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from trunkline import TrunklineError, __version__
 from trunkline.pipelines.errors import own_error, report
+from trunkline.pipelines.objectives import import_class
 
 TRAINING = {
     "fit": "train a model, then test it",
@@ -23,12 +24,17 @@ class Function(NamedTuple):
     module: str
     name: str
     help: str
+    completion: str | None = None
+    """Path of what completes the command's arguments before they are read."""
 
 
 FUNCTIONS = {
     "embed": Function("commands.embed", "embed", "write embeddings of texts or images with a checkpoint"),
     "evaluate": Function(
-        "evaluation.evaluate", "evaluate", "judge an image network by retrieval, zero-shot, k-NN or a linear probe"
+        "evaluation.evaluate",
+        "evaluate",
+        "judge an image network by retrieval, zero-shot, k-NN or a linear probe",
+        completion="evaluation.data.with_data_class",
     ),
     "fill-mask": Function(
         "commands.fill_mask", "fill_mask", "predict the masked words of a sentence with a checkpoint"
@@ -60,7 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
             run_prepare(arguments)
         elif command in FUNCTIONS:
             function = load(FUNCTIONS[command])
-            options = inspect.signature(function).parameters
+            parameters = inspect.signature(function).parameters
+            options = None if "data" in parameters else parameters  # data's flags are those of a config
             run_function(function, command, arguments)
         elif command == "--version":
             print(f"trunkline {__version__}")
@@ -95,6 +102,9 @@ def run_function(function: Callable[..., None], command: str, arguments: list[st
 
     sys.argv[1:] = arguments  # error messages look for flags here
     given = arguments[1:]
+    completion = FUNCTIONS[command].completion
+    if completion:
+        given = import_class(f"trunkline.pipelines.{completion}")(given)
     if command in POSITIONAL and given and not given[0].startswith("-"):
         given = [POSITIONAL[command], *given]
     options: dict[str, Any] = {"as_positional": False, "parser_class": CommandParser}

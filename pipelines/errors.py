@@ -125,9 +125,9 @@ def options_given(arguments: list[str] | None = None) -> Iterator[tuple[str, str
             yield name, value if equals else following
 
 
-def flags() -> Iterator[tuple[str, str]]:
-    """Long options on the command line without their dashes, and their values."""
-    return ((name[2:], value) for name, value in options_given() if name.startswith("--"))
+def flags(arguments: list[str] | None = None) -> Iterator[tuple[str, str]]:
+    """Long options without their dashes, and their values; None: of this process's command line."""
+    return ((name[2:], value) for name, value in options_given(arguments) if name.startswith("--"))
 
 
 def plain(name: str) -> str:

@@ -13,7 +13,7 @@ from trunkline import TrunklineError
 from trunkline.pipelines.configs import nearest
 from trunkline.pipelines.errors import Place, locate, own_error
 from trunkline.pipelines.objectives import KINDS, PROBES, data_classes, import_class, objective_classes, short
-from trunkline.pipelines.renamed import RENAMED, moved, outdated
+from trunkline.pipelines.renamed import OLD_KEYS, moved, new_flag, outdated
 
 # `--help` shows the docstring below each field of a dataclass.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -97,10 +97,11 @@ def explain(message: str, names: Collection[str]) -> str:
 
 def explain_option(key: str, names: Collection[str]) -> str:
     """The message for an unknown option."""
-    place = locate(key, preferred=RENAMED)
+    place = locate(key, preferred=OLD_KEYS)
     if place.is_flag:
-        if place.key in RENAMED:
-            return f"there is no option {place.text} any more; it is --{RENAMED[place.key]} now"
+        new = new_flag(place.key)
+        if new is not None:
+            return f"there is no option {place.text} any more; it is --{new} now"
         return f"there is no option {place.text}{closest(place.key, names)}"
     return of_older_version(place) or f"{place.text}: there is no '{key}'{closest(key, names)}"
 

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trunkline import datamodules
 from trunkline.pipelines.cli import FUNCTIONS, POSITIONAL, TRAINING, load, main
+from trunkline.pipelines.objectives import import_class
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -197,7 +199,12 @@ def test_other_commands_of_the_readme() -> None:
     for name, *options in found:
         if name in POSITIONAL and not options[0].startswith("-"):
             options.insert(0, POSITIONAL[name])
-        known = inspect.signature(load(FUNCTIONS[name])).parameters
+        known = dict(inspect.signature(load(FUNCTIONS[name])).parameters)
+        completion = FUNCTIONS[name].completion
+        if completion:
+            options = import_class(f"trunkline.pipelines.{completion}")(options)
+            data = vars(datamodules)[options[options.index("--data") + 1]]
+            known |= {f"data.{field}": parameter for field, parameter in inspect.signature(data).parameters.items()}
         flags = [word.removeprefix("--").partition("=")[0] for word in options if word.startswith("--")]
         assert set(flags) <= known.keys()
         needed = {key for key, parameter in known.items() if parameter.default is parameter.empty}

@@ -1,7 +1,6 @@
 """`trunkline evaluate`: what an image network knows, by retrieval, zero-shot classification, neighbours and probes."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,12 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from trunkline import TrunklineError
+from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.images.image_data import ImageData
-from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI
 from trunkline.datamodules.pairs.image_text_data import ImageTextData
 from trunkline.pipelines.commands.output import check_output
 from trunkline.pipelines.devices import find_device
 from trunkline.pipelines.embedding import ImageNetwork, image_network
+from trunkline.pipelines.evaluation.data import as_trained
 from trunkline.pipelines.evaluation.measures import (
     Features,
     Result,
@@ -29,128 +29,73 @@ from trunkline.pipelines.trained import Trained
 
 Measure = Literal["retrieval", "zero_shot", "knn", "linear_probe"]
 LABELLED = ("zero_shot", "knn", "linear_probe")
-FLAGS_OF_TASKS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("captions", "caption_column", "image_folder", "flags"), ("retrieval",)),
-    **dict.fromkeys(("label_column", "split_seed"), LABELLED),
-    **dict.fromkeys(("class_names", "templates"), ("zero_shot",)),
-    "k": ("knn",),
-}
-"""Flags that not all tasks know, and those that do."""
+OPTIONS_OF_TASKS = {"captions": "retrieval", "class_names": "zero_shot", "templates": "zero_shot", "k": "knn"}
+"""Those that one task alone knows."""
+NEIGHBOURS = 20
 TEMPLATES = ("{}", "a photo of a {}", "a picture of a {}", "a drawing of a {}")
 
 
 def evaluate(
     checkpoint: str,
-    source: str,
+    data: TrunklineDataModule,
     what: Measure | Literal["all"] = "all",
     split: Literal["train", "val", "test"] | None = None,
     captions: Literal["first", "all"] = "first",
     class_names: list[str] | str | None = None,
     templates: list[str] | str | None = None,
     k: int | None = None,
-    image_column: str = "image",
-    caption_column: str | None = None,
-    label_column: str | None = None,
-    train_split: str | None = None,
-    val_split: str | None = None,
-    test_split: str | None = None,
-    val_fraction: float | None = None,
-    test_fraction: float | None = None,
-    split_seed: int | None = None,
-    image_folder: str | None = None,
-    flags: bool | None = None,
-    cache_dir: str | None = None,
-    skip_corrupt: bool = False,
-    batch_size: int = 64,
-    num_workers: int = 0,
     output: str | None = None,
     device: str = "auto",
 ) -> None:
-    """Judge the network of a checkpoint on a source of images with captions or with labels, and print a table.
+    """Judge the network of a checkpoint on images with captions or with labels, and print a table.
 
     `retrieval` finds the right text for each image and the reverse. `zero_shot` names an image's class by the most
     similar text. `knn` and `linear_probe` learn classes from the frozen features of the training split, which an image
-    classifier's checkpoint has too. `all` is what source and checkpoint allow.
+    classifier's checkpoint has too. `all` is what data and checkpoint allow.
+
+    Images and texts are prepared as in the checkpoint's training. So are the splits, where the data are of the kind
+    that it was trained on, and `val_fraction`, `test_fraction` or `split_seed` is left out (a `split_seed` of 0 counts
+    as left out): nothing is both trained on and tested. Checkpoints older than that take the usual shares.
 
     Args:
         checkpoint: of a `trunkline fit` of images and texts, or of an image classifier.
-        source: as for training: of images with captions (`twemoji`, `openmoji`; others with --caption_column or --what
-            retrieval), or of labelled images (`digits`, …).
+        data: ImageTextData or ImageData, with the flags of `trunkline fit` (`--data.source openmoji`). The class may be
+            left out: it is ImageTextData for `twemoji` and `openmoji`, with `--what retrieval`, and with a flag that it
+            alone has (`--data.caption_column`), else ImageData. With `skip_corrupt` images that cannot be read are left
+            out and counted.
         what: is measured.
         split: on which it is measured; None takes test, or where there is none val.
         captions: whether a text is an image's first caption, or each of its own.
-        class_names: a list, or a file with one a line, in place of the source's own.
+        class_names: a list, or a file with one a line, in place of the data's own.
         templates: of zero-shot prompts, with {} for the class: a list, one, or a file with one a line.
         k: neighbours that vote; None takes 20.
-        image_column: see `ImageTextData` and `ImageData`, as the next eleven.
-        caption_column: see there.
-        label_column: see there.
-        train_split: see there.
-        val_split: see there.
-        test_split: see there.
-        val_fraction: see there; None takes, of images with captions, that of the checkpoint's training, so that nothing
-            is both trained on and tested. Of labelled images give that of training yourself, as the next two.
-        test_fraction: see there.
-        split_seed: see there; of labelled images.
-        image_folder: see there.
-        flags: see there; of `twemoji` and `openmoji`.
-        cache_dir: see there.
-        skip_corrupt: leave out images that cannot be read, and count them, instead of stopping.
-        batch_size: images or texts at a time.
-        num_workers: processes that read images.
         output: a .json file for the same figures.
         device: auto, cpu, cuda, cuda:1, mps, …
 
     Raises:
-        TrunklineError: for a missing file or split, a flag that does not apply, names or templates that cannot work, or
-            a checkpoint that does not know texts where they are needed.
+        TrunklineError: for a missing file or split, an option that does not apply, names or templates that cannot work,
+            or a checkpoint that does not know texts where they are needed.
     """
     if output is not None:
         check_output(output, (".json",))
+    if not isinstance(data, ImageData | ImageTextData):
+        raise TrunklineError(f"{type(data).__name__} has no images to look at; give ImageData or ImageTextData", "data")
     place, trained = find_device(device), Trained.read(checkpoint)
     network = image_network(trained, place)
-    run = Runner(network, batch_size, place, num_workers, skip_corrupt)
-    paired = what == "retrieval" or source in (TWEMOJI, OPENMOJI) or (what == "all" and caption_column is not None)
-    tasks = choose_tasks(what, paired, network, checkpoint, source)
-    special = {
-        "captions": None if captions == "first" else captions,
-        "caption_column": caption_column,
-        "image_folder": image_folder,
-        "flags": flags,
-        "label_column": label_column,
-        "split_seed": split_seed,
-        "class_names": class_names,
-        "templates": templates,
-        "k": k,
-    }
-    check_flags(special, tasks, source)
-    names = ("caption_column", "image_folder", "flags") if paired else ("label_column", "split_seed")
-    given: dict[str, Any] = {name: special[name] for name in names} | {
-        "train_split": train_split,
-        "val_split": val_split,
-        "test_split": test_split,
-        "val_fraction": val_fraction,
-        "test_fraction": test_fraction,
-        "cache_dir": cache_dir,
-    }
-    options: dict[str, Any] = {"source": source, "image_column": image_column, "skip_corrupt": skip_corrupt}
-    options |= {name: value for name, value in given.items() if value is not None}
-    options |= asdict(network.preprocessing)
-    if paired:
-        pairs = ImageTextData(**{**trained_fractions(trained), **options})
-        tested, results = of_pairs(run, pairs, split, captions)
+    tasks = choose_tasks(what, data, network, checkpoint)
+    all_captions = None if captions == "first" else captions
+    given = {"captions": all_captions, "class_names": class_names, "templates": templates, "k": k}
+    check_options(given, tasks, data.source)
+    same_kind = isinstance(data, ImageTextData) == (network.clip is not None)
+    data = as_trained(data, network.preprocessing, (same_kind and trained.data) or {})
+    run = Runner(network, data.eval_batch_size or data.batch_size, place, data.worker_count(), data.skip_corrupt)
+    if isinstance(data, ImageTextData):
+        tested, results = of_pairs(run, data, split, captions)
     else:
-        labelled = ImageData(**options)
-        tested, results = of_labels(run, labelled, split, tasks, class_names, templates, 20 if k is None else k)
-    show(results, f"{checkpoint} on {source} ({tested})")
+        tested, results = of_labels(run, data, split, tasks, class_names, templates, NEIGHBOURS if k is None else k)
+    show(results, f"{checkpoint} on {data.source} ({tested})")
     if output is not None:
-        save(results, output, {"checkpoint": checkpoint, "source": source, "split": tested})
-
-
-def trained_fractions(trained: Trained) -> dict[str, float]:
-    """Shares of the splits that a checkpoint of images with captions was trained with, as far as it says so."""
-    shares = (trained.data or {}).get("fractions", {})
-    return {f"{part}_fraction": share for part, share in shares.items()}
+        save(results, output, {"checkpoint": checkpoint, "source": data.source, "split": tested})
 
 
 def of_pairs(run: Runner, data: ImageTextData, split: str | None, captions: str) -> tuple[str, list[Result]]:
@@ -182,45 +127,47 @@ def of_labels(
     return tested, results
 
 
-def choose_tasks(what: str, paired: bool, network: ImageNetwork, checkpoint: str, source: str) -> list[str]:
+def choose_tasks(what: str, data: ImageData | ImageTextData, network: ImageNetwork, checkpoint: str) -> list[str]:
     """What is asked for, or all that is possible.
 
     Raises:
         TrunklineError: if it is not.
     """
+    paired = isinstance(data, ImageTextData)
     possible = ["retrieval"] if paired else [*LABELLED]
     if what not in ("all", *possible):
-        raise TrunklineError(f"{source} has captions and no classes; give --what retrieval, or a labelled --source")
+        has, mend = "captions and no classes", "--what retrieval, or labelled images with --data ImageData"
+        if not paired:
+            has, mend = "classes and no captions", "images with captions with --data ImageTextData, or another --what"
+        raise TrunklineError(f"{data.source} has {has}, as {type(data).__name__} reads it; give {mend}")
     tasks = possible if what == "all" else [what]
     if network.clip is None and what == "all":
         tasks = [task for task in tasks if task not in ("retrieval", "zero_shot")]
     if not tasks or (network.clip is None and what in ("retrieval", "zero_shot")):
         raise TrunklineError(
             f"{checkpoint} is of ImageClassifier, which knows no texts; give --what knn or linear_probe and a labelled "
-            "--source, or a checkpoint of ContrastiveImageText"
+            "--data.source, or a checkpoint of ContrastiveImageText"
         )
     return tasks
 
 
-def check_flags(given: dict[str, Any], tasks: list[str], source: str) -> None:
+def check_options(given: dict[str, Any], tasks: list[str], source: str) -> None:
     """Refuse what would do nothing.
 
     Args:
-        given: flags of `FLAGS_OF_TASKS` -> their values; None was not given.
+        given: options of `OPTIONS_OF_TASKS` -> their values; None was not given.
         tasks: are measured.
         source: on this.
 
     Raises:
         TrunklineError: for the first of them.
     """
-    for flag, value in given.items():
-        if value is not None and not set(FLAGS_OF_TASKS[flag]) & set(tasks):
+    for option, value in given.items():
+        if value is not None and OPTIONS_OF_TASKS[option] not in tasks:
             raise TrunklineError(
-                f"--{flag} is for {' or '.join(FLAGS_OF_TASKS[flag])}, but --source {source} is measured by "
-                f"{', '.join(tasks)}; leave it out, or choose with --what"
+                f"--{option} is for {OPTIONS_OF_TASKS[option]}, but {source} is measured by {', '.join(tasks)}; leave "
+                "it out, or choose with --what"
             )
-    if given["flags"] is not None and source not in (TWEMOJI, OPENMOJI):
-        raise TrunklineError(f"--flags is for {TWEMOJI} and {OPENMOJI}, not for --source {source}; leave it out")
 
 
 def label_names(given: list[str] | str | None, own: list[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning as L
@@ -11,13 +10,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from trunkline import TrunklineError
+from trunkline.contract import DataFacts, HasFacts
 from trunkline.datamodules.base import preserved_generators
 from trunkline.datamodules.images.image_data import ImageData, LabelledImages
 from trunkline.datamodules.images.image_sources import Subset
+from trunkline.datamodules.images.preprocessing import ImageInput
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.modules.metrics.probes import Labelled, linear_probe_accuracy
 from trunkline.modules.networks import CLIP, ViT
 from trunkline.pipelines.embedding import ImageNetwork
+from trunkline.pipelines.evaluation.data import as_trained
 from trunkline.pipelines.evaluation.evaluate import label_names, read_templates
 from trunkline.pipelines.evaluation.measures import Features, Runner, neighbours, zero_shot
 from trunkline.pipelines.objectives import able
@@ -37,7 +39,9 @@ class ImageProbes(Callback):
     can be chosen by them there. Sharded weights are not supported.
 
     Args:
-        source: of labelled images, see `ImageData`.
+        data: ImageData of labelled images. They are prepared as the data that the network learns from; if that is
+            ImageData too, fractions and seed of the splits that are left out are its own, which keeps the rows of the
+            last test out of this. `num_workers` left out is none.
         what: is measured; None is all that the network can do, for a classifier knows no texts.
         every: so many validations; `trunkline validate` measures always.
         templates: of zero-shot prompts, with {} for the class: a list, one, or a file with one a line.
@@ -45,22 +49,11 @@ class ImageProbes(Callback):
         k: neighbours that vote.
         max_train: training rows that neighbours and probe learn from at most, spread evenly over each class.
         max_val: the same of validation rows that are measured on.
-        image_column: see `ImageData`, as the next six.
-        label_column: see there.
-        train_split: see there.
-        val_split: see there.
-        val_fraction: see there.
-        test_fraction: see there; fractions and seed of training keep the rows of its last test out of this too.
-        split_seed: see there.
-        skip_corrupt: leave out images that cannot be read, and count them, instead of stopping.
-        cache_dir: of `datasets`.
-        batch_size: images or texts at a time.
-        num_workers: processes that read images.
     """
 
     def __init__(
         self,
-        source: str,
+        data: ImageData,
         what: list[Probe] | None = None,
         every: int = 1,
         templates: list[str] | str | None = None,
@@ -68,42 +61,13 @@ class ImageProbes(Callback):
         k: int = 20,
         max_train: int = 2000,
         max_val: int = 2000,
-        image_column: str = "image",
-        label_column: str = "label",
-        train_split: str | None = None,
-        val_split: str | None = None,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.2,
-        split_seed: int = 0,
-        skip_corrupt: bool = False,
-        cache_dir: str | None = None,
-        batch_size: int = 64,
-        num_workers: int = 0,
     ) -> None:
-        for name, value in (
-            ("every", every),
-            ("max_train", max_train),
-            ("max_val", max_val),
-            ("batch_size", batch_size),
-        ):
+        for name, value in (("every", every), ("max_train", max_train), ("max_val", max_val)):
             if value < 1:
                 raise TrunklineError(f"ImageProbes: {name} must be 1 or more, not {value}")
         self.what, self.every, self.k = what, every, k
-        self.given_templates, self.given_names = templates, class_names
+        self.given_data, self.given_templates, self.given_names = data, templates, class_names
         self.limits = {"train": max_train, "val": max_val}
-        self.batch_size, self.num_workers, self.skip_corrupt = batch_size, num_workers, skip_corrupt
-        self.options: dict[str, Any] = {
-            "source": source,
-            "image_column": image_column,
-            "label_column": label_column,
-            "train_split": train_split,
-            "val_split": val_split,
-            "val_fraction": val_fraction,
-            "test_fraction": test_fraction,
-            "split_seed": split_seed,
-            "skip_corrupt": skip_corrupt,
-            "cache_dir": cache_dir,
-        }
         self.tasks: list[Probe] = []
         self.data: ImageData | None = None
         self.encoder: CaptionEncoder | None = None
@@ -121,18 +85,19 @@ class ImageProbes(Callback):
         if stage not in ("fit", "validate"):
             return
         self.tasks = choose_probes(trainer, pl_module, self.what)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        learnt: Any = trainer.datamodule  # type: ignore[attr-defined]
         with said_by_the_probes():
             self.templates = read_templates(self.given_templates)
             if trainer.is_global_zero:
-                self.data = self._load(data)
+                self.data = self._load(learnt)
                 self.names = label_names(self.given_names, self.data.class_names)
         if "zero_shot" in self.tasks:
-            self.encoder = CaptionEncoder(data.vocabulary, data.max_length)
+            self.encoder = CaptionEncoder(learnt.facts.tokenizer, learnt.facts.max_length)
 
-    def _load(self, own: Any) -> ImageData:
-        """The source, thinned out, prepared as the data `own` that the network learns from."""
-        data = ImageData(**self.options, **asdict(own.preprocessing))
+    def _load(self, learnt: ImageInput) -> ImageData:
+        """The labelled images, thinned out, prepared as the data that the network learns from."""
+        splits = learnt.state_dict() if isinstance(learnt, ImageData) else {}
+        data = as_trained(self.given_data, learnt.preprocessing, splits)
         data.setup("validate")
         self._thin_out(data)
         return data
@@ -149,7 +114,7 @@ class ImageProbes(Callback):
         rows = {split: data.datasets[split].rows for split in self.limits}  # type: ignore[attr-defined]
         kept = {split: Subset(rows[split], spread(rows[split].labels, limit)) for split, limit in self.limits.items()}
         data.datasets = {
-            split: LabelledImages(few, data.preprocessing, None, 0, self.skip_corrupt) for split, few in kept.items()
+            split: LabelledImages(few, data.preprocessing, None, 0, data.skip_corrupt) for split, few in kept.items()
         }
         labels = kept["train"].labels
         if len(data.class_names) < 2 or ("linear_probe" in self.tasks and (len(set(labels)) < 2 or len(labels) < 5)):
@@ -188,7 +153,8 @@ class ImageProbes(Callback):
         clip = module.network if isinstance(module.network, CLIP) else None
         trunk = module.network if clip is None else clip.image
         network = ImageNetwork(trunk, self.data.preprocessing, clip, self.encoder)
-        run = Runner(network, self.batch_size, module.device, self.num_workers, self.skip_corrupt)
+        batch_size = self.data.eval_batch_size or self.data.batch_size
+        run = Runner(network, batch_size, module.device, self.data.num_workers or 0, self.data.skip_corrupt)
         features, found = Features(run, self.data), dict[str, float]()
         if "zero_shot" in self.tasks:
             for result in zero_shot(run, features.of("val"), self.names, self.templates):
@@ -233,8 +199,9 @@ def choose_probes(trainer: L.Trainer, module: L.LightningModule, what: list[Prob
     possible: list[Probe] = ["knn", "linear_probe"]
     if isinstance(network, CLIP):
         possible.insert(0, "zero_shot")
-    needed = ("preprocessing", "vocabulary", "max_length") if "zero_shot" in possible else ("preprocessing",)
-    if not all(hasattr(getattr(trainer, "datamodule", None), name) for name in needed):
+    learnt = getattr(trainer, "datamodule", None)
+    facts = learnt.facts if isinstance(learnt, HasFacts) else DataFacts()
+    if not isinstance(learnt, ImageInput) or ("zero_shot" in possible and None in (facts.tokenizer, facts.max_length)):
         raise TrunklineError("ImageProbes prepares images as the data does; train with ImageTextData or ImageData")
     for probe in what or ():
         if probe not in possible:

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from trunkline import TrunklineError
+from trunkline.datamodules import ImageData, ImageTextData
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.pipelines import renamed
 from trunkline.pipelines.cli import main
@@ -70,12 +72,12 @@ def test_place_of_a_field(arguments: str, field: str, place: str, command_line: 
 @pytest.mark.parametrize(
     ("arguments", "field", "place"),
     [
-        ("evaluate --batch_size 3", "data.batch_size", "--batch_size"),
-        ("evaluate", "data.batch_size", "--batch_size"),
-        ("evaluate --split test", "split", "--split"),
-        ("evaluate", "data.seed", None),
-        ("evaluate --data.batch_size 3", "data.batch_size", "--data.batch_size"),
-        ("evaluate --size 3", "data.batch_size", "--batch_size"),
+        ("embed --batch_size 3", "data.batch_size", "--batch_size"),
+        ("embed", "data.batch_size", "--batch_size"),
+        ("embed --pool mean", "pool", "--pool"),
+        ("embed", "data.seed", None),
+        ("embed --data.batch_size 3", "data.batch_size", "--data.batch_size"),
+        ("embed --size 3", "data.batch_size", "--batch_size"),
     ],
 )
 def test_place_of_a_field_for_a_function(
@@ -83,7 +85,7 @@ def test_place_of_a_field_for_a_function(
 ) -> None:
     """Whose flags have no groups."""
     command_line(arguments)
-    assert place_of(field, ("batch_size", "split")) == place
+    assert place_of(field, ("batch_size", "pool")) == place
 
 
 def test_report(command_line: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,12 +170,15 @@ def test_the_saved_config_of_an_older_version(tmp_path: Path, message: Callable[
     config = checkpoint.parent.parent / "config.yaml"
     assert f"error: {config} was written for an older version; line" in said
     lines = config.read_text().splitlines()
-    for old, new in {**OLD_CLASSES, "data.path": "data.source", "data.hub_split": "data.train_split"}.items():
+    renamed_keys = {"data.path": "data.source", "data.hub_split": "data.train_split"}
+    for old, new in {**OLD_CLASSES, **renamed_keys, "ImageProbes.source": "ImageProbes.data.source"}.items():
         end = f"- class_path: {old}" if "Probes" in old else f"class_path: {old}"
-        (line,) = [line for line in lines if line.strip() in (end, f"{old[5:]}: digits", f"{old[5:]}: null")]
+        key = old.rpartition(".")[2]
+        (line,) = [line for line in lines if line.strip() in (end, f"{key}: digits", f"{key}: null")]
         assert f"line {lines.index(line) + 1}: {old} is {new} now" in said
     # With the new names it is read; the checkpoint is looked at only then.
-    text = config.read_text().replace("path: digits", "source: digits").replace("hub_split:", "train_split:")
+    text = config.read_text().replace("source: digits", "data: {source: digits}")
+    text = text.replace("path: digits", "source: digits").replace("hub_split:", "train_split:")
     for old, new in OLD_CLASSES.items():
         text = text.replace(old, new)
     config.write_text(text)
@@ -193,6 +198,13 @@ def test_the_saved_config_of_an_older_version(tmp_path: Path, message: Callable[
             "trainer:\n  callbacks+:\n    - class_path: OLD.pipelines.probe_callback.ImageProbes\n",
             "line 3: .* is ImageProbes now",
         ),
+        (
+            "trainer:\n  callbacks+:\n    - class_path: ImageProbes\n      init_args:\n        source: digits\n        "
+            "batch_size: 3\n        k: 3\n    - class_path: Timer\n      init_args: {interval: step}\n"
+            "data: {source: digits, batch_size: 4}\n",
+            "line 5: ImageProbes.source is ImageProbes.data.source now; line 6: ImageProbes.batch_size is "
+            "ImageProbes.data.batch_size now; change them$",
+        ),
     ],
 )
 def test_old_names_in_a_config(text: str, expected: str, tmp_path: Path, message: Callable[[list[str]], str]) -> None:
@@ -205,6 +217,14 @@ def test_old_names_in_a_config(text: str, expected: str, tmp_path: Path, message
 def test_old_flags(old: str, message: Callable[[list[str]], str]) -> None:
     said = message(["fit", "--config", "vit/digits", f"--{old}", "x"])
     assert said == f"error: there is no option --{old} any more; it is --{renamed.RENAMED[old]} now"
+
+
+@pytest.mark.parametrize("old", renamed.OF_COMMANDS["evaluate"])
+def test_old_flags_of_a_command(old: str, message: Callable[[list[str]], str]) -> None:
+    said = message(["evaluate", "--checkpoint", "x.ckpt", "--data", "ImageData", f"--{old}", "x"])
+    assert said == f"error: there is no option --{old} any more; it is --data.{old} now"
+    assert any(old in {field.name for field in fields(kind)} for kind in (ImageData, ImageTextData))
+    assert f"--{old} any more" not in message(["predict", f"--{old}", "x"])
 
 
 def test_old_class_paths_as_flags(message: Callable[[list[str]], str]) -> None:

