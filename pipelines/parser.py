@@ -92,6 +92,8 @@ def explain(message: str, names: Collection[str]) -> str:
         return f"{subject} must be {kinds}, not '{wrong[4]}'"
     if "are required: fit.data" in message:
         return "trunkline fit needs a recipe, such as --config vit/digits"
+    if "are required: data" in message:
+        return "there is no data; say which, such as --data.source openmoji"
     return message
 
 

@@ -85,7 +85,7 @@ def evaluate(
     tasks = choose_tasks(what, data, network, checkpoint)
     all_captions = None if captions == "first" else captions
     given = {"captions": all_captions, "class_names": class_names, "templates": templates, "k": k}
-    check_options(given, tasks, data.source)
+    check_task_options(given, tasks, data.source)
     same_kind = isinstance(data, ImageTextData) == (network.clip is not None)
     data = as_trained(data, network.preprocessing, (same_kind and trained.data) or {})
     run = Runner(network, data.eval_batch_size or data.batch_size, place, data.worker_count(), data.skip_corrupt)
@@ -151,7 +151,7 @@ def choose_tasks(what: str, data: ImageData | ImageTextData, network: ImageNetwo
     return tasks
 
 
-def check_options(given: dict[str, Any], tasks: list[str], source: str) -> None:
+def check_task_options(given: dict[str, Any], tasks: list[str], source: str) -> None:
     """Refuse what would do nothing.
 
     Args:

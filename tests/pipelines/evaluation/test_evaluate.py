@@ -450,7 +450,7 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         main(["evaluate", "--data.help", name])
     assert not stop.value.code
     said = " ".join(capsys.readouterr().out.split())
-    assert "--data.val_fraction VAL_FRACTION Share of the training rows set aside for validation" in said
+    assert "--data.val_fraction VAL_FRACTION Share of the training rows to" in said
     assert ("--data.caption_column CAPTION_COLUMN Column of the captions" in said) == (name == "ImageTextData")
 
 
