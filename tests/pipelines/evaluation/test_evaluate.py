@@ -451,7 +451,7 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert not stop.value.code
     said = " ".join(capsys.readouterr().out.split())
     assert "--data.val_fraction VAL_FRACTION Share of the training rows to" in said
-    assert ("--data.caption_column CAPTION_COLUMN Column of the captions" in said) == (name == "ImageTextData")
+    assert ("--data.caption_column CAPTION_COLUMN Column that holds the captions" in said) == (name == "ImageTextData")
 
 
 def test_the_colours_are_learnt() -> None:
