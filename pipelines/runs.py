@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import count, takewhile
 from pathlib import Path
 
 from trunkline import TrunklineError
@@ -63,12 +64,21 @@ def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path 
     return (path.parent.parent if path.parent.name == "checkpoints" else path.parent), path, []
 
 
+def configs(folder: Path) -> Iterator[Path]:
+    """Where a run saves its config: `config.yaml`, then `config_2.yaml` and so on, one for each resume."""
+    yield folder / "config.yaml"
+    yield from (folder / f"config_{number}.yaml" for number in count(2))
+
+
 def unused_config(folder: Path) -> str:
-    """Name for the config of a run: `config.yaml`, and where it is resumed `config_2.yaml` and so on beside that."""
-    number = 1
-    while (folder / (name := "config.yaml" if number == 1 else f"config_{number}.yaml")).exists():
-        number += 1
-    return name
+    """Name of the next config of a run."""
+    return next(file.name for file in configs(folder) if not file.exists())
+
+
+def newest_config(folder: Path) -> Path | None:
+    """The last config of a run; None if it has none."""
+    files = list(takewhile(Path.is_file, configs(folder)))
+    return files[-1] if files else None
 
 
 def _new_run(folder: Path) -> Path:

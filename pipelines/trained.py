@@ -135,7 +135,10 @@ class Trained:
         """
         from trunkline.modules.objectives.base import TrunklineModule
 
-        model = self._class("objective", TrunklineModule)(**{**self.content["hyper_parameters"], "init_from": None})
+        given = self.content["hyper_parameters"]
+        # The weights to start from are no longer needed, and may be gone.
+        arguments = {name: None if name.startswith("init_") else value for name, value in given.items()}
+        model = self._class("objective", TrunklineModule)(**arguments)
         model.load_state_dict(self.content["state_dict"])
         return model
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -28,12 +28,22 @@ from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
-from trunkline.pipelines.runs import choose_run, forgotten_run, unused_config
+from trunkline.pipelines.runs import choose_run, forgotten_run, newest_config, unused_config
 from trunkline.pipelines.sizes import facts_left_out, write_sizes
 
 
 class TrainingParser(RecipeParser, LightningArgumentParser):
     """Our `RecipeParser` as the parser class that LightningCLI requires."""
+
+
+class SavedConfig(SaveConfigCallback):
+    """Saves the config when training starts: an attempt whose data or checkpoint does not fit leaves none."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        pass
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
 
 class TrainingCLI(LightningCLI):
@@ -48,6 +58,7 @@ class TrainingCLI(LightningCLI):
         super().__init__(
             TrunklineModule,
             TrunklineDataModule,
+            save_config_callback=SavedConfig,
             seed_everything_default=0,
             parser_class=TrainingParser,
             parser_kwargs={name: dict(defaults) for name in self.subcommands()},
@@ -225,9 +236,12 @@ def use_run_config(arguments: list[str]) -> list[str]:
     fault = find_fault(Path(values[-1]))
     if fault is not None:
         raise TrunklineError(f"--ckpt_path: {fault}")
-    config = Path(values[-1]).parent.parent / "config.yaml"
-    if not config.is_file():
-        raise TrunklineError(f"there is no {config}, the config that a run saves; name one with --config")
+    folder = Path(values[-1]).parent.parent
+    config = newest_config(folder)
+    if config is None:
+        raise TrunklineError(f"there is no {folder / 'config.yaml'}, which a run saves; name one with --config")
+    if config.name != "config.yaml":
+        rank_zero_info(f"evaluating with {config}, of the last resume")
     return [arguments[0], "--config", str(config), *arguments[1:]]
 
 

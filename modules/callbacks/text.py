@@ -1,6 +1,7 @@
 """A language model in TensorBoard: generated texts, filled masks, and attention of the heads."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.modules.callbacks.drawing import tensorboard, tokenizer_of
+from trunkline.modules.generation.decoding import Decoder
 from trunkline.modules.generation.filling import fill_masks
 from trunkline.modules.generation.sampling import GenerationConfig, generate
 from trunkline.modules.networks import BERT, GPT, TextHead
@@ -40,7 +42,8 @@ class TextSamples(Callback):
         self.texts: list[str] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a prompt without tokens before training starts."""
+        """Refuse a network that writes no text, and a prompt without tokens, before training starts."""
+        check_network(self, pl_module.network, Decoder)
         for prompt in self.prompts:
             if not tokenizer_of(trainer, self).encode(prompt, add_special_tokens=False).ids:
                 raise TrunklineError(f"TextSamples: the prompt {prompt!r} has no tokens; give it some text")
@@ -49,10 +52,10 @@ class TextSamples(Callback):
         if trainer.sanity_checking:
             return
         tokenizer, network = tokenizer_of(trainer, self), pl_module.network
-        assert isinstance(network, GPT)
+        assert isinstance(network, Decoder)
         self.texts = []
         for prompt in self.prompts:
-            ids = tokenizer.encode(prompt, add_special_tokens=False).ids[-network.config.max_length :]
+            ids = tokenizer.encode(prompt, add_special_tokens=False).ids[-network.max_length :]
             (new,) = generate(network, torch.tensor([ids], device=pl_module.device), config=self.config)
             self.texts.append(tokenizer.decode(ids + new))
         writer = tensorboard(trainer)
@@ -86,8 +89,7 @@ class FilledMasks(Callback):
         encode = facts_of(trainer).encode_masked
         if encode is None:
             raise TrunklineError("FilledMasks needs MaskedTextData; leave the callback out with other data")
-        network = pl_module.network
-        assert isinstance(network, BERT)
+        network: Any = check_network(self, pl_module.network, BERT)
         limit = network.config.max_length
         self.rows = [encode(sentence, limit, "FilledMasks: the sentence") for sentence in self.sentences]
 
@@ -120,6 +122,10 @@ class AttentionHeads(Callback):
     def __init__(self, sentence: str, blocks: int = 4, heads: int = 8) -> None:
         self.sentence, self.blocks, self.heads = sentence, blocks, heads
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse another network before training starts."""
+        check_network(self, pl_module.network, GPT, BERT, TextHead)
+
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -141,6 +147,20 @@ class AttentionHeads(Callback):
             maps = {int(n): attention[n][0, : self.heads].float().cpu() for n in shown}
             labels = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
             writer.add_figure("val/attention", draw_heads(maps, labels), trainer.global_step)
+
+
+def check_network(callback: Callback, network: Any, *kinds: type) -> Any:
+    """The network, if it is of one of the kinds.
+
+    Raises:
+        TrunklineError: otherwise; before the first step, not after the first validation.
+    """
+    if not isinstance(network, kinds):
+        raise TrunklineError(
+            f"{type(callback).__name__} needs a {' or '.join(kind.__name__ for kind in kinds)}, but the network is a "
+            f"{type(network).__name__}; leave the callback out"
+        )
+    return network
 
 
 def draw_heads(maps: dict[int, Tensor], labels: list[str]) -> Figure:

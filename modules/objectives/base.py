@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute
 from torchmetrics import MeanMetric, Metric, SumMetric
 
 from trunkline import TrunklineError
@@ -25,7 +24,14 @@ from trunkline.modules.objectives.checks import (
     facts_of,
     with_sizes_of_data,
 )
-from trunkline.modules.objectives.reduction import Accumulation, Terms, as_terms, mean_count, scale_gradients
+from trunkline.modules.objectives.reduction import (
+    Accumulation,
+    Terms,
+    as_terms,
+    mean_count,
+    recomputed_sums,
+    scale_gradients,
+)
 from trunkline.modules.training.checkpoints import follow_folder
 from trunkline.modules.training.distributed import Gather
 from trunkline.modules.training.exact_resume import (
@@ -153,7 +159,8 @@ class TrunklineModule(L.LightningModule):
             TrunklineError: for sizes or a tokenizer that do not fit.
         """
         facts = facts_of(self.trainer)
-        check_tokenizer(facts, self.init_from)
+        if stage == "fit":
+            check_tokenizer(facts, self.init_from)
         check_sizes(self.network.config, facts)
 
     def train(self, mode: bool = True) -> "TrunklineModule":
@@ -179,16 +186,7 @@ class TrunklineModule(L.LightningModule):
         By default it adds up the losses of the batches. Each batch is recomputed in the backward pass, so that memory
         holds the activations of only one batch.
         """
-        names: list[str] = []
-
-        def sums(batch: Any) -> tuple[Tensor, ...]:
-            terms = as_terms(self.loss(batch))
-            names[:] = [term.name for term in terms]
-            return tuple(torch.as_tensor(x, device=self.device) for term in terms for x in (term.total, term.count))
-
-        parts = [torch.stack([x.float() for x in recompute(sums, batch, use_reentrant=False)]) for batch in batches]
-        totals = torch.stack(parts).sum(dim=0)  # (2 * terms,)
-        return [Loss(totals[2 * n], totals[2 * n + 1].detach(), name=name) for n, name in enumerate(names)]
+        return recomputed_sums(self.loss, batches)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a step, scaled so that its gradients, averaged over processes, are those of the global mean."""
@@ -204,6 +202,8 @@ class TrunklineModule(L.LightningModule):
         terms = as_terms(self.loss(batch))
         if steps == 1:
             return self.sum_of_means(terms)
+        if len(terms) > 1:
+            raise TrunklineError(f"set `joint = True` in {type(self).__name__}: {len(terms)} terms cannot accumulate")
         (term,) = terms
         loss = self.accumulation.add(self.trainer, term, first)
         self.log_terms([(term, self.accumulation.mean(self.trainer))])
@@ -235,6 +235,8 @@ class TrunklineModule(L.LightningModule):
         By default the metric is the mean of `loss`. It also counts rows that only fill up a batch (`valid` False).
         """
         for term in as_terms(self.loss(batch)):
+            if term.name not in metrics:
+                raise TrunklineError(f"{type(self).__name__}.make_metrics has no metric for '{term.name}'; add one")
             metrics[term.name].update(term.total / term.count, weight=term.count)
 
     def logged(self, metrics: Any) -> dict[str, Metric]:

@@ -1,6 +1,7 @@
 """Checks before training: sizes of network and data, tokenizers, options of a loss."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from trunkline.modules.networks.base import ConfigT
 
 def facts_of(trainer: L.Trainer) -> DataFacts:
     """What the trainer's datamodule knows; no facts if the trainer was given bare data loaders."""
-    data = getattr(trainer, "datamodule", None)
-    return data.facts if isinstance(data, HasFacts) else DataFacts()
+    data: Any = getattr(trainer, "datamodule", None)
+    if inspect.getattr_static(data, "facts", None) is None:  # `hasattr` would compute them, and hide their errors
+        return DataFacts()
+    known: HasFacts = data
+    return known.facts
 
 
 def sizes_of(facts: DataFacts) -> dict[str, Any]:
@@ -64,7 +68,8 @@ def with_sizes_of_data(config: ConfigT, facts: DataFacts, source: Any = None, pl
             continue
         size = sizes.get(field.name)
         roomy = field.name in ROOMY
-        if own == field.default and roomy and trained is not None:
+        left_out = own == field.default and (size is not None or facts == DataFacts())  # else the recipe states it
+        if left_out and roomy and trained is not None:
             own = changed[field.name] = trained
             check_trained(field.name, own, size)
         elif own == field.default and size is not None:

@@ -22,7 +22,8 @@ class MaskedLM(TrunklineModule):
     and `next_acc`.
 
     Args:
-        network: shape of the BERT; with `next_sentence` the loss of the pairs is added.
+        network: shape of the BERT; with `next_sentence` the loss of the pairs is added. If gradients are accumulated
+            too, each batch is then computed twice, because hidden tokens and pairs have counts of their own.
         label_smoothing: share of the target spread evenly over the vocabulary (arXiv:1512.00567).
         **shared: see `TrunklineModule`.
     """

@@ -98,6 +98,10 @@ class QuestionAnswering(TextTask):
             parts: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(parts, found)
             found = [window for part in parts for window in part]
+        if stage not in facts_of(self.trainer).questions:
+            raise TrunklineError(
+                "answers are compared with the data's questions, which it does not tell; use SquadData"
+            )
         questions = facts_of(self.trainer).questions[stage]
         unanswerable = any(not question.answers for question in questions)
         answers = [

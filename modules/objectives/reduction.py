@@ -1,10 +1,13 @@
 """Turns sums of losses into the mean over all processes and all steps of an accumulation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
 
 from trunkline.contract import Loss
 
@@ -21,10 +24,35 @@ def mean_count(trainer: L.Trainer, count: Tensor | int) -> Tensor | int:
     """The mean of a count over processes; an int is the same in all processes, so nothing is communicated."""
     if isinstance(count, int):
         return max(count, 1)
-    count = count.float()
+    count = count.to(torch.float32, copy=True)  # Lightning's reduce works in place
     if trainer.world_size > 1:
         count = trainer.strategy.reduce(count, reduce_op="mean")
     return count.clamp(min=1e-8)
+
+
+def recomputed_sums(loss: Callable[[Any], Loss | Terms], batches: Sequence[Any]) -> Terms:
+    """The terms of several batches, added up term by term.
+
+    Each batch is recomputed in the backward pass, so that memory holds the activations of only one batch. What a term
+    logs besides is that of the last batch.
+    """
+    seen: list[Loss] = []
+
+    def sums(batch: Any) -> tuple[Tensor, ...]:
+        seen[:] = as_terms(loss(batch))
+        return tuple(torch.as_tensor(x, device=seen[0].total.device) for term in seen for x in (term.total, term.count))
+
+    parts = [torch.stack([x.float() for x in recompute(sums, batch, use_reentrant=False)]) for batch in batches]
+    totals = torch.stack(parts).sum(dim=0)  # (2 * terms,)
+    return [
+        replace(term, total=totals[2 * n], count=totals[2 * n + 1].detach(), logs=detached(term.logs))
+        for n, term in enumerate(list(seen))
+    ]
+
+
+def detached(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """What is logged, without its graph."""
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in logs.items()}
 
 
 class Accumulation:

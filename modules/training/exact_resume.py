@@ -1,4 +1,4 @@
-"""All code that uses private names of Lightning; most of it serves the exact resume.
+"""All code of `modules/` and `datamodules/` that uses private names of Lightning; most of it serves the exact resume.
 
 Lightning may change private names in any release. So pyproject.toml allows only the tested minor versions, and
 `tests/modules/training/test_exact_resume.py` fails if one of the names is missing or means something else.

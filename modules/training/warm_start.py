@@ -48,8 +48,10 @@ def network_class_of(content: Mapping[str, Any], known: tuple[type[Network], ...
     for kind in known:
         if class_path(kind) == path:
             return kind
-    name = path.rpartition(".")[2] if path.startswith("trunkline.") else NETWORK_OF.get(content.get("objective", ""))
-    return getattr(networks, name or "", None)
+    if path and not path.startswith("trunkline."):
+        return None
+    name = path.rpartition(".")[2] or NETWORK_OF.get(content.get("objective", ""), "")
+    return getattr(networks, name, None)
 
 
 def network_of(network_class: type[N], content: Mapping[str, Any], path: str | Path) -> N:
@@ -106,7 +108,9 @@ class TrainedWeights:
         else:
             try:
                 config = json.loads((pretrained_folder(name) / CONFIG_FILE).read_text(encoding="utf-8"))
-                kind = getattr(networks, config.pop("network"), None)
+                own = {kind.__name__: kind for kind in accepted}
+                name_of_class = config.pop("network")
+                kind = own.get(name_of_class) or getattr(networks, name_of_class, None)
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 accepted[0].from_pretrained(name)  # says what is wrong
                 raise

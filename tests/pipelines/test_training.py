@@ -1,6 +1,7 @@
 """Every packaged config, and fit followed by test."""
 
 import dataclasses
+import inspect
 import os
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch.cli import LightningCLI
 
 from trunkline import TrunklineError, datamodules
 from trunkline.contract import DataFacts
@@ -163,3 +165,9 @@ def test_fit_tests_the_averaged_best_weights_and_test_agrees(capsys: pytest.Capt
         assert tested[name] == fitted[name]
     main(["validate", "--ckpt_path", str(best)])
     assert 0 < float(table(capsys.readouterr().out)["val/loss"]) < 2.5
+
+
+def test_names_that_lightning_keeps_to_itself() -> None:
+    """What `TrainingCLI` overrides and calls of LightningCLI; in a release without them it would do nothing."""
+    assert {"_parse_ckpt_path", "_get"} <= vars(LightningCLI).keys()
+    assert "self._parse_ckpt_path()" in inspect.getsource(LightningCLI.__init__)

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trunkline import TrunklineError
+from trunkline.contract import DataFacts
 from trunkline.datamodules import LabelledTextData, MaskedTextData, TaggedTextData, TextData
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.tokenizers import train_tokenizer
@@ -22,7 +23,7 @@ from trunkline.modules.callbacks import AttentionHeads, ClassificationReport, Fi
 from trunkline.modules.callbacks.text import draw_heads
 from trunkline.modules.generation.filling import fill_masks
 from trunkline.modules.generation.sampling import generate
-from trunkline.modules.networks import BERTConfig, GPTConfig, TextHeadConfig
+from trunkline.modules.networks import GPT, BERTConfig, GPTConfig, TextHeadConfig
 from trunkline.modules.objectives.causal_lm import CausalLM
 from trunkline.modules.objectives.masked_lm import MaskedLM
 from trunkline.modules.objectives.text_classifier import TextClassifier
@@ -167,7 +168,8 @@ def test_bad_texts_are_found_before_the_first_step(masked: bool, callback: Any, 
 
 def test_data_without_a_tokenizer() -> None:
     with pytest.raises(TrunklineError, match="TextSamples needs a datamodule with a tokenizer"):
-        TextSamples(["a"]).setup(SimpleNamespace(datamodule=None), None, "fit")  # type: ignore[arg-type]
+        writer: Any = SimpleNamespace(network=GPT(GPTConfig(9, 4, backbone=TransformerConfig(8, 1, 1))))
+        TextSamples(["a"]).setup(SimpleNamespace(datamodule=None), writer, "fit")  # type: ignore[arg-type]
 
 
 class CountedTokens(L.Callback):
@@ -240,3 +242,19 @@ def test_tagger_has_a_matrix_alone(tmp_path: Path) -> None:
     assert report.matrix.compute().sum(dim=1).tolist() == [5, 3]
     assert EventAccumulator(str(tmp_path), {"images": 0}).Reload().Tags()["images"] == ["val/confusion"]
     assert not list(tmp_path.rglob("tensors.tsv"))
+
+
+@pytest.mark.parametrize(
+    ("callback", "needed"),
+    [
+        (TextSamples(["a"]), "Decoder"),
+        (FilledMasks(["[MASK]"]), "BERT"),
+        (AttentionHeads("a"), "GPT or BERT or TextHead"),
+    ],
+)
+def test_another_network_is_refused_before_the_first_step(callback: Any, needed: str) -> None:
+    facts = DataFacts(encode_masked=lambda *_: ([], 0))
+    run: Any = SimpleNamespace(datamodule=SimpleNamespace(facts=facts))
+    module: Any = SimpleNamespace(network=torch.nn.Linear(1, 1))
+    with pytest.raises(TrunklineError, match=f"needs a {needed}, but the network is a Linear; leave the callback out"):
+        callback.setup(run, module, "fit")

@@ -15,7 +15,9 @@ import torch
 from recorded_run import CONTEXT
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric, Metric
 
+from trunkline import TrunklineError
 from trunkline.contract import IGNORE, Loss
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import BERTConfig, GPTConfig, TextHeadConfig
@@ -255,3 +257,62 @@ def test_two_processes(kind: str, processes: list[dict[str, Any]], tmp_path: Pat
         torch.testing.assert_close(results[kind]["weights"], weights(whole), rtol=0, atol=2e-6)
     parts = [results[kind]["logged"] for results in processes]  # of the processes' own rows, divided by the mean count
     assert {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]} == pytest.approx(logged(want), abs=1e-5)
+
+
+# --- objectives of one's own, with several terms
+
+
+class TwoTerms(ImageClassifier):
+    """With a second term that counts the images of even classes, and something to log."""
+
+    def loss(self, batch: Batch) -> Any:
+        first, even = super().loss(batch), batch["label"] % 2 == 0  # type: ignore[arg-type]
+        second = self.network(batch["image"])[even].square().mean(dim=1).sum()
+        logs = {"scale": self.network.head.weight.norm()}
+        return [first, Loss(second, even.sum(), logs=logs, name="size")]
+
+
+class JointTerms(TwoTerms):
+    joint = True
+
+    def make_metrics(self) -> dict[str, Metric]:
+        return {"loss": MeanMetric(), "size": MeanMetric()}
+
+    def evaluate(self, batch: Batch, metrics: Any) -> None:  # type: ignore[override]
+        TrunklineModule.evaluate(self, batch, metrics)
+
+
+def own(kind: type[TwoTerms]) -> TwoTerms:
+    torch.manual_seed(0)
+    made = kind(tiny.vit(), optimizer=SGD)
+    torch.nn.init.normal_(made.network.head.weight)
+    return made
+
+
+def test_several_terms_accumulate_if_the_class_says_joint(tmp_path: Path) -> None:
+    data = batches("ImageClassifier", SIZES[:3])
+    parts, whole = own(JointTerms), own(JointTerms)
+    fitted = fit(parts, tmp_path, data, accumulate_grad_batches=3)
+    expected = fit(whole, tmp_path, [together(data)])
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-6, atol=1e-6)
+    names = ("train/loss", "train/size", "train/scale")
+    found, want = ({name: run.logged_metrics[name].item() for name in names} for run in (fitted, expected))
+    assert found == pytest.approx(want, rel=1e-5)
+    with pytest.raises(TrunklineError, match="set `joint = True` in TwoTerms: 2 terms"):
+        fit(own(TwoTerms), tmp_path, data, accumulate_grad_batches=3)
+
+
+def test_default_evaluation_of_several_terms(tmp_path: Path) -> None:
+    (batch,) = batches("ImageClassifier", (5,))
+    loader: Any = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+    made = own(JointTerms)
+    (found,) = tiny.trainer(tmp_path).validate(made, loader, verbose=False)
+    first, second = made.loss(batch)
+    del found["val/skipped_images"]
+    assert found == pytest.approx(
+        {"val/loss": (first.total / 5).item(), "val/size": (second.total / second.count).item()}, rel=1e-5
+    )
+    bare = own(JointTerms)
+    bare.metrics["val"] = torch.nn.ModuleDict({"loss": MeanMetric()})
+    with pytest.raises(TrunklineError, match=r"JointTerms\.make_metrics has no metric for 'size'; add one"):
+        tiny.trainer(tmp_path).validate(bare, loader, verbose=False)

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from tiny import batches, classifier, fit, vit, weights
 
 from trunkline import TrunklineError
-from trunkline.modules.networks import ViT
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks import GPT, GPTConfig, ViT
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
-from trunkline.modules.training.warm_start import network_class_of
+from trunkline.modules.training.warm_start import TrainedWeights, network_class_of
 
 BLOCKS_1_2 = ("backbone.blocks.1.", "backbone.blocks.2.", "backbone.norm.")
 
@@ -145,3 +146,20 @@ def test_weights_of_another_network_are_refused(content: dict[str, Any], found: 
     with pytest.raises(TrunklineError, match=message) as caught:
         ImageClassifier(vit(), init_from=str(tmp_path / "a.ckpt"))
     assert caught.value.field == "model.init_from"
+
+
+class OwnNet(GPT):
+    """A network of one's own."""
+
+
+def test_a_folder_of_ones_own_network(tmp_path: Path) -> None:
+    OwnNet(GPTConfig(11, 8, backbone=TransformerConfig(dim=8, depth=1, num_heads=1))).save_pretrained(tmp_path)
+    weights = TrainedWeights.read(str(tmp_path), "init_from", (OwnNet,))
+    assert weights.network_class is OwnNet
+    assert isinstance(weights.network(), OwnNet)
+
+
+def test_a_foreign_class_is_not_taken_for_another() -> None:
+    content = {"classes": {"network": "mine.Net"}, "objective": "CausalLM"}
+    assert network_class_of(content) is None
+    assert network_class_of({"objective": "CausalLM"}) is GPT
