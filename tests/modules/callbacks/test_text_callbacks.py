@@ -167,8 +167,8 @@ def test_bad_texts_are_found_before_the_first_step(masked: bool, callback: Any, 
 
 
 def test_data_without_a_tokenizer() -> None:
+    writer: Any = SimpleNamespace(network=GPT(GPTConfig(9, 4, backbone=TransformerConfig(8, 1, 1))))
     with pytest.raises(TrunklineError, match="TextSamples needs a datamodule with a tokenizer"):
-        writer: Any = SimpleNamespace(network=GPT(GPTConfig(9, 4, backbone=TransformerConfig(8, 1, 1))))
         TextSamples(["a"]).setup(SimpleNamespace(datamodule=None), writer, "fit")  # type: ignore[arg-type]
 
 
