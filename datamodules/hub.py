@@ -22,17 +22,27 @@ class HubSource:
     """Commit or branch of a hub dataset."""
 
 
+def split_in_name(name: str) -> tuple[str, str]:
+    """A hub name without its split, and that split, or "" if it has none; the name of a local path has none."""
+    plain, _, split = name.partition(":")
+    return (plain, split) if HUB_NAME.fullmatch(plain) and not Path(name).exists() else (name, "")
+
+
 @dataclass
 class NamedSource:
     """A source of texts, given by its name.
 
     Args:
         name: a local path, or a hub name. A hub name can end with a colon and a split (`owner/name:validation`).
+            That split is of this source alone.
         field: the field that gave the name: source, val_source or test_source.
         split: split of a hub dataset; None means that none was given, and `train` is used.
         split_field: the field that gave the split.
         hub_config: configuration of a hub dataset.
         revision: commit or branch of a hub dataset.
+
+    Raises:
+        TrunklineError: if the name ends with another split than `split`.
     """
 
     name: str
@@ -42,15 +52,24 @@ class NamedSource:
     hub_config: str | None = None
     revision: str | None = None
 
+    def __post_init__(self) -> None:
+        named = split_in_name(self.name)[1]
+        if named and self.split not in (None, named):
+            raise TrunklineError(
+                f"{self.split_field}={self.split}, but {self.field}={self.name} names the split {named}; leave out one "
+                "of them",
+                field=f"data.{self.split_field}",
+            )
+
     @property
     def hub_name(self) -> str:
         """The name without a split."""
-        return self.name.partition(":")[0]
+        return split_in_name(self.name)[0]
 
     @property
     def hub_split(self) -> str:
         """The split in the name, else `split`, else `train`."""
-        return self.name.partition(":")[2] or self.split or "train"
+        return split_in_name(self.name)[1] or self.split or "train"
 
     def is_hub_name(self, suffixes: Sequence[str]) -> bool:
         """Whether the name can be a hub name: it is no existing path, and does not end with one of `suffixes`."""
@@ -115,7 +134,8 @@ def with_class_names(value: Any, feature: Any) -> Any:
 class TextSplits(Splits, HubSource):
     """Splits of a source of texts. Validation and testing can have separate sources.
 
-    Only hub datasets have splits with names; local files have none.
+    Only hub datasets have splits with names; local files have none. A hub name can end with a colon and a split. In
+    `source` that is the split of the training rows: `val_split` and `test_split` name others of the same dataset.
     """
 
     source: str
@@ -132,13 +152,17 @@ class TextSplits(Splits, HubSource):
 
     @property
     def named_sources(self) -> dict[str, NamedSource]:
-        """The source of `train`, and of each split that is not set aside from it."""
+        """The source of `train`, and of each split that is not set aside from it.
+
+        Raises:
+            TrunklineError: if a name and `train_split`, `val_split` or `test_split` disagree about the split.
+        """
         names = {"train": ("source", self.source)}
         for split, source in (("val", self.val_source), ("test", self.test_source)):
             if source:
                 names[split] = f"{split}_source", source
             elif self.split_names[split]:
-                names[split] = "source", self.source
+                names[split] = "source", split_in_name(self.source)[0]
         hub = {"hub_config": self.hub_config, "revision": self.revision}
         return {
             split: NamedSource(name, field, self.split_names[split], f"{split}_split", **hub)

@@ -77,6 +77,62 @@ def test_splits_of_a_hub_dataset_by_name(asked: list[Any], tmp_path: Path) -> No
     ]
 
 
+def test_a_split_in_the_name_is_of_the_training_rows(asked: list[Any]) -> None:
+    data = LabelledTextData("owner/name:training", tokenizer="none.json", val_split="dev", test_split="test")
+    assert {split: rows[0].cells["text"] for split, rows in data.splits.items()} == {
+        "train": "training 0",
+        "val": "dev 0",
+        "test": "test 0",
+    }
+    assert [(name, split) for name, _, split, _ in asked] == [
+        ("owner/name", split) for split in ("training", "dev", "test")
+    ]
+
+
+def test_separate_sources_name_their_own_splits(asked: list[Any]) -> None:
+    data = LabelledTextData(
+        "owner/name:a", tokenizer="none.json", train_split="a", val_source="owner/name:b", val_split="b",
+        test_source="owner/other", test_split="c",
+    )  # fmt: skip
+    assert [len(rows) for rows in data.splits.values()] == [8, 8, 8]
+    assert [(name, split) for name, _, split, _ in asked] == [
+        ("owner/name", "a"),
+        ("owner/name", "b"),
+        ("owner/other", "c"),
+    ]
+
+
+def test_without_val_split_rows_of_the_split_in_the_name_are_set_aside(asked: list[Any]) -> None:
+    data = LabelledTextData("owner/name:training", tokenizer="none.json", val_fraction=0.5)
+    texts = {split: {row.cells["text"] for row in rows} for split, rows in data.splits.items()}
+    assert texts["train"] | texts["val"] == {f"training {n}" for n in range(8)}
+    assert not texts["train"] & texts["val"]
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_two_splits_for_the_same_rows_are_refused(split: str, asked: list[Any]) -> None:
+    field = "source" if split == "train" else f"{split}_source"
+    options: dict[str, Any] = {"source": "owner/name", field: "owner/name:dev", f"{split}_split": "other"}
+    message = f"{split}_split=other, but {field}=owner/name:dev names the split dev; leave out one"
+    for cls, tokenizer in ((LabelledTextData, "none.json"), (TextData, "chars")):
+        with pytest.raises(TrunklineError, match=message) as caught:
+            cls(tokenizer=tokenizer, **options)
+        assert caught.value.field == f"data.{split}_split"
+    assert asked == []
+
+
+def test_a_colon_in_a_path_is_no_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in:dev").mkdir()
+    Path("in:dev/rows.jsonl").write_text('{"text": "a", "label": 1}\n' * 20)
+    assert [len(rows) for rows in LabelledTextData("in:dev", tokenizer="t.json").splits.values()] == [19, 1]
+    for field in ("train_split", "val_split"):
+        data = LabelledTextData("in:dev", tokenizer="t.json", **{field: "other"})
+        with pytest.raises(TrunklineError, match=f"{field}=other .* but source=in:dev is not one"):
+            _ = data.splits
+
+
 def test_texts_of_a_hub_s_splits(asked: list[Any], tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"tokenizer": "chars", "max_length": 8, "batch_size": 1}
     data = TextData("owner/name", val_split="tan", cache_dir=str(tmp_path), **sizes)  # letters that `train` has too
