@@ -20,7 +20,7 @@ from trunkline.datamodules.images.image_sources import (
 )
 from trunkline.datamodules.images.preprocessing import ImageInput, Preprocessing, TransformedImages
 from trunkline.datamodules.samplers import SampleKey
-from trunkline.datamodules.splits import Splits, rows_by_class
+from trunkline.datamodules.splits import Splits, check_fractions, rows_by_class
 
 
 class LabelledImages(TransformedImages):
@@ -73,6 +73,9 @@ class ImageData(Splits, HubSource, ImageInput, TrunklineDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # usual shares are not checked with them: a source that has the split needs none
+        given = {"val": self.val_fraction, "test": self.test_fraction}
+        check_fractions({split: share for split, share in given.items() if share is not None})
         _ = self.preprocessing  # raises an error now if the settings do not fit together
 
     @property

@@ -41,6 +41,27 @@ def test_shares_that_leave_nothing_name_their_field(fractions: dict[str, float])
     assert caught.value.field == "data.val_fraction"
 
 
+@pytest.mark.parametrize("cls", [ImageData, ImageTextData, TextData])
+@pytest.mark.parametrize(
+    ("fractions", "field"),
+    [
+        ({"val_fraction": 1.5}, "data.val_fraction"),
+        ({"test_fraction": -0.1}, "data.test_fraction"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "data.val_fraction"),
+    ],
+)
+def test_shares_are_checked_before_anything_is_read(cls: Any, fractions: dict[str, float], field: str) -> None:
+    with pytest.raises(TrunklineError, match="leaves nothing for training") as caught:
+        cls(**fractions)
+    assert caught.value.field == field
+
+
+def test_a_usual_share_that_may_not_be_needed_is_checked_with_the_source() -> None:
+    data = ImageData(val_fraction=0.85)  # and 0.2 for testing, if the source has no test split
+    with pytest.raises(TrunklineError, match="leaves nothing for training"):
+        data.setup("fit")
+
+
 def test_what_is_not_given_is_the_usual_share_of_the_data() -> None:
     assert ImageData().fractions == {"test": 0.2, "val": 0.1}
     assert ImageTextData().fractions == TextData().fractions == {"val": 0.1, "test": 0.0}
