@@ -67,7 +67,8 @@ class ImageData(Splits, HubSource, ImageInput, TrunklineDataModule):
     split_seed: int = 0
     """Seed that decides which rows are set aside for validation and testing."""
     cache_dir: str | None = None
-    """Folder where the `datasets` library keeps converted data; None is its own cache."""
+    """Folder where the `datasets` library keeps what it downloads and converts; None is its own cache. Trunkline itself
+    keeps nothing of images, so that $TRUNKLINE_CACHE has no part in it."""
 
     usual_fractions: ClassVar[dict[str, float]] = {"test": 0.2, "val": 0.1}
 

@@ -117,8 +117,8 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
     """Number of tar shards whose samples are shuffled together. An epoch reads the shards in random order, in windows
     of this size, so that a process reads from few files at once."""
     cache_dir: str | None = None
-    """Folder for tokenizers, indices and data that `datasets` converts. None is $TRUNKLINE_CACHE or ~/.cache/trunkline,
-    and for `datasets` its own cache."""
+    """Folder for two things: Trunkline's learnt tokenizers and indices of tar shards (None is $TRUNKLINE_CACHE, else
+    ~/.cache/trunkline), and what the `datasets` library downloads and converts (None is its own cache)."""
 
     usual_augmentation: ClassVar[Augmentation] = Augmentation(crop_scale=(0.6, 1.0))
 

@@ -35,8 +35,9 @@ class TokenisedText(Vocabulary, TextSplits, TrunklineDataModule):
     text_column: str = "text"
     """Column of a table that holds the text."""
     cache_dir: str | None = None
-    """Folder for the tokens; None is $TRUNKLINE_CACHE, else ~/.cache/trunkline. A hub dataset without a `revision` is
-    not prepared again when it changes on the hub."""
+    """Folder where Trunkline keeps tokens and learnt tokenizers; None is $TRUNKLINE_CACHE, else ~/.cache/trunkline. The
+    `datasets` library does not use it: texts of a hub are streamed. A hub dataset without a `revision` is not prepared
+    again when it changes on the hub."""
     batch_size: int = 32
 
     def __post_init__(self) -> None:
