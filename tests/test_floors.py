@@ -1,6 +1,7 @@
 """The floors of the house: who imports whom, and what importing costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,11 +35,12 @@ LIBRARIES = {*sys.stdlib_module_names, "torch", "safetensors", "huggingface_hub"
 FLOOR_1 = LIBRARIES | {"trunkline.modules.backbone"}
 FLOOR_2 = FLOOR_1 | {"trunkline.contract", "trunkline.modules.networks", "trunkline.modules.generation"}
 PURE = ("modules/networks", "modules/generation", "modules/losses.py", "modules/training/optim.py")
+MEASURES = FLOOR_2 | {"torchmetrics", "numpy", "sklearn", "trunkline.modules.metrics"}
 
 
 @pytest.mark.parametrize(
     ("folder", "allowed"),
-    [("modules/backbone", FLOOR_1), *((place, FLOOR_2) for place in PURE)],
+    [("modules/backbone", FLOOR_1), *((place, FLOOR_2) for place in PURE), ("modules/metrics", MEASURES)],
 )
 def test_floors_below_lightning(folder: str, allowed: set[str]) -> None:
     assert strangers(folder, allowed) == []
@@ -164,6 +166,32 @@ print(*before & set(sys.modules), len(before))
 """
     assert "trunkline.pipelines.commands.generate" in COMMANDS
     assert python(code, *COMMANDS).split() == ["7"]
+
+
+# --- flags
+
+FLAG = re.compile(r"(?<![\w-])--[a-z]")
+
+
+def flags_in(code: str) -> list[str]:
+    """The strings of a program that contain a flag: messages, docstrings, and the fixed parts of f-strings."""
+    nodes = (node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant))
+    return [value for value in nodes if isinstance(value, str) and FLAG.search(value)]
+
+
+def test_a_flag_is_found() -> None:
+    code = 'def f(x):\n    """Give --data.source."""\n    raise ValueError(f"{x}: give --model", "a--b", "-- a")'
+    assert flags_in(code) == ["Give --data.source.", ": give --model"]
+
+
+def test_only_pipelines_know_flags() -> None:
+    """Elsewhere a message names its field, and whoever calls from Python reads nothing of a command line."""
+    folders = ("trunkline", "modules", "datamodules")
+    files = [f for folder in folders for f in (ROOT / folder).glob("*.py" if folder == "trunkline" else "**/*.py")]
+    assert len(files) > 60
+    found = {str(f.relative_to(ROOT)): flags_in(f.read_text(encoding="utf-8")) for f in files}
+    assert {file: flags for file, flags in found.items() if flags} == {}
+    assert flags_in((ROOT / "pipelines/errors.py").read_text(encoding="utf-8"))
 
 
 # --- names
