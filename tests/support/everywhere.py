@@ -16,10 +16,11 @@ TESTS = Path(__file__).parent.parent
 
 # Test files (without `test_` and `.py`) whose results depend on arithmetic.
 NUMERIC = (
-    "backbone callbacks causal_lm clip contrastive_distributed contrastive_image_text contrastive_losses evaluate "
-    "generation gpt image_classifier losses masked_lm networks optim parity parity_bert parity_gpt parity_vit "
-    "predict_text probe_callback question_answering retrieval search text_callbacks text_classifier text_head "
-    "token_classifier warm_start"
+    "backbone bert callbacks causal_lm clip contrastive_distributed contrastive_image_text contrastive_losses "
+    "decoders drawing evaluate generate_command generation gpt image_classifier losses masked_lm masks networks "
+    "old_checkpoints optim own_task parity parity_bert parity_gpt parity_vit predict predict_text probe_callback "
+    "question_answering reduction retrieval retrieval_report search shared_trunk squad_scores text_callbacks "
+    "text_classifier text_commands text_head token_classifier warm_start"
 )
 RUNS = "resume"  # slow: all of its tests run only beside the busy loops
 FEW = f"not peak_memory and (not test_{RUNS} or classify or (equal_losses and (image or pairs)))"
