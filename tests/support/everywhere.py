@@ -24,7 +24,8 @@ NUMERIC = (
 )
 RUNS = "resume"  # slow: all of its tests run only beside the busy loops
 FEW = f"not peak_memory and (not test_{RUNS} or classify or (equal_losses and (image or pairs)))"
-TIMED = [RUNS, "checkpoints", "shards", "samplers", "memory", "benchmark"]  # could differ on a busy machine
+# Test files that could differ on a busy machine.
+TIMED = (RUNS, "checkpoints", "token_shards", "tar_shards", "samplers", "memory", "benchmark")
 
 SETTINGS: dict[str, dict[str, str]] = {
     "ATEN_CPU_CAPABILITY=default": {"ATEN_CPU_CAPABILITY": "default"},
@@ -76,6 +77,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*", help="run only settings whose names contain one of these")
     words = parser.parse_args().words
+    for name in (*NUMERIC.split(), *TIMED):
+        file_of(name)  # raises an error now, not after an hour, if a file has another name
     chosen = [name for name in SETTINGS if not words or any(word in name for word in words)]
 
     def one(name: str) -> bool:
