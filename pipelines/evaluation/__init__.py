@@ -1,1 +1,1 @@
-"""`trunkline evaluate` and the callback that measures the same during training."""
+"""`trunkline evaluate`, and the callback that takes the same measurements during training."""

@@ -1,4 +1,4 @@
-"""Data that a trained network is judged on: of which class they are, and what they take from the network's training."""
+"""The evaluation data of a trained network: their class, and the settings that they take over from its training."""
 
 from collections.abc import Mapping
 from dataclasses import Field, asdict, fields, replace
@@ -17,14 +17,14 @@ FROM_TRAINING = {
     **dict.fromkeys([field.name for field in fields(Preprocessing)], "images are prepared"),
     **dict.fromkeys(["tokenizer", "vocab_size", "max_length"], "texts are prepared"),
 }
-"""Fields that are not chosen here, and what they are about."""
+"""Fields that always come from the training -> what they decide, for the error message."""
 
 
 def with_data_class(arguments: list[str]) -> list[str]:
-    """Arguments of `evaluate` with the `--data CLASS` that the others tell, if it is left out.
+    """Add `--data CLASS` to the arguments of `evaluate`, if it is left out and the other arguments imply it.
 
-    It is ImageTextData for `twemoji` and `openmoji`, with `--what retrieval`, and with a flag that it alone has, such
-    as `--data.caption_column`; else ImageData.
+    The class is ImageTextData for the sources `twemoji` and `openmoji`, for `--what retrieval`, and for a flag that
+    only ImageTextData has, such as `--data.caption_column`. Otherwise it is ImageData.
     """
     given = {entry.key: entry.value for config in config_files(arguments) for entry in read_entries(config)}
     given |= {plain(name): value for name, value in flags(arguments)}
@@ -36,26 +36,26 @@ def with_data_class(arguments: list[str]) -> list[str]:
         or given.get("what") == "retrieval"
         or chosen & (by_name(ImageTextData).keys() - by_name(ImageData).keys())
     )
-    # In front: a flag or config that says something about the data must find their class.
+    # It goes first, because the parser must know the class before it reads other flags or configs of the data.
     return ["--data", ImageTextData.__name__ if paired else ImageData.__name__, *arguments]
 
 
 def by_name(cls: Any) -> dict[str, Field[Any]]:
-    """The fields of a dataclass."""
+    """The fields of a dataclass, by their names."""
     return {field.name: field for field in fields(cls)}
 
 
 def as_trained(data: Images, preprocessing: Preprocessing, splits: Mapping[str, Any]) -> Images:
-    """The same data with images prepared as in a network's training, and split as there.
+    """A copy of the data that prepares and splits images as in the network's training.
 
     Args:
-        data: as they were given.
-        preprocessing: of the training.
-        splits: `fractions` and `split_seed` of the training, as far as they are known; they count where `data` leaves
-            them out.
+        data: the data that the user gave.
+        preprocessing: that of the training.
+        splits: `fractions` and `split_seed` of the training, if they are known. They are used for the fields that
+            `data` leaves at their defaults.
 
     Raises:
-        TrunklineError: if `data` prepares images or texts in a way of their own, or has no batch size.
+        TrunklineError: if `data` sets a field that prepares images or texts, or a batch size below 1.
     """
     known = by_name(type(data))
     for name, what in FROM_TRAINING.items():

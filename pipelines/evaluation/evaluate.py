@@ -1,4 +1,4 @@
-"""`trunkline evaluate`: what an image network knows, by retrieval, zero-shot classification, neighbours and probes."""
+"""`trunkline evaluate`: measure an image network by retrieval, zero-shot classification, neighbours and probes."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ from trunkline.pipelines.trained import Trained
 Measure = Literal["retrieval", "zero_shot", "knn", "linear_probe"]
 LABELLED = ("zero_shot", "knn", "linear_probe")
 OPTIONS_OF_TASKS = {"captions": "retrieval", "class_names": "zero_shot", "templates": "zero_shot", "k": "knn"}
-"""Those that one task alone knows."""
+"""Options that apply to one task only -> that task."""
 NEIGHBOURS = 20
 TEMPLATES = ("{}", "a photo of a {}", "a picture of a {}", "a drawing of a {}")
 
@@ -47,39 +47,40 @@ def evaluate(
     output: str | None = None,
     device: str = "auto",
 ) -> None:
-    """Judge the network of a checkpoint on images with captions or with labels, and print a table.
+    """Evaluate the network of a checkpoint on images with captions or labels, and print a table.
 
-    `retrieval` finds the right text for each image and the reverse. `zero_shot` names an image's class by the most
-    similar text. `knn` and `linear_probe` learn classes from the frozen features of the training split, which an image
-    classifier's checkpoint has too. `all` is what data and checkpoint allow.
+    `retrieval` finds the right text for each image, and the right image for each text. `zero_shot` chooses the class
+    whose text is most similar to the image. `knn` and `linear_probe` learn the classes from frozen features of the
+    training split; they work for image classifiers too. `all` measures everything that data and checkpoint allow.
 
-    Images and texts are prepared as in the checkpoint's training. So are the splits, where the data are of the kind
-    that it was trained on, and `val_fraction`, `test_fraction` or `split_seed` is left out (a `split_seed` of 0 counts
-    as left out): nothing is both trained on and tested. Checkpoints older than that take the usual shares.
+    Images and texts are prepared as in the checkpoint's training. If the data is of the same class as in training,
+    shares (`val_fraction`, `test_fraction`) and seed (`split_seed`) that you leave out are those of training, so that
+    no training row is tested; a `split_seed` of 0 counts as left out. Old checkpoints do not store them; for these the
+    default shares are used.
 
     Args:
-        checkpoint: of a `trunkline fit` of images and texts, or of an image classifier.
-        data: ImageTextData or ImageData, with the flags of `trunkline fit` (`--data.source openmoji`). The class may be
-            left out: it is ImageTextData for `twemoji` and `openmoji`, with `--what retrieval`, and with a flag that it
-            alone has (`--data.caption_column`), else ImageData. With `skip_corrupt` images that cannot be read are left
-            out and counted.
-        what: is measured.
-        split: on which it is measured; None takes test, or where there is none val.
-        captions: whether a text is an image's first caption, or each of its own.
-        class_names: a list, or a file with one a line, in place of the data's own.
-        templates: of zero-shot prompts, with {} for the class: a list, one, or a file with one a line.
-        k: neighbours that vote; None takes 20.
-        output: a .json file for the same figures.
+        checkpoint: file that `trunkline fit` saved, of a network for images and texts or of an image classifier.
+        data: ImageTextData or ImageData, with the flags of `trunkline fit` (`--data.source openmoji`). If the class is
+            left out, it is ImageTextData for `twemoji`, `openmoji`, `--what retrieval` and flags that only this class
+            has (`--data.caption_column`), otherwise ImageData. With `skip_corrupt`, images that cannot be read are
+            skipped and counted.
+        what: the task to measure.
+        split: the split to measure on. None is the test split, or the validation split if there is no test split.
+        captions: use only the first caption of each image, or all.
+        class_names: names that replace those of the data: a list, or a file with one name per line.
+        templates: zero-shot prompts with {} for the class name: a list, a single one, or a file with one per line.
+        k: number of neighbours that vote. None is 20.
+        output: a .json file to which the results are written as well.
         device: auto, cpu, cuda, cuda:1, mps, …
 
     Raises:
-        TrunklineError: for a missing file or split, an option that does not apply, names or templates that cannot work,
-            or a checkpoint that does not know texts where they are needed.
+        TrunklineError: for a missing file or split, an option that does not apply, class names or templates that cannot
+            be used, or a task on texts with a network that has no text tower.
     """
     if output is not None:
         check_output(output, (".json",))
     if not isinstance(data, ImageData | ImageTextData):
-        raise TrunklineError(f"{type(data).__name__} has no images to look at; give ImageData or ImageTextData", "data")
+        raise TrunklineError(f"{type(data).__name__} holds no images; give ImageData or ImageTextData", "data")
     place, trained = find_device(device), Trained.read(checkpoint)
     network = image_network(trained, place)
     tasks = choose_tasks(what, data, network, checkpoint)
@@ -99,7 +100,7 @@ def evaluate(
 
 
 def of_pairs(run: Runner, data: ImageTextData, split: str | None, captions: str) -> tuple[str, list[Result]]:
-    """The split that is looked at, and its figures."""
+    """The split that was measured, and the results for images with captions."""
     tested = choose_split(split, data.rows, data.source)
     return tested, retrieval(run, data.rows[tested], captions)
 
@@ -113,7 +114,7 @@ def of_labels(
     templates: list[str] | str | None,
     k: int,
 ) -> tuple[str, list[Result]]:
-    """The split that is looked at, and its figures; the arguments after `data` are those of `evaluate`."""
+    """The split that was measured, and the results for labelled images. See `evaluate` for the arguments."""
     features = Features(run, data)
     tested = choose_split(split, features.rows, data.source)
     results = []
@@ -128,58 +129,59 @@ def of_labels(
 
 
 def choose_tasks(what: str, data: ImageData | ImageTextData, network: ImageNetwork, checkpoint: str) -> list[str]:
-    """What is asked for, or all that is possible.
+    """The tasks to measure: the given one, or all that data and network allow.
 
     Raises:
-        TrunklineError: if it is not.
+        TrunklineError: if data or network do not allow the task.
     """
     paired = isinstance(data, ImageTextData)
     possible = ["retrieval"] if paired else [*LABELLED]
     if what not in ("all", *possible):
-        has, mend = "captions and no classes", "--what retrieval, or labelled images with --data ImageData"
+        has, fix = "captions and no classes", "--what retrieval, or labelled images with --data ImageData"
         if not paired:
-            has, mend = "classes and no captions", "images with captions with --data ImageTextData, or another --what"
-        raise TrunklineError(f"{data.source} has {has}, as {type(data).__name__} reads it; give {mend}")
+            has, fix = "classes and no captions", "images with captions with --data ImageTextData, or another --what"
+        raise TrunklineError(f"{data.source} has {has}, as {type(data).__name__} reads it; give {fix}")
     tasks = possible if what == "all" else [what]
     if network.clip is None and what == "all":
         tasks = [task for task in tasks if task not in ("retrieval", "zero_shot")]
     if not tasks or (network.clip is None and what in ("retrieval", "zero_shot")):
         raise TrunklineError(
-            f"{checkpoint} is of ImageClassifier, which knows no texts; give --what knn or linear_probe and a labelled "
-            "--data.source, or a checkpoint of ContrastiveImageText"
+            f"{checkpoint} is of ImageClassifier, which has no text tower; give --what knn or linear_probe and a "
+            "labelled --data.source, or a checkpoint of ContrastiveImageText"
         )
     return tasks
 
 
 def check_task_options(given: dict[str, Any], tasks: list[str], source: str) -> None:
-    """Refuse what would do nothing.
+    """Refuse options that would have no effect.
 
     Args:
-        given: options of `OPTIONS_OF_TASKS` -> their values; None was not given.
-        tasks: are measured.
-        source: on this.
+        given: options of `OPTIONS_OF_TASKS` -> their values; None if an option was left out.
+        tasks: the tasks that are measured.
+        source: the source of the data, for the error message.
 
     Raises:
-        TrunklineError: for the first of them.
+        TrunklineError: for the first option that would have no effect.
     """
     for option, value in given.items():
         if value is not None and OPTIONS_OF_TASKS[option] not in tasks:
             raise TrunklineError(
                 f"--{option} is for {OPTIONS_OF_TASKS[option]}, but {source} is measured by {', '.join(tasks)}; leave "
-                "it out, or choose with --what"
+                "it out, or choose another --what"
             )
 
 
 def label_names(given: list[str] | str | None, own: list[str]) -> list[str]:
-    """Names of the classes.
+    """Names of the classes: the given ones, or those of the source.
 
     Raises:
-        TrunklineError: for an empty one, or another number than the source's.
+        TrunklineError: if a name is empty, or if there are not as many names as the source has classes.
     """
     names = own if given is None else read_list(given, "class_names")
     if len(names) != len(own):
         raise TrunklineError(
-            f"class_names has {len(names)} names, but the source has {len(own)} classes; give as many", "class_names"
+            f"class_names has {len(names)} names, but the source has {len(own)} classes; give {len(own)} names",
+            "class_names",
         )
     for number, name in enumerate(names):
         if not name.strip():
@@ -188,37 +190,37 @@ def label_names(given: list[str] | str | None, own: list[str]) -> list[str]:
 
 
 def read_templates(given: list[str] | str | None) -> list[str]:
-    """Prompts with {} for the class.
+    """The given prompts, or the default ones; each has {} for the class name.
 
     Raises:
-        TrunklineError: for one without, or none.
+        TrunklineError: if a prompt has no {}, or a file of prompts cannot be read.
     """
     templates = [given] if isinstance(given, str) and "{}" in given else read_list(given or [*TEMPLATES], "templates")
     for template in templates:
         if "{}" not in template:
             raise TrunklineError(
-                f"the template {template!r} has no {{}}; write it where the class is to stand", "templates"
+                f"the template {template!r} has no {{}}; put {{}} where the class name belongs", "templates"
             )
     return templates
 
 
 def read_list(given: list[str] | str, field: str) -> list[str]:
-    """A list as it is, or the lines of a file.
+    """The given list, or the lines of the given file.
 
     Raises:
-        TrunklineError: if it cannot be read.
+        TrunklineError: if the file cannot be read.
     """
     if not isinstance(given, str):
         return given
     try:
         return Path(given).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        message = f"cannot read {field} {given}: {error}; give a list, or a file with one a line"
+        message = f"cannot read {field} {given}: {error}; give a list, or a file with one entry per line"
         raise TrunklineError(message, field) from error
 
 
 def show(results: list[Result], title: str) -> None:
-    """Print."""
+    """Print the results as a table."""
     table = Table(title=title, title_justify="left")
     for name in ("task", "metric"):
         table.add_column(name)
@@ -231,7 +233,7 @@ def show(results: list[Result], title: str) -> None:
 
 
 def save(results: list[Result], output: str, about: dict[str, Any]) -> None:
-    """Write JSON: about what, then task -> metric -> value and chance."""
+    """Write a JSON file with the entries of `about`, and task -> metric -> value and chance."""
     for result in results:
         figures = about.setdefault(result.task, {})
         figures[result.metric] = {"value": result.value, "chance": result.chance}

@@ -1,4 +1,4 @@
-"""What `trunkline evaluate` measures: retrieval, zero-shot classification, neighbours and linear probes."""
+"""The measurements of `trunkline evaluate`: retrieval, zero-shot classification, nearest neighbours, linear probes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,17 +19,17 @@ from trunkline.pipelines.embedding import ImageNetwork, Pictures, embed_images, 
 
 
 class Result(NamedTuple):
-    """One figure."""
+    """One measured value."""
 
     task: str
     metric: str
     value: float
     chance: float | None = None
-    """The same of a network that knows nothing."""
+    """Expected value for random embeddings or guesses; None if unknown."""
 
     @property
     def gain(self) -> str:
-        """How many times better than that."""
+        """How many times better than chance, as text; empty if that is unknown."""
         if not self.chance or not self.value:
             return ""
         ratio = self.chance / self.value if "rank" in self.metric else self.value / self.chance
@@ -37,7 +37,7 @@ class Result(NamedTuple):
 
 
 class Runner(NamedTuple):
-    """How pictures and texts go through the network."""
+    """A network and the settings with which it embeds pictures and texts."""
 
     network: ImageNetwork
     batch_size: int
@@ -47,36 +47,35 @@ class Runner(NamedTuple):
 
 
 def choose_split(split: str | None, rows: Mapping[str, Any], source: str) -> str:
-    """The split that is asked for, or the best there is.
+    """The given split; for None the test split, or the validation split if there is no test split.
 
     Raises:
-        TrunklineError: if the source does not have it.
+        TrunklineError: if the source does not have this split.
     """
     if split is None:
         split = "test" if "test" in rows else "val"
     if split not in rows:
         raise TrunklineError(
-            f"{source} has no {split} split, but {', '.join(rows)}; set {split}_fraction or {split}_split",
+            f"{source} has no {split} split, only {', '.join(rows)}; set {split}_fraction or {split}_split",
             "data.source",
         )
     return split
 
 
 class CaptionedPictures(Pictures):
-    """Pictures that have captions: one whose captions cannot be read is no better than one that cannot be seen."""
+    """Pictures with captions. A picture whose captions cannot be read is skipped like a broken picture."""
 
     rows: PairRows
 
     def read(self, row: int) -> dict[str, Any]:
-        """As in the base class, and the captions."""
-        self.rows.captions(row)
+        self.rows.captions(row)  # raises an error if they cannot be read
         return super().read(row)
 
 
 def retrieval(run: Runner, rows: PairRows, captions: str) -> list[Result]:
-    """Recall and median rank both ways.
+    """Recall and median rank, from image to text and from text to image.
 
-    Right are the texts of all images with the same first caption, as in validation.
+    As in validation, images with the same first caption count as equal: all of their texts are right answers.
     """
     _, preprocessing, clip, encoder = run.network
     assert clip is not None
@@ -107,7 +106,7 @@ def retrieval(run: Runner, rows: PairRows, captions: str) -> list[Result]:
 
 
 class Features:
-    """Pooled features of the image trunk on the splits of labelled images, each split looked at once."""
+    """Pooled features of the image trunk on the splits of labelled images. Each split is computed once."""
 
     def __init__(self, run: Runner, data: ImageData) -> None:
         data.setup("test")
@@ -115,7 +114,7 @@ class Features:
         self.rows: dict[str, ImageRows] = {split: dataset.rows for split, dataset in data.datasets.items()}  # type: ignore[attr-defined]
 
     def of(self, split: str) -> Labelled:
-        """Those of a split."""
+        """Features and labels of a split."""
         if split not in self.found:
             rows, run = self.rows[split], self.run
             pictures = Pictures(rows, len(rows.labels), run.network.preprocessing, run.skip_corrupt)
@@ -125,10 +124,14 @@ class Features:
         return self.found[split]
 
     def learning(self, split: str, task: str) -> Labelled:
-        """The training split, for a task that is measured on another.
+        """Features and labels of the training split.
+
+        Args:
+            split: the split that the task is measured on.
+            task: its name, for the error message.
 
         Raises:
-            TrunklineError: if it is the same.
+            TrunklineError: if the task is measured on the training split itself.
         """
         if split == "train":
             raise TrunklineError(f"{task} learns from the training split; set split to val or test", "split")
@@ -136,7 +139,7 @@ class Features:
 
 
 def zero_shot(run: Runner, test: Labelled, names: Sequence[str], templates: Sequence[str]) -> list[Result]:
-    """Top-1 and top-5 accuracy of the class whose text is most similar."""
+    """Top-1 and top-5 accuracy, where classes are ranked by the similarity of their texts to the image."""
     clip, device = run.network.clip, run.device
     with torch.inference_mode():
         assert clip is not None
@@ -150,7 +153,7 @@ def zero_shot(run: Runner, test: Labelled, names: Sequence[str], templates: Sequ
 
 
 def class_embeddings(run: Runner, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """(classes, E): of each class the mean over its prompts, made to length 1 (arXiv:2103.00020, 3.1.4)."""
+    """(classes, E): for each class the mean embedding of its prompts, scaled to length 1 (arXiv:2103.00020, 3.1.4)."""
     _, _, clip, encoder = run.network
     assert clip is not None
     assert encoder is not None
@@ -160,10 +163,10 @@ def class_embeddings(run: Runner, names: Sequence[str], templates: Sequence[str]
 
 
 def neighbours(features: Features, split: str, k: int) -> list[Result]:
-    """See `knn_accuracy`.
+    """Accuracy of the vote of the `k` nearest training rows (`knn_accuracy`).
 
     Raises:
-        TrunklineError: if there are fewer training rows than neighbours.
+        TrunklineError: if `k` is below 1 or above the number of training rows.
     """
     train = features.learning(split, "knn")
     if not 1 <= k <= len(train.labels):
@@ -173,10 +176,10 @@ def neighbours(features: Features, split: str, k: int) -> list[Result]:
 
 
 def probe(features: Features, split: str) -> list[Result]:
-    """See `linear_probe_accuracy`.
+    """Accuracy of a linear probe, and its C (`linear_probe_accuracy`).
 
     Raises:
-        TrunklineError: if there are no validation rows, or it is measured on them.
+        TrunklineError: if there are no validation rows, or if they are the rows to be measured on.
     """
     train = features.learning(split, "linear_probe")
     if split == "val":
@@ -189,5 +192,5 @@ def probe(features: Features, split: str) -> list[Result]:
 
 
 def commonest(train: Labelled, test: Labelled) -> float:
-    """Accuracy of always naming the commonest training class."""
+    """Accuracy of a guess that is always the most frequent training class."""
     return float((test.labels == np.bincount(train.labels).argmax()).mean())

@@ -1,4 +1,4 @@
-"""What an image network learns about labelled images that it is not trained on, seen during its training."""
+"""A callback that evaluates an image network on labelled images while it trains on other data."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,27 +28,28 @@ Probe = Literal["zero_shot", "knn", "linear_probe"]
 
 
 class ImageProbes(Callback):
-    """At every n-th validation, what `trunkline evaluate` measures on labelled images.
+    """Measures at every n-th validation what `trunkline evaluate` measures on labelled images.
 
-    Logged: `val/zero_shot_acc` (with more than 5 classes `val/zero_shot_acc_top5` too), `val/knn_acc` and
-    `val/linear_probe_acc`, all on the source's validation split; its test split is left for the end. The probe chooses
-    its regularisation on a fifth of the training rows. The network is that of a `ContrastiveImageText` or of an
-    `ImageClassifier`, with the weights that the validation uses (an average, if there is one), in float32.
+    It logs `val/zero_shot_acc` (and `val/zero_shot_acc_top5`, if there are more than 5 classes), `val/knn_acc` and
+    `val/linear_probe_acc`. All are measured on the source's validation split; the test split is not used, so that it is
+    still unseen at the end. The linear probe chooses its regularisation on a fifth of the training rows. The network
+    must be that of a `ContrastiveImageText` or an `ImageClassifier`. Its weights are those that the validation uses
+    (averaged weights, if there are any), in float32.
 
-    Of several processes the first computes while the others wait, and only it knows the figures, so that no checkpoint
-    can be chosen by them there. Sharded weights are not supported.
+    With several processes, the first one computes while the others wait. Only the first one knows the results, so
+    `ModelCheckpoint` cannot monitor them there. Sharded weights are not supported.
 
     Args:
-        data: ImageData of labelled images. They are prepared as the data that the network learns from; if that is
-            ImageData too, fractions and seed of the splits that are left out are its own, which keeps the rows of the
-            last test out of this. `num_workers` left out is none.
-        what: is measured; None is all that the network can do, for a classifier knows no texts.
-        every: so many validations; `trunkline validate` measures always.
-        templates: of zero-shot prompts, with {} for the class: a list, one, or a file with one a line.
-        class_names: a list, or a file with one a line, in place of the source's own.
-        k: neighbours that vote.
-        max_train: training rows that neighbours and probe learn from at most, spread evenly over each class.
-        max_val: the same of validation rows that are measured on.
+        data: ImageData with labelled images. They are prepared like the training data. If the training data is
+            ImageData too, fractions and seed that you leave out are those of training, so that no row of the final test
+            is used here. Without `num_workers`, no worker processes are started.
+        what: the probes to run; None runs all that the network supports (a classifier has no text tower).
+        every: measure at every n-th validation; `trunkline validate` always measures.
+        templates: zero-shot prompts with {} for the class name: a list, a single one, or a file with one per line.
+        class_names: names that replace those of the source: a list, or a file with one name per line.
+        k: number of neighbours that vote.
+        max_train: largest number of training rows for neighbours and probe. Each class keeps its share.
+        max_val: largest number of validation rows to measure on. Each class keeps its share.
     """
 
     def __init__(
@@ -76,11 +77,11 @@ class ImageProbes(Callback):
         self.validations, self.due = 0, False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find what cannot work before the first step.
+        """Load the images, and find errors before the first step.
 
         Raises:
-            TrunklineError: for a source that cannot be read, more neighbours than rows, prompts without a place for the
-                class, or a network or machine that cannot be probed.
+            TrunklineError: for a source that cannot be read, more neighbours than training rows, a prompt without {},
+                or a network, strategy or precision that is not supported.
         """
         if stage not in ("fit", "validate"):
             return
@@ -95,7 +96,7 @@ class ImageProbes(Callback):
             self.encoder = CaptionEncoder(learnt.facts.tokenizer, learnt.facts.max_length)
 
     def _load(self, learnt: ImageInput) -> ImageData:
-        """The labelled images, thinned out, prepared as the data that the network learns from."""
+        """The labelled images, prepared like the training data and reduced to the wanted number of rows."""
         splits = learnt.state_dict() if isinstance(learnt, ImageData) else {}
         data = as_trained(self.given_data, learnt.preprocessing, splits)
         data.setup("validate")
@@ -103,10 +104,10 @@ class ImageProbes(Callback):
         return data
 
     def _thin_out(self, data: ImageData) -> None:
-        """Keep as many rows of each split as are wanted.
+        """Reduce each split to at most `max_train` or `max_val` rows.
 
         Raises:
-            TrunklineError: if too few are left to learn from.
+            TrunklineError: if there are no validation rows, or too few training rows.
         """
         source = data.source
         if "val" not in data.datasets:
@@ -119,36 +120,32 @@ class ImageProbes(Callback):
         labels = kept["train"].labels
         if len(data.class_names) < 2 or ("linear_probe" in self.tasks and (len(set(labels)) < 2 or len(labels) < 5)):
             raise TrunklineError(
-                f"the {len(labels)} training rows that are taken of {source} are too few to tell classes apart; give "
-                "it 5 rows of 2 classes or more, or raise max_train"
+                f"the {len(labels)} training rows taken from {source} are too few to learn classes; give at least "
+                "5 rows and 2 classes, or raise max_train"
             )
         if "knn" in self.tasks and not 1 <= self.k <= len(labels):
             raise TrunklineError(f"k={self.k} must be from 1 to {len(labels)}, the number of training rows")
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Decide whether it is time."""
         on_time = trainer.state.fn != "fit" or (self.validations + 1) % self.every == 0
         self.due = on_time and trainer.is_global_zero and not trainer.sanity_checking
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: Any) -> None:
-        """Log.
-
-        Here all is in evaluation mode and averaged weights are in place; at the end of the epoch they may be gone.
-        """
+        # Why not at the end of the epoch: here the network is in evaluation mode and has its averaged weights. At the
+        # end, the callback that averages weights may run first and put the trained weights back.
         if self.due:
             self.due = False
             with preserved_generators(), said_by_the_probes():
                 figures = self.measure(pl_module)
             for name, value in figures.items():
-                # With `rank_zero_only` there is no collective in spite of `sync_dist`, which only stills a warning.
+                # `rank_zero_only` avoids the collective; `sync_dist=True` only silences Lightning's warning.
                 pl_module.log(f"val/{name}", value, batch_size=1, rank_zero_only=True, sync_dist=True)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count."""
         self.validations += not trainer.sanity_checking and trainer.state.fn == "fit"
 
     def measure(self, module: Any) -> dict[str, float]:
-        """Figures of a network in evaluation mode, without the `val/`."""
+        """The results by their logged names without `val/`. The network must be in evaluation mode."""
         assert self.data is not None
         clip = module.network if isinstance(module.network, CLIP) else None
         trunk = module.network if clip is None else clip.image
@@ -167,19 +164,17 @@ class ImageProbes(Callback):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """For a resume, which goes on counting."""
         return {"validations": self.validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
         self.validations = state_dict["validations"]
 
 
 def choose_probes(trainer: L.Trainer, module: L.LightningModule, what: list[Probe] | None) -> list[Probe]:
-    """What is asked for, or all that is possible.
+    """The given probes, or all that the network supports.
 
     Raises:
-        TrunklineError: if it is not.
+        TrunklineError: if network, strategy, precision or training data do not allow them.
     """
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         raise TrunklineError(
@@ -193,7 +188,7 @@ def choose_probes(trainer: L.Trainer, module: L.LightningModule, what: list[Prob
     network = getattr(module, "network", None)
     if not isinstance(network, CLIP | ViT):
         raise TrunklineError(
-            f"ImageProbes knows the networks of {' and '.join(able('evaluate'))}, not of {type(module).__name__}; "
+            f"ImageProbes supports the networks of {' and '.join(able('evaluate'))}, not of {type(module).__name__}; "
             "leave it out"
         )
     possible: list[Probe] = ["knn", "linear_probe"]
@@ -202,7 +197,10 @@ def choose_probes(trainer: L.Trainer, module: L.LightningModule, what: list[Prob
     learnt = getattr(trainer, "datamodule", None)
     facts = learnt.facts if isinstance(learnt, HasFacts) else DataFacts()
     if not isinstance(learnt, ImageInput) or ("zero_shot" in possible and None in (facts.tokenizer, facts.max_length)):
-        raise TrunklineError("ImageProbes prepares images as the data does; train with ImageTextData or ImageData")
+        raise TrunklineError(
+            "ImageProbes does not know how the training data prepares images and texts; train with ImageTextData or "
+            "ImageData"
+        )
     for probe in what or ():
         if probe not in possible:
             raise TrunklineError(
@@ -212,14 +210,17 @@ def choose_probes(trainer: L.Trainer, module: L.LightningModule, what: list[Prob
 
 
 def spread(labels: np.ndarray, limit: int) -> np.ndarray:
-    """Numbers of at most `limit` rows, ascending: of each class its share, evenly spaced, and no chance in it."""
+    """Row numbers of at most `limit` rows, ascending.
+
+    Each class keeps its share, and rows are evenly spaced; nothing is random.
+    """
     order = np.argsort(labels, kind="stable")
     count = min(limit, len(order))
     return np.sort(order[np.arange(count) * len(order) // count])
 
 
 def fifth(rows: Labelled) -> tuple[Labelled, Labelled]:
-    """Every fifth row of each class, and the others."""
+    """Every fifth row, with the rows sorted by class, and the other rows."""
     place = np.argsort(np.argsort(rows.labels, kind="stable"))
     taken = place % 5 == 4
     return Labelled(*(part[taken] for part in rows)), Labelled(*(part[~taken] for part in rows))
@@ -227,7 +228,7 @@ def fifth(rows: Labelled) -> tuple[Labelled, Labelled]:
 
 @contextmanager
 def said_by_the_probes() -> Iterator[None]:
-    """Errors of a source or a measure name arguments of this callback, not of the data that is trained on."""
+    """Put `ImageProbes:` in front of errors, because they name fields of its data, not of the training data."""
     try:
         yield
     except TrunklineError as error:

@@ -1,4 +1,4 @@
-"""`trunkline evaluate`: figures against loops and scikit-learn on features made by hand."""
+"""`trunkline evaluate`: its results against plain loops, and against scikit-learn on separately computed features."""
 
 import inspect
 import json
@@ -48,7 +48,7 @@ OWN = inspect.signature(evaluate).parameters
 
 
 def run(checkpoint: str, source: Path | str, **options: Any) -> None:
-    """The command, with fields of the data among its options; these are pairs for the emoji and for retrieval."""
+    """Run `evaluate`. Options may be fields of the data, which is ImageTextData for the emoji and for retrieval."""
     fields = {"num_workers": 0} | {name: value for name, value in options.items() if name not in OWN}
     paired = source in (TWEMOJI, OPENMOJI) or options.get("what") == "retrieval"
     data = ImageTextData(str(source), **fields) if paired else ImageData(str(source), **fields)
@@ -62,7 +62,7 @@ def judge(checkpoint: str, source: Path | str, folder: Path, **options: Any) -> 
 
 
 def embedded(network: CLIP, rows: list[tuple[str, list[str]]], texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures and texts, one at a time."""
+    """Embeddings of pictures and texts, computed one at a time."""
     network.eval()
     with torch.no_grad():
         images = [network.encode_image(pixels(picture(colour, n))[None])[0] for n, (colour, _) in enumerate(rows)]
@@ -76,7 +76,7 @@ PAIRS = [(colour, [f"{prefix} {colour}", f"{colour} photo"]) for prefix in ("a",
 class TestRetrieval:
     @pytest.mark.parametrize("captions", ["first", "all"])
     def test_against_a_loop(self, captions: Any, tmp_path: Path) -> None:
-        rows = [*PAIRS, ("red", ["a red", "thing"])]  # the caption of another
+        rows = [*PAIRS, ("red", ["a red", "thing"])]  # the first caption of another row
         found = judge(
             save(tmp_path), listed(tmp_path / "l", rows), tmp_path, what="retrieval", captions=captions, **NOTHING
         )
@@ -111,7 +111,7 @@ class TestRetrieval:
         assert len(re.findall(r"_median_rank │ +1 │ +2 │ 2.0 times", printed)) == 2
 
     def test_what_was_trained_on_is_not_tested(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The fractions are those of training, unless they are given."""
+        """Fractions that are left out are those of training."""
         source = listed(tmp_path / "list", [("red", [f"a {n}"]) for n in range(40)])
         trained = {**STATE, "fractions": {"val": 0.3, "test": 0.0}}
         checkpoints = {}
@@ -189,7 +189,7 @@ class TestZeroShot:
         assert 0 < first < fifth < 12
 
     def test_all_of_one_that_knows(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """Classes from the folders' names, templates from a file, one prompt longer than what the network takes."""
+        """Classes are the folders' names, templates come from a file, and some prompts are too long for the network."""
         (tmp_path / "templates.txt").write_text("a {} thing\nphoto of {} thing a\n")
         options = {"templates": str(tmp_path / "templates.txt"), "val_fraction": 0.25, "test_fraction": 0.25, "k": 5}
         found = judge(save(tmp_path, overfitted()), folders(tmp_path / "i", 12), tmp_path, device="cpu", **options)
@@ -200,7 +200,7 @@ class TestZeroShot:
 
 
 def rows_of_the_test(**options: Any) -> list[int]:
-    """Of the digits."""
+    """Rows of the digits that are in the test split."""
     data = ImageData("digits", image_size=8, channels=1, **options)
     data.setup("test")
     return data.datasets["test"].rows.indices.tolist()  # type: ignore[attr-defined]
@@ -210,7 +210,7 @@ SHARES: dict[str, Any] = {"val_fraction": 0.1, "test_fraction": 0.75}
 
 
 class TestFeatures:
-    """An image classifier's trunk on digits."""
+    """Measurements on digits with the trunk of an image classifier."""
 
     @pytest.fixture(scope="class")
     def checkpoint(self, tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -282,7 +282,7 @@ class TestFeatures:
     def test_what_was_trained_on_is_not_tested(
         self, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Fractions and seed are those of training, unless they are given; not those of a CLIP, which saw no labels."""
+        """Fractions and seed that are left out are those of training, unless it was on pairs (a CLIP)."""
         content = load_checkpoint(checkpoint)
         trained: dict[str, Any] = {"fractions": {"test": 0.4, "val": 0.2}, "split_seed": 3}
         content["ImageData"] |= trained
@@ -308,18 +308,18 @@ class TestFeatures:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"what": "zero_shot"}, "is of ImageClassifier, which knows no texts; give --what knn or linear_probe"),
+            ({"what": "zero_shot"}, "is of ImageClassifier, which has no text tower; give --what knn or linear_"),
             (
                 {"templates": "a {}"},
                 "--templates is for zero_shot, but digits is measured by knn, linear_probe; leave it out, or",
             ),
-            ({"source": "twemoji"}, "is of ImageClassifier, which knows no texts"),
+            ({"source": "twemoji"}, "is of ImageClassifier, which has no text tower"),
             ({"what": "knn", "k": 361}, "k=361 must be from 1 to 269, the number of training rows"),
             ({"what": "knn", "split": "train"}, "knn learns from the training split; set split to val or test"),
             ({"what": "linear_probe", "split": "val"}, "chooses its regularisation on the validation split"),
             (
                 {"what": "linear_probe", "val_fraction": 0},
-                "digits has no val split, but train, test; set val_fraction",
+                "digits has no val split, only train, test; set val_fraction",
             ),
             ({"source": "digits", "output": "nowhere/a.json"}, "--output nowhere/a.json must be a .json file in a fol"),
             ({"source": "digits", "test_fraction": 0.999}, "test_fraction=0.999 leaves nothing for training"),
@@ -341,14 +341,14 @@ class TestFeatures:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "test"}, r" has no test split, but train; set test_fraction or test_split"),
-        ({"class_names": ["red"]}, "class_names has 1 names, but the source has 4 classes"),
+        ({"split": "test"}, r" has no test split, only train; set test_fraction or test_split"),
+        ({"class_names": ["red"]}, "class_names has 1 names, but the source has 4 classes; give 4 names"),
         ({"class_names": ["red", "", "a", "b"]}, "class 1 has an empty name; name all 4"),
         ({"class_names": "nowhere.txt"}, "cannot read class_names nowhere.txt"),
-        ({"templates": ["{}", "a photo"]}, "the template 'a photo' has no {}; write it where the class is to stand"),
+        ({"templates": ["{}", "a photo"]}, "the template 'a photo' has no {}; put {} where the class name belongs"),
         ({"what": "knn", "source": "openmoji"}, "openmoji has captions and no classes, as ImageTextData reads it; "),
         ({"captions": "all"}, "--captions is for retrieval, but"),
-        ({"k": 20}, "--k is for knn, but .* is measured by zero_shot; leave it out, or choose with --what"),
+        ({"k": 20}, "--k is for knn, but .* is measured by zero_shot; leave it out, or choose another --what"),
         ({"what": "retrieval", "k": 20}, "--k is for knn, but .* is measured by retrieval; leave it out"),
         ({"what": "retrieval", "class_names": ["a"]}, "--class_names is for zero_shot, but"),
         ({"what": "retrieval", "templates": "{}"}, "--templates is for zero_shot, but"),
@@ -367,7 +367,7 @@ def test_data_that_do_not_suit(tmp_path: Path) -> None:
     checkpoint = save(tmp_path)
     with pytest.raises(TrunklineError, match="digits has classes and no captions, as ImageData reads it; give images"):
         evaluate(checkpoint, ImageData("digits"), "retrieval", device="cpu")
-    with pytest.raises(TrunklineError, match="TextData has no images to look at; give ImageData or Imag") as error:
+    with pytest.raises(TrunklineError, match="TextData holds no images; give ImageData or ImageTextData") as error:
         evaluate(checkpoint, TextData("x"), device="cpu")
     assert error.value.field == "data"
 
@@ -391,15 +391,15 @@ def test_bad_checkpoint(changes: dict[str, Any], message: str, tmp_path: Path) -
 def test_messages_name_the_commands_own_flags(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Below the message stands the flag, whether it was given or is the mend."""
+    """Below the message is a flag: the wrong one, or one that can fix the error."""
     monkeypatch.setattr("sys.argv", ["trunkline"])
     source = str(folders(tmp_path / "images", 1))
     given = ["evaluate", "--checkpoint", save(tmp_path), "--data.source", source, "--what=zero_shot", "--device", "cpu"]
     given += ["--data.val_fraction", "0", "--data.test_fraction", "0"]
     for options, expected, flag in (
-        (["--split", "train", "--class_names", "[a]"], "class_names has 1 names, .* give as many$", "--class_names"),
+        (["--split", "train", "--class_names", "[a]"], "class_names has 1 names, .* give 4 names$", "--class_names"),
         (["--split=train", "--templates=a photo"], "cannot read templates a photo: ", "--templates"),
-        (["--split=test"], "has no test split, but train; ", "--data.source"),
+        (["--split=test"], "has no test split, only train; ", "--data.source"),
         (["--data.image_size=8"], "image_size=8 does not apply", "--data.image_size"),
         (["--data.channels=2"], "channels must be 1 .grey. or 3 .RGB., not 2", "--data.channels"),
         (["--split=test", "--data.batch_size=0"], "batch_size must be 1 or more, not 0", "--data.batch_size"),
@@ -444,7 +444,7 @@ def test_the_class_of_the_data(
 
 @pytest.mark.parametrize("name", ["ImageData", "ImageTextData"])
 def test_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fields of the data are explained as for `trunkline fit`."""
+    """The help explains the fields of the data as `trunkline fit` does."""
     monkeypatch.setattr("sys.argv", ["trunkline"])
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "--data.help", name])
@@ -455,7 +455,7 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
 
 def test_the_colours_are_learnt() -> None:
-    """Else what is tested with them is nothing."""
+    """Without this, the tests that use `overfitted` would prove nothing."""
     rows = [(colour, [""]) for colour in COLOURS]
     images, texts = embedded(overfitted(), rows, [f"a {colour} thing" for colour in COLOURS])
     assert (images @ texts.T).argmax(axis=1).tolist() == [0, 1, 2, 3]

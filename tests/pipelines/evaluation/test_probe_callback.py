@@ -1,4 +1,4 @@
-"""Probes during training: the figures of `trunkline evaluate`, when they are due, and nothing else changed."""
+"""Probes during training: same results as `trunkline evaluate`, measured when due, with no effect on training."""
 
 import inspect
 import json
@@ -33,7 +33,7 @@ OWN = inspect.signature(ImageProbes).parameters
 
 
 def probes(source: str = "digits", **options: Any) -> ImageProbes:
-    """The callback, with fields of its data among the options."""
+    """The callback. Options may be fields of its data."""
     fields = {name: value for name, value in options.items() if name not in OWN}
     return ImageProbes(ImageData(source, **fields), **{k: v for k, v in options.items() if k in OWN})
 
@@ -65,7 +65,7 @@ class Pairs(ImageInput, L.LightningDataModule):
 
 
 class Grey(Pairs):
-    """For a classifier of digits."""
+    """Grey images with labels, for a classifier of digits."""
 
     preprocessing = Preprocessing(8, 1, (0.5,), (0.5,), "bicubic", 1.0)
     facts = DataFacts()
@@ -76,7 +76,7 @@ class Grey(Pairs):
 
 
 class Witness(DummyLogger, Callback):
-    """Sees the figures of each validation, and the weights that learn."""
+    """Records the results of each validation, and the weights that are trained (not their average)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,6 @@ class Witness(DummyLogger, Callback):
         self.learning: Tensor | None = None
 
     def log_metrics(self, metrics: Any, *_: Any, **__: Any) -> None:
-        """Once a validation, by its end."""
         if "val/loss" in metrics:
             wanted = ("zero_shot", "knn", "linear_probe")
             names = {name.removeprefix("val/"): value for name, value in metrics.items()}
@@ -97,7 +96,7 @@ class Witness(DummyLogger, Callback):
 
 
 class Spy(ImageProbes):
-    """Keeps the weights that it measures."""
+    """Records the weights that it measures."""
 
     def measure(self, module: Any) -> dict[str, float]:
         assert not any(part.training for part in module.modules())
@@ -114,7 +113,7 @@ def run(folder: Path, *callbacks: Callback, data: Any = Pairs, model: Any = None
 
 
 def features(network: CLIP, rows: Any, chosen: np.ndarray) -> Labelled:
-    """Of digits, all at once."""
+    """Features of the chosen digits, computed in one batch."""
     with torch.no_grad():
         images = torch.stack([pixels(rows.image(n).convert("RGB")) for n in chosen])
         found = network.image.forward_features(images).patches.mean(dim=1)
@@ -123,7 +122,7 @@ def features(network: CLIP, rows: Any, chosen: np.ndarray) -> Labelled:
 
 class TestFigures:
     def test_are_those_of_the_command(self, tmp_path: Path) -> None:
-        """Of all rows; the probe, which the command does not measure on validation rows, by hand."""
+        """Zero-shot and neighbours, with all rows; the command cannot measure the linear probe on validation rows."""
         callback = probes(**DIGITS, max_train=2000, test_fraction=0.5, batch_size=256)
         fitted = run(tmp_path, callback)
         checkpoint, output = save(tmp_path, fitted.model.network), tmp_path / "out.json"
@@ -154,7 +153,7 @@ class TestFigures:
         assert logged.keys() == {"knn_acc", "linear_probe_acc"}
         assert logged["knn_acc"] == pytest.approx(knn_accuracy(train, val, 5), abs=1.1 / 90)  # near ties
         held = np.zeros(200, bool)
-        for label in range(10):  # every fifth row, the classes one after the other
+        for label in range(10):  # every fifth row, with the rows sorted by class
             before = int((train.labels < label).sum())
             for n, row in enumerate(np.flatnonzero(train.labels == label)):
                 held[row] = (before + n) % 5 == 4
@@ -162,11 +161,14 @@ class TestFigures:
         assert logged["linear_probe_acc"] == pytest.approx(linear_probe_accuracy(*parts, val)[0], abs=2.1 / 90)
 
     def test_of_averaged_weights(self, tmp_path: Path) -> None:
-        """Whichever callback comes first."""
+        """The order of the callbacks does not matter."""
         for order in (1, -1):
             spy = Spy(ImageData("digits"), **DIGITS, what=["zero_shot"], max_train=20, max_val=20)
             fitted = run(tmp_path, *[EMAWeightAveraging(decay=0.9), spy][::order])
-            used, average = spy.used["image.head.weight"], fitted.model.network.image.head.weight  # of the end
+            used, average = (
+                spy.used["image.head.weight"],
+                fitted.model.network.image.head.weight,
+            )  # at the end of training
             assert torch.equal(used, average)
             assert not torch.equal(used, fitted.witness.learning)
 
@@ -178,7 +180,7 @@ class TestFigures:
 
 
 def test_rows_of_the_last_test_are_left_out(tmp_path: Path) -> None:
-    """The same labelled images are split as for training, where nothing else is said."""
+    """If the training data is ImageData too, its split is used, except for settings that are given."""
     shares = {"val_fraction": 0.2, "test_fraction": 0.4, "split_seed": 3}
     learnt = ImageData("digits", image_size=8, channels=1, **shares)
     learnt.setup("fit")
@@ -210,7 +212,7 @@ def test_every_nth_validation_and_nothing_in_the_sanity_check(tmp_path: Path) ->
 
 
 def test_training_is_the_same_without(tmp_path: Path) -> None:
-    """Weights to the last bit, though a shuffled loader draws from the global generator after a validation."""
+    """Weights are equal to the last bit, although the loader shuffles with the global generator after validations."""
     plain = run(tmp_path, epochs=3).model.network.state_dict()
     probed = run(tmp_path, probes(**DIGITS, max_train=50, max_val=20), epochs=3).model.network.state_dict()
     start = module().network.state_dict()
@@ -241,11 +243,11 @@ def test_what_cannot_be_read_is_found_or_skipped(tmp_path: Path, capsys: pytest.
     with pytest.warns(UserWarning, match="skipped: "):
         fitted = run(tmp_path, probes(**options, skip_corrupt=True))
     assert "pictures, which cannot be read" in capsys.readouterr().out
-    assert fitted.witness.seen[-1].keys() == {"zero_shot_acc", "knn_acc", "linear_probe_acc"}  # no top 5 of 4
+    assert fitted.witness.seen[-1].keys() == {"zero_shot_acc", "knn_acc", "linear_probe_acc"}  # no top 5 with 4 classes
 
 
 class Bare(L.LightningDataModule):
-    """Does not say how it prepares images."""
+    """A datamodule without `preprocessing`."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         return Pairs().train_dataloader()
@@ -281,7 +283,7 @@ def test_what_cannot_be_probed(tmp_path: Path) -> None:
     with pytest.raises(TrunklineError, match="what has zero_shot, but ImageClassifier allows knn, linear_probe; remo"):
         run(tmp_path, probes(what=["knn", "zero_shot"]), data=Grey, model=classifier())
     for unsuited in (Bare, type("Wordless", (Pairs,), {"facts": DataFacts()})):
-        with pytest.raises(TrunklineError, match="prepares images as the data does; train with ImageTextData or Image"):
+        with pytest.raises(TrunklineError, match="how the training data prepares images and texts; train with Image"):
             run(tmp_path, probes(), data=unsuited)
     for made, strategy, precision, message in (
         (L.LightningModule(), None, "32-true", "and ImageClassifier, not of LightningModule; leave it out"),
