@@ -66,7 +66,8 @@ def clip_network(trained: Trained, device: torch.device) -> tuple[CLIP, Preproce
     found = image_network(trained, device)
     if found.clip is None or found.encoder is None:
         raise TrunklineError(
-            f"{trained.file} is of {trained.objective}, which has no text tower; give a checkpoint of ContrastiveImageText"
+            f"{trained.file} is of {trained.objective}, which has no text tower; give a checkpoint of "
+            "ContrastiveImageText"
         )
     return found.clip, found.preprocessing, found.encoder
 
