@@ -52,13 +52,15 @@ def check_fractions(fractions: Mapping[str, float]) -> None:
     Raises:
         TrunklineError: if not; names the field.
     """
-    for split, fraction in fractions.items():
-        if not 0 <= fraction < 1 or sum(fractions.values()) >= 1:
-            raise TrunklineError(
-                f"{split}_fraction={fraction} leaves nothing for training; choose shares from 0 up that sum to less "
-                "than 1",
-                field=f"data.{split}_fraction",
-            )
+    wrong = [split for split, fraction in fractions.items() if not 0 <= fraction < 1]
+    if sum(fractions.values()) >= 1:
+        wrong.append(max(fractions, key=lambda split: fractions[split]))
+    if wrong:
+        raise TrunklineError(
+            f"{wrong[0]}_fraction={fractions[wrong[0]]} leaves nothing for training; choose shares from 0 up that sum to "
+            "less than 1",
+            field=f"data.{wrong[0]}_fraction",
+        )
 
 
 def shares_of(fractions: Mapping[str, float]) -> dict[str, float]:
