@@ -57,8 +57,8 @@ def check_fractions(fractions: Mapping[str, float]) -> None:
         wrong.append(max(fractions, key=lambda split: fractions[split]))
     if wrong:
         raise TrunklineError(
-            f"{wrong[0]}_fraction={fractions[wrong[0]]} leaves nothing for training; choose shares from 0 up that sum to "
-            "less than 1",
+            f"{wrong[0]}_fraction={fractions[wrong[0]]} leaves nothing for training; choose shares from 0 up that sum "
+            "to less than 1",
             field=f"data.{wrong[0]}_fraction",
         )
 
