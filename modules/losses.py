@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from trunkline import TrunklineError
 from trunkline.contract import IGNORE
 
 LOGITS_AT_ONCE = 2**25
@@ -49,6 +50,8 @@ def linear_cross_entropy(
     Returns:
         A scalar, float32 or wider; divide it by the number of targets for the mean.
     """
+    if keys is not None and label_smoothing:
+        raise TrunklineError("label smoothing spreads the target over classes that `keys` leaves out; use one of them")
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

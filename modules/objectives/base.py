@@ -24,14 +24,7 @@ from trunkline.modules.objectives.checks import (
     facts_of,
     with_sizes_of_data,
 )
-from trunkline.modules.objectives.reduction import (
-    Accumulation,
-    Terms,
-    as_terms,
-    mean_count,
-    recomputed_sums,
-    scale_gradients,
-)
+from trunkline.modules.objectives.reduction import Accumulation, Terms, as_terms, mean_count, recomputed_sums
 from trunkline.modules.training.checkpoints import follow_folder
 from trunkline.modules.training.distributed import Gather
 from trunkline.modules.training.exact_resume import (
@@ -319,7 +312,7 @@ class TrunklineModule(L.LightningModule):
         """Correct accumulated gradients; log the largest learning rate and the gradients' norm before clipping."""
         steps = self.trainer.accumulate_grad_batches
         if steps > 1 and not self.joint:
-            scale_gradients(self.network, self.accumulation.correction(self.trainer, steps))
+            self.accumulation.correct(self.network, self.trainer, steps)
         if self.is_logging_step():
             self.log("train/lr", max(group["lr"] for group in optimizer.param_groups))
             grads = [p.grad for p in self.network.parameters() if p.grad is not None]

@@ -93,10 +93,8 @@ class Accumulation:
         """The factor that turns the accumulated gradients into those of the global mean."""
         return self.reference * steps / mean_count(trainer, self.count)
 
-
-def scale_gradients(module: torch.nn.Module, factor: Tensor | float) -> None:
-    """Multiply all gradients by a factor, in one kernel call."""
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
-    if not isinstance(factor, Tensor) and factor == 1.0:
-        return
-    torch._foreach_mul_(grads, factor)
+    def correct(self, module: torch.nn.Module, trainer: L.Trainer, steps: int) -> None:
+        """Multiply all gradients of a module by the correction, in one kernel call."""
+        factor = self.correction(trainer, steps)
+        if isinstance(factor, Tensor) or factor != 1.0:
+            torch._foreach_mul_([p.grad for p in module.parameters() if p.grad is not None], factor)

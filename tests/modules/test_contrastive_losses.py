@@ -7,6 +7,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from trunkline import TrunklineError
 from trunkline.modules import losses
 from trunkline.modules.losses import infonce_loss, sigmoid_loss
 
@@ -94,3 +95,9 @@ def test_autocast_does_not_coarsen(loss: Callable[..., Tensor]) -> None:
         found = loss(*inputs)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, loss(*inputs), rtol=0, atol=1e-6)
+
+
+def test_keys_and_label_smoothing_exclude_each_other() -> None:
+    x, target, keys = torch.randn(3, 4), torch.arange(3), (torch.zeros(3), torch.zeros(3))
+    with pytest.raises(TrunklineError, match="use one of them"):
+        losses.linear_cross_entropy(x, torch.randn(3, 4), target, keys=keys, label_smoothing=0.1)
