@@ -21,9 +21,9 @@ WORDS = [*NAMES, *KINDS, "the", "a", "film", "was", "good", "bad", "very", "saw"
 SHADES = {"dark": 50, "light": 200}
 
 
-def word_tokenizer() -> Tokenizer:
-    """A lower-case WordPiece tokenizer of `WORDS`, with the special tokens of BERT."""
-    made = Tokenizer(models.WordPiece({word: n for n, word in enumerate(MASKING + WORDS)}, unk_token="[UNK]"))
+def word_tokenizer(words: list[str] = WORDS) -> Tokenizer:
+    """A lower-case WordPiece tokenizer of these words, with the special tokens of BERT."""
+    made = Tokenizer(models.WordPiece({word: n for n, word in enumerate(MASKING + words)}, unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer()
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()

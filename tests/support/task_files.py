@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from small_data import MASKING, word_tokenizer
+from tokenizers import Tokenizer
 
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import BERTConfig
 from trunkline.modules.objectives.masked_lm import MaskedLM
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 NAMES = ["anna", "bo", "carl", "dora"]
 WORDS = ["the", "film", "was", "good", "bad", "very", "saw", "in", "ber", "##lin", "who", "a", "?", ".", *NAMES]
 LENGTH = 32
@@ -21,17 +21,12 @@ LENGTH = 32
 
 def words() -> Tokenizer:
     """A WordPiece tokenizer of lower-case words."""
-    made = Tokenizer(models.WordPiece({word: n for n, word in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer()
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.decoder = decoders.WordPiece()
-    made.add_special_tokens(SPECIAL)
-    return made
+    return word_tokenizer(WORDS)
 
 
 def bert() -> BERTConfig:
     trunk = TransformerConfig(dim=32, depth=2, num_heads=2, norm_first=False, final_norm=False)
-    return BERTConfig(len(SPECIAL + WORDS), LENGTH, backbone=trunk)
+    return BERTConfig(len(MASKING + WORDS), LENGTH, backbone=trunk)
 
 
 def pretrained(folder: Path) -> str:

@@ -4,24 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_backbone import config, trunk
 from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.backbone.transformer import DropPath
-
-
-def config(**changes: Any) -> TransformerConfig:
-    return TransformerConfig(**{"dim": 32, "depth": 2, "num_heads": 4, "mlp_dim": 48, **changes})
-
-
-def trunk(cfg: TransformerConfig) -> Transformer:
-    """A trunk far from its gentle start."""
-    model = Transformer(cfg).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
-    return model
 
 
 def assert_near(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:

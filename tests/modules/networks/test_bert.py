@@ -55,6 +55,24 @@ def test_heads_inside_equal_heads_outside_to_the_last_bit(logits: bool, trunk: d
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("logits", [False, True])
+def test_compile_captures_the_heads_in_the_trunks_graph(logits: bool) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    net, inputs = network().eval(), batch()
+    compiled = torch.compile(net, backend=record, fullgraph=True)
+    found = compiled(**inputs, keep=POSITIONS, return_logits=logits, return_next=True)
+    torch.testing.assert_close(found, inside(net, inputs, logits))
+    (graph,) = graphs
+    names = " ".join(node.name for node in graph.graph.nodes)
+    assert all((f"modules_{head}_" in names) for head in ("backbone", "masked_head", "pooler", "next_head"))
+    assert ("modules_head_" in names) == logits
+
+
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("logits", [False, True])
 def test_shapes_and_positions(kept: str, logits: bool) -> None:

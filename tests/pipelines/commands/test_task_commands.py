@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from task_files import LENGTH, SPECIAL, WORDS, asked, labelled, pretrained, tagged
+from small_data import MASKING
+from task_files import LENGTH, WORDS, asked, labelled, pretrained, tagged
 
 from trunkline.modules.metrics.squad import squad_scores
 
 PREFIX = "--model.network.bert"
 SIZES = (
-    f"{PREFIX}.vocab_size {len(SPECIAL + WORDS)} {PREFIX}.max_length {LENGTH} {PREFIX}.backbone.dim 32 "
+    f"{PREFIX}.vocab_size {len(MASKING + WORDS)} {PREFIX}.max_length {LENGTH} {PREFIX}.backbone.dim 32 "
     f"{PREFIX}.backbone.depth 2 {PREFIX}.backbone.num_heads 2 {PREFIX}.backbone.norm_eps 1e-6 "
     f"{PREFIX}.backbone.dropout 0 --model.network.dropout 0"
 )
