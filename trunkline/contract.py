@@ -125,6 +125,21 @@ class PairBatch(Rows, total=False):
     """(B,) int64, 1 if the caption was too long and lost its end."""
 
 
+class SequencePairBatch(Rows, total=False):
+    """Sources and targets for an encoder-decoder; S tokens in a source, T in a target."""
+
+    tokens: "Tensor"
+    """(B, S) int64, tokens of the source."""
+    mask: "Tensor"
+    """(B, S) bool."""
+    target_tokens: "Tensor"
+    """(B, T) int64, what the decoder reads: the start token, then the target without its last token."""
+    targets: "Tensor"
+    """(B, T) int64, what it predicts: the next token of the target, `IGNORE` after its end."""
+    truncated: "Tensor"
+    """(B,) int64, 1 if source or target were too long and lost their ends."""
+
+
 # --- facts about the data
 
 
@@ -150,10 +165,21 @@ class DataFacts:
     class_names: list[str] | None = None
     """Names of the classes, in the order of the class numbers."""
     tokenizer: "Tokenizer | None" = None
+    """Of the source, if the data has sources and targets."""
+    target_tokenizer: "Tokenizer | None" = None
+    """Of the target, if it is another one."""
     vocab_size: int | None = None
     """Rows of the token embedding: the size that the recipe sets, else the tokenizer's own size."""
+    target_vocab_size: int | None = None
+    """The same for `target_tokenizer`."""
     max_length: int | None = None
-    """Tokens in a row."""
+    """Tokens in a row; in a source, if the data has sources and targets."""
+    max_target_length: int | None = None
+    """Tokens in a target."""
+    start_token: int | None = None
+    """Token id that the decoder reads before a target."""
+    end_token: int | None = None
+    """Token id that ends a target."""
     image_size: int | tuple[int, int] | None = None
     """Pixels: one side of a square, or (height, width)."""
     channels: int | None = None
@@ -170,6 +196,10 @@ class DataFacts:
     """Entropy of the token frequencies, in nats per token: the loss of a model that knows only the frequencies."""
     questions: Mapping[str, Sequence[Question]] = field(default_factory=dict)
     """Questions of each split; an evaluation compares the predictions with their answers."""
+    pair: Callable[[str, int], tuple[str, str]] | None = None
+    """(split, row) -> source and target as text."""
+    encode_source: Callable[[Sequence[str], str | None], list[list[int]]] | None = None
+    """(texts, target language or None) -> token ids of the sources, as in training."""
     caption: Callable[[str, int], str] | None = None
     """(split, row) -> the main caption of an image."""
     encode_masked: Callable[[str, int, str], tuple[list[int], int]] | None = None

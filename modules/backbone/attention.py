@@ -1,7 +1,7 @@
 """Attention of the trunk: self- and cross-attention, grouped queries, rotary positions, key/value cache.
 
 Shape legend: B batch, T target (query) tokens, S source (key) tokens, D model width, H query heads,
-K key/value heads, E width of one head (D / H).
+K key/value heads, E width of one head (usually D / H).
 """
 
 import math
@@ -40,7 +40,7 @@ class KVCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        shape = (config.depth, batch_size, config.kv_heads, max_length, config.head_dim)
+        shape = (config.depth, batch_size, config.kv_heads, max_length, config.head_width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.cross: dict[int, tuple[Tensor, Tensor]] = {}
@@ -118,7 +118,7 @@ def take_queries(mask: Tensor | None, keep: Keep) -> Tensor | None:
 
 
 def explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Computes the same as `F.scaled_dot_product_attention`, and also returns the weights (B, H, T, S).
 
@@ -127,7 +127,7 @@ def explicit_attention(
     may = mask if mask is None or mask.dtype == torch.bool else mask > -math.inf  # (B, H, T, S)
     groups = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))  # (B, H, S, E)
-    scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # (B, H, T, S)
+    scores = (q * scale) @ k.mT  # (B, H, T, S)
     if is_causal:  # each query sees itself at least
         scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu(1)
     elif mask is not None and may is not None:
@@ -165,17 +165,18 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig, cross: bool = False) -> None:
         super().__init__()
-        dim, kv_dim = config.dim, config.kv_heads * config.head_dim
-        self.head_dim, self.kv_dim, self.dropout = config.head_dim, kv_dim, config.dropout
+        dim, inner, kv_dim = config.dim, config.num_heads * config.head_width, config.kv_heads * config.head_width
+        self.head_width, self.kv_dim, self.dropout = config.head_width, kv_dim, config.dropout
+        self.scale = 1 / math.sqrt(config.head_width) if config.attn_scale is None else config.attn_scale
         self.gqa = config.kv_heads != config.num_heads
         if cross:
-            self.q = nn.Linear(dim, dim, bias=config.bias)
+            self.q = nn.Linear(dim, inner, bias=config.bias)
             self.kv = nn.Linear(dim, 2 * kv_dim, bias=config.bias)
         else:
-            self.qkv = nn.Linear(dim, dim + 2 * kv_dim, bias=config.bias)
-        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
-        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
-        self.proj = nn.Linear(dim, dim, bias=config.bias)
+            self.qkv = nn.Linear(dim, inner + 2 * kv_dim, bias=config.bias)
+        self.q_norm = make_norm(config, config.head_width) if config.qk_norm else None
+        self.k_norm = make_norm(config, config.head_width) if config.qk_norm else None
+        self.proj = nn.Linear(inner, dim, bias=config.bias)
 
     def fused_projections(self) -> list[tuple[Tensor, int]]:
         """Weights that consist of several stacked matrices of equal shape, each with their number; Muon splits them."""
@@ -184,7 +185,7 @@ class Attention(nn.Module):
         return [(self.qkv.weight, 3)] if not self.gqa else []
 
     def project(self, x: Tensor, keep: Keep | None) -> list[Tensor]:
-        """Project x to queries (B, T or N, D), keys and values (B, T, K * E), with heads not yet separated."""
+        """Project x to queries (B, T or N, H * E), keys and values (B, T, K * E), with heads not yet separated."""
         sizes = [self.qkv.out_features - 2 * self.kv_dim, self.kv_dim, self.kv_dim]
         if keep is None:
             return list(self.qkv(x).split(sizes, dim=-1))
@@ -195,7 +196,7 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * E) -> (B, heads, T, E)."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
     def keys_values(self, k: Tensor, v: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """Projections (B, S, K * E) -> keys and values (B, K, S, E), with norm and rotation applied."""
@@ -245,12 +246,12 @@ class Attention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if return_attention or learns_slowly(q, k):
-            out, weights = explicit_attention(q, k, v, mask, is_causal, dropout_p)
+            out, weights = explicit_attention(q, k, v, mask, is_causal, dropout_p, self.scale)
             weights = weights if return_attention else None
         else:
             if mask is not None and mask.is_floating_point():
                 mask = mask.to(q.dtype)  # the fused kernels need equal types
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, enable_gqa=self.gqa
+                q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, scale=self.scale, enable_gqa=self.gqa
             )
-        return self.proj(out.transpose(1, 2).flatten(2)), weights  # (B, H, T, E) -> (B, T, D)
+        return self.proj(out.transpose(1, 2).flatten(2)), weights  # (B, H, T, E) -> (B, T, H * E) -> (B, T, D)

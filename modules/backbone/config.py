@@ -5,7 +5,9 @@ from typing import Literal
 
 from trunkline import TrunklineError
 
-MLPKind = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swiglu"]
+MLPKind = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2", "swiglu", "geglu"]
+GATED = ("swiglu", "geglu")
+"""Kinds whose first layer computes both gate and value."""
 NormKind = Literal["layernorm", "rmsnorm"]
 
 
@@ -22,13 +24,14 @@ class TransformerConfig:
     depth: int = 12
     """Number of blocks."""
     num_heads: int = 3
-    """Query heads H; must divide `dim`."""
+    """Query heads H; must divide `dim`, unless `head_dim` is given."""
     num_kv_heads: int | None = None
     """Key/value heads K (grouped-query attention, arXiv:2305.13245); None means one per query head."""
     mlp_dim: int | None = None
-    """Hidden width F of the MLP; None means 4 D, or for `swiglu` 8/3 D rounded up to a multiple of 8."""
+    """Hidden width F of the MLP; None means 4 D, or if it is gated 8/3 D rounded up to a multiple of 8."""
     mlp: MLPKind = "gelu"
-    """Activation; `swiglu` gates the hidden layer (arXiv:2002.05202), `relu2` is ReLU squared (arXiv:2109.08668)."""
+    """Activation; `swiglu` and `geglu` (with GELU's tanh approximation) gate the hidden layer (arXiv:2002.05202),
+    `relu2` is ReLU squared (arXiv:2109.08668)."""
     norm: NormKind = "layernorm"
     """Normalisation layer; `rmsnorm` is arXiv:1910.07467."""
     norm_eps: float = 1e-6
@@ -53,34 +56,38 @@ class TransformerConfig:
     """Stochastic depth (arXiv:1603.09382): rate of the last block; it grows linearly from 0 at the first block."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    head_dim: int | None = None
+    """Width E of a head (as in T5 1.1 and Qwen3); None means D / H."""
+    attn_scale: float | None = None
+    """Factor of the attention scores (T5: 1, muP: 1 / E); None means 1 / sqrt(E)."""
 
     def __post_init__(self) -> None:
-        if min(self.dim, self.depth, self.num_heads, self.kv_heads) < 1:
-            raise TrunklineError("dim, depth, num_heads and num_kv_heads must each be at least 1")
+        if min(self.dim, self.depth, self.num_heads, self.kv_heads, self.head_dim or 1) < 1:
+            raise TrunklineError("dim, depth, num_heads, num_kv_heads and head_dim must each be at least 1")
         if not (0 <= self.dropout < 1 and 0 <= self.drop_path < 1):
             raise TrunklineError(
                 f"dropout={self.dropout} and drop_path={self.drop_path} are probabilities: at least 0, below 1"
             )
-        if self.dim % self.num_heads:
+        if self.head_dim is None and self.dim % self.num_heads:
             fits = [h for h in range(1, self.dim + 1) if self.dim % h == 0]
             raise TrunklineError(
                 f"num_heads={self.num_heads} does not divide dim={self.dim}; "
-                f"set num_heads to {min(fits, key=lambda h: abs(h - self.num_heads))} or change dim"
+                f"set num_heads to {min(fits, key=lambda h: abs(h - self.num_heads))}, change dim or set head_dim"
             )
         if self.num_heads % self.kv_heads:
             raise TrunklineError(
                 f"num_kv_heads={self.kv_heads} does not divide num_heads={self.num_heads}; "
                 "each key/value head serves the same number of query heads"
             )
-        if self.rope_theta is not None and self.head_dim % 2:
+        if self.rope_theta is not None and self.head_width % 2:
             raise TrunklineError(
-                f"rope_theta needs an even width per head, but dim / num_heads = {self.head_dim}; change either"
+                f"rope_theta needs an even width per head, but it is {self.head_width} (head_dim, else dim / num_heads)"
             )
 
     @property
-    def head_dim(self) -> int:
+    def head_width(self) -> int:
         """Width E of one head."""
-        return self.dim // self.num_heads
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def kv_heads(self) -> int:
@@ -92,4 +99,4 @@ class TransformerConfig:
         """Hidden width F of the MLP."""
         if self.mlp_dim is not None:
             return self.mlp_dim
-        return -(-8 * self.dim // 24) * 8 if self.mlp == "swiglu" else 4 * self.dim
+        return -(-8 * self.dim // 24) * 8 if self.mlp in GATED else 4 * self.dim

@@ -28,7 +28,7 @@ from trunkline.modules.backbone.attention import (
     take,
     take_queries,
 )
-from trunkline.modules.backbone.config import TransformerConfig
+from trunkline.modules.backbone.config import GATED, TransformerConfig
 
 
 class TransformerOutput(NamedTuple):
@@ -43,18 +43,18 @@ class TransformerOutput(NamedTuple):
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them; with `swiglu` the first computes both gate and value."""
+    """Two linear layers with an activation between them; a gated first layer computes both gate and value."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.kind = config.mlp
-        width = config.hidden_dim * (2 if config.mlp == "swiglu" else 1)
+        width = config.hidden_dim * (2 if config.mlp in GATED else 1)
         self.fc1 = nn.Linear(config.dim, width, bias=config.bias)
         self.fc2 = nn.Linear(config.hidden_dim, config.dim, bias=config.bias)
 
     def fused_projections(self) -> list[tuple[Tensor, int]]:
         """As for `Attention`."""
-        return [(self.fc1.weight, 2)] if self.kind == "swiglu" else []
+        return [(self.fc1.weight, 2)] if self.kind in GATED else []
 
     def activate(self, x: Tensor) -> Tensor:
         """(..., F or 2 F) -> (..., F)."""
@@ -64,9 +64,11 @@ class MLP(nn.Module):
             return F.gelu(x, approximate="tanh")
         if self.kind == "quick_gelu":
             return x * torch.sigmoid(1.702 * x)
-        if self.kind == "swiglu":
+        if self.kind == "silu":
+            return F.silu(x)
+        if self.kind in GATED:
             gate, value = x.chunk(2, dim=-1)
-            return F.silu(gate) * value
+            return (F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")) * value
         x = F.relu(x)
         return x.square() if self.kind == "relu2" else x
 
@@ -259,7 +261,7 @@ class Transformer(nn.Module):
         rotation = None
         if self.config.rope_theta is not None:
             positions = torch.arange(start, end, device=x.device)
-            rotation = rotation_table(positions, self.config.head_dim, self.config.rope_theta)
+            rotation = rotation_table(positions, self.config.head_width, self.config.rope_theta)
         shared = (context, mask, four_dimensional(context_mask), is_causal, rotation, cache)
         attention: list[Tensor] = []
         cross_attention: list[Tensor] = []

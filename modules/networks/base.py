@@ -54,7 +54,11 @@ def trunk_for(config: TransformerConfig, trunk: Transformer | None) -> Transform
     """
     if trunk is None:
         return Transformer(config)
-    resolved = {"num_kv_heads": "kv_heads", "mlp_dim": "hidden_dim"}  # None stands for a default
+    resolved = {
+        "num_kv_heads": "kv_heads",
+        "mlp_dim": "hidden_dim",
+        "head_dim": "head_width",
+    }  # None stands for a default
     for field in dataclasses.fields(config):
         name = resolved.get(field.name, field.name)
         found, own = getattr(trunk.config, name), getattr(config, name)

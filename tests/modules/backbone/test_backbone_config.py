@@ -94,7 +94,7 @@ def test_hidden_width(dim: int, mlp: Any, given: int | None, width: int) -> None
         ({"num_heads": 5}, r"num_heads=5 does not divide dim=32; set num_heads to 4"),
         ({"num_kv_heads": 3}, r"num_kv_heads=3 does not divide num_heads=4"),
         ({"num_kv_heads": 8}, r"num_kv_heads=8 does not divide num_heads=4"),
-        ({"dim": 36, "rope_theta": 1e4}, r"rope_theta needs an even width per head, but dim / num_heads = 9"),
+        ({"dim": 36, "rope_theta": 1e4}, r"rope_theta needs an even width per head, but it is 9"),
         ({"num_heads": 0}, "at least 1"),
         ({"num_kv_heads": 0}, "at least 1"),
         ({"depth": 0}, "at least 1"),

@@ -47,7 +47,7 @@ def test_both_paths_against_a_loop(causal: bool, empty: bool) -> None:
     want = slow_attention(q, k, v, mask, causal)
     whole, flag = self_attention_mask(mask, causal, 0, 5, q.device)
     assert not flag
-    explicit, weights = explicit_attention(q, k, v, whole, False, 0.0)
+    explicit, weights = explicit_attention(q, k, v, whole, False, 0.0, q.shape[-1] ** -0.5)
     for got in (explicit, F.scaled_dot_product_attention(q, k, v, attn_mask=whole)):
         assert_near(got, want, 1e-12)
     assert (want[1, 2, 3] == 0).all() == empty
