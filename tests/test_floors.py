@@ -35,7 +35,7 @@ LIBRARIES = {*sys.stdlib_module_names, "torch", "safetensors", "huggingface_hub"
 FLOOR_1 = LIBRARIES | {"trunkline.modules.backbone"}
 FLOOR_2 = FLOOR_1 | {"trunkline.contract", "trunkline.modules.networks", "trunkline.modules.generation"}
 PURE = ("modules/networks", "modules/generation", "modules/losses.py", "modules/training/optim.py")
-MEASURES = FLOOR_2 | {"torchmetrics", "numpy", "sklearn", "trunkline.modules.metrics"}
+MEASURES = FLOOR_2 | {"torchmetrics", "sacrebleu", "numpy", "sklearn", "trunkline.modules.metrics"}
 
 
 @pytest.mark.parametrize(

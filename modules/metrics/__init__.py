@@ -1,1 +1,1 @@
-"""Metrics: retrieval, probes of frozen features, entities, answers to questions."""
+"""Metrics: retrieval, probes of frozen features, entities, answers to questions, generated texts."""
