@@ -48,7 +48,7 @@ def beam_search(
     length, is not better than its worst ended text. Arguments and errors are those of `sampling.stream`.
     """
     config = config or GenerationConfig(num_beams=4)
-    tokens, mask = check_prompts(decoder, tokens, mask)
+    tokens, mask = check_prompts(decoder, tokens, mask, config)
     ends = tokens.new_tensor(end_ids)
     beams = Beams(len(tokens), config, tokens.device)
     with evaluating(decoder):
@@ -59,7 +59,9 @@ def beam_search(
         seen = None if seen is None else seen[every]
         greedy = replace(config, temperature=0.0)
         while True:
-            scores = filter_logits(window.logits.float().log_softmax(dim=1), greedy, seen)
+            scores = window.logits.float().log_softmax(dim=1)
+            repeated, first = window.repeats(config.no_repeat_ngram), beams.length == 0
+            scores = filter_logits(scores, greedy, seen, repeated, first)
             source, chosen = beams.grow(scores, ends)
             if not beams.going():
                 return beams.results(end_ids)

@@ -68,6 +68,10 @@ class GenerationConfig:
     """Largest number of tokens after the prompt."""
     repetition_penalty: float = 1.0
     """Divides the positive and multiplies the negative logits of tokens that are in the text (arXiv:1909.05858)."""
+    no_repeat_ngram: int | None = None
+    """No N tokens in a row occur twice in what the decoder sees, prompt included (arXiv:1705.04304)."""
+    first_token: int | None = None
+    """Token id that is always the first new token, such as that of the target language."""
     temperature: float = 1.0
     """Divides the logits; 0 always chooses the likeliest token (greedy)."""
     top_k: int | None = None
@@ -84,7 +88,7 @@ class GenerationConfig:
     """Seed of sampling; the random numbers of row b depend only on (seed, b), not on other rows."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams", "top_k"):
+        for name in ("max_new_tokens", "num_beams", "top_k", "no_repeat_ngram"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TrunklineError(f"{name} must be at least 1, not {value}" + _OFF.get(name, ""))
@@ -93,6 +97,10 @@ class GenerationConfig:
             if value is not None and not low < value <= 1:
                 above = "above 0" if low == 0 else "at least 0"
                 raise TrunklineError(f"{name} must be {above} and at most 1, not {value}" + _OFF[name])
+        if self.first_token is not None and self.first_token < 0:
+            raise TrunklineError(
+                f"first_token must be a token id, 0 or more, not {self.first_token}; leave it out to choose it freely"
+            )
         if not 0 <= self.temperature < math.inf:
             raise TrunklineError(f"temperature must be at least 0, not {self.temperature}; 0 is greedy")
         if not 0 < self.repetition_penalty < math.inf:
@@ -110,7 +118,10 @@ class GenerationConfig:
             )
 
 
-_OFF = dict.fromkeys(("top_k", "top_p", "min_p"), "; leave it out to take all tokens")
+_OFF = {
+    **dict.fromkeys(("top_k", "top_p", "min_p"), "; leave it out to take all tokens"),
+    "no_repeat_ngram": "; leave it out to allow repetitions",
+}
 
 
 class Window:
@@ -163,19 +174,44 @@ class Window:
         columns = torch.arange(width + 1, device=tokens.device)
         self.fill(recent, columns >= width - kept[:, None])
 
+    def repeats(self, length: int | None) -> Tensor | None:
+        """(B, V) bool, True for tokens that would repeat `length` tokens of the row; None without a length.
+
+        If this holds for all tokens of a row, it has no meaning, and the row is all False.
+        """
+        if length is None or self.length < length:
+            return None
+        vocabulary = self.logits.shape[1]
+        ngrams = self.tokens[:, : self.length].unfold(1, length, 1)  # (B, number of n-grams, length)
+        newest = self.tokens[:, None, self.length - length + 1 : self.length]  # what an n-gram must begin with
+        begins = torch.arange(ngrams.shape[1], device=ngrams.device) >= self.padding[:, None]
+        found = begins & (ngrams[:, :, :-1] == newest).all(dim=2)
+        repeated = torch.zeros(len(found), vocabulary + 1, dtype=torch.bool, device=found.device)
+        last = ngrams[:, :, -1].masked_fill(~found, vocabulary)  # an id that no token has
+        repeated = repeated.scatter_(1, last, True)[:, :vocabulary]
+        return repeated & ~repeated.all(dim=1, keepdim=True)
+
     def take(self, rows: Tensor) -> None:
         """Make row b continue the old row `rows[b]`; rows that are not in `rows` are dropped."""
         self.tokens, self.padding, self.logits = self.tokens[rows], self.padding[rows], self.logits[rows]
         self.state = self.decoder.reorder(self.state, rows)
 
 
-def filter_logits(logits: Tensor, config: GenerationConfig, seen: Tensor | None = None) -> Tensor:
-    """Apply penalty, temperature and filters, with the meaning and order of Hugging Face.
+def filter_logits(
+    logits: Tensor,
+    config: GenerationConfig,
+    seen: Tensor | None = None,
+    repeated: Tensor | None = None,
+    first: bool = False,
+) -> Tensor:
+    """Apply penalty, exclusions, temperature and filters, with the meaning and order of Hugging Face.
 
     Args:
         logits: (B, V) float32.
-        config: with `temperature` 0 only the penalty is applied.
+        config: with `temperature` 0 the filters of sampling are not applied.
         seen: (B, V) bool, True for tokens that are in the row's text.
+        repeated: (B, V) bool, True for tokens that `no_repeat_ngram` excludes.
+        first: whether this is the first new token, for which `first_token` is chosen.
 
     Returns:
         (B, V) logits, minus infinity for excluded tokens.
@@ -183,6 +219,11 @@ def filter_logits(logits: Tensor, config: GenerationConfig, seen: Tensor | None 
     if seen is not None and config.repetition_penalty != 1:
         penalty = config.repetition_penalty
         logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if repeated is not None:
+        logits = logits.masked_fill(repeated, -math.inf)
+    if first and config.first_token is not None:
+        logits = torch.full_like(logits, -math.inf)
+        logits[:, config.first_token] = 0.0  # in beam search, a token that is forced costs nothing
     if config.temperature == 0:
         return logits
     if config.temperature != 1:
@@ -246,13 +287,20 @@ def tokens_seen(decoder: Decoder, tokens: Tensor, mask: Tensor | None, config: G
     return seen
 
 
-def check_prompts(decoder: Decoder, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def check_prompts(
+    decoder: Decoder, tokens: Tensor, mask: Tensor | None, config: GenerationConfig
+) -> tuple[Tensor, Tensor | None]:
     """Check prompts, and remove the columns that are padding in all rows; the mask is None if no padding is left.
 
     Raises:
-        TrunklineError: for an empty prompt, one that is longer than the decoder's `max_length`, an unknown token, or a
-            mask that is not left padding.
+        TrunklineError: for an empty prompt, one that is longer than the decoder's `max_length`, an unknown token in a
+            prompt or as `first_token`, or a mask that is not left padding.
     """
+    if config.first_token is not None and config.first_token >= decoder.vocab_size:
+        raise TrunklineError(
+            f"first_token is {config.first_token}, but the network knows the tokens 0 to {decoder.vocab_size - 1}; "
+            "take the id from the tokenizer that it was trained with"
+        )
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
     if tokens.ndim != 2 or not len(tokens) or mask.shape != tokens.shape or mask.dtype != torch.bool:

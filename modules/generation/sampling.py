@@ -54,7 +54,7 @@ def stream(
     config = config or GenerationConfig()
     if config.num_beams > 1:
         raise TrunklineError(f"num_beams={config.num_beams} is beam search, which cannot stream; call beam_search")
-    tokens, mask = check_prompts(decoder, tokens, mask)
+    tokens, mask = check_prompts(decoder, tokens, mask, config)
     if ended is None:
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     return _stream(decoder, tokens, mask, config, tokens.new_tensor(end_ids), ended)
@@ -73,7 +73,8 @@ def _stream(
         window = Window(decoder, tokens, mask, config.max_new_tokens - 1)
         for step in range(config.max_new_tokens):
             draws = draw([generators[row] for row in rows.tolist()], tokens.device) if generators else None
-            chosen = choose(filter_logits(window.logits.float(), config, seen), draws)
+            repeated = window.repeats(config.no_repeat_ngram)
+            chosen = choose(filter_logits(window.logits.float(), config, seen, repeated, first=step == 0), draws)
             given = filler.repeat(len(tokens)).index_copy_(0, rows, chosen)
             ended |= torch.isin(given, ends)
             yield given

@@ -149,8 +149,8 @@ def test_modes_and_gradients_are_left_as_they_were() -> None:
 # --- transformers
 
 
-@pytest.fixture(scope="module")
-def pair() -> tuple[Any, GPT]:
+def gpt2() -> tuple[Any, GPT]:
+    """The same network in transformers and here."""
     torch.manual_seed(3)
     ids = {"bos_token_id": None, "eos_token_id": None}
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64, **ids)).eval()
@@ -160,6 +160,11 @@ def pair() -> tuple[Any, GPT]:
     ours = GPT(gpt_config_from_transformers(theirs.config.to_dict())).eval()
     ours.load_state_dict(gpt_from_transformers(theirs.state_dict()))
     return theirs, ours
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, GPT]:
+    return gpt2()
 
 
 def theirs_generate(model: Any, rows: list[list[int]], ends: list[int], **options: Any) -> Any:
@@ -321,6 +326,8 @@ def test_bfloat16(rows: int) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         ({"num_beams": 0}, "num_beams must be at least 1, not 0"),
         ({"top_k": 0}, "top_k must be at least 1, not 0; leave it out"),
+        ({"no_repeat_ngram": 0}, "no_repeat_ngram must be at least 1, not 0; leave it out to allow repetitions"),
+        ({"first_token": -1}, "first_token must be a token id, 0 or more, not -1; leave it out"),
         ({"top_p": 0.0}, r"top_p must be above 0 and at most 1, not 0\.0; leave it out"),
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1, not 1.1"),
         ({"min_p": -0.1}, r"min_p must be at least 0 and at most 1, not -0\.1; leave it out"),
