@@ -1,26 +1,30 @@
 """Low-precision weights for generation: at batch size 1 it spends most of its time on reading weights."""
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trunkline.modules.networks import GPT
-
+TextNetwork = TypeVar("TextNetwork", bound=nn.Module)
+"""A `GPT` or an `EncoderDecoder`."""
+TOKEN_TABLES = ("token_embed", "target_embed")
+"""Names of the embeddings of tokens in these networks."""
 FEW_ROWS = 8
 """With fewer rows than this, PyTorch's int8 kernel is faster than converting the matrix."""
 KERNEL_WIDTH = 32
 """The kernel needs rows whose width is a multiple of this: otherwise it reads past their end."""
 
 
-def to_bfloat16(network: GPT) -> GPT:
+def to_bfloat16(network: TextNetwork) -> TextNetwork:
     """Convert a network's weights to bfloat16, in place; for inference only. Returns the network."""
     network.bfloat16().eval().requires_grad_(False)
     _replace_linears(network, RowLinear)
     return network
 
 
-def to_int8(network: GPT) -> GPT:
-    """Convert linear layers and the token embedding to int8 weights, in place; for inference only.
+def to_int8(network: TextNetwork) -> TextNetwork:
+    """Convert linear layers and the embeddings of tokens to int8 weights, in place; for inference only.
 
     Only weights are rounded, each row of a matrix to 255 levels, which changes logits by a few per cent. Everything
     else becomes bfloat16.
@@ -32,9 +36,11 @@ def to_int8(network: GPT) -> GPT:
         The same network.
     """
     network.float().eval().requires_grad_(False)
-    embedding = Int8Embedding(network.token_embed.weight)
+    tables = {name: table for name in TOKEN_TABLES if isinstance(table := getattr(network, name, None), nn.Embedding)}
+    rounded = {table: Int8Embedding(table.weight) for table in tables.values()}  # one table may have both names
     _replace_linears(network, Int8Linear)
-    network.token_embed = embedding  # type: ignore[assignment]
+    for name, table in tables.items():
+        setattr(network, name, rounded[table])
     return network.bfloat16()
 
 
