@@ -2,14 +2,22 @@
 
 from collections.abc import Iterator
 
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.datamodules.tokenizers import END_TOKENS
+from trunkline.modules.generation.beams import beam_search
 from trunkline.modules.generation.sampling import GenerationConfig
+from trunkline.modules.generation.sampling import stream as next_tokens
+from trunkline.modules.networks import GPT
 from trunkline.pipelines.devices import find_device
-from trunkline.pipelines.generating import NumberFormat, Text, grow, left_padded, prepared, readers_may_leave, write
+from trunkline.pipelines.generating import NumberFormat, prepared, readers_may_leave, write
 from trunkline.pipelines.trained import read_language_model
+
+HALF = "\ufffd"
+"""The replacement character, which stands for bytes of an incomplete character."""
 
 
 def generate_text(
@@ -81,13 +89,13 @@ def generate_text(
     texts = [Text(words, row, stops) for row in rows for _ in range(num_samples)]
     if num_beams == 1:
         rows = [row for row in rows for _ in range(num_samples)]
-    tokens, mask = left_padded(rows, place)
-    steps = grow(texts, prepared(network, dtype, place), tokens, mask, config, [] if end is None else [end])
+    method = grow if num_beams == 1 else grow_beams
+    steps = method(texts, prepared(network, dtype, place), rows, config, [] if end is None else [end])
     with readers_may_leave():
         print_texts(texts, steps, prompts, one_by_one=stream and len(texts) == 1 and num_beams == 1)
 
 
-def print_texts(texts: list[Text], steps: Iterator[None], prompts: list[str], one_by_one: bool) -> None:
+def print_texts(texts: list["Text"], steps: Iterator[None], prompts: list[str], one_by_one: bool) -> None:
     """Generate the texts, and print each after its prompt.
 
     Args:
@@ -151,3 +159,94 @@ def prompt_ids(prompts: list[str], words: Tokenizer, end: int | None, limit: int
             )
         rows.append(ids or start)
     return rows
+
+
+def left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad rows on the left: tokens (B, T) and their mask (B, T), False for padding."""
+    width = max(len(row) for row in rows)
+    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return tokens, torch.arange(width, device=device) >= width - lengths[:, None]
+
+
+def grow(
+    texts: list["Text"], network: GPT, rows: list[list[int]], config: GenerationConfig, ends: list[int]
+) -> Iterator[None]:
+    """Continue each row by sampling, one token at every step, and add the tokens to the texts."""
+    device = next(network.parameters()).device
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    for given in next_tokens(network, *left_padded(rows, device), config, ends, ended):
+        for row, (token, over) in enumerate(zip(given.tolist(), ended.tolist(), strict=True)):
+            if not over and texts[row].add(token):
+                ended[row] = True
+        yield
+
+
+def grow_beams(
+    texts: list["Text"], network: GPT, rows: list[list[int]], config: GenerationConfig, ends: list[int]
+) -> Iterator[None]:
+    """Continue each row by beam search, in one step; the texts of a row get its best beams."""
+    device = next(network.parameters()).device
+    per_row = len(texts) // len(rows)
+    found = beam_search(network, *left_padded(rows, device), config, ends)
+    for text, beam in zip(texts, (beam for beams in found for beam in beams[:per_row]), strict=True):
+        for token in beam.tokens:
+            if text.add(token):
+                break
+    yield
+
+
+class Text:
+    """The text of new tokens, with complete characters only, up to the first stop string.
+
+    The pieces that `take` returns while the text grows are together the same as the whole text at the end.
+
+    Args:
+        words: the tokenizer.
+        prompt: tokens before the new ones; the text of the first new token may depend on them.
+        stops: strings that end the text.
+    """
+
+    def __init__(self, words: Tokenizer, prompt: list[int], stops: list[str]) -> None:
+        self.words, self.stops = words, stops
+        self.recent = prompt[-8:]
+        """Tokens whose text is already known, as context, then tokens whose text is not yet final."""
+        self.known = self.decode(self.recent)
+        self.text = ""
+        self.taken = 0
+        self.ended = False
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens, without special tokens."""
+        return self.words.decode(tokens, skip_special_tokens=True)
+
+    def add(self, token: int) -> bool:
+        """Add a token; returns True if a stop string has ended the text."""
+        self.recent.append(token)
+        text = self.decode(self.recent)
+        if text.endswith(HALF):  # the rest of the character is in the next token
+            return False
+        return self._extend(text)
+
+    def _extend(self, text: str) -> bool:
+        """Add the new part of `text`, which is the text of the tokens in `recent`; True if the text has ended."""
+        start = max(0, len(self.text) - max((len(stop) for stop in self.stops), default=1) + 1)
+        self.text += text[len(self.known) :]
+        self.recent = self.recent[-8:]
+        self.known = self.decode(self.recent)
+        found = [at for stop in self.stops if (at := self.text.find(stop, start)) >= 0]
+        if found:
+            self.text, self.ended = self.text[: min(found)], True
+        return self.ended
+
+    def take(self, last: bool = False) -> str:
+        """The part of the text that is new since the last call; the beginning of a stop string is held back."""
+        if last and not self.ended:
+            self._extend(self.decode(self.recent).rstrip(HALF))
+        final = len(self.text)
+        if not last and not self.ended:
+            waiting = [n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+            final -= max(waiting, default=0)
+        new = self.text[self.taken : final]
+        self.taken = max(self.taken, final)
+        return new

@@ -19,8 +19,7 @@ from trunkline.modules.generation.sampling import generate as generate_tokens
 from trunkline.modules.networks import GPT, GPTConfig
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.cli import main
-from trunkline.pipelines.commands.generate import generate_text
-from trunkline.pipelines.generating import Text
+from trunkline.pipelines.commands.generate import Text, generate_text
 
 CORPUS = ["the cat sat on the mat", "häuser über 東京 🎉🎉 naïve", "the dog ate the cat. the end"]
 END = "<|endoftext|>"
