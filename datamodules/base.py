@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from trunkline.contract import DataFacts
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader
+from trunkline.datamodules.token_batches import TokenBatches
 
 
 def seed_generators(*parts: int) -> None:
@@ -113,6 +114,7 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
             order=getattr(dataset, "order", None),
+            batches=self.token_batches(split),
         )
         workers = self.worker_count()
         return ResumableLoader(
@@ -124,6 +126,10 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
             persistent_workers=workers > 0,
             worker_init_fn=outlive_signals,
         )
+
+    def token_batches(self, split: str) -> TokenBatches | None:
+        """Batches of a split that are limited by tokens; None for `batch_size` rows."""
+        return None
 
     def position(self) -> tuple[int, int]:
         """(epoch, number of its batches that are already trained on), from the trainer's counters."""

@@ -8,6 +8,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from trunkline import TrunklineError
+from trunkline.datamodules.token_batches import TokenBatches
 
 FIELD_NOTE = "field: "
 """Prefix of the note on a worker's error that names the field at fault."""
@@ -27,19 +28,20 @@ class ResumableBatchSampler:
 
     The order of an epoch depends only on (seed, epoch). It is cut into global batches, and each process takes every
     `world_size`-th sample of a global batch: step n has the same samples on any number of processes. Starting at
-    batch n costs nothing, because no earlier sample is read.
+    batch n costs nothing, because no earlier sample is read. Fillers with `valid=False` give each process the same
+    number of samples of a batch.
 
     Args:
         length: number of samples in the dataset.
         batch_size: samples in a global batch, over all processes.
         seed: seed of the order.
         shuffle: whether the order is random.
-        drop_last: leave out the last batch if it is not full. Otherwise it is kept, and fillers with `valid=False`
-            give each process the same number of samples.
+        drop_last: leave out the last batch if it is not full.
         rank: number of this process.
         world_size: number of processes.
         order: makes the order of an epoch, (length,) row numbers, from the epoch's generator. None is a random
             permutation; large files that are read faster one after the other need another order.
+        batches: batches of different sizes, instead of `batch_size`, `drop_last` and `order`.
 
     Raises:
         TrunklineError: if the processes cannot share a batch equally, or if the samples do not fill one batch.
@@ -56,22 +58,13 @@ class ResumableBatchSampler:
         rank: int = 0,
         world_size: int = 1,
         order: Callable[[np.random.Generator], np.ndarray] | None = None,
+        batches: TokenBatches | None = None,
     ) -> None:
-        if batch_size < 1 or batch_size % world_size:
-            raise TrunklineError(
-                f"batch_size={batch_size} (over all processes) cannot be shared by {world_size} process(es); "
-                f"set batch_size and eval_batch_size to multiples of {world_size}",
-                field="data.batch_size" if drop_last else "data.eval_batch_size",
-            )
-        if drop_last and length < batch_size:
-            raise TrunklineError(
-                f"batch_size={batch_size} is larger than the training data ({length} samples), so that no "
-                f"batch is full; set batch_size to at most {length}",
-                field="data.batch_size",
-            )
+        if batches is None:
+            check_batch_size(length, batch_size, drop_last, world_size)
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.shuffle, self.drop_last, self.rank, self.world_size = shuffle, drop_last, rank, world_size
-        self.order = order
+        self.order, self.batches = order, batches
         self.epoch = self.start = 0
 
     @property
@@ -85,21 +78,50 @@ class ResumableBatchSampler:
 
     def __len__(self) -> int:
         """Number of batches in a whole epoch, wherever the next iteration starts."""
+        if self.batches is not None:
+            return len(self.batches)
         return self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         """Batches of this process, from batch `start` on; the iteration after this one begins at batch 0."""
         start, self.start = self.start, 0
-        order = np.arange(self.length)
-        if self.shuffle:
-            generator = np.random.default_rng((self.seed, self.epoch))
-            order = self.order(generator) if self.order else generator.permutation(self.length)
-        for batch in range(start, len(self)):
-            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        for indices in self._global_batches(start):
             fillers = -len(indices) % self.world_size
             keys = [SampleKey(self.epoch, int(i)) for i in indices]
             keys += [SampleKey(self.epoch, int(indices[0]), valid=False)] * fillers
             yield keys[self.rank :: self.world_size]
+
+    def _global_batches(self, start: int) -> Iterator[np.ndarray]:
+        """The row numbers of each batch, over all processes."""
+        generator = np.random.default_rng((self.seed, self.epoch)) if self.shuffle else None
+        if self.batches is not None:
+            yield from self.batches.epoch(generator, start)
+            return
+        order = np.arange(self.length)
+        if generator is not None:
+            order = self.order(generator) if self.order else generator.permutation(self.length)
+        for batch in range(start, len(self)):
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def check_batch_size(length: int, batch_size: int, drop_last: bool, world_size: int) -> None:
+    """Check that the processes can share a batch equally, and that the samples fill a batch.
+
+    Raises:
+        TrunklineError: if not.
+    """
+    if batch_size < 1 or batch_size % world_size:
+        raise TrunklineError(
+            f"batch_size={batch_size} (over all processes) cannot be shared by {world_size} process(es); "
+            f"set batch_size and eval_batch_size to multiples of {world_size}",
+            field="data.batch_size" if drop_last else "data.eval_batch_size",
+        )
+    if drop_last and length < batch_size:
+        raise TrunklineError(
+            f"batch_size={batch_size} is larger than the training data ({length} samples), so that no "
+            f"batch is full; set batch_size to at most {length}",
+            field="data.batch_size",
+        )
 
 
 class FieldNotes(Dataset[Any]):

@@ -35,8 +35,8 @@ KNOWN_WORDS, KNOWN_CHARACTERS = 500_000, 1 << 25
 """Words that a `TextEncoder` remembers, and the characters in them; above these limits it forgets all of them."""
 
 
-def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Id of the token that ends a document.
+def end_of_text_id(tokenizer: Tokenizer, field: str = "data.tokenizer") -> int:
+    """Id of the token that ends a document; `field` is the field that named the tokenizer, for the message.
 
     Raises:
         TrunklineError: if the vocabulary has none.
@@ -48,13 +48,35 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     raise TrunklineError(
         f"the tokenizer has no token that ends a document ({END_OF_TEXT}, [SEP], </s> or <eos>); add one to its "
         "tokenizer.json, or choose another tokenizer",
-        field="data.tokenizer",
+        field,
     )
 
 
 def size_of(tokenizer: Tokenizer) -> int:
     """Rows that an embedding of the tokenizer's ids needs: the largest id + 1, because some vocabularies have gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def embedding_rows(tokenizer: Tokenizer, vocab_size: int | None, name: str, field: str = "data.vocab_size") -> int:
+    """Rows of the embedding of a tokenizer's ids: `vocab_size`, or if it is None the size of the tokenizer.
+
+    Args:
+        tokenizer: the tokenizer.
+        vocab_size: as the recipe states it.
+        name: name of the tokenizer, for messages.
+        field: the field that holds `vocab_size`, for messages.
+
+    Raises:
+        TrunklineError: if the tokenizer has more tokens than `vocab_size`; names both numbers.
+    """
+    size = size_of(tokenizer)
+    if vocab_size and vocab_size < size:
+        raise TrunklineError(
+            f"{field.rpartition('.')[2]}={vocab_size} is smaller than the {size} tokens of the tokenizer {name}; set "
+            f"it to at least {size}, or to null",
+            field,
+        )
+    return vocab_size or size
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -84,7 +106,7 @@ class Vocabulary:
             TrunklineError: if the tokenizer cannot be loaded or learnt, or has more tokens than `vocab_size`.
         """
         self.check_size()
-        size = self.vocab_size or size_of(self.vocabulary)
+        size = embedding_rows(self.vocabulary, self.vocab_size, self.tokenizer)
         return DataFacts(tokenizer=self.vocabulary, vocab_size=size, max_length=self.max_length)
 
     def check_size(self) -> None:
@@ -93,13 +115,7 @@ class Vocabulary:
         Raises:
             TrunklineError: if it has more; names both numbers.
         """
-        size = size_of(self.vocabulary)
-        if self.vocab_size and self.vocab_size < size:
-            raise TrunklineError(
-                f"vocab_size={self.vocab_size} is smaller than the {size} tokens of the tokenizer {self.tokenizer}; "
-                f"set it to at least {size}, or to null",
-                field="data.vocab_size",
-            )
+        embedding_rows(self.vocabulary, self.vocab_size, self.tokenizer)
 
     def tokenizer_origin(self) -> str:
         """Where the tokenizer comes from, for messages."""
@@ -190,31 +206,40 @@ def first_bytes(texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-def train_tokenizer(name: str, texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
+def train_tokenizer(name: str, texts: Iterable[str], vocab_size: int | None, special: Sequence[str] = ()) -> Tokenizer:
     """Learn a tokenizer from text.
 
     Args:
         name: chars, bpe, masked_bpe or wordpiece.
         texts: the texts of the training split.
         vocab_size: maximum number of tokens, except for chars; None is 8192.
+        special: special tokens to add; they get the last ids, and count towards `vocab_size`.
 
     Raises:
         TrunklineError: if `vocab_size` is too small.
     """
-    check_vocab_size(name, vocab_size)
-    return TRAINED[name](texts, vocab_size or DEFAULT_VOCAB_SIZE)
+    check_vocab_size(name, vocab_size, len(special))
+    tokenizer = TRAINED[name](texts, (vocab_size or DEFAULT_VOCAB_SIZE) - len(special))
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer
 
 
-def check_vocab_size(name: str, vocab_size: int | None) -> None:
+def check_vocab_size(name: str, vocab_size: int | None, special: int = 0, field: str = "data.vocab_size") -> None:
     """Check that a vocabulary has room for the tokens that every tokenizer of this kind has.
+
+    Args:
+        name: as in `train_tokenizer`, or the name of a tokenizer that is loaded.
+        vocab_size: as the recipe states it.
+        special: number of special tokens that will be added to a tokenizer that is learnt.
+        field: the field that holds `vocab_size`, for the message.
 
     Raises:
         TrunklineError: if not.
     """
-    smallest = SMALLEST.get(name, 1)
+    smallest = SMALLEST[name] + special if name in SMALLEST else 1
     if vocab_size is not None and vocab_size < smallest:
         raise TrunklineError(
-            f"vocab_size={vocab_size} is too small for {name}; set it to at least {smallest}", field="data.vocab_size"
+            f"{field.rpartition('.')[2]}={vocab_size} is too small for {name}; set it to at least {smallest}", field
         )
 
 

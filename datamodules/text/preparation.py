@@ -5,7 +5,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +22,15 @@ from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
 from trunkline.datamodules.text.text_sources import Piece, TextSource
-from trunkline.datamodules.text.token_shards import INDEX, TokenStream, ends_name, token_type
+from trunkline.datamodules.text.token_shards import (
+    INDEX,
+    DocumentTexts,
+    TokenStream,
+    ends_name,
+    text_ends_name,
+    texts_name,
+    token_type,
+)
 from trunkline.datamodules.tokenizers import (
     DEFAULT_VOCAB_SIZE,
     TRAINED,
@@ -55,6 +63,8 @@ class Group:
     tokens: dict[str, list[np.ndarray]] = field(default_factory=dict)
     ends: dict[str, list[np.ndarray]] = field(default_factory=dict)
     text_bytes: dict[str, int] = field(default_factory=dict)
+    texts: dict[str, list[bytes]] = field(default_factory=dict)
+    """Of the splits whose texts are kept: one entry for each document."""
 
 
 class Preparation:
@@ -66,6 +76,10 @@ class Preparation:
             `load_tokenizer`.
         vocab_size: size of a tokenizer that is learnt.
         cache: folder of all prepared corpora.
+        special: special tokens that pieces can begin with; a tokenizer that is learnt gets them, one that is loaded
+            must have them.
+        texts: splits whose texts are kept as they are, beside their tokens; each of their pieces is a whole document.
+        field: the field that gave `tokenizer`, for messages.
     """
 
     def __init__(
@@ -74,8 +88,13 @@ class Preparation:
         tokenizer: str,
         vocab_size: int | None,
         cache: Path,
+        *,
+        special: Sequence[str] = (),
+        texts: Collection[str] = (),
+        field: str = "data.tokenizer",
     ) -> None:
         self.sources, self.name, self.vocab_size, self.cache = sources, tokenizer, vocab_size, cache
+        self.special, self.kept, self.field = list(special), sorted(texts), field
 
     @cached_property
     def folder(self) -> Path:
@@ -92,18 +111,29 @@ class Preparation:
         self._states = [file_state(file) for source, _ in self.sources for file in source.files]
         sources = [[source.key, digests(source.files, self.cache), shares] for source, shares in self.sources]
         settings = [CORPUS_FORMAT, GROUP_BYTES, tokenizers.__version__, tokenizer, sources]
+        if self.special or self.kept:
+            settings += [self.special, self.kept]
         return self.cache / hashlib.blake2b(json.dumps(settings).encode(), digest_size=12).hexdigest()
 
     @cached_property
     def _loaded(self) -> Tokenizer:
-        return load_tokenizer(self.name)
+        tokenizer = load_tokenizer(self.name, self.field)
+        missing = [token for token in self.special if tokenizer.token_to_id(token) is None]
+        if missing:
+            raise TrunklineError(
+                f"the tokenizer {self.name} has no token {missing[0]}, which this data puts before its texts; add it "
+                "as a special token, or choose a tokenizer that is learnt from the data",
+                self.field,
+            )
+        return tokenizer
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer; it is learnt now if that was not done before.
 
         Raises:
-            TrunklineError: if a source or the tokenizer cannot be read, or the folder cannot be written.
+            TrunklineError: if a source or the tokenizer cannot be read, if the tokenizer lacks a special token, or if
+                the folder cannot be written.
         """
         if self.name not in TRAINED:
             return self._loaded
@@ -122,7 +152,7 @@ class Preparation:
             return
         if self.name in TRAINED:
             texts = (piece.text for piece in self.pieces() if piece.split == "train")
-            tokenizer = train_tokenizer(self.name, texts, self.vocab_size)
+            tokenizer = train_tokenizer(self.name, texts, self.vocab_size, self.special)
         else:
             tokenizer = self._loaded
         atomic_write(self._tokenizer_file, [tokenizer.to_str().encode()])
@@ -155,10 +185,13 @@ class Preparation:
 
     def _whole(self, name: str, size: int, dtype: str) -> bool:
         path = self.folder / name
+        beside = [ends_name(name)]
+        if name.rpartition("-")[0] in self.kept:
+            beside += [texts_name(name), text_ends_name(name)]
         return (
             path.exists()
             and path.stat().st_size == size * np.dtype(dtype).itemsize
-            and (self.folder / ends_name(name)).exists()
+            and all((self.folder / other).exists() for other in beside)
         )
 
     def prepare(self) -> dict[str, Any]:
@@ -181,13 +214,17 @@ class Preparation:
         index = self.prepare()
         return TokenStream(self.folder, index["splits"][split]["shards"], index["dtype"])
 
+    def texts(self, split: str) -> DocumentTexts:
+        """The texts of a prepared split that keeps them."""
+        return DocumentTexts(self.folder, [name for name, _ in self.prepare()["splits"][split]["shards"]])
+
     def _tokenise(self) -> dict[str, Any]:
         """Continue after the last complete group."""
         self._keep_tokenizer()
         tokenizer = self.tokenizer
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
-        vocab_size, encoder, ender = size_of(tokenizer), TextEncoder(tokenizer), end_of_text_id(tokenizer)
+        vocab_size, encoder, ender = size_of(tokenizer), TextEncoder(tokenizer), end_of_text_id(tokenizer, self.field)
         dtype = np.dtype(token_type(vocab_size))
         done = self._whole_groups(dtype.name)
         group, pieces_done = Group(), done[-1]["pieces"] if done else 0
@@ -195,7 +232,7 @@ class Preparation:
         with tokenising_progress() as advance:
             advance(size)
             for batch in batches(islice(self.pieces(), pieces_done, None)):
-                size += add(group, batch, encoder, ender, dtype)
+                size += add(group, batch, encoder, ender, dtype, self.kept)
                 pieces_done += len(batch)
                 advance(size)
                 if group.bytes >= GROUP_BYTES:
@@ -223,10 +260,12 @@ class Preparation:
         splits = {}
         for split, parts in group.tokens.items():
             name = f"{split}-{number:05d}.bin"
-            ends, buffer = np.concatenate(group.ends[split]), io.BytesIO()
-            np.save(buffer, ends)
+            ends = np.concatenate(group.ends[split])
             atomic_write(self.folder / name, [part.data for part in parts])
-            atomic_write(self.folder / ends_name(name), [buffer.getbuffer()])
+            write_array(self.folder / ends_name(name), ends)
+            if split in self.kept:
+                atomic_write(self.folder / texts_name(name), group.texts[split])
+                write_array(self.folder / text_ends_name(name), np.cumsum([*map(len, group.texts[split])]))
             tokens = sum(map(len, parts))
             splits[split] = {
                 "shards": [[name, tokens]],
@@ -284,24 +323,69 @@ def batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def add(group: Group, batch: list[Piece], encoder: TextEncoder, ender: int, dtype: np.dtype[Any]) -> int:
-    """Encode a batch of pieces into a group, with `ender` after each document. Returns the bytes of text."""
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Write an .npy file completely or not at all."""
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    atomic_write(path, [buffer.getbuffer()])
+
+
+def add(
+    group: Group,
+    batch: list[Piece],
+    encoder: TextEncoder,
+    ender: int,
+    dtype: np.dtype[Any],
+    kept: Collection[str] = (),
+) -> int:
+    """Encode a batch of pieces into a group, with `ender` after each document. Returns the bytes of text.
+
+    The texts of the splits in `kept` are put there too.
+    """
     ids, counts = encoder.encode([piece.text for piece in batch])
     total = 0
     for split in dict.fromkeys(piece.split for piece in batch):
         selected = np.array([piece.split == split for piece in batch])
-        ending = np.array([piece.ends for piece in batch])[selected]
-        tokens = ids[np.repeat(selected, counts)]
-        stops = counts[selected].cumsum()
-        size = sum(len(piece.text.encode()) for piece in batch if piece.split == split)
+        pieces = [piece for piece in batch if piece.split == split]
+        texts = [piece.text.encode() for piece in pieces]
+        tokens, ends = framed(pieces, ids[np.repeat(selected, counts)], counts[selected], encoder, ender)
+        size = sum(map(len, texts))
         before = sum(map(len, group.tokens.setdefault(split, [])))
-        ends = stops[ending] + np.arange(1, ending.sum() + 1)
-        group.tokens[split].append(np.insert(tokens, stops[ending], ender).astype(dtype))
+        group.tokens[split].append(tokens.astype(dtype))
         group.ends.setdefault(split, []).append(ends + before)
         group.text_bytes[split] = group.text_bytes.get(split, 0) + size
+        if split in kept:
+            group.texts.setdefault(split, []).extend(texts)
         total += size
     group.bytes += total
     return total
+
+
+def framed(
+    pieces: list[Piece], ids: np.ndarray, counts: np.ndarray, encoder: TextEncoder, ender: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Insert the special tokens before pieces, and `ender` after each document.
+
+    Args:
+        pieces: the pieces.
+        ids: the ids of their texts, one after the other.
+        counts: (pieces,) number of ids of each.
+        encoder: knows the ids of special tokens.
+        ender: id of the token that ends a document.
+
+    Returns:
+        all ids, and (documents,) the position after the end of each document.
+    """
+    stops = counts.cumsum()
+    # (pieces, 2): what is inserted before and after each piece, -1 for nothing, and where.
+    numbers = [None if piece.special is None else encoder.tokenizer.token_to_id(piece.special) for piece in pieces]
+    inserted = np.array(
+        [[-1 if n is None else n, ender if p.ends else -1] for n, p in zip(numbers, pieces, strict=True)]
+    )
+    places, present = np.stack([stops - counts, stops], axis=1), inserted >= 0
+    ending = present[:, 1]
+    ends = stops[ending] + present.ravel().cumsum()[1::2][ending]
+    return np.insert(ids, places[present], inserted[present]), ends
 
 
 @contextmanager

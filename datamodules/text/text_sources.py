@@ -30,6 +30,8 @@ class Piece(NamedTuple):
     text: str
     ends: bool
     """Whether its document ends here."""
+    special: str | None = None
+    """A special token that stands before the text."""
 
 
 class TextSource(Protocol):

@@ -63,3 +63,47 @@ class TokenStream:
 def ends_name(shard: str) -> str:
     """Name of the file with the document ends of a shard."""
     return shard.removesuffix(".bin") + ".ends.npy"
+
+
+class DocumentTexts:
+    """The documents of a split as text, in all its shards, read from disk one by one.
+
+    Args:
+        folder: folder of the prepared corpus.
+        shards: names of the split's token shards, in order; each has files with the texts of its documents.
+    """
+
+    def __init__(self, folder: Path, shards: list[str]) -> None:
+        self.folder, self.shards = folder, shards
+        self.maps = [np.memmap(folder / texts_name(name), np.uint8, "r") for name in shards]
+        self.ends = [np.load(folder / text_ends_name(name), "r") for name in shards]
+        self.borders = np.cumsum([0, *map(len, self.ends)])
+        """(shards + 1,) number of the first document of each shard, and the number of all documents."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DocumentTexts, (self.folder, self.shards)
+
+    def __len__(self) -> int:
+        return int(self.borders[-1])
+
+    def __getitem__(self, number: int) -> str:
+        """The text of a document.
+
+        Raises:
+            IndexError: if there is no such document.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"document {number} of {len(self)}")
+        shard = int(self.borders.searchsorted(number, "right")) - 1
+        place, ends = number - int(self.borders[shard]), self.ends[shard]
+        return self.maps[shard][ends[place - 1] if place else 0 : ends[place]].tobytes().decode()
+
+
+def texts_name(shard: str) -> str:
+    """Name of the file with the texts of a shard's documents, in UTF-8."""
+    return shard.removesuffix(".bin") + ".txt"
+
+
+def text_ends_name(shard: str) -> str:
+    """Name of the file with the byte where each of these texts ends."""
+    return shard.removesuffix(".bin") + ".text-ends.npy"
