@@ -16,10 +16,17 @@ from trunkline.modules.backbone.attention import Attention
 from trunkline.modules.backbone.transformer import MLP
 from trunkline.modules.networks.base import Network
 
+SMALLEST_SCALE = 1e-3
+"""Lower limit of the factor of `ScaledAdamW`, so that weights that start at zero can learn."""
+
 
 @dataclass
 class OptimizerConfig:
-    """Optimiser and learning-rate schedule. Every schedule counts optimiser steps, never epochs."""
+    """Optimiser and learning-rate schedule. Every schedule counts optimiser steps, never epochs.
+
+    Raises:
+        TrunklineError: if two fields contradict each other; the message names them.
+    """
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
     """`muon` is used for the matrices in the trunk's blocks; all other parameters then use AdamW."""
@@ -35,15 +42,30 @@ class OptimizerConfig:
     """Nesterov momentum of Muon and SGD."""
     layer_decay: float = 1.0
     """The rate of each block is the rate of the block above times this (arXiv:2106.08254); 1 means equal rates."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant", "inverse_sqrt"] = "cosine"
     """After the warm-up: `cosine` falls to `final_lr`; `wsd` (warm-up-stable-decay) stays constant, then falls linearly
-    to `final_lr`; `constant` stays constant."""
+    to `final_lr`; `constant` stays constant; `inverse_sqrt` is lr * sqrt(warmup / step) (arXiv:1706.03762)."""
     warmup: float = 0.05
     """Linear warm-up: a fraction of all steps if below 1, else a number of steps."""
     decay_fraction: float = 0.2
     """Share of all steps in which `wsd` decays."""
     final_lr: float = 0.0
     """Learning rate at the end, as a fraction of the peak."""
+    rms_scaled: bool = False
+    """Only with `adamw`: multiply the step of each matrix by the root mean square of its entries (at least 0.001), as
+    Adafactor does (arXiv:1804.04235). `lr` is then relative to the weights; nanoT5 uses 0.02 (arXiv:2309.02373)."""
+
+    def __post_init__(self) -> None:
+        if self.rms_scaled and self.name != "adamw":
+            raise TrunklineError(
+                f"rms_scaled works only with adamw, not with {self.name}; set name to adamw, or rms_scaled to false",
+                field="model.optimizer.rms_scaled",
+            )
+        if self.schedule == "inverse_sqrt" and self.warmup <= 0:
+            raise TrunklineError(
+                f"inverse_sqrt needs a warm-up, but warmup is {self.warmup:g}; give its steps, such as 4000",
+                field="model.optimizer.warmup",
+            )
 
 
 class Muon(torch.optim.Optimizer):
@@ -114,6 +136,71 @@ class Muon(torch.optim.Optimizer):
         )
 
 
+class ScaledAdamW(torch.optim.Optimizer):
+    """AdamW whose step for each matrix is multiplied by the root mean square of its entries (at least 0.001).
+
+    This is the relative step size of Adafactor (arXiv:1804.04235) with the moments of AdamW, as in nanoT5
+    (arXiv:2309.02373). Each matrix of a fused projection has its own factor, as if it were stored alone. The decay is
+    that of AdamW, without the factor.
+
+    Group keys: `splits` (number of equal matrices in a fused projection), `lr`, `weight_decay`, `betas`, `eps`.
+    """
+
+    def __init__(self, params: Any, **defaults: Any) -> None:
+        # `fused` makes load_state_dict move the step counts to the parameters' device.
+        super().__init__(params, {"splits": 1, "fused": True, **defaults})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            matrices = [matrix for p in group["params"] if p.grad is not None for matrix in self._matrices(p, group)]
+            if not matrices:
+                continue
+            weights = [matrix[0] for matrix in matrices]
+            # The kernel reads a float32 rate on the device, so that no step waits for the accelerator.
+            rates = torch._foreach_norm(weights, dtype=torch.float32)
+            torch._foreach_div_(rates, [math.sqrt(weight.numel()) for weight in weights])
+            torch._foreach_clamp_min_(rates, SMALLEST_SCALE)
+            torch._foreach_mul_(rates, group["lr"])
+            if group["weight_decay"]:
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            # A fused kernel for each matrix: on a CPU it takes a fifth of the time of a chain of foreach operations.
+            for rate, (weight, gradient, exp_avg, exp_avg_sq, step) in zip(rates, matrices, strict=True):
+                adamw(
+                    [weight],
+                    [gradient],
+                    [exp_avg],
+                    [exp_avg_sq],
+                    [],
+                    [step],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=rate,
+                    weight_decay=0.0,
+                    eps=group["eps"],
+                    maximize=False,
+                )
+        return loss
+
+    def _matrices(self, p: Tensor, group: dict[str, Any]) -> list[tuple[Tensor, ...]]:
+        """(weight, gradient, first moment, second moment, step count) of each matrix in a parameter, as views."""
+        splits, state = group["splits"], self.state[p]
+        if not state:
+            state["step"] = torch.zeros(splits, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+        assert p.grad is not None
+        whole = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+        parts = [[tensor] if splits == 1 else tensor.chunk(splits) for tensor in whole]
+        return list(zip(*parts, state["step"].unbind(), strict=True))
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16 matrix products."""
     return device.type == "cuda" or (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -143,6 +230,7 @@ def parameter_groups(network: Network, config: OptimizerConfig) -> list[dict[str
 
     A parameter's kind follows from the module that owns it, not from its name: only weights of linear layers decay, and
     Muon updates only those inside a trunk's blocks. A weight that is shared with an embedding counts as an embedding.
+    Muon and `rms_scaled` treat each matrix of a fused projection alone (`splits`).
     With `layer_decay`, block i of a trunk of depth n has the rate lr * layer_decay**(n - i), embeddings
     lr * layer_decay**(n + 1), heads and final norms lr.
 
@@ -170,11 +258,14 @@ def parameter_groups(network: Network, config: OptimizerConfig) -> list[dict[str
             continue
         lr = config.lr * config.layer_decay ** below_top.get(p, depth + 1)
         decay = config.weight_decay if p in decays else 0.0
-        muon, split = config.name == "muon" and p in splits, splits.get(p, 1) if config.name == "muon" else 1
+        muon = config.name == "muon" and p in splits
+        split = splits.get(p, 1) if config.name == "muon" or config.rms_scaled else 1
         group = groups.setdefault((lr, decay, muon, split), {"params": [], "lr": lr, "weight_decay": decay})
         group["params"].append(p)
         if config.name == "muon":
             group.update(muon=muon, splits=split)
+        elif config.rms_scaled:
+            group.update(splits=split)
     if not groups:
         raise TrunklineError("every parameter is frozen; lower freeze_blocks, or give the network a head (num_classes)")
     return list(groups.values())
@@ -189,6 +280,8 @@ def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.Op
         )
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    if config.rms_scaled:
+        return ScaledAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
@@ -199,12 +292,15 @@ def lr_multiplier(step: int, total_steps: float, config: OptimizerConfig) -> flo
         TrunklineError: if the schedule needs to know the last step, but the training has no end.
     """
     endless = math.isinf(total_steps)
-    if endless and (config.schedule != "constant" or 0 < config.warmup < 1):
+    if endless and (config.schedule in ("cosine", "wsd") or 0 < config.warmup < 1):
         raise TrunklineError(
             "this schedule needs to know where training ends; set trainer.max_epochs or trainer.max_steps, "
-            "or schedule: constant with warmup in steps"
+            "or schedule: constant or inverse_sqrt with warmup in steps"
         )
     warmup = config.warmup * total_steps if 0 < config.warmup < 1 else config.warmup
+    if config.schedule == "inverse_sqrt":
+        count, warmup = step + 1, max(warmup, 1.0)  # the paper counts from 1, and reaches the peak at step `warmup`
+        return min(count / warmup, math.sqrt(warmup / count))
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if config.schedule == "constant":
