@@ -8,8 +8,10 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from torch import Tensor
 
+from trunkline.contract import IGNORE
 from trunkline.modules.callbacks.drawing import tensorboard
 from trunkline.modules.objectives.base import TrunklineModule
+from trunkline.modules.training.distributed import sum_over_processes
 from trunkline.modules.training.exact_resume import accumulates, compute_dtype
 
 
@@ -21,15 +23,22 @@ class Throughput(Callback):
 
     Logged: `throughput/<unit>_per_sec` over all processes, where `<unit>` is `images`, `texts`, …;
     `throughput/tokens_per_sec` if the samples hold text (without padding; all processes are assumed to have as many
-    tokens as this one); `throughput/flops_per_sec` (FLOP of the model, a backward pass counted as two forward passes);
-    `throughput/mfu` if the device's peak is known; `<unit>_seen`; and under `by_<unit>/` the losses and metrics with
-    the number of samples seen as the x-axis.
+    tokens as this one); `throughput/flops_per_sec` (FLOP of the model, a backward pass counted as two forward passes;
+    those of a sample are taken from the first batch that is logged); `throughput/mfu` if the device's peak is known;
+    `<unit>_seen`, the samples of all processes since the start of training; and under `by_<unit>/` the losses and
+    metrics with the number of samples seen as the x-axis.
     """
 
     def __init__(self) -> None:
-        self.samples = 0
+        self.seen: Tensor | int | None = None
+        """Samples of all processes in all optimiser steps so far; None if a checkpoint does not tell."""
+        self.seen_before = 0
+        """Their number at the start of the interval."""
+        self.unfinished: Tensor | int = 0
+        """Samples of this process in the optimiser step that is not done yet."""
         self.tokens: Tensor | int = 0
         self.samples_a_step = 0
+        """Of a run whose checkpoint does not tell `seen`."""
         self.started = 0.0
         self.flops: int | None = None
         self.peak: int | None = None
@@ -38,28 +47,41 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.peak = get_available_flops(trainer.strategy.root_device, compute_dtype(trainer.precision_plugin))
-        self.samples, self.tokens, self.started = 0, 0, time.perf_counter()
+        self.unfinished = 0
+        if trainer.global_step == 0:
+            self.seen = 0
+        self._begin_interval()
+
+    def _begin_interval(self) -> None:
+        self.seen_before = 0 if self.seen is None else int(self.seen)
+        self.tokens, self.started = 0, time.perf_counter()
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: TrunklineModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         size = pl_module.batch_size(batch)
-        self.samples += size * trainer.world_size
+        self.unfinished = self.unfinished + size
         if pl_module.unit != "tokens":
             self.tokens = self.tokens + count_tokens(batch)
-        self.samples_a_step = size * trainer.world_size * trainer.accumulate_grad_batches
+        if accumulates(trainer):
+            return
+        step, self.unfinished = sum_over_processes(self.unfinished, trainer.world_size), 0
+        if self.seen is None:
+            self.seen = self.seen_before = (trainer.global_step - 1) * (self.samples_a_step or int(step))
+        self.seen = self.seen + step
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % interval or accumulates(trainer):
+        if trainer.global_step % interval:
             return
         if self.flops is None:
-            self.flops = pl_module.flops_per_batch(batch) // size
+            self.flops = pl_module.flops_per_batch(batch) // max(int(size), 1)
+        seen = int(self.seen)  # waits for the device, as Lightning does when it logs
         elapsed = time.perf_counter() - self.started
-        self.per_second = self.samples / elapsed
+        self.per_second = (seen - self.seen_before) / elapsed
         metrics = {
             f"throughput/{pl_module.unit}_per_sec": self.per_second,
-            f"{pl_module.unit}_seen": trainer.global_step * self.samples_a_step,
+            f"{pl_module.unit}_seen": seen,
         }
-        if tokens := int(self.tokens):  # waits for the device, as Lightning does when it logs
+        if tokens := int(self.tokens):
             metrics["throughput/tokens_per_sec"] = tokens * trainer.world_size / elapsed
         if self.flops:
             metrics["throughput/flops_per_sec"] = self.per_second * self.flops
@@ -68,7 +90,7 @@ class Throughput(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         self._log_by_samples(trainer, pl_module, "train/")
-        self.samples, self.tokens, self.started = 0, 0, time.perf_counter()
+        self._begin_interval()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.started -= time.perf_counter()  # stops the clock; `on_validation_end` starts it again
@@ -81,25 +103,29 @@ class Throughput(Callback):
             self._log_by_samples(trainer, pl_module, "val/")
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of samples per step, because a resumed run may begin with a validation, before any batch."""
-        return {"samples_a_step": self.samples_a_step}
+        """The number of samples seen up to the last optimiser step: from there a resumed run goes on."""
+        return {"seen": None if self.seen is None else int(self.seen), "samples_a_step": self.samples_a_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seen = state_dict.get("seen")  # older checkpoints have only the samples of a step, which were all alike
         self.samples_a_step = state_dict["samples_a_step"]
 
     def _log_by_samples(self, trainer: L.Trainer, pl_module: TrunklineModule, prefix: str) -> None:
         writer = tensorboard(trainer)
         if writer is not None:
+            seen = trainer.global_step * self.samples_a_step if self.seen is None else int(self.seen)
             for name, value in trainer.callback_metrics.items():
                 if name.startswith(prefix):
-                    writer.add_scalar(f"by_{pl_module.unit}/{name}", value, trainer.global_step * self.samples_a_step)
+                    writer.add_scalar(f"by_{pl_module.unit}/{name}", value, seen)
 
 
 def count_tokens(batch: dict[str, Tensor]) -> Tensor | int:
-    """Number of a batch's tokens without padding, as a tensor on its device; 0 if the batch has no tokens."""
-    if "mask" in batch:
-        return batch["mask"].sum()
-    return batch["tokens"].numel() if "tokens" in batch else 0
+    """Number of a batch's tokens without padding, as a tensor on its device; 0 if the batch has no tokens.
+
+    Sources and targets both count.
+    """
+    count = batch["mask"].sum() if "mask" in batch else batch["tokens"].numel() if "tokens" in batch else 0
+    return count + (batch["targets"] != IGNORE).sum() if "target_tokens" in batch else count
 
 
 class ProgressBar(TQDMProgressBar):

@@ -382,8 +382,8 @@ class TrunklineModule(L.LightningModule):
             metric.update(batch.get(name, 0))
             self.log(f"{stage}/{title}", metric, on_step=False, on_epoch=True)
 
-    def batch_size(self, batch: dict[str, Tensor]) -> int:
-        """Number of samples in this process's batch."""
+    def batch_size(self, batch: dict[str, Tensor]) -> int | Tensor:
+        """Number of samples in this process's batch: an int if all processes have as many, else a scalar tensor."""
         return len(next(iter(batch.values())))
 
     def flops_per_batch(self, batch: Any) -> int:

@@ -13,6 +13,7 @@ from trunkline.modules.metrics.squad import WindowAnswer, best_spans, merge_wind
 from trunkline.modules.networks import TextHeadConfig
 from trunkline.modules.objectives.checks import facts_of
 from trunkline.modules.objectives.text_task import TextTask
+from trunkline.modules.training.distributed import gather_lists
 
 
 class QuestionAnswering(TextTask):
@@ -93,11 +94,7 @@ class QuestionAnswering(TextTask):
         return self.likeliest(self.outputs(batch), batch)
 
     def finish_evaluation(self, stage: str, metrics: Any) -> dict[str, Any]:
-        found = self.found
-        if self.trainer.world_size > 1:
-            parts: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, found)
-            found = [window for part in parts for window in part]
+        found = gather_lists(self.found, self.trainer.world_size)
         if stage not in facts_of(self.trainer).questions:
             raise TrunklineError(
                 "answers are compared with the data's questions, which it does not tell; use SquadData"

@@ -1,10 +1,33 @@
-"""Gathers tensors from all processes, and sends the gradients back. Needs only torch."""
+"""What processes tell each other: rows with their gradients, lists of objects, sums. Needs only torch."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def gather_lists(own: list[T], processes: int) -> list[T]:
+    """The lists of all processes, one after the other; the same in each process. Their lengths may differ."""
+    if processes == 1:
+        return own
+    parts: list[Any] = [None] * processes
+    dist.all_gather_object(parts, own)
+    return [entry for part in parts for entry in part]
+
+
+def sum_over_processes(own: Tensor | int, processes: int) -> Tensor | int:
+    """Sum of a number over all processes; an int is the same in all of them, so nothing is communicated.
+
+    The host does not wait for the device.
+    """
+    if isinstance(own, int):
+        return own * processes
+    if processes > 1:
+        dist.all_reduce(own := own.clone())
+    return own
 
 
 class Gather:
