@@ -44,6 +44,8 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.cross: dict[int, tuple[Tensor, Tensor]] = {}
+        self.source = torch.arange(batch_size, device=device)
+        """(B,) which row of `cross` a row reads; N beams of one source stand together and share a row."""
         self.length = 0
         """Number of tokens in the cache; the trunk increases it at the end of each call."""
 
@@ -75,7 +77,17 @@ class KVCache:
             self.values[:, :, :, held] = self.values[:, index, :, held]
         else:
             self.keys, self.values = self.keys[:, index], self.values[:, index]
-        self.cross = {layer: (k[index], v[index]) for layer, (k, v) in self.cross.items()}
+        source = self.source[index]
+        if not torch.equal(source, self.source):
+            self._select_sources(source)
+
+    def _select_sources(self, source: Tensor) -> None:
+        """Make row b read the old row `source[b]` of `cross`, which keeps one copy for equally many rows in turn."""
+        kept, place, count = source.unique_consecutive(return_inverse=True, return_counts=True)
+        if (count != count[0]).any():
+            kept, place = source, torch.arange(len(source), device=source.device)
+        self.cross = {layer: (k[kept], v[kept]) for layer, (k, v) in self.cross.items()}
+        self.source = place
 
 
 def make_norm(config: TransformerConfig, dim: int) -> nn.Module:
@@ -115,6 +127,27 @@ def take_queries(mask: Tensor | None, keep: Keep) -> Tensor | None:
     if isinstance(keep, Tensor):
         mask = mask.expand(len(keep), -1, -1, -1)
     return take(mask.transpose(1, 2), keep).transpose(1, 2)
+
+
+def join_beams(q: Tensor, mask: Tensor | None, sources: int) -> tuple[Tensor, Tensor | None]:
+    """Make the queries of all beams of a source queries of one row, so that their keys and values are read once.
+
+    Args:
+        q: (B, T, H * E) queries; the beams of a source stand together.
+        mask: broadcastable to (B, H, T, S).
+        sources: number of sources.
+
+    Returns:
+        (sources, N * T, H * E) queries for N beams of a source, and a mask broadcastable to (sources, H, N * T, S).
+    """
+    if mask is not None:
+        mask = mask.expand(len(q), -1, q.shape[1], -1).unflatten(0, (sources, -1)).transpose(1, 2).flatten(2, 3)
+    return q.reshape(sources, -1, q.shape[2]), mask
+
+
+def split_beams(weights: Tensor, rows: int) -> Tensor:
+    """Attention weights (sources, H, N * T, S) of joined beams -> (rows, H, T, S) with rows = sources * N."""
+    return weights.unflatten(2, (rows // len(weights), -1)).transpose(1, 2).flatten(0, 1)
 
 
 def explicit_attention(
@@ -238,6 +271,9 @@ class Attention(nn.Module):
                 k, v = self.keys_values(k, v, rotation=None)
                 if cache is not None:
                     cache.cross[layer] = (k, v)
+        shared = cache is not None and len(k) < len(q)  # by beams of one source
+        if shared:
+            q, mask = join_beams(q, mask, len(k))
         q = self.heads(q)
         if self.q_norm is not None:
             q = self.q_norm(q).to(v.dtype)
@@ -254,4 +290,8 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, scale=self.scale, enable_gqa=self.gqa
             )
-        return self.proj(out.transpose(1, 2).flatten(2)), weights  # (B, H, T, E) -> (B, T, H * E) -> (B, T, D)
+        out = out.transpose(1, 2).flatten(2)  # (B, H, T, E) -> (B, T, H * E)
+        if shared:
+            out = out.reshape(*x.shape[:2], -1)
+            weights = None if weights is None else split_beams(weights, len(x))
+        return self.proj(out), weights

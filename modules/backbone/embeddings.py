@@ -86,6 +86,27 @@ def _sincos(position: Tensor, frequency: Tensor) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=1)
 
 
+class SinusoidalPositions(nn.Module):
+    """The fixed positions of arXiv:1706.03762, called like an embedding."""
+
+    table: Tensor
+
+    def __init__(self, length: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("table", sincos_positions(length, dim), persistent=False)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Positions of any shape (...) -> (..., D)."""
+        return self.table[positions]
+
+
+def real_positions(mask: Tensor | None, start: int, end: int, device: torch.device) -> Tensor:
+    """Positions (T,) of the tokens start..end; with a mask (B, end), positions (B, T) that do not count padding."""
+    if mask is None:
+        return torch.arange(start, end, device=device)
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:]
+
+
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Interpolate positions (1, rows * columns, D) from one patch grid to another (bicubic, antialiased)."""
     if old == new:

@@ -3,6 +3,7 @@
 from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.bert import BERT, BERTConfig
 from trunkline.modules.networks.clip import CLIP, CLIPConfig
+from trunkline.modules.networks.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from trunkline.modules.networks.gpt import GPT, GPTConfig
 from trunkline.modules.networks.text_head import TextHead, TextHeadConfig
 from trunkline.modules.networks.vit import ViT, ViTConfig
@@ -13,6 +14,8 @@ __all__ = [
     "GPT",
     "BERTConfig",
     "CLIPConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "GPTConfig",
     "Network",
     "TextHead",

@@ -42,12 +42,13 @@ OWN_TO_TRUNK = {"causal", "dropout", "drop_path", "activation_checkpointing"}
 results in evaluation, or, like `causal`, are passed in each call."""
 
 
-def trunk_for(config: TransformerConfig, trunk: Transformer | None) -> Transformer:
+def trunk_for(config: TransformerConfig, trunk: Transformer | None, name: str = "backbone") -> Transformer:
     """Make a new trunk, or check and return a given one.
 
     Args:
         config: the trunk's configuration inside the network's.
         trunk: an existing trunk, which keeps its weights, dropout and checkpointing; None makes a new one.
+        name: the field of the network's configuration that holds `config`.
 
     Raises:
         TrunklineError: with the field in which the given trunk differs.
@@ -60,12 +61,12 @@ def trunk_for(config: TransformerConfig, trunk: Transformer | None) -> Transform
         "head_dim": "head_width",
     }  # None stands for a default
     for field in dataclasses.fields(config):
-        name = resolved.get(field.name, field.name)
-        found, own = getattr(trunk.config, name), getattr(config, name)
+        value = resolved.get(field.name, field.name)
+        found, own = getattr(trunk.config, value), getattr(config, value)
         if found != own and field.name not in OWN_TO_TRUNK:
             raise TrunklineError(
                 f"the given trunk has {field.name}={found}, but the network's configuration has "
-                f"backbone.{field.name}={own}; make them equal"
+                f"{name}.{field.name}={own}; make them equal"
             )
     return trunk
 

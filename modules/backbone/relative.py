@@ -1,0 +1,66 @@
+"""T5's relative position bias (Raffel et al., 2019, arXiv:1910.10683)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone.transformer import restrict
+
+
+class RelativeBias(nn.Module):
+    """A learned number for each head and distance, which a trunk adds to the scores of self-attention.
+
+    Half of the buckets (of each direction) are for one distance each, the other half for ranges that grow with the
+    logarithm of the distance; all distances of `max_distance` tokens and more share the last bucket. One table serves
+    all blocks of a trunk.
+
+    Args:
+        num_heads: query heads H of the trunk.
+        buckets: number of distances that are told apart; without `causal` one half is for each direction.
+        max_distance: distance in tokens from which on all distances are the same.
+        causal: a token sees only tokens before it, so all buckets are for that direction.
+
+    Raises:
+        TrunklineError: if there are too few buckets, or too many for `max_distance`.
+    """
+
+    def __init__(self, num_heads: int, buckets: int = 32, max_distance: int = 128, causal: bool = False) -> None:
+        super().__init__()
+        self.causal, self.max_distance = causal, max_distance
+        self.one_way = buckets if causal else buckets // 2
+        self.exact = self.one_way // 2
+        if buckets < 4 or buckets % 2:
+            raise TrunklineError(f"relative_buckets={buckets} must be an even number of at least 4")
+        if max_distance <= self.exact:
+            raise TrunklineError(
+                f"relative_distance={max_distance} must be above {self.exact}, the number of distances that "
+                f"relative_buckets={buckets} tells apart one by one"
+            )
+        self.table = nn.Embedding(buckets, num_heads)
+        nn.init.trunc_normal_(self.table.weight, std=0.02)
+
+    def bucket(self, offset: Tensor) -> Tensor:
+        """Bucket of each offset, the position of a key minus that of the query; any shape, int64."""
+        distance = (-offset).clamp(min=0) if self.causal else offset.abs()
+        far = (distance.clamp(min=1).float() / self.exact).log() / math.log(self.max_distance / self.exact)
+        far = (self.exact + (far * (self.one_way - self.exact)).long()).clamp(max=self.one_way - 1)
+        bucket = torch.where(distance < self.exact, distance, far)
+        return bucket if self.causal else bucket + self.one_way * (offset > 0)
+
+    def forward(self, queries: int, start: int = 0, mask: Tensor | None = None) -> Tensor:
+        """Bias of the queries start..start + T over the keys 0..start + T, as a mask for `Transformer.forward`.
+
+        Args:
+            queries: number T of query tokens.
+            start: number of tokens in the cache before them.
+            mask: (B, S) bool, False for padding.
+
+        Returns:
+            (1, H, T, S), or (B, H, T, S) with a mask; S = start + T.
+        """
+        keys = torch.arange(start + queries, device=self.table.weight.device)
+        offset = keys - keys[start:, None]  # (T, S)
+        bias = self.table(self.bucket(offset)).permute(2, 0, 1)[None]
+        return bias if mask is None else restrict(bias, mask[:, None, None, :])
