@@ -104,7 +104,15 @@ def test_the_host_waits_for_the_device_when_logging_only(tmp_path: Path, monkeyp
         return int(value)
 
     monkeypatch.setattr(throughput, "int", read, raising=False)
-    run(tmp_path, Steps(), Throughput(), log_every_n_steps=3, max_steps=7, limit_val_batches=0)
+    run(
+        tmp_path,
+        Steps(),
+        Throughput(),
+        log_every_n_steps=3,
+        max_steps=7,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+    )
     assert [count > 0 for count in waited[1:]] == [False, False, True, False, False, True, False]
 
 
