@@ -4,6 +4,7 @@ from trunkline.datamodules.images.image_data import ImageData
 from trunkline.datamodules.images.preprocessing import Augmentation
 from trunkline.datamodules.pairs.image_text_data import ImageTextData
 from trunkline.datamodules.text.masked_text import MaskedTextData
+from trunkline.datamodules.text.span_corruption import SpanCorruptionData
 from trunkline.datamodules.text.text_data import TextData
 from trunkline.datamodules.text_tasks.labelled_text import LabelledTextData
 from trunkline.datamodules.text_tasks.squad import SquadData
@@ -15,6 +16,7 @@ __all__ = [
     "ImageTextData",
     "LabelledTextData",
     "MaskedTextData",
+    "SpanCorruptionData",
     "SquadData",
     "TaggedTextData",
     "TextData",

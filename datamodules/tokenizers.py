@@ -84,9 +84,9 @@ class Vocabulary:
     """Which tokenizer turns text into rows of tokens. A mixin of datamodules, placed before `TrunklineDataModule`."""
 
     tokenizer: str
-    """`chars`, `bpe` (byte-level), `masked_bpe` (the same with `[MASK]` and other special tokens) or `wordpiece`,
-    learnt from at most 100 MB of the training texts; else a tokenizer.json, a training checkpoint (.ckpt) or a hub
-    name."""
+    """`chars`, `bpe` (byte-level), `masked_bpe` (the same with `[MASK]` and other special tokens), `span_bpe` (the same
+    with `<extra_id_0>` to `<extra_id_99>`) or `wordpiece`, learnt from at most 100 MB of the training texts; else a
+    tokenizer.json, a training checkpoint (.ckpt) or a hub name."""
     vocab_size: int | None = None
     """Rows of the network's embedding; None uses the size of the tokenizer. A tokenizer that is learnt here, other than
     `chars`, gets at most this size (None: 8192). For a smaller tokenizer the embedding is padded to this size."""
@@ -152,6 +152,12 @@ def train_chars(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 MASKING_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PADDING, SENTINELS = "<pad>", 100
+
+
+def sentinel(number: int) -> str:
+    """Name of a token that stands for a hidden span of text, as in T5."""
+    return f"<extra_id_{number}>"
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str | AddedToken] = (END_OF_TEXT,)) -> Tokenizer:
@@ -191,9 +197,14 @@ TRAINED: dict[str, Callable[[Iterable[str], int], Tokenizer]] = {
     "masked_bpe": partial(
         train_bpe, special=[*MASKING_TOKENS[:-1], AddedToken(MASKING_TOKENS[-1], lstrip=True, special=True)]
     ),
+    # A sentinel includes the space before it too.
+    "span_bpe": partial(
+        train_bpe,
+        special=[PADDING, END_OF_TEXT, *(AddedToken(sentinel(n), lstrip=True, special=True) for n in range(SENTINELS))],
+    ),
     "wordpiece": train_wordpiece,
 }
-SMALLEST = {"chars": 0, "bpe": 257, "masked_bpe": 261, "wordpiece": 64}
+SMALLEST = {"chars": 0, "bpe": 257, "masked_bpe": 261, "span_bpe": 258 + SENTINELS, "wordpiece": 64}
 
 
 def first_bytes(texts: Iterable[str]) -> Iterator[str]:
@@ -210,7 +221,7 @@ def train_tokenizer(name: str, texts: Iterable[str], vocab_size: int | None, spe
     """Learn a tokenizer from text.
 
     Args:
-        name: chars, bpe, masked_bpe or wordpiece.
+        name: chars, bpe, masked_bpe, span_bpe or wordpiece.
         texts: the texts of the training split.
         vocab_size: maximum number of tokens, except for chars; None is 8192.
         special: special tokens to add; they get the last ids, and count towards `vocab_size`.
@@ -243,15 +254,15 @@ def check_vocab_size(name: str, vocab_size: int | None, special: int = 0, field:
         )
 
 
-def check_room(max_length: int, smallest: int = 5) -> None:
-    """Check that a row has room for text beside the special tokens.
+def check_room(max_length: int, smallest: int = 5, field: str = "data.max_length") -> None:
+    """Check that a row has room for text beside the special tokens; `field` is the field that holds `max_length`.
 
     Raises:
         TrunklineError: if not.
     """
     if max_length < smallest:
         raise TrunklineError(
-            f"max_length={max_length} leaves no room for text beside the special tokens", field="data.max_length"
+            f"{field.rpartition('.')[2]}={max_length} leaves no room for text beside the special tokens", field
         )
 
 
@@ -265,16 +276,17 @@ def load_tokenizer(name: str, field: str = "data.tokenizer") -> Tokenizer:
     Raises:
         TrunklineError: if the tokenizer cannot be found or read.
     """
+    given = field.rpartition(".")[2]
     path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
     if not path.exists() and (path.suffix in (".json", ".ckpt") or name.startswith((".", "/", "~"))):
-        raise TrunklineError(f"tokenizer={name}: there is no file {path}; fix the path", field)
+        raise TrunklineError(f"{given}={name}: there is no file {path}; fix the path", field)
     try:
         if path.suffix == ".ckpt":
             content = load_checkpoint(path, mmap=True, field=field)
-            text = tokenizer_of_checkpoint(content)
+            text = tokenizer_of_checkpoint(content, given) or tokenizer_of_checkpoint(content)
             if text is None:
                 raise TrunklineError(
-                    f"tokenizer={name}: this checkpoint has no tokenizer; give one of a run on text", field
+                    f"{given}={name}: this checkpoint has no tokenizer; give one of a run on text", field
                 )
             tokenizer = Tokenizer.from_str(text)
         else:
@@ -283,9 +295,9 @@ def load_tokenizer(name: str, field: str = "data.tokenizer") -> Tokenizer:
         raise
     except Exception as error:  # the library raises bare `Exception`s
         missing = "" if path.exists() else "there is no such file here, and as a hub name: "
-        offers = [*TRAINED, ""] if field == "data.tokenizer" else []
+        offers = [*TRAINED, ""] if field.startswith("data.") else []
         raise TrunklineError(
-            f"cannot read tokenizer={name}: {missing}{' '.join(str(error).split())}; give {', '.join(offers)}the path "
+            f"cannot read {given}={name}: {missing}{' '.join(str(error).split())}; give {', '.join(offers)}the path "
             "of a tokenizer.json, or the name of a hub model that has one",
             field,
         ) from error
@@ -294,11 +306,16 @@ def load_tokenizer(name: str, field: str = "data.tokenizer") -> Tokenizer:
     return tokenizer
 
 
-def tokenizer_of_checkpoint(content: Any) -> str | None:
-    """The tokenizer of a training checkpoint, as JSON, from the state of its datamodule; None if it has none."""
+def tokenizer_of_checkpoint(content: Any, role: str = "tokenizer") -> str | None:
+    """A tokenizer of a training checkpoint, as JSON, from the state of its datamodule; None if it has none.
+
+    Args:
+        content: content of the checkpoint.
+        role: `tokenizer`, or `target_tokenizer` for that of the targets, if they have another one.
+    """
     for state in content.values() if isinstance(content, dict) else ():
-        if isinstance(state, dict) and isinstance(state.get("tokenizer"), str):
-            return state["tokenizer"]
+        if isinstance(state, dict) and isinstance(state.get(role), str):
+            return state[role]
     return None
 
 
