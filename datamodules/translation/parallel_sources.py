@@ -62,7 +62,7 @@ def offline_names() -> list[str]:
     """Names of the pairs that are made in code."""
     from trunkline.datamodules.translation import dates
 
-    return list(dates.NAMES)
+    return list(dates.DATE_SETS)
 
 
 def offline_pairs(source: NamedSource) -> PairSource | None:

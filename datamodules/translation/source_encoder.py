@@ -34,7 +34,7 @@ class SourceEncoder:
         max_length: int,
         too_long: Literal["cut", "refuse"] = "cut",
     ) -> None:
-        check_room(max_length, smallest=3)
+        check_room(max_length, smallest=3 if languages else 2)  # a language, a token of text, the end
         self.tokenizer, self.prefix, self.max_length, self.too_long = tokenizer, prefix, max_length, too_long
         self.end, self.languages = end_of_text_id(tokenizer), None if languages is None else list(languages)
         self.language_ids: dict[str, int] = {}
