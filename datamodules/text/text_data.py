@@ -15,7 +15,7 @@ from trunkline.datamodules.hub import TextSplits
 from trunkline.datamodules.splits import check_fractions, shares_of
 from trunkline.datamodules.text.packing import Blocks, Documents, PackedRows
 from trunkline.datamodules.text.preparation import Preparation, default_cache
-from trunkline.datamodules.text.text_sources import open_text
+from trunkline.datamodules.text.text_sources import first_documents, open_text
 from trunkline.datamodules.text.token_shards import TokenStream
 from trunkline.datamodules.tokenizers import Vocabulary, check_vocab_size
 
@@ -34,6 +34,8 @@ class TokenisedText(Vocabulary, TextSplits, TrunklineDataModule):
     any other text file is one document) or a folder with files of one kind; else a Hugging Face hub name."""
     text_column: str = "text"
     """Column of a table that holds the text."""
+    max_documents: int | None = None
+    """Read only this many documents of `source`, the first ones; for tables and hub datasets that are too large."""
     cache_dir: str | None = None
     """Folder where Trunkline keeps tokens and learnt tokenizers; None is $TRUNKLINE_CACHE, else ~/.cache/trunkline. The
     `datasets` library does not use it: texts of a hub are streamed. A hub dataset without a `revision` is not prepared
@@ -62,7 +64,10 @@ class TokenisedText(Vocabulary, TextSplits, TrunklineDataModule):
         """
         named = self.named_sources
         shares = {split: {split: 1.0} for split in named} | {"train": shares_of(self.fractions)}
-        sources = [(open_text(source, self.text_column), shares[split]) for split, source in named.items()]
+        opened = {split: open_text(source, self.text_column) for split, source in named.items()}
+        if self.max_documents is not None:
+            opened["train"] = first_documents(opened["train"], self.max_documents, self.source)
+        sources = [(source, shares[split]) for split, source in opened.items()]
         cache = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache()
         return Preparation(sources, self.tokenizer, self.vocab_size, cache)
 

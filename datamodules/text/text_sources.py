@@ -6,9 +6,9 @@ import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -65,6 +65,33 @@ class RowDocuments:
         for number, text in enumerate(self.rows()):
             if text:
                 yield Piece(split_of(number, shares), text, True)
+
+
+def first_documents(source: TextSource, limit: int, name: str) -> RowDocuments:
+    """The first documents of a source, with the empty ones counted.
+
+    Args:
+        source: the source.
+        limit: number of documents.
+        name: its name, for messages.
+
+    Raises:
+        TrunklineError: if its documents are not rows, or if `limit` is too small.
+    """
+    at = "data.max_documents"
+    if limit < 1:
+        raise TrunklineError(f"max_documents must be at least 1, not {limit}", field=at)
+    if not isinstance(source, RowDocuments):
+        raise TrunklineError(
+            f"max_documents={limit} counts rows of a table or of a hub dataset, and {name} has none; leave it out",
+            field=at,
+        )
+    return replace(source, key=[*source.key, limit], rows=partial(first_rows, source.rows, limit))
+
+
+def first_rows(rows: Callable[[], Iterator[str]], limit: int) -> Iterator[str]:
+    """The first `limit` rows."""
+    return islice(rows(), limit)
 
 
 @dataclass

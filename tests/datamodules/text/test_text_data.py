@@ -143,9 +143,26 @@ def test_documents_end_with_the_end_of_text(tmp_path: Path) -> None:
     assert data.preparation.prepare()["splits"]["val"]["documents"] == 3
 
 
+def test_only_the_first_documents_are_read(tmp_path: Path) -> None:
+    lines = [f'{{"text": "row {n} of these"}}\n' for n in range(50)]
+    (tmp_path / "in.jsonl").write_text("".join(lines[:30]) + "broken")
+    (tmp_path / "val.jsonl").write_text("".join(lines[30:]))
+    val, cache = str(tmp_path / "val.jsonl"), str(tmp_path / "cache")
+    data = ready(tmp_path / "in.jsonl", max_documents=30, val_source=val, cache_dir=cache)
+    splits = data.preparation.prepare()["splits"]
+    assert {name: split["documents"] for name, split in splits.items()} == {"train": 30, "val": 20}
+    fewer = ready(tmp_path / "in.jsonl", max_documents=20, val_source=val, cache_dir=cache)
+    assert fewer.preparation.prepare()["splits"]["train"]["documents"] == 20
+    assert pickle.loads(pickle.dumps(data)).preparation.folder == data.preparation.folder
+    with pytest.raises(TrunklineError, match=r"in\.jsonl"):
+        ready(tmp_path / "in.jsonl", max_documents=31, val_source=val, cache_dir=cache)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"max_documents": 0}, "max_documents must be at least 1, not 0"),
+        ({"max_documents": 9}, r"max_documents=9 counts rows of a table .*in\.txt has none; leave it out"),
         ({"max_length": 0}, "max_length must be at least 1"),
         ({"val_fraction": 1.0}, "val_fraction=1.0 leaves nothing"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "leaves nothing for training"),
