@@ -32,6 +32,7 @@ def stream(
     config: GenerationConfig | None = None,
     end_ids: Sequence[int] = (),
     ended: Tensor | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
     """Continue each row, one token at a time.
 
@@ -42,6 +43,7 @@ def stream(
         config: how tokens are chosen; must not ask for beam search.
         end_ids: tokens that end a row.
         ended: (B,) bool, all False at first. It is updated here, and the caller may set it to end a row.
+        numbers: (B,) number of each row, which decides its random numbers; None counts from 0.
 
     Returns:
         Iterator over the (B,) next tokens, at most `config.max_new_tokens` times, until all rows have ended. For a row
@@ -57,16 +59,23 @@ def stream(
     tokens, mask = check_prompts(decoder, tokens, mask, config)
     if ended is None:
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    return _stream(decoder, tokens, mask, config, tokens.new_tensor(end_ids), ended)
+    drawn = range(len(tokens)) if numbers is None else numbers
+    generators = [row_generator(config.seed, row) for row in drawn] if config.temperature > 0 else []
+    return _stream(decoder, tokens, mask, config, tokens.new_tensor(end_ids), ended, generators)
 
 
 @torch.inference_mode()
 def _stream(
-    decoder: Decoder, tokens: Tensor, mask: Tensor | None, config: GenerationConfig, ends: Tensor, ended: Tensor
+    decoder: Decoder,
+    tokens: Tensor,
+    mask: Tensor | None,
+    config: GenerationConfig,
+    ends: Tensor,
+    ended: Tensor,
+    generators: list[torch.Generator],
 ) -> Iterator[Tensor]:
     """The loop of `stream`. Rows that have ended are removed from the batch; `rows` are the remaining ones."""
     rows = torch.arange(len(tokens), device=tokens.device)
-    generators = [row_generator(config.seed, row) for row in range(len(tokens))] if config.temperature > 0 else []
     filler = ends[:1] if len(ends) else tokens.new_zeros(1)
     with evaluating(decoder):
         seen = tokens_seen(decoder, tokens, mask, config)
@@ -97,6 +106,7 @@ def generate(
     mask: Tensor | None = None,
     config: GenerationConfig | None = None,
     end_ids: Sequence[int] = (),
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each row, without the end token; uses beam search if `config.num_beams` is above 1.
 
@@ -105,5 +115,5 @@ def generate(
     config = config or GenerationConfig()
     if config.num_beams > 1:
         return [beams[0].tokens for beams in beam_search(decoder, tokens, mask, config, end_ids)]
-    steps = torch.stack(list(stream(decoder, tokens, mask, config, end_ids)), dim=1).tolist()
+    steps = torch.stack(list(stream(decoder, tokens, mask, config, end_ids, numbers=numbers)), dim=1).tolist()
     return [cut(row, end_ids) for row in steps]

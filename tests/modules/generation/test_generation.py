@@ -114,6 +114,8 @@ def test_sampled_rows_do_not_depend_on_each_other() -> None:
     assert generate(network, torch.tensor(rows), config=GenerationConfig(12, seed=6)) != whole
     torch.manual_seed(99)  # the global generator has no part in it
     assert generate(network, torch.tensor(rows), config=config) == whole
+    last = generate(network, torch.tensor([rows[2], rows[0]]), config=config, numbers=[2, 0])
+    assert last == [whole[2], whole[0]]  # rows keep their draws in any batch
 
 
 def test_a_row_ends_alone_and_the_caller_may_end_one() -> None:
