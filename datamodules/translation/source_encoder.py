@@ -62,30 +62,34 @@ class SourceEncoder:
         settings = {name: state["settings"][name] for name in ("prefix", "languages", "max_length")}
         return cls(Tokenizer.from_str(state["tokenizer"]), **settings, too_long=too_long)
 
-    def encode(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
+    def encode(
+        self, texts: Sequence[str], language: str | None = None, names: Sequence[str] | None = None
+    ) -> list[list[int]]:
         """Token ids of each text.
 
         Args:
             texts: source texts, without the prefix.
             language: the target language, if the model knows several.
+            names: what messages call each text; None is `text 1` and so on.
 
         Raises:
-            TrunklineError: if a text is empty or, unless it is cut, too long; names its number, counted from 1. If the
-                language is unknown, missing, or given to a model that is told none.
+            TrunklineError: if a text is empty or, unless it is cut, too long; names it. If the language is unknown,
+                missing, or given to a model that is told none.
         """
         first = self.language_id(language)
-        for number, text in enumerate(texts, start=1):
+        names = names or [f"text {number}" for number in range(1, len(texts) + 1)]
+        for name, text in zip(names, texts, strict=True):
             if not text.strip():
-                raise TrunklineError(f"text {number} is empty; give a text, or leave it out")
+                raise TrunklineError(f"{name} is empty; give a text, or leave it out")
         ids, counts = self._encoder.encode([self.prefix + text for text in texts])
         flat, stop, rows = ids.tolist(), 0, []
         room = self.max_length - len(first) - 1
-        for number, count in enumerate(counts.tolist(), start=1):
+        for name, count in zip(names, counts.tolist(), strict=True):
             start, stop = stop, stop + count
             if count > room:
                 if self.too_long != "cut":
                     raise TrunklineError(
-                        f"text {number} has {count + len(first) + 1} tokens, but the model reads at most "
+                        f"{name} has {count + len(first) + 1} tokens, but the model reads at most "
                         f"{self.max_length}; shorten it, or let long texts be cut"
                     )
                 self.cut += 1
