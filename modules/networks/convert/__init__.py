@@ -1,14 +1,42 @@
 """Conversion of foreign weights: one key table per family, each with a parity test (test_parity_*.py)."""
 
 from trunkline.modules.networks.convert.timm_vit import vit_from_timm
+from trunkline.modules.networks.convert.transformers_bart import (
+    bart_config_from_transformers,
+    bart_config_to_transformers,
+    bart_from_transformers,
+    bart_to_transformers,
+    marian_config_from_transformers,
+    marian_config_to_transformers,
+    marian_from_transformers,
+    marian_to_transformers,
+)
 from trunkline.modules.networks.convert.transformers_bert import bert_from_transformers
 from trunkline.modules.networks.convert.transformers_clip import clip_from_transformers
 from trunkline.modules.networks.convert.transformers_gpt2 import gpt_config_from_transformers, gpt_from_transformers
+from trunkline.modules.networks.convert.transformers_t5 import (
+    t5_config_from_transformers,
+    t5_config_to_transformers,
+    t5_from_transformers,
+    t5_to_transformers,
+)
 
 __all__ = [
+    "bart_config_from_transformers",
+    "bart_config_to_transformers",
+    "bart_from_transformers",
+    "bart_to_transformers",
     "bert_from_transformers",
     "clip_from_transformers",
     "gpt_config_from_transformers",
     "gpt_from_transformers",
+    "marian_config_from_transformers",
+    "marian_config_to_transformers",
+    "marian_from_transformers",
+    "marian_to_transformers",
+    "t5_config_from_transformers",
+    "t5_config_to_transformers",
+    "t5_from_transformers",
+    "t5_to_transformers",
     "vit_from_timm",
 ]

@@ -1,0 +1,126 @@
+"""Conversion by one table of names in both directions, for encoder-decoders."""
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks.encoder_decoder import EncoderDecoderConfig
+
+KeyTable = Mapping[str, tuple[str, ...]]
+"""Our name of a layer -> its names in the other library. A `*` stands for the number of a block. If there are several
+names, ours has their matrices and biases stacked."""
+
+
+def numbered(name: str, table: Collection[str]) -> tuple[str, str]:
+    """A layer's name -> its name in the table, and the number of its block or nothing."""
+    number = "" if name in table else next(iter(re.findall(r"\.(\d+)\.", name)), "")
+    return name.replace(f".{number}.", ".*.", 1) if number else name, number
+
+
+def from_theirs(weights: Mapping[str, Tensor], table: KeyTable, family: str) -> dict[str, Tensor]:
+    """Their state dict -> ours.
+
+    Raises:
+        TrunklineError: for a weight that is not in the table, and for a part of a stacked weight that is missing.
+    """
+    ours = {theirs: own for own, names in table.items() for theirs in names}
+    converted = {}
+    for name in weights:
+        layer, _, kind = name.rpartition(".")
+        place, number = numbered(layer, ours)
+        if place not in ours:
+            raise TrunklineError(f"a weight '{name}' of a {family} has no place in an EncoderDecoder")
+        parts = [f"{part.replace('*', number)}.{kind}" for part in table[ours[place]]]
+        missing = [part for part in parts if part not in weights]
+        if missing:
+            raise TrunklineError(f"the weights of the {family} have '{name}' but no '{missing[0]}'")
+        values = [weights[part] for part in parts]
+        converted[f"{ours[place].replace('*', number)}.{kind}"] = values[0] if len(values) == 1 else torch.cat(values)
+    return converted
+
+
+def to_theirs(
+    weights: Mapping[str, Tensor], table: KeyTable, family: str, kinds: Collection[str] = ("weight", "bias")
+) -> dict[str, Tensor]:
+    """Our state dict -> theirs, whose layers have these kinds of parameters.
+
+    Raises:
+        TrunklineError: for a weight that is not in the table.
+    """
+    converted = {}
+    for name, value in weights.items():
+        layer, _, kind = name.rpartition(".")
+        place, number = numbered(layer, table)
+        if place not in table or kind not in kinds:
+            raise TrunklineError(f"a weight '{name}' of an EncoderDecoder has no place in a {family}")
+        parts = table[place]
+        for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
+            converted[f"{part.replace('*', number)}.{kind}"] = piece.clone()
+    return converted
+
+
+def refuse_options(config: Mapping[str, Any], usual: Mapping[str, Collection[Any]], family: str) -> None:
+    """Refuse a configuration of theirs in which an option has another value than ours can express.
+
+    Raises:
+        TrunklineError: with the name and the value of the option.
+    """
+    for name, values in usual.items():
+        if name in config and config[name] not in values:
+            raise TrunklineError(
+                f"a {family} with {name}={config[name]} cannot be converted: an EncoderDecoder has no such option"
+            )
+
+
+def refuse_difference(
+    config: EncoderDecoderConfig, expressed: EncoderDecoderConfig, family: str, free: Collection[str] = ()
+) -> None:
+    """Refuse a configuration of ours that is not the one which the other library's configuration expresses.
+
+    Args:
+        config: what is to be converted.
+        expressed: what it would be after conversion to the other library and back.
+        family: name of the model in the other library.
+        free: fields that may differ.
+
+    Raises:
+        TrunklineError: with the first field that differs.
+    """
+    wanted, found = resolved(config), resolved(expressed)
+    for name, value in wanted.items():
+        if name not in free and value != found.get(name, value):
+            raise TrunklineError(
+                f"an EncoderDecoder with {name}={value} cannot become a {family}, which has {name}={found[name]}"
+            )
+
+
+TRAINING_ONLY = {"dropout", "drop_path", "activation_checkpointing"}
+
+
+def resolved(config: EncoderDecoderConfig) -> dict[str, Any]:
+    """All fields that decide what the network computes, with values in the place of None."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, TransformerConfig):
+            full = dataclasses.replace(
+                value,
+                num_kv_heads=value.kv_heads,
+                mlp_dim=value.hidden_dim,
+                head_dim=value.head_width,
+                attn_scale=value.head_width**-0.5 if value.attn_scale is None else value.attn_scale,
+            )
+            parts = dataclasses.asdict(full).items()
+            values.update({f"{field.name}.{name}": part for name, part in parts if name not in TRAINING_ONLY})
+        else:
+            values[field.name] = value
+    values["target_vocab_size"], values["share_embeddings"] = config.target_vocabulary, config.one_embedding
+    if config.positions != "relative":
+        del values["relative_buckets"], values["relative_distance"]
+    return values
