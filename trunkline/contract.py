@@ -131,7 +131,7 @@ class SequencePairBatch(Rows, total=False):
     tokens: "Tensor"
     """(B, S) int64, tokens of the source."""
     mask: "Tensor"
-    """(B, S) bool."""
+    """(B, S) bool; absent if no source is padded."""
     target_tokens: "Tensor"
     """(B, T) int64, what the decoder reads: the start token, then the target without its last token."""
     targets: "Tensor"

@@ -117,8 +117,8 @@ class SpanCorruptionData(TokenisedText):
     """Running text with hidden spans, as `SequencePairBatch`es: what T5 learns first (arXiv:1910.10683).
 
     A row is a block of text, as long as makes the source `max_length` tokens; documents follow each other, with the
-    end-of-text token between them. Source and target end with that token too. All rows have the same size, except the
-    last one in evaluation, which is padded. The spans depend only on (seed, epoch, index); in evaluation they are the
+    end-of-text token between them. Source and target end with that token too. All rows have the same size; the last one
+    in evaluation is padded. The spans depend only on (seed, epoch, index); in evaluation they are the
     same each time. The tokenizer needs the tokens `<extra_id_0>`, `<extra_id_1>` and so on.
     """
 
@@ -215,7 +215,7 @@ class SpanTokens:
         if not len(sentinels):
             raise TrunklineError(
                 f"the tokenizer {name} has no token {sentinel(0)}, which stands for hidden text; set "
-                "tokenizer=span_bpe, or take one of T5's, such as google/t5-v1_1-base",
+                "tokenizer=span_bpe, or take one of T5's, such as google-t5/t5-small",
                 field="data.tokenizer",
             )
         end, start = end_of_text_id(tokenizer), tokenizer.token_to_id(PADDING)
@@ -250,6 +250,17 @@ class CorruptedRows(Dataset[dict[str, Any]]):
         return len(self.blocks)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
+        """The items of a batch, as a DataLoader asks for them. `mask` is left out if no row of the batch is padded."""
+        rows = [self._row(key) for key in keys]
+        if all(row["mask"].all() for row in rows):
+            for row in rows:
+                del row["mask"]
+        return rows
+
+    def _row(self, key: SampleKey) -> dict[str, Any]:
         generator = np.random.default_rng((self.seed, 0 if self.fixed else key.epoch, key.index))
         text = self.blocks.read(key).astype(np.int64)
         starts, sizes = self.corruption.choose(len(text), generator)
