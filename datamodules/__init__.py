@@ -9,6 +9,7 @@ from trunkline.datamodules.text.text_data import TextData
 from trunkline.datamodules.text_tasks.labelled_text import LabelledTextData
 from trunkline.datamodules.text_tasks.squad import SquadData
 from trunkline.datamodules.text_tasks.tagged_text import TaggedTextData
+from trunkline.datamodules.translation.translation_data import TranslationData
 
 __all__ = [
     "Augmentation",
@@ -20,4 +21,5 @@ __all__ = [
     "SquadData",
     "TaggedTextData",
     "TextData",
+    "TranslationData",
 ]

@@ -15,6 +15,8 @@ FIELDS = {
     "class_names": ("num_classes", "num_outputs"),
     "vocab_size": ("vocab_size",),
     "max_length": ("max_length",),
+    "target_vocab_size": ("target_vocab_size",),
+    "max_target_length": ("max_target_length",),
 }
 """Fact about the data -> fields of a network's configuration that follow from it."""
 

@@ -63,7 +63,7 @@ class Group:
     tokens: dict[str, list[np.ndarray]] = field(default_factory=dict)
     ends: dict[str, list[np.ndarray]] = field(default_factory=dict)
     text_bytes: dict[str, int] = field(default_factory=dict)
-    texts: dict[str, list[bytes]] = field(default_factory=dict)
+    texts: dict[str, list[str]] = field(default_factory=dict)
     """Of the splits whose texts are kept: one entry for each document."""
 
 
@@ -264,8 +264,9 @@ class Preparation:
             atomic_write(self.folder / name, [part.data for part in parts])
             write_array(self.folder / ends_name(name), ends)
             if split in self.kept:
-                atomic_write(self.folder / texts_name(name), group.texts[split])
-                write_array(self.folder / text_ends_name(name), np.cumsum([*map(len, group.texts[split])]))
+                texts = [text.encode() for text in group.texts[split]]
+                atomic_write(self.folder / texts_name(name), texts)
+                write_array(self.folder / text_ends_name(name), np.cumsum([*map(len, texts)]))
             tokens = sum(map(len, parts))
             splits[split] = {
                 "shards": [[name, tokens]],
@@ -347,15 +348,14 @@ def add(
     for split in dict.fromkeys(piece.split for piece in batch):
         selected = np.array([piece.split == split for piece in batch])
         pieces = [piece for piece in batch if piece.split == split]
-        texts = [piece.text.encode() for piece in pieces]
         tokens, ends = framed(pieces, ids[np.repeat(selected, counts)], counts[selected], encoder, ender)
-        size = sum(map(len, texts))
+        size = sum(len(piece.text.encode()) for piece in pieces)
         before = sum(map(len, group.tokens.setdefault(split, [])))
         group.tokens[split].append(tokens.astype(dtype))
         group.ends.setdefault(split, []).append(ends + before)
         group.text_bytes[split] = group.text_bytes.get(split, 0) + size
         if split in kept:
-            group.texts.setdefault(split, []).extend(texts)
+            group.texts.setdefault(split, []).extend(piece.text for piece in pieces)
         total += size
     group.bytes += total
     return total

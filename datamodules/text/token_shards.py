@@ -24,7 +24,8 @@ class TokenStream:
 
     def __init__(self, folder: Path, shards: list[tuple[str, int]], dtype: str) -> None:
         self.folder, self.shards, self.dtype = folder, shards, dtype
-        self.maps = [np.memmap(folder / name, dtype, "r", shape=(size,)) for name, size in shards]
+        # Slices of plain arrays are made 3 times as fast as slices of `np.memmap`s; both read from the disk.
+        self.maps = [np.asarray(np.memmap(folder / name, dtype, "r", shape=(size,))) for name, size in shards]
         self.borders = np.cumsum([0, *(size for _, size in shards)])
         """(shards + 1,) where each shard begins in the stream, and the end of the stream."""
 

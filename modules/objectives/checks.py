@@ -35,13 +35,25 @@ def sizes_of(facts: DataFacts) -> dict[str, Any]:
         "num_outputs": classes,
         "vocab_size": facts.vocab_size,
         "max_length": facts.max_length,
+        "target_vocab_size": facts.target_vocab_size,
+        "max_target_length": facts.max_target_length,
     }
     return {name: size for name, size in sizes.items() if size is not None}
 
 
-ROOMY = {"vocab_size": "take their tokenizer", "max_length": "set the data's max_length to at most {}"}
+ROOMY = {
+    "vocab_size": "take their tokenizer",
+    "max_length": "set the data's max_length to at most {}",
+    "target_vocab_size": "take their tokenizer of the targets",
+    "max_target_length": "set the data's max_target_length to at most {}",
+}
 """Sizes that may be larger in the network than in the data -> what to do if trained weights have too small a size."""
-PLACE_IN_DATA = {"vocab_size": "data.tokenizer", "max_length": "data.max_length"}
+PLACE_IN_DATA = {
+    "vocab_size": "data.tokenizer",
+    "max_length": "data.max_length",
+    "target_vocab_size": "data.target_tokenizer",
+    "max_target_length": "data.max_target_length",
+}
 
 
 def with_sizes_of_data(config: ConfigT, facts: DataFacts, source: Any = None, place: str = "model.network") -> ConfigT:
@@ -98,7 +110,7 @@ def check_size(name: str, own: Any, size: Any, place: str) -> None:
     Raises:
         TrunklineError: if the network's size does not fit the data.
     """
-    if size is None or own == size or (name in ROOMY and own >= size):
+    if size is None or own == size or (name in ROOMY and own is not None and own >= size):
         return
     if name == "image_size" and _sides(own) == _sides(size):
         return
@@ -127,7 +139,7 @@ def check_sizes(config: Any, facts: DataFacts, place: str = "model.network") -> 
 
 
 def check_tokenizer(facts: DataFacts, source: str | None, argument: str = "init_from") -> None:
-    """Compare the data's tokenizer with the tokenizer of the checkpoint that a run starts from.
+    """Compare the data's tokenizers with those of the checkpoint that a run starts from.
 
     Args:
         facts: what the data knows.
@@ -139,13 +151,20 @@ def check_tokenizer(facts: DataFacts, source: str | None, argument: str = "init_
     """
     if facts.tokenizer is None or source is None or not Path(source).is_file():
         return
-    states = [s["tokenizer"] for s in load_checkpoint(source).values() if isinstance(s, dict) and s.get("tokenizer")]
-    if states and states[0] != facts.tokenizer.to_str():
-        raise TrunklineError(
-            f"{argument} {source} was trained with another tokenizer than the data's, so that its ids mean other "
-            f"words; set tokenizer to {source}",
-            field="data.tokenizer",
-        )
+    states = [s for s in load_checkpoint(source).values() if isinstance(s, dict) and s.get("tokenizer")]
+    if not states:
+        return
+    trained, own = [states[0]["tokenizer"]], [facts.tokenizer.to_str()]
+    if facts.max_target_length is not None:  # sources and targets
+        trained.append(states[0].get("target_tokenizer") or trained[0])
+        own.append(own[0] if facts.target_tokenizer is None else facts.target_tokenizer.to_str())
+    for name, before, now in zip(("tokenizer", "target_tokenizer"), trained, own, strict=False):
+        if before != now:
+            raise TrunklineError(
+                f"{argument} {source} was trained with another {name} than the data's, so that its ids mean other "
+                f"words; set {name} to {source}",
+                field=f"data.{name}",
+            )
 
 
 def check_loss_options(label_smoothing: float, z_loss: float = 0.0) -> None:

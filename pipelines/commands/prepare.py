@@ -10,7 +10,9 @@ from rich.table import Table
 
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.text.preparation import Preparation
 from trunkline.datamodules.text.text_data import TokenisedText
+from trunkline.datamodules.translation.translation_data import TranslationData
 from trunkline.pipelines.configs import resolve_configs
 from trunkline.pipelines.objectives import data_classes
 from trunkline.pipelines.parser import RecipeParser
@@ -37,11 +39,13 @@ def run_prepare(arguments: list[str]) -> None:
         raise TrunklineError("trunkline prepare needs a recipe, such as --config gpt/demo, or --data TextData")
     start = time.perf_counter()
     data.prepare_data()
-    if not isinstance(data, TokenisedText):
+    seconds = time.perf_counter() - start
+    prepared = preparations(data)
+    if not prepared:
         print(f"{type(data).__name__} keeps nothing of its own on disk; its data can be read")
         return
-    Console(soft_wrap=True).print(summary(data, time.perf_counter() - start))
-    print(data.preparation.folder)  # in a table it could be wrapped
+    Console(soft_wrap=True).print(summary(data, prepared, seconds))
+    print(*(preparation.folder for preparation in prepared), sep="\n")  # in a table they could be wrapped
 
 
 def make_parser() -> RecipeParser:
@@ -78,14 +82,28 @@ def own_arguments(arguments: list[str]) -> list[str]:
     return kept
 
 
-def summary(data: TokenisedText, seconds: float) -> Table:
+def preparations(data: TrunklineDataModule) -> list[Preparation]:
+    """The prepared corpora of a datamodule; empty if it prepares none."""
+    if isinstance(data, TranslationData):
+        return data.preparations
+    return [data.preparation] if isinstance(data, TokenisedText) else []
+
+
+def summary(data: Any, prepared: list[Preparation], seconds: float) -> Table:
     """A table of what was prepared."""
-    index = data.preparation.prepare()
     table = Table(show_header=False, title="prepared")
-    for split, entry in index["splits"].items():
+    entries = [entry for preparation in prepared for entry in preparation.prepare()["splits"].items()]
+    for split, entry in entries:
         text = f"{entry['tokens']:,} tokens, {entry['documents']:,} documents, {entry['bytes'] / 1e6:,.1f} MB of text"
         table.add_row(split, text)
-    table.add_row("vocabulary", f"{data.facts.vocab_size:,} tokens of {data.tokenizer}")
-    size = sum(entry["bytes"] for entry in index["splits"].values()) / 1e6
+    facts = data.facts
+    table.add_row("vocabulary", f"{facts.vocab_size:,} tokens of {data.tokenizer}")
+    if isinstance(data, TranslationData):
+        if data.target_tokenizer is not None:
+            table.add_row("of targets", f"{facts.target_vocab_size:,} tokens of {data.target_tokenizer}")
+        data.setup("fit")
+        for split in data.datasets:
+            table.add_row(f"{split} pairs", data.summary(split))
+    size = sum(entry["bytes"] for _, entry in entries) / 1e6
     table.add_row("time", f"{seconds:.1f} s, {size / seconds:.1f} MB/s")
     return table

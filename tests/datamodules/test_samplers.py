@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule, preserved_generators, seed_generators
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader, SampleKey
+from trunkline.datamodules.token_batches import TokenBatches
 
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
 
@@ -160,6 +161,63 @@ def test_impossible_batches_are_refused(options: dict[str, Any], parts: list[str
     with pytest.raises(TrunklineError) as caught:
         ResumableBatchSampler(12, **options)
     assert all(part in str(caught.value) for part in parts)
+
+
+# --- batches by tokens
+
+LENGTHS = np.random.default_rng(4).integers(1, 40, 101)
+
+
+def by_tokens(limit: int = 160, **options: Any) -> list[list[SampleKey]]:
+    """The batches of a fresh sampler, with their keys."""
+    epoch, start = options.pop("epoch", 0), options.pop("start", 0)
+    options = {"shuffle": True, "drop_last": True, "seed": 1, **options}
+    sampler = ResumableBatchSampler(len(LENGTHS), 7, batches=TokenBatches(LENGTHS, limit), **options)
+    sampler.set_epoch(epoch)
+    sampler.start = start
+    batches = list(sampler)
+    assert len(sampler) == len(batches) + start
+    return batches
+
+
+def test_batches_by_tokens_are_pure_and_hold_each_row_once() -> None:
+    sizes = set()
+    for epoch in (0, 1, 5):
+        batches = by_tokens(epoch=epoch)
+        assert batches == by_tokens(epoch=epoch)
+        assert batches != by_tokens(epoch=epoch, seed=2)
+        assert sorted(key.index for batch in batches for key in batch) == list(range(101))
+        assert {(key.epoch, key.valid) for batch in batches for key in batch} == {(epoch, True)}
+        sizes.add(tuple(sorted(map(len, batches))))
+    assert len(sizes) == 1
+    assert by_tokens(epoch=0) != by_tokens(epoch=1)
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 14])
+def test_batches_by_tokens_go_on_at_a_batch(start: int) -> None:
+    assert by_tokens(start=start, epoch=3) == by_tokens(epoch=3)[start:]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_batches_by_tokens_on_several_processes(world_size: int, shuffle: bool) -> None:
+    whole = by_tokens(shuffle=shuffle, epoch=2)
+    ranks = [by_tokens(shuffle=shuffle, epoch=2, rank=r, world_size=world_size) for r in range(world_size)]
+    assert any(len(batch) % world_size for batch in whole)
+    for batch, *shares in zip(whole, *ranks, strict=True):
+        assert len({len(share) for share in shares}) == 1
+        assert len(shares[0]) > 0
+        keys = [key for share in shares for key in share]
+        assert sorted(key for key in keys if key.valid) == sorted(batch)
+        fillers = [key for key in keys if not key.valid]
+        assert len(fillers) == -len(batch) % world_size
+        shortest = min(-(-LENGTHS[key.index] // 8) for key in batch)
+        assert all(-(-LENGTHS[key.index] // 8) == shortest for key in fillers)  # they make no batch longer
+
+
+def test_batches_by_tokens_need_no_batch_size() -> None:
+    sampler = ResumableBatchSampler(3, 7, world_size=4, drop_last=True, batches=TokenBatches(LENGTHS[:3], 1000))
+    assert len(list(sampler)) == len(sampler) == 1
 
 
 # --- ResumableLoader
