@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer, TransformerConfig, sincos_positions_2d
-from trunkline.modules.networks import BERT, GPT, BERTConfig, GPTConfig, Network, ViT, ViTConfig
+from trunkline.modules.networks import (
+    BERT,
+    GPT,
+    BERTConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    GPTConfig,
+    Network,
+    ViT,
+    ViTConfig,
+)
 
 
 def vit(trunk: dict[str, Any] | None = None, **changes: Any) -> ViTConfig:
@@ -34,6 +44,13 @@ def bert(trunk: dict[str, Any] | None = None, **changes: Any) -> BERTConfig:
     return BERTConfig(**{"vocab_size": 19, "max_length": 9, "backbone": backbone, **changes})
 
 
+def pair(trunk: dict[str, Any] | None = None, **changes: Any) -> EncoderDecoderConfig:
+    both = TransformerConfig(**{"dim": 32, "depth": 2, "num_heads": 4, **(trunk or {})})
+    return EncoderDecoderConfig(**{"vocab_size": 19, "max_length": 9, "encoder": both, "decoder": both, **changes})
+
+
+POST_NORM = {"norm_first": False, "final_norm": False, "mlp": "relu"}
+T5 = {"norm": "rmsnorm", "bias": False, "mlp": "geglu", "head_dim": 6, "attn_scale": 1.0}
 NETWORKS: dict[str, tuple[type[Network], Any, list[int], list[int]]] = {  # class, config, shapes of input and output
     "vit-cls": (ViT, vit(), [2, 3, 16, 16], [2, 6]),
     "vit-mean": (ViT, vit(pool="mean"), [2, 3, 16, 16], [2, 6]),
@@ -73,6 +90,20 @@ NETWORKS: dict[str, tuple[type[Network], Any, list[int], list[int]]] = {  # clas
         [2, 7],
         [2, 7, 19],
     ),
+    "transformer-2017": (EncoderDecoder, pair(POST_NORM, scale_embeddings=True), [2, 9], [2, 5, 19]),
+    "t5": (EncoderDecoder, pair(T5, positions="relative", scale_output=True), [2, 9], [2, 5, 19]),
+    "bart": (
+        EncoderDecoder,
+        pair(POST_NORM, positions="learned", embed_norm=True, output_bias=True),
+        [2, 9],
+        [2, 5, 19],
+    ),
+    "two-vocabularies": (
+        EncoderDecoder,
+        pair({"rope_theta": 1e4}, positions="none", target_vocab_size=23, tie_embeddings=False, vocab_size=27),
+        [2, 9],
+        [2, 5, 23],
+    ),
 }
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
@@ -91,13 +122,19 @@ def build(name: str) -> tuple[Any, Tensor]:
     return randomise(network_class(config)), torch.randint(0, 19, shape) if tokens else torch.randn(shape)
 
 
+def build_with_inputs(name: str) -> tuple[Any, list[Tensor]]:
+    """A network and its inputs: an encoder-decoder needs targets too."""
+    network, x = build(name)
+    return network, [x, torch.randint(0, 19, (2, 5))] if isinstance(network, EncoderDecoder) else [x]
+
+
 def loss_of(out: Tensor) -> Tensor:
     return (out * torch.linspace(-1, 1, out.numel()).reshape(out.shape)).sum()
 
 
-def gradients_of(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def gradients_of(network: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
     network.zero_grad()
-    loss_of(network(x)).backward()
+    loss_of(network(*inputs)).backward()
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
@@ -116,11 +153,11 @@ def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
 
 @every_network
 def test_shape_and_every_parameter_learns(name: str) -> None:
-    network, x = build(name)
-    out = network(x)
+    network, inputs = build_with_inputs(name)
+    out = network(*inputs)
     assert list(out.shape) == NETWORKS[name][3]
     assert out.isfinite().all()
-    gradients = gradients_of(network, x)
+    gradients = gradients_of(network, inputs)
     for key, p in network.named_parameters():
         assert gradients[key].isfinite().all(), key
         assert gradients[key].abs().max() > 1e-5, key
@@ -129,26 +166,28 @@ def test_shape_and_every_parameter_learns(name: str) -> None:
 
 @every_network
 def test_samples_of_a_batch_do_not_meet(name: str) -> None:
-    network, x = build(name)
-    assert_near(network(x[1:]), network(x)[1:])
-    assert (network(x)[0] - network(x)[1]).abs().max() > 1e-3
+    network, inputs = build_with_inputs(name)
+    out = network(*inputs)
+    assert_near(network(*(x[1:] for x in inputs)), out[1:])
+    assert (out[0] - out[1]).abs().max() > 1e-3
 
 
 @every_network
 def test_checkpointing_gives_the_same_gradients(name: str) -> None:
-    network, x = build(name)
-    want = gradients_of(network, x)
+    network, inputs = build_with_inputs(name)
+    want = gradients_of(network, inputs)
     begun: list[int] = []
-    for trunk in (m for m in network.modules() if isinstance(m, Transformer)):
+    trunks = [m for m in network.modules() if isinstance(m, Transformer)]
+    for trunk in trunks:
         trunk.config = replace(trunk.config, activation_checkpointing=True)
         trunk.blocks[0].register_forward_pre_hook(lambda *_: begun.append(1))
-    got = gradients_of(network, x)
-    assert len(begun) == 2
+    got = gradients_of(network, inputs)
+    assert len(begun) == 2 * len(trunks)
     assert got.keys() == want.keys()
     assert all(torch.equal(got[key], want[key]) for key in want)
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if not name.startswith("vit")])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name.startswith(("gpt", "bert"))])
 def test_attention_path_of_text(name: str) -> None:
     network, x = build(name)
     out = network.forward_features(x, return_attention=True)
@@ -183,22 +222,22 @@ def test_compile_keeps_the_state_dict(name: str) -> None:
 
 @every_network
 def test_bfloat16(name: str) -> None:
-    network, x = build(name)
-    want = network(x)
-    got = network.bfloat16()(x.bfloat16() if x.is_floating_point() else x)
+    network, inputs = build_with_inputs(name)
+    want = network(*inputs)
+    got = network.bfloat16()(*(x.bfloat16() if x.is_floating_point() else x for x in inputs))
     assert got.dtype == torch.bfloat16
     assert ((got.float() - want).norm() / want.norm()).item() < 0.05
 
 
 @every_network
 def test_save_and_load_is_bit_identical(name: str, tmp_path: Path) -> None:
-    network, x = build(name)
+    network, inputs = build_with_inputs(name)
     network.save_pretrained(tmp_path / "new" / "folder")
     assert {file.name for file in (tmp_path / "new" / "folder").iterdir()} == {"config.json", "model.safetensors"}
     again = type(network).from_pretrained(tmp_path / "new" / "folder")
     assert again.config == network.config
     assert_same_weights(again, network)
-    assert torch.equal(again.eval()(x), network.eval()(x))
+    assert torch.equal(again.eval()(*inputs), network.eval()(*inputs))
 
 
 # --- loading: what can go wrong ---
