@@ -52,6 +52,12 @@ KINDS = {
         f"{_DATA}.SquadData",
         (PREDICT_TEXTS,),
     ),
+    "Seq2Seq": Kind(
+        f"{_OBJECTIVES}.seq2seq.Seq2Seq",
+        f"{_NETWORKS}.EncoderDecoder",
+        f"{_DATA}.TranslationData",
+        ("translate",),
+    ),
     "TextClassifier": Kind(
         f"{_OBJECTIVES}.text_classifier.TextClassifier",
         f"{_NETWORKS}.TextHead",

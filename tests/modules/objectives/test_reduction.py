@@ -20,12 +20,13 @@ from torchmetrics import MeanMetric, Metric
 from trunkline import TrunklineError
 from trunkline.contract import IGNORE, Loss
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.networks import BERTConfig, GPTConfig, TextHeadConfig
+from trunkline.modules.networks import BERTConfig, EncoderDecoderConfig, GPTConfig, TextHeadConfig
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.objectives.causal_lm import CausalLM
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.objectives.masked_lm import MaskedLM
 from trunkline.modules.objectives.reduction import Accumulation, as_terms, mean_count
+from trunkline.modules.objectives.seq2seq import Seq2Seq
 from trunkline.modules.objectives.token_classifier import TokenClassifier
 from trunkline.modules.training.optim import OptimizerConfig
 
@@ -81,6 +82,12 @@ def tagged(rows: int, draw: torch.Generator) -> Batch:
     return {"tokens": tokens, "mask": mask, "targets": targets(draw, TAGS, (rows, T))}
 
 
+def text_pairs(rows: int, draw: torch.Generator) -> Batch:
+    tokens, before = (torch.randint(0, V, (rows, T), generator=draw) for _ in range(2))
+    mask = torch.arange(T) < torch.randint(1, T + 1, (rows, 1), generator=draw)
+    return {"tokens": tokens, "mask": mask, "target_tokens": before, "targets": targets(draw, V, (rows, T))}
+
+
 def images(rows: int, draw: torch.Generator) -> Batch:
     label = torch.randint(0, 10, (rows,), generator=draw)
     return {"image": torch.randn(rows, 1, 8, 8, generator=draw), "label": label}
@@ -95,11 +102,16 @@ def tagger() -> TokenClassifier:
     return TokenClassifier(network, optimizer=SGD)
 
 
+def seq2seq() -> Seq2Seq:
+    return Seq2Seq(EncoderDecoderConfig(V, None, T, T, encoder=trunk(), decoder=trunk()), optimizer=SGD)
+
+
 KINDS: dict[str, tuple[Callable[[], TrunklineModule], Callable[[int, torch.Generator], Batch]]] = {
     "CausalLM": (lambda: CausalLM(GPTConfig(V, T, backbone=trunk(causal=True)), optimizer=SGD), packed),
     "MaskedLM": (lambda: masked_lm(next_sentence=False), masked),
     "MaskedLM of pairs": (lambda: masked_lm(next_sentence=True), masked_pairs),
     "TokenClassifier": (tagger, tagged),
+    "Seq2Seq": (seq2seq, text_pairs),
     "ImageClassifier": (lambda: ImageClassifier(tiny.vit(), optimizer=SGD), images),
 }
 
