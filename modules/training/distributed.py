@@ -1,15 +1,13 @@
 """What processes tell each other: rows with their gradients, lists of objects, sums. Needs only torch."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-T = TypeVar("T")
 
-
-def gather_lists(own: list[T], processes: int) -> list[T]:
+def gather_lists(own: list[Any], processes: int) -> list[Any]:
     """The lists of all processes, one after the other; the same in each process. Their lengths may differ."""
     if processes == 1:
         return own
