@@ -198,6 +198,8 @@ class DataFacts:
     """Questions of each split; an evaluation compares the predictions with their answers."""
     pair: Callable[[str, int], tuple[str, str]] | None = None
     """(split, row) -> source and target as text."""
+    source_tokens: Callable[[str, int], list[int]] | None = None
+    """(split, row) -> token ids of the source, as the network reads them."""
     encode_source: Callable[[Sequence[str], str | None], list[list[int]]] | None = None
     """(texts, target language or None) -> token ids of the sources, as in training."""
     caption: Callable[[str, int], str] | None = None

@@ -242,6 +242,7 @@ class TranslationData(Vocabulary, TextSplits, TrunklineDataModule):
             start_token=self.start_id,
             end_token=self.end_id,
             pair=self.pair,
+            source_tokens=self.source_tokens,
             encode_source=self.encoder.encode,
         )
 
@@ -325,6 +326,11 @@ class TranslationData(Vocabulary, TextSplits, TrunklineDataModule):
             texts.append(tokenizer.decode(side.read(number)[0].tolist()) if text is None else text)
         return texts[0].removeprefix(self.prefix), texts[1]
 
+    def source_tokens(self, split: str, row: int) -> list[int]:
+        """Token ids of the source of a row, after `setup`."""
+        rows: Any = self.datasets[split]
+        return rows.source.read(int(rows.pairs[row]))[0].tolist()
+
     def summary(self, split: str) -> str:
         """How many pairs a split has, and how many are too long; known after `setup`."""
         rows: Any = self.datasets[split]
@@ -347,7 +353,14 @@ class TranslationData(Vocabulary, TextSplits, TrunklineDataModule):
             "start_token": self.target_vocabulary.id_to_token(self.start_id),
         }
         target = None if self.target_tokenizer is None else self.target_vocabulary.to_str()
-        return {**super().state_dict(), "target_tokenizer": target, "settings": settings, "overlong": self.overlong}
+        return {
+            **super().state_dict(),
+            "target_tokenizer": target,
+            "settings": settings,
+            "source": self.source,
+            "fractions": self.fractions,
+            "overlong": self.overlong,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that the checkpoint has the same tokenizers.
