@@ -179,7 +179,7 @@ def test_cache_equals_full_forward(cfg: TransformerConfig, padded: bool) -> None
 
 
 @every(causal=True)
-@pytest.mark.parametrize("rows", [[2, 0, 0], [2, 1], [1, 1, 0, 2]])
+@pytest.mark.parametrize("rows", [[2, 0, 0], [2, 1], [1, 1, 0, 2], [0, 0, 1, 1, 2, 2], [2, 2, 0, 0], [1, 0, 1]])
 def test_reordered_cache_continues_other_rows(cfg: TransformerConfig, rows: list[int]) -> None:
     model = trunk(cfg)
     x, context = inputs(cfg, batch=3)
