@@ -208,9 +208,9 @@ class Seq2Seq(TrunklineModule):
         longest = facts.max_target_length or self.network.config.max_target_length
         config = self.generation or GenerationConfig(longest, temperature=0)
         prompts = tokens.new_full((len(tokens), 1), texts.start)
-        ids = generate(decoder, prompts, config=config, end_ids=[texts.end])
-        predictions = texts.tokenizer.decode_batch(ids, skip_special_tokens=True)
         rows, stage = batch["index"][kept].tolist(), "test" if self.trainer.testing else "val"
+        ids = generate(decoder, prompts, config=config, end_ids=[texts.end], numbers=rows)
+        predictions = texts.tokenizer.decode_batch(ids, skip_special_tokens=True)
         pairs = [texts.pair(stage, row) for row in rows]
         return [
             Written(row, source, ours, right)

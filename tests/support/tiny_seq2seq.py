@@ -17,6 +17,7 @@ from torchmetrics import Metric
 
 from trunkline.contract import IGNORE, DataFacts
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.generation.decoding import GenerationConfig
 from trunkline.modules.networks import EncoderDecoderConfig
 from trunkline.modules.objectives.seq2seq import Seq2Seq
 from trunkline.modules.training.distributed import gather_lists, sum_over_processes
@@ -128,7 +129,8 @@ def model(network: EncoderDecoderConfig | None = None, noise: float = 0.3, **opt
 def evaluation(counts: list[int]) -> dict[str, Any]:
     """What a validation logs and has written, if this process has its share of the rows in batches of 3."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    data, module, logged = Reversing(sum(counts)), model(), {}
+    data, logged = Reversing(sum(counts)), {}
+    module = model(generation=GenerationConfig(LENGTH))  # a row keeps its random numbers, whichever process has it
     start = sum(counts[:rank])
     rows = list(range(start, start + counts[rank]))
     state: dict[str, Any] = {"world_size": len(counts), "testing": False, "sanity_checking": False, "datamodule": data}
