@@ -92,18 +92,19 @@ def preparations(data: TrunklineDataModule) -> list[Preparation]:
 def summary(data: Any, prepared: list[Preparation], seconds: float) -> Table:
     """A table of what was prepared."""
     table = Table(show_header=False, title="prepared")
-    entries = [entry for preparation in prepared for entry in preparation.prepare()["splits"].items()]
-    for split, entry in entries:
-        text = f"{entry['tokens']:,} tokens, {entry['documents']:,} documents, {entry['bytes'] / 1e6:,.1f} MB of text"
-        table.add_row(split, text)
+    bytes_read, sides = 0, [""] if len(prepared) == 1 else [" sources", " targets"]
+    for preparation, side in zip(prepared, sides, strict=True):
+        for split, entry in preparation.prepare()["splits"].items():
+            size = f"{entry['bytes'] / 1e6:,.1f} MB of text"
+            table.add_row(split + side, f"{entry['tokens']:,} tokens, {entry['documents']:,} documents, {size}")
+            bytes_read += entry["bytes"]
     facts = data.facts
     table.add_row("vocabulary", f"{facts.vocab_size:,} tokens of {data.tokenizer}")
     if isinstance(data, TranslationData):
         if data.target_tokenizer is not None:
-            table.add_row("of targets", f"{facts.target_vocab_size:,} tokens of {data.target_tokenizer}")
+            table.add_row("of the targets", f"{facts.target_vocab_size:,} tokens of {data.target_tokenizer}")
         data.setup("fit")
         for split in data.datasets:
             table.add_row(f"{split} pairs", data.summary(split))
-    size = sum(entry["bytes"] for _, entry in entries) / 1e6
-    table.add_row("time", f"{seconds:.1f} s, {size / seconds:.1f} MB/s")
+    table.add_row("time", f"{seconds:.1f} s, {bytes_read / 1e6 / seconds:.1f} MB/s")
     return table

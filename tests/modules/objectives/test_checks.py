@@ -9,16 +9,24 @@ from typing import Any
 import pytest
 import torch
 from tiny import trainer
+from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.networks import BERTConfig, CLIPConfig, GPTConfig, TextHeadConfig, ViTConfig
+from trunkline.modules.networks import (
+    BERTConfig,
+    CLIPConfig,
+    EncoderDecoderConfig,
+    GPTConfig,
+    TextHeadConfig,
+    ViTConfig,
+)
 from trunkline.modules.objectives.arguments import as_plain
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.objectives.causal_lm import CausalLM
-from trunkline.modules.objectives.checks import check_sizes, with_sizes_of_data
+from trunkline.modules.objectives.checks import check_sizes, check_tokenizer, with_sizes_of_data
 from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.objectives.masked_lm import MaskedLM
@@ -27,7 +35,13 @@ from trunkline.modules.objectives.text_classifier import TextClassifier
 TRUNK = TransformerConfig(dim=16, depth=1, num_heads=2)
 TEXT = DataFacts(vocab_size=12, max_length=9)
 CLASSES, GREY = DataFacts(class_names=["a", "b", "c"]), DataFacts(channels=1)
+PAIRS = DataFacts(vocab_size=12, max_length=9, target_vocab_size=14, max_target_length=7)
+SHARED = dataclasses.replace(PAIRS, target_vocab_size=None)
 IMAGES = DataFacts(image_size=32, channels=1, class_names=["a", "b", "c"])
+
+
+def pairs(*sizes: Any) -> EncoderDecoderConfig:
+    return EncoderDecoderConfig(*sizes, encoder=TRUNK, decoder=TRUNK)
 
 
 def vit(**sizes: Any) -> ViTConfig:
@@ -44,6 +58,8 @@ def test_a_network_takes_what_its_recipe_leaves_out() -> None:
     for kind in (GPTConfig, BERTConfig):
         got = with_sizes_of_data(kind(backbone=TRUNK), TEXT)
         assert got == kind(12, 9, backbone=TRUNK)
+    assert with_sizes_of_data(pairs(), PAIRS) == pairs(12, 14, 9, 7)
+    assert with_sizes_of_data(pairs(), SHARED) == pairs(12, None, 9, 7)
 
 
 def test_what_the_data_does_not_know_stays() -> None:
@@ -65,6 +81,9 @@ def test_what_the_data_does_not_know_stays() -> None:
         (GPTConfig(12, 9), TEXT),
         (GPTConfig(64, 100), TEXT),  # larger
         (BERTConfig(13, 9), TEXT),
+        (pairs(12, 14, 9, 7), PAIRS),
+        (pairs(13, 15, 10, 8), PAIRS),
+        (pairs(13, 15, 10, 8), SHARED),
         (TextHeadConfig(bert=BERTConfig(64, 9), num_outputs=3), dataclasses.replace(TEXT, class_names=["a", "b", "c"])),
     ],
 )
@@ -78,6 +97,8 @@ def test_what_is_stated_and_fits_is_kept(config: Any, facts: DataFacts) -> None:
     [
         (GPTConfig(11, 9), TEXT, "vocab_size", "at least 12"),
         (BERTConfig(12, 8), TEXT, "max_length", "at least 9"),
+        (pairs(12, 13, 9, 7), PAIRS, "target_vocab_size", "at least 14"),
+        (pairs(12, 14, 9, 6), PAIRS, "max_target_length", "at least 7"),
         (vit(num_classes=2), CLASSES, "num_classes", "3"),
         (vit(num_classes=4), CLASSES, "num_classes", "3"),  # no class may be left over
         (vit(in_chans=4), GREY, "in_chans", "1"),
@@ -103,6 +124,11 @@ def test_what_is_stated_and_does_not_fit(config: Any, facts: DataFacts, place: s
         with pytest.raises(TrunklineError, match=f"^{re.escape(message)}$") as caught:
             compare(config, facts)
         assert caught.value.field == f"model.network.{place}"
+
+
+def test_a_network_without_a_table_of_its_own_for_targets() -> None:
+    with pytest.raises(TrunklineError, match="the network has target_vocab_size=None, but the data needs at least 14"):
+        check_sizes(pairs(12, None, 9, 7), PAIRS)
 
 
 # --- networks in networks
@@ -167,6 +193,28 @@ def test_weights_that_are_too_small_for_the_data(name: str, source: GPTConfig, m
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("source", "message", "field"),
+    [
+        (
+            pairs(12, 13, 9, 7),
+            "target_vocab_size=13, but the data needs at least 14; take their tokenizer of the targets",
+            "data.target_tokenizer",
+        ),
+        (
+            pairs(12, 14, 9, 6),
+            "max_target_length=6, but the data needs at least 7; set the data's max_target_length to at most 6",
+            "data.max_target_length",
+        ),
+    ],
+)
+def test_weights_that_are_too_small_for_the_targets(source: EncoderDecoderConfig, message: str, field: str) -> None:
+    with pytest.raises(TrunklineError, match=message) as caught:
+        with_sizes_of_data(pairs(), PAIRS, source)
+    assert caught.value.field == field
+    assert with_sizes_of_data(pairs(), PAIRS, pairs(20, 21, 22, 23)) == pairs(20, 21, 22, 23)
+
+
 def saved(objective: TrunklineModule, folder: Path, kind: str) -> str:
     """As a checkpoint of a run, or by `save_pretrained`."""
     if kind == "folder":
@@ -213,3 +261,32 @@ def test_sizes_of_the_data_are_in_the_checkpoint() -> None:
     again = ImageClassifier(**plain)
     assert again.network.config == made.network.config == vit(image_size=(32, 16), in_chans=1, num_classes=3)
     assert "facts" not in plain
+
+
+# --- tokenizers
+
+
+def test_tokenizers_of_both_sides_are_those_of_the_weights_to_start_from(tmp_path: Path) -> None:
+    first, second, third = (Tokenizer(models.WordLevel({word: 0}, unk_token=word)) for word in "abc")
+
+    def check(facts: DataFacts, *, own: Tokenizer = first, target: Tokenizer | None = second) -> None:
+        state = {"tokenizer": own.to_str(), "target_tokenizer": None if target is None else target.to_str()}
+        torch.save({"state_dict": {}, "SomeData": state}, tmp_path / "a.ckpt")
+        check_tokenizer(facts, str(tmp_path / "a.ckpt"))
+
+    two = DataFacts(tokenizer=first, target_tokenizer=second, max_target_length=5)
+    one = DataFacts(tokenizer=first, max_target_length=5)
+    check(two)
+    check(one, target=None)
+    check(DataFacts(tokenizer=first))  # reads sources alone
+    check(one, target=first)
+    for facts, trained, field in (
+        (two, {"target": third}, "target_tokenizer"),
+        (two, {"target": None}, "target_tokenizer"),
+        (one, {}, "target_tokenizer"),
+        (two, {"own": third}, "tokenizer"),
+        (DataFacts(tokenizer=second), {}, "tokenizer"),
+    ):
+        with pytest.raises(TrunklineError, match=f"with another {field} than the data's") as caught:
+            check(facts, **trained)
+        assert caught.value.field == f"data.{field}"

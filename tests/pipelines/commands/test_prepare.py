@@ -1,5 +1,6 @@
 """`trunkline prepare`: the data section of a recipe, and nothing else of it."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -50,6 +51,25 @@ def test_needs_no_recipe(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixt
     options = {"source": tmp_path / "in.txt", "tokenizer": "chars", "cache_dir": tmp_path / "cache"}
     run_prepare(["--data", "TextData", *(f"--data.{name}={value}" for name, value in options.items())])
     assert "1,846 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_prepares_pairs(own: bool, tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.dumps({"source": "to be " * (n % 3 + 1), "target": "or not"}) + "\n" for n in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(rows))
+    options = {"source": tmp_path / "pairs.jsonl", "tokenizer": "chars", "cache_dir": tmp_path / "cache"}
+    options |= {"max_length": 13, "too_long": "skip", **({"target_tokenizer": "chars"} if own else {})}
+    run_prepare(["--data", "TranslationData", *(f"--data.{name}={value}" for name, value in options.items())])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "train pairs │ 19 pairs, 5 of them too long and left out" in printed
+    assert "val pairs │ 1 pairs, 1 of them too long and cut" in printed
+    if own:
+        expected = ["train sources │ 235 tokens, 19 documents", "train targets │ 133 tokens, 19 documents"]
+        expected += ["vocabulary │ 7 tokens of chars", "of the targets │ 7 tokens of chars"]
+    else:
+        expected = ["train │ 368 tokens, 38 documents", "vocabulary │ 9 tokens of chars"]
+    assert [part for part in expected if part not in printed] == []
+    assert printed.count(f"{tmp_path}/cache/") == 1 + own
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
