@@ -61,10 +61,23 @@ def declared_facts(data: Any) -> DataFacts:
     """What a datamodule would tell, as far as its recipe declares it: no hub, file or checkpoint is read."""
     labelled = isinstance(data, datamodules.ImageData | datamodules.LabelledTextData | datamodules.TaggedTextData)
     names = list("abcdefghi") if labelled else None
-    fields = {name: getattr(data, name, None) for name in ("image_size", "channels", "max_length", "vocab_size")}
+    known = "image_size", "channels", "max_length", "vocab_size", "max_target_length", "target_vocab_size"
+    fields = {name: getattr(data, name, None) for name in known}
     if hasattr(data, "tokenizer") and not fields["vocab_size"]:
         fields["vocab_size"] = 4096
     return DataFacts(class_names=names, **fields)
+
+
+SIZES = (
+    "image_size",
+    "in_chans",
+    "num_classes",
+    "num_outputs",
+    "vocab_size",
+    "max_length",
+    "target_vocab_size",
+    "max_target_length",
+)
 
 
 def sizes(config: Any) -> dict[str, Any]:
@@ -74,7 +87,7 @@ def sizes(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, TransformerConfig):
             found |= sizes(value)
-        elif field.name in ("image_size", "in_chans", "num_classes", "num_outputs", "vocab_size", "max_length"):
+        elif field.name in SIZES:
             found[field.name] = value
     return found
 
@@ -98,12 +111,15 @@ def test_recipe_instantiates(recipe: str, monkeypatch: pytest.MonkeyPatch) -> No
         ("in_chans", facts.channels),
         ("vocab_size", facts.vocab_size),
         ("max_length", facts.max_length),
+        ("target_vocab_size", facts.target_vocab_size),
+        ("max_target_length", facts.max_target_length),
         ("num_classes", facts.class_names and len(facts.class_names)),
         ("num_outputs", facts.class_names and len(facts.class_names)),
     ):
         if name in network and size is not None and name not in stated:
             assert network[name] == size, name
-    assert cli.datamodule.batch_size == own["data"]["init_args"]["batch_size"]
+    size = "batch_tokens" if "batch_tokens" in own["data"]["init_args"] else "batch_size"
+    assert getattr(cli.datamodule, size) == own["data"]["init_args"][size]
     for name in ("max_epochs", "max_steps"):
         if name in own["trainer"]:
             assert getattr(cli.trainer, name) == own["trainer"][name]
