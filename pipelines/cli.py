@@ -1,9 +1,11 @@
 """The `trunkline` command."""
 
 import inspect
+import json
 import sys
 from collections.abc import Callable, Collection
 from importlib import import_module
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from trunkline import TrunklineError, __version__
@@ -33,7 +35,7 @@ FUNCTIONS = {
     "evaluate": Function(
         "evaluation.evaluate",
         "evaluate",
-        "judge an image network by retrieval, zero-shot, k-NN or a linear probe",
+        "judge a network: retrieval, zero-shot, k-NN, linear probe; BLEU and exact match",
         completion="evaluation.data.with_data_class",
     ),
     "fill-mask": Function(
@@ -42,12 +44,15 @@ FUNCTIONS = {
     "generate": Function("commands.generate", "generate_text", "continue a text with a checkpoint"),
     "predict": Function("commands.predict", "predict", "classify a folder of images with a checkpoint"),
     "search": Function("commands.search", "search", "find the pictures that a text describes, with a checkpoint"),
+    "translate": Function("commands.translate", "translate", "translate or summarise texts with a checkpoint"),
     "benchmark": Function("benchmarks.benchmark", "benchmark", "measure speed side by side with peers"),
 }
 """Commands that are functions, by name; their modules are below `trunkline.pipelines`."""
 
-POSITIONAL = {"fill-mask": "--sentence", "search": "--query"}
+POSITIONAL = {"fill-mask": "--sentence", "search": "--query", "translate": "--text"}
 """Flag of each command whose value may follow the command without the flag."""
+SEVERAL = ("translate",)
+"""Commands of which several values may follow."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -105,7 +110,10 @@ def run_function(function: Callable[..., None], command: str, arguments: list[st
     completion = FUNCTIONS[command].completion
     if completion:
         given = import_class(f"trunkline.pipelines.{completion}")(given)
-    if command in POSITIONAL and given and not given[0].startswith("-"):
+    values = list(takewhile(lambda argument: not argument.startswith("-"), given))
+    if command in SEVERAL and values:
+        given = [POSITIONAL[command], json.dumps(values), *given[len(values) :]]
+    elif command in POSITIONAL and values:
         given = [POSITIONAL[command], *given]
     options: dict[str, Any] = {"as_positional": False, "parser_class": CommandParser}
     auto_cli(function, args=given, prog=f"trunkline {command}", **options)

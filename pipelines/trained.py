@@ -205,6 +205,14 @@ class Trained:
         text = tokenizer_of_checkpoint(self.content if self.data is None else {"data": self.data})
         if text is None:
             raise TrunklineError(f"{self.file} holds no tokenizer; {mend}")
+        return self._read_tokenizer(text, mend)
+
+    def target_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the targets; that of the sources if they share it. Errors as in `tokenizer`."""
+        text = None if self.data is None else self.data.get("target_tokenizer")
+        return self.tokenizer() if text is None else self._read_tokenizer(text, "train again")
+
+    def _read_tokenizer(self, text: str, mend: str) -> Tokenizer:
         try:
             return Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain `Exception`

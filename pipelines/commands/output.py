@@ -17,3 +17,16 @@ def check_output(path: str, suffixes: tuple[str, ...]) -> str:
         endings = f"{', '.join(others)} or {last}" if others else last
         raise TrunklineError(f"--output {path} must be a {endings} file in a folder that exists")
     return suffix
+
+
+def check_folder(path: str) -> None:
+    """Check, before any work, that `--output` can be a file.
+
+    Raises:
+        TrunklineError: if its folder does not exist, or if it is a folder itself.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise TrunklineError(f"--output {path} is a folder; give a file in it")
+    if not file.absolute().parent.is_dir():
+        raise TrunklineError(f"--output {path}: there is no folder {file.parent}; make it first, or choose another one")

@@ -5,17 +5,24 @@ from dataclasses import Field, asdict, fields, replace
 from typing import Any, TypeVar
 
 from trunkline import TrunklineError
+from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.images.image_data import ImageData
 from trunkline.datamodules.images.preprocessing import Preprocessing
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI
 from trunkline.datamodules.pairs.image_text_data import ImageTextData
+from trunkline.datamodules.translation.parallel_sources import offline_names
+from trunkline.datamodules.translation.translation_data import TranslationData
 from trunkline.pipelines.errors import config_files, flags, plain, read_entries
+from trunkline.pipelines.trained import Trained
 
 Images = TypeVar("Images", bound=ImageData | ImageTextData)
+Data = TypeVar("Data", bound=TrunklineDataModule)
 
 FROM_TRAINING = {
     **dict.fromkeys([field.name for field in fields(Preprocessing)], "images are prepared"),
     **dict.fromkeys(["tokenizer", "vocab_size", "max_length"], "texts are prepared"),
+    **dict.fromkeys(["target_tokenizer", "target_vocab_size", "max_target_length"], "texts are prepared"),
+    **dict.fromkeys(["prefix", "languages", "start_token"], "texts are prepared"),
 }
 """Fields that always come from the training -> what they decide, for the error message."""
 
@@ -23,21 +30,36 @@ FROM_TRAINING = {
 def with_data_class(arguments: list[str]) -> list[str]:
     """Add `--data CLASS` to the arguments of `evaluate`, if it is left out and the other arguments imply it.
 
-    The class is ImageTextData for the sources `twemoji` and `openmoji`, for `--what retrieval`, and for a flag that
-    only ImageTextData has, such as `--data.caption_column`. Otherwise it is ImageData.
+    The class is TranslationData for `--what translation`, for offline pairs of texts such as `dates`, and for a
+    checkpoint of an encoder-decoder. It is ImageTextData for the sources `twemoji` and `openmoji`, for `--what
+    retrieval`, and for a flag that only ImageTextData has, such as `--data.caption_column`. Otherwise it is ImageData.
     """
     given = {entry.key: entry.value for config in config_files(arguments) for entry in read_entries(config)}
     given |= {plain(name): value for name, value in flags(arguments)}
     chosen = {name.removeprefix("data.") for name in given if name.startswith("data.")} - {"help"}
     if not chosen or given.get("data") or "class_path" in chosen:
         return arguments
-    paired = (
-        given.get("data.source") in (TWEMOJI, OPENMOJI)
-        or given.get("what") == "retrieval"
-        or chosen & (by_name(ImageTextData).keys() - by_name(ImageData).keys())
-    )
+    source, what, cls = given.get("data.source"), given.get("what"), ImageData.__name__
+    if what == "translation" or source in offline_names():
+        cls = TranslationData.__name__
+    elif (
+        source in (TWEMOJI, OPENMOJI)
+        or what == "retrieval"
+        or chosen & (by_name(ImageTextData).keys() - by_name(ImageData).keys() - by_name(TranslationData).keys())
+    ):
+        cls = ImageTextData.__name__
+    elif what in (None, "all") and translates(given.get("checkpoint")):
+        cls = TranslationData.__name__
     # It goes first, because the parser must know the class before it reads other flags or configs of the data.
-    return ["--data", ImageTextData.__name__ if paired else ImageData.__name__, *arguments]
+    return ["--data", cls, *arguments]
+
+
+def translates(checkpoint: str | None) -> bool:
+    """Whether this is a checkpoint of an encoder-decoder; a file that cannot be read is reported later."""
+    try:
+        return checkpoint is not None and Trained.read(checkpoint).suits("translate")
+    except TrunklineError:
+        return False
 
 
 def by_name(cls: Any) -> dict[str, Field[Any]]:
@@ -55,19 +77,46 @@ def as_trained(data: Images, preprocessing: Preprocessing, splits: Mapping[str, 
             `data` leaves at their defaults.
 
     Raises:
-        TrunklineError: if `data` sets a field that prepares images or texts, or a batch size below 1.
+        TrunklineError: as `refuse_other_preparation`.
     """
-    known = by_name(type(data))
+    refuse_other_preparation(data)
+    return replace(with_shares(data, splits), **asdict(preprocessing))
+
+
+def refuse_other_preparation(data: TrunklineDataModule, trained: Mapping[str, Any] | None = None) -> None:
+    """Check that the data's fields do not contradict the training.
+
+    Args:
+        data: the data that the user gave.
+        trained: fields of the training, which may be repeated.
+
+    Raises:
+        TrunklineError: if `data` sets another field that prepares images or texts, or a batch size below 1.
+    """
+    known, trained = by_name(type(data)), trained or {}
     for name, what in FROM_TRAINING.items():
-        if name in known and getattr(data, name) != known[name].default:
+        if name not in known:
+            continue
+        value, default = getattr(data, name), known[name].default
+        if value not in (default, trained.get(name, default)):
             raise TrunklineError(
-                f"{name}={getattr(data, name)} does not apply: {what} as in the network's training; leave it out",
-                f"data.{name}",
+                f"{name}={value} does not apply: {what} as in the network's training; leave it out", f"data.{name}"
             )
     for name in ("batch_size", "eval_batch_size"):
         if getattr(data, name) is not None and getattr(data, name) < 1:
             raise TrunklineError(f"{name} must be 1 or more, not {getattr(data, name)}", f"data.{name}")
+
+
+def with_shares(data: Data, splits: Mapping[str, Any]) -> Data:
+    """A copy of the data that is split as in the network's training.
+
+    Args:
+        data: the data that the user gave.
+        splits: `fractions` and `split_seed` of the training, if they are known. They are used for the fields that
+            `data` leaves at their defaults.
+    """
+    known = by_name(type(data))
     decided = {f"{split}_fraction": share for split, share in splits.get("fractions", {}).items()}
     decided |= {name: splits[name] for name in ("split_seed",) if name in splits}
     left_out = {name: value for name, value in decided.items() if getattr(data, name) == known[name].default}
-    return replace(data, **asdict(preprocessing), **left_out)
+    return replace(data, **left_out)

@@ -16,24 +16,7 @@ from trunkline.modules.metrics.probes import Labelled, knn_accuracy, linear_prob
 from trunkline.modules.metrics.retrieval import chance_ranks, retrieval_metrics
 from trunkline.modules.networks.clip import unit
 from trunkline.pipelines.embedding import ImageNetwork, Pictures, embed_images, embed_texts, pooled
-
-
-class Result(NamedTuple):
-    """One measured value."""
-
-    task: str
-    metric: str
-    value: float
-    chance: float | None = None
-    """Expected value for random embeddings or guesses; None if unknown."""
-
-    @property
-    def gain(self) -> str:
-        """How many times better than chance, as text; empty if that is unknown."""
-        if not self.chance or not self.value:
-            return ""
-        ratio = self.chance / self.value if "rank" in self.metric else self.value / self.chance
-        return f"{ratio:.1f} times"
+from trunkline.pipelines.evaluation.results import Result
 
 
 class Runner(NamedTuple):

@@ -20,7 +20,7 @@ from trunkline.modules.metrics.probes import Labelled, linear_probe_accuracy
 from trunkline.modules.networks import CLIP, ViT
 from trunkline.pipelines.embedding import ImageNetwork
 from trunkline.pipelines.evaluation.data import as_trained
-from trunkline.pipelines.evaluation.evaluate import label_names, read_templates
+from trunkline.pipelines.evaluation.images import label_names, read_templates
 from trunkline.pipelines.evaluation.measures import Features, Runner, neighbours, zero_shot
 from trunkline.pipelines.objectives import able
 

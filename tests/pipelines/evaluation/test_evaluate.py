@@ -37,9 +37,9 @@ from trunkline.modules.networks import CLIP
 from trunkline.modules.objectives.arguments import as_plain
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.cli import main
-from trunkline.pipelines.evaluation import evaluate as command
+from trunkline.pipelines.evaluation import images as command
 from trunkline.pipelines.evaluation.evaluate import evaluate
-from trunkline.pipelines.evaluation.measures import Result
+from trunkline.pipelines.evaluation.results import Result
 
 STATE: dict[str, Any] = {"preprocessing": asdict(PREPROCESSING), "tokenizer": tokenizer().to_str(), "max_length": 6}
 NOTHING: dict[str, Any] = {"val_fraction": 0, "test_fraction": 0, "split": "train", "device": "cpu"}
