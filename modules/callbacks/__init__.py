@@ -6,6 +6,7 @@ from trunkline.modules.callbacks.graceful_stop import GracefulStop, LastCheckpoi
 from trunkline.modules.callbacks.retrieval import RetrievalReport
 from trunkline.modules.callbacks.text import AttentionHeads, FilledMasks, TextSamples
 from trunkline.modules.callbacks.throughput import ProgressBar, Throughput
+from trunkline.modules.callbacks.translation import Translations
 
 __all__ = [
     "AttentionHeads",
@@ -18,4 +19,5 @@ __all__ = [
     "RetrievalReport",
     "TextSamples",
     "Throughput",
+    "Translations",
 ]

@@ -99,8 +99,9 @@ def refuse_other_preparation(data: TrunklineDataModule, trained: Mapping[str, An
             continue
         value, default = getattr(data, name), known[name].default
         if value not in (default, trained.get(name, default)):
+            given = ", ".join(value) if isinstance(value, list) else value
             raise TrunklineError(
-                f"{name}={value} does not apply: {what} as in the network's training; leave it out", f"data.{name}"
+                f"{name}={given} does not apply: {what} as in the network's training; leave it out", f"data.{name}"
             )
     for name in ("batch_size", "eval_batch_size"):
         if getattr(data, name) is not None and getattr(data, name) < 1:

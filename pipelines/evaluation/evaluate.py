@@ -1,6 +1,6 @@
 """`trunkline evaluate`: measure a network on images, or on pairs of texts."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
@@ -100,7 +100,9 @@ def evaluate(
             "texts",
             "data",
         )
-    show(found.results, f"{checkpoint} on {found.source} ({found.split})")
+    show(found.results, f"{checkpoint} on {found.rows}")
     if output is not None:
-        about = {"checkpoint": checkpoint, "source": found.source, "split": found.split, **(found.about or {})}
+        about: dict[str, Any] = {"checkpoint": checkpoint, "source": found.source, "split": found.split}
+        if found.pairs is not None:
+            about["pairs"] = found.pairs
         save(found.results, output, about)

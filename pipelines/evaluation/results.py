@@ -1,7 +1,6 @@
 """What `trunkline evaluate` has measured, as a table and as JSON, and the check of its options."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,8 +52,14 @@ class Evaluation(NamedTuple):
     split: str
     """Its split, or `all`."""
     results: list[Result]
-    about: Mapping[str, Any] | None = None
-    """More to say about it, for the JSON file."""
+    pairs: int | None = None
+    """Number of pairs of texts."""
+
+    @property
+    def rows(self) -> str:
+        """The rows that it was measured on, for people."""
+        pairs = "" if self.pairs is None else f", {self.pairs:,} pairs"
+        return f"{self.source} ({self.split}{pairs})"
 
 
 def check_task_options(given: dict[str, Any], tasks: list[str], source: str) -> None:

@@ -54,8 +54,7 @@ def evaluate_translation(
     found = translation_scores(predictions, [pair.target for pair in pairs], scores, tokenize)
     signed = signatures(scores, tokenize)
     results = [Result(TASK, name, value, signature=signed.get(name, "")) for name, value in found.items()]
-    about = {"pairs": len(pairs), "num_beams": config.num_beams, "length_penalty": config.length_penalty}
-    return Evaluation(source, rows, results, about)
+    return Evaluation(source, rows, results, len(pairs))
 
 
 def scores_of(trained: Trained, options: TranslationOptions) -> tuple[list[str], str]:
