@@ -149,12 +149,15 @@ def test_all_is_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     monkeypatch.setattr(module, "svm_accuracy", lambda: 0.5)
     monkeypatch.setattr(module, "bert_memory", lambda size: (size + 5.2, 1e3))
     monkeypatch.setattr(module, "ngram_accuracy", lambda data: data.train_rows / 4000)
+    monkeypatch.setattr(module, "date_matches", lambda names: {name: len(name) / 100 for name in names})
     benchmark(rounds=3, batch_size=7, output=str(tmp_path / "figures.json"))
     rows = json.loads((tmp_path / "figures.json").read_text())
     assert {row["case"]: row["given"] for row in rows} == {name: [3, 7] for name in CASES}
     shown = capsys.readouterr().out
     assert "test accuracy 0.5000" in shown
     assert "test accuracy 0.2500" in shown
+    assert "dates:years: exact match 0.1100" in shown
+    assert "dates:languages: exact match 0.1500" in shown
     assert "peak memory of a training step: 12 MiB; transformers: 1000 MiB" in shown
 
 
