@@ -107,6 +107,14 @@ def contrastive(folder: Path) -> Shrunk:
     return Shrunk(data | tokens(folder) | shape | optimizer("sgd", 0.5), sizes)
 
 
+def seq2seq(folder: Path) -> Shrunk:
+    """A model that makes a sentence of an opinion."""
+    data = text(source=small_data.write_translations(folder / "opinions.jsonl"), max_target_length=LENGTH)
+    trunks = {f"{side}.{name}": value for side in ("encoder", "decoder") for name, value in TRUNK.items()}
+    shape = network(scale_embeddings=True, **trunks) | {"model.label_smoothing": 0.1}
+    return Shrunk(data | tokens(folder) | shape | optimizer("sgd", 0.3))
+
+
 @dataclass
 class Objective:
     """How to train and use the checkpoint of an objective."""
@@ -205,6 +213,12 @@ def embed_and_search(checkpoint: str, folder: Path) -> Any:
     return {"embedded": vectors, "found": re.findall(r"(dark|light)\.png", printed)}
 
 
+def translate_texts(checkpoint: str, folder: Path) -> Any:
+    """Sentences for two opinions, greedy and by beam search."""
+    texts, flags = ("very good film", "bad film"), (f"--checkpoint={checkpoint}", "--device=cpu")
+    return [call("translate", *texts, *flags, f"--num_beams={beams}").splitlines() for beams in (1, 3)]
+
+
 OBJECTIVES = {
     "ImageClassifier": Objective("ImageData", image_classifier, classify_pictures),
     "CausalLM": Objective("TextData", causal_lm, continue_text),
@@ -212,6 +226,7 @@ OBJECTIVES = {
     "TextClassifier": Objective("LabelledTextData", text_classifier, classify_texts),
     "TokenClassifier": Objective("TaggedTextData", token_classifier, tag_words),
     "QuestionAnswering": Objective("SquadData", question_answering, answer_questions),
+    "Seq2Seq": Objective("TranslationData", seq2seq, translate_texts),
     "ContrastiveImageText": Objective("ImageTextData", contrastive, embed_and_search),
 }
 
@@ -236,11 +251,18 @@ def fit(objective: str, folder: Path, steps: int, *arguments: str, **recorder: A
     return train(["--config", str(config), *flags, *arguments], folder, **recorder)
 
 
-def make_checkpoints(target: Path) -> None:
-    """Write a checkpoint of each objective, and `figures.json` with the results and the losses after the checkpoint."""
+def make_checkpoints(target: Path, only: str | None = None) -> None:
+    """Write a checkpoint of each objective, and `figures.json` with the results and the losses after the checkpoint.
+
+    Args:
+        target: the folder.
+        only: name of an objective that is new: the files of the others, which older code wrote, stay.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    figures = {}
+    figures = {} if only is None else json.loads((target / "figures.json").read_text())
     for name, objective in OBJECTIVES.items():
+        if only not in (None, name):
+            continue
         file = target / f"{name}.ckpt"
         with tempfile.TemporaryDirectory() as folder:
             recorded = fit(name, Path(folder), LATER, checkpoint=str(file), step=STEPS)

@@ -1,7 +1,7 @@
 """Record what training computes, to show that a change of the code leaves it as it was.
 
     python tests/support/record_numbers.py losses OUT.json [--only NAME]
-    python tests/support/record_numbers.py checkpoints FOLDER
+    python tests/support/record_numbers.py checkpoints FOLDER [--only OBJECTIVE]
 
 `losses` trains every recipe for 20 steps and writes each loss exactly. Recipes that are too large for a CPU are shrunk
 and trained on small synthetic data. Compare only files that were written on the same machine. `checkpoints` makes the
@@ -202,10 +202,27 @@ def clip_recipes(folder: Path) -> dict[str, Shrunk]:
     }
 
 
+def seq2seq_recipes(folder: Path) -> dict[str, Shrunk]:
+    """Encoder-decoders."""
+    tokens = {"tokenizer": str(folder / "spans.json"), "vocab_size": 320, "max_length": 32}
+    sizes = {"dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64}
+    small = network("encoder.", **sizes) | network("decoder.", **sizes) | WARMUP
+    pairs = text(source=small_data.write_translations(folder / "pairs.jsonl"), max_target_length=24, **tokens)
+    pairs |= text(source_column="source", target_column="target", val_split=None, test_split=None)
+    pairs |= small | {"model.generation.max_new_tokens": 24}
+    documents = small_data.write_documents(folder / "c4.jsonl")
+    return {
+        "seq2seq/summarise": Shrunk(pairs | text(batch_size=8)),
+        "seq2seq/t5_small_c4": Shrunk(small | text(source=documents, val_fraction=0.1, batch_size=8, **tokens)),
+        "seq2seq/transformer_base_wmt": Shrunk(pairs | text(batch_tokens=200)),
+    }
+
+
 def shrunk_recipes(folder: Path) -> dict[str, Shrunk]:
     """Every recipe of `configs/`, with the flags that make it small; writes the data below a folder."""
     small_data.save_tokenizers(folder)
     found = vit_recipes(folder) | gpt_recipes(folder) | bert_recipes(folder) | clip_recipes(folder)
+    found |= seq2seq_recipes(folder)
     configs = Path(trunkline.__file__).with_name("configs")
     known = {str(file.relative_to(configs).with_suffix("")) for file in configs.glob("*/*.yaml")}
     missing = {name for name in known - set(found) if not name.startswith("trainer/")}
@@ -285,10 +302,10 @@ def run_script(arguments: list[str]) -> None:
             record_losses(Path(output))
         case ["losses", output, "--only", name]:
             record_losses(Path(output), name)
-        case ["checkpoints", folder]:
+        case ["checkpoints", folder, *more] if more[:1] in ([], ["--only"]):
             from old_checkpoints import make_checkpoints
 
-            make_checkpoints(Path(folder))
+            make_checkpoints(Path(folder), *more[1:])
         case _:
             raise SystemExit(__doc__)
 

@@ -44,9 +44,10 @@ def byte_tokenizer(special: list[str]) -> Tokenizer:
 
 
 def save_tokenizers(folder: Path) -> None:
-    """Write `words.json`, `bytes.json` (for masked models), `gpt.json` and `clip.json`."""
+    """Write `words.json`, `bytes.json` (for masked models), `spans.json` (with sentinels), `gpt.json` and `clip.json`."""
     word_tokenizer().save(str(folder / "words.json"))
     byte_tokenizer(MASKING).save(str(folder / "bytes.json"))
+    byte_tokenizer(["<pad>", "<|endoftext|>", *(f"<extra_id_{n}>" for n in range(8))]).save(str(folder / "spans.json"))
     byte_tokenizer(["<|endoftext|>"]).save(str(folder / "gpt.json"))
     byte_tokenizer(CLIP_ENDS).save(str(folder / "clip.json"))
 
@@ -97,6 +98,15 @@ def write_labelled(file: Path, count: int = 80) -> str:
         rows.append(
             {"text": f"{name} saw the film . the film was {chance.choice(['', 'very '])}{kind} .", "label": kind}
         )
+    return write_rows(file, rows)
+
+
+def write_translations(file: Path, count: int = 160) -> str:
+    """Write opinions of a film, and a sentence that says each of them; returns the path."""
+    chance, rows = random.Random(5), []
+    for _ in range(count):
+        opinion = chance.choice(["", "very "]) + chance.choice(["good", "bad"])
+        rows.append({"source": f"{opinion} film", "target": f"the film was {opinion} ."})
     return write_rows(file, rows)
 
 
