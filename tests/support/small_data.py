@@ -44,7 +44,7 @@ def byte_tokenizer(special: list[str]) -> Tokenizer:
 
 
 def save_tokenizers(folder: Path) -> None:
-    """Write `words.json`, `bytes.json` (for masked models), `spans.json` (with sentinels), `gpt.json` and `clip.json`."""
+    """Write `words.json`, `bytes.json` (masked), `spans.json` (with sentinels), `gpt.json` and `clip.json`."""
     word_tokenizer().save(str(folder / "words.json"))
     byte_tokenizer(MASKING).save(str(folder / "bytes.json"))
     byte_tokenizer(["<pad>", "<|endoftext|>", *(f"<extra_id_{n}>" for n in range(8))]).save(str(folder / "spans.json"))
