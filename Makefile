@@ -6,7 +6,7 @@ ARGS ?=
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train-vit train-gpt train-bert finetune-bert train-clip test test-all test-everywhere lint tensorboard benchmark clean
+.PHONY: help train-vit train-gpt train-bert finetune-bert train-clip train-translate test test-all test-everywhere lint tensorboard benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,12 @@ train-clip: $(READY) ## train a CLIP on emoji and their names, offline, in five 
 	$(BIN)/trunkline fit --config clip/emoji $(ARGS)
 	@last=$$(ls -t runs/clip/emoji/*/checkpoints/last.ckpt | head -1) && set -x && \
 	$(BIN)/trunkline evaluate --checkpoint $$last --data.source openmoji --data.val_fraction 0 --split train
+
+train-translate: $(READY) ## train an encoder-decoder to read dates in words, offline, in four minutes; test it on unseen locales too
+	$(BIN)/trunkline fit --config seq2seq/dates $(ARGS)
+	@last=$$(ls -t runs/seq2seq/dates/*/checkpoints/last.ckpt | head -1) && set -x && \
+	$(BIN)/trunkline evaluate --checkpoint $$last --data.source dates:locales && \
+	$(BIN)/trunkline evaluate --checkpoint $$last --data.source dates:languages
 
 test: $(READY) ## the fast tests, without a network; two files side by side
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
