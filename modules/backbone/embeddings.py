@@ -1,6 +1,7 @@
 """Patch embedding and absolute positions, for embeddings (B, T, D) that enter the trunk."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -89,11 +90,15 @@ def _sincos(position: Tensor, frequency: Tensor) -> Tensor:
 class SinusoidalPositions(nn.Module):
     """The fixed positions of arXiv:1706.03762, called like an embedding."""
 
-    table: Tensor
-
     def __init__(self, length: int, dim: int) -> None:
         super().__init__()
-        self.register_buffer("table", sincos_positions(length, dim), persistent=False)
+        # Not a buffer: an average of weights would average it too, with rounding errors that a resume does not repeat.
+        self.table = sincos_positions(length, dim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SinusoidalPositions":
+        self.table = fn(self.table)  # to another device or data type, as a buffer
+        super()._apply(fn, recurse)
+        return self
 
     def forward(self, positions: Tensor) -> Tensor:
         """Positions of any shape (...) -> (..., D)."""

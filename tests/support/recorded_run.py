@@ -130,7 +130,7 @@ class Recorder(Callback):
             "epoch": trainer.current_epoch,
             "batch": batch_idx,
             "step": trainer.global_step,
-            "index": batch["index"].tolist(),
+            "index": batch["index"][batch["valid"]].tolist() if "valid" in batch else batch["index"].tolist(),
             "content": hashlib.sha256(next(iter(batch.values())).numpy()).hexdigest()[:16],
             "loss": outputs["loss"].item(),
         }

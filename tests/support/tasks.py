@@ -102,6 +102,17 @@ def pairs(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     return model, {"class_path": "ImageTextData", "init_args": data}
 
 
+def translate(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """In batches by tokens. Most have an odd number of rows, one has a single row: two processes need fillers."""
+    rows = [{"source": text, "target": " ".join(text.split()[::-2])} for text in sentences(254)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"scores": ["exact"], "generated_rows": 3, "label_smoothing": 0.1}
+    model = {"network": {"encoder": trunk(exact), "decoder": trunk(exact)}, **options}
+    data = {"source": str(folder / "pairs.jsonl"), "tokenizer": "chars", "cache_dir": str(folder / "cache")}
+    data |= {"batch_tokens": 448, "max_length": 48, "max_target_length": 24, "val_fraction": 0.4}
+    return {"class_path": "Seq2Seq", "init_args": model}, {"class_path": "TranslationData", "init_args": data}
+
+
 def own(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """The task of `own_task.py`, which the package does not know."""
     model = {"class_path": "own_task.CloudClassifier", "init_args": {"network": {"backbone": trunk(exact)}}}
@@ -116,5 +127,6 @@ TASKS = {
     "masked_pairs": masked_pairs,
     "classify": classify,
     "pairs": pairs,
+    "translate": translate,
     "own": own,
 }
