@@ -148,14 +148,18 @@ class DrawnDate(NamedTuple):
 
 def distinct(settings: DateSet) -> Iterator[DrawnDate]:
     """The rows of a set: with different sources, none of them in `dates` if the set has other sources."""
-    training = DATE_SETS["dates"]
-    other = settings.stream != training.stream
-    taken = {drawn.source for drawn in distinct(training)} if other else set()
+    taken = set() if settings.stream == DATE_SETS["dates"].stream else set(training_sources())
     draws = draw(settings)
     for _ in range(settings.rows):
         drawn = next(drawn for drawn in draws if drawn.source not in taken)
         taken.add(drawn.source)
         yield drawn
+
+
+@cache
+def training_sources() -> frozenset[str]:
+    """The sources of `dates`."""
+    return frozenset(drawn.source for drawn in distinct(DATE_SETS["dates"]))
 
 
 def draw(settings: DateSet) -> Iterator[DrawnDate]:
