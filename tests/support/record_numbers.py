@@ -212,6 +212,8 @@ def seq2seq_recipes(folder: Path) -> dict[str, Shrunk]:
     pairs |= small | {"model.generation.max_new_tokens": 24}
     documents = small_data.write_documents(folder / "c4.jsonl")
     return {
+        "seq2seq/dates": Shrunk({}),
+        "seq2seq/phrases": Shrunk({}),
         "seq2seq/summarise": Shrunk(pairs | text(batch_size=8)),
         "seq2seq/t5_small_c4": Shrunk(small | text(source=documents, val_fraction=0.1, batch_size=8, **tokens)),
         "seq2seq/transformer_base_wmt": Shrunk(pairs | text(batch_tokens=200)),
