@@ -198,7 +198,7 @@ def test_the_choice_of_pairs(tmp_path: Path) -> None:
     assert chosen(path, val_source=other) == ("other.jsonl", "val", 7)
     with pytest.raises(TrunklineError, match=r"trained\.jsonl has no test split, only train, val; set test_fraction, "):
         chosen(path, split="test")
-    with pytest.raises(TrunklineError, match=r"was trained on all pairs of .*; give pairs that it has not seen, or set"):
+    with pytest.raises(TrunklineError, match=r"was trained on all pairs of .*; give pairs that it has not seen"):
         chosen(path, val_fraction=0.0)
 
 
