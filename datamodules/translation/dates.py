@@ -107,20 +107,19 @@ DATE_SETS = {
 - `phrases:seen`, `phrases:unseen`: more sources of this kind, with the directions of `phrases`, and with
   `UNSEEN_DIRECTIONS`. They differ in nothing else.
 """
-NAMES = tuple(DATE_SETS)
 
 
 def open_dates(name: str) -> PairSource:
     """A set by its name; nothing is drawn yet.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `DATE_SETS`.
 
     Raises:
         TrunklineError: if there is no such set, or a package is missing.
     """
     if name not in DATE_SETS:
-        raise TrunklineError(f"there is no set of dates {name}; choose from {', '.join(NAMES)}")
+        raise TrunklineError(f"there is no set of dates {name}; choose from {', '.join(DATE_SETS)}")
     check_packages()
     return PairSource([], [name, DATES_FORMAT, *package_versions()], partial(read_dates, name))
 
@@ -149,7 +148,7 @@ class DrawnDate(NamedTuple):
 def distinct(settings: DateSet) -> Iterator[DrawnDate]:
     """The rows of a set: with different sources, none of them in `dates` if the set has other sources."""
     taken = set() if settings.stream == DATE_SETS["dates"].stream else set(training_sources())
-    draws = draw(settings)
+    draws = draw_dates(settings)
     for _ in range(settings.rows):
         drawn = next(drawn for drawn in draws if drawn.source not in taken)
         taken.add(drawn.source)
@@ -162,7 +161,7 @@ def training_sources() -> frozenset[str]:
     return frozenset(drawn.source for drawn in distinct(DATE_SETS["dates"]))
 
 
-def draw(settings: DateSet) -> Iterator[DrawnDate]:
+def draw_dates(settings: DateSet) -> Iterator[DrawnDate]:
     """Draw dates without end; a text can come again."""
     words = {language: words_in(language) for language in settings.languages}
     locales, known = {}, {}

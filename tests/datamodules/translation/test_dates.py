@@ -22,8 +22,8 @@ pytest.importorskip("unicode_rbnf")
 from trunkline import TrunklineError
 from trunkline.datamodules.translation.date_words import DATE_YEARS, clean, date_form, date_words
 from trunkline.datamodules.translation.dates import (
+    DATE_SETS,
     LANGUAGES,
-    NAMES,
     SEEN_DIRECTIONS,
     TEST_LANGUAGES,
     TEST_LOCALES,
@@ -43,7 +43,7 @@ def pairs(name: str) -> list[Pair]:
     return list(open_dates(name).pairs())
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=list(DATE_SETS))
 def rows(request: pytest.FixtureRequest) -> list[Pair]:
     return pairs(request.param)
 
@@ -188,7 +188,7 @@ def test_targets(rows: list[Pair]) -> None:
 
 
 def test_what_is_held_out() -> None:
-    years = {name: {int(pair.target[:4]) for pair in pairs(name)} for name in NAMES if name.startswith("dates")}
+    years = {name: {int(pair.target[:4]) for pair in pairs(name)} for name in DATE_SETS if name.startswith("dates")}
     assert years["dates:years"] == set(TEST_YEARS)
     assert years["dates:val"] == set(VAL_YEARS)
     assert all(
@@ -205,13 +205,13 @@ def test_what_is_held_out() -> None:
 def test_no_test_source_is_trained_on() -> None:
     training = sources("dates")
     assert sources("phrases") == training
-    assert [name for name in NAMES if sources(name) & training] == ["dates", "phrases"]
+    assert [name for name in DATE_SETS if sources(name) & training] == ["dates", "phrases"]
 
 
 def test_a_source_has_one_date() -> None:
     """Across all languages and sets: else no model could be right."""
     found: dict[str, set[str]] = {}
-    for name in NAMES:
+    for name in DATE_SETS:
         if name.startswith("dates"):
             for pair in pairs(name):
                 found.setdefault(pair.source, set()).add(pair.target)
