@@ -265,11 +265,12 @@ def cell(text: str) -> str:
 
 
 def draw_alignment(maps: dict[int, Tensor], source: Sequence[str], target: Sequence[str]) -> Figure:
-    """Draw the weights (T, S) of each block side by side, tokens of the target down, those of the source across."""
+    """Draw the weights (T, S) of each block, tokens of the target down, those of the source across."""
     source, target = source[:LONGEST_SIDE], target[:LONGEST_SIDE]
-    width, height = max(2.0, 0.16 * len(source)), max(2.0, 0.16 * len(target))
-    figure = Figure(figsize=((width + 0.5) * len(maps) + 0.5, height + 1), layout="constrained")
-    axes = figure.subplots(1, len(maps), squeeze=False)[0]
+    width, height = max(2.0, 0.16 * len(source)) + 0.5, max(2.0, 0.16 * len(target)) + 0.7
+    rows, columns = (len(maps), 1) if width > height else (1, len(maps))
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for place, (block, weights) in zip(axes, maps.items(), strict=True):
         shown = weights[: len(target), : len(source)]
         place.imshow(shown, cmap="gray", vmin=0, aspect="equal")
