@@ -253,11 +253,14 @@ def table_of(shown: Sequence[Translated]) -> str:
     targets = any(text.target is not None for text in shown)
     columns = ["source", "prediction", "target"][: 2 + targets]
     lines = [columns, ["---"] * len(columns)]
-    lines += [[cell(text.source), cell(text.prediction), cell(text.target or "")][: len(columns)] for text in shown]
+    lines += [
+        [table_cell(text.source), table_cell(text.prediction), table_cell(text.target or "")][: len(columns)]
+        for text in shown
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cell(text: str) -> str:
+def table_cell(text: str) -> str:
     """A text in one line of a table in Markdown."""
     text = " ".join(text.split())
     text = text if len(text) <= LONGEST_CELL else text[: LONGEST_CELL - 1] + "…"

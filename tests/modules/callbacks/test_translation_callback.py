@@ -25,7 +25,14 @@ from trunkline.datamodules.translation.translation_data import TranslationData
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.callbacks import Translations
 from trunkline.modules.callbacks import translation as room
-from trunkline.modules.callbacks.translation import TargetSide, Translated, alignment, cell, draw_alignment, labels
+from trunkline.modules.callbacks.translation import (
+    TargetSide,
+    Translated,
+    alignment,
+    draw_alignment,
+    labels,
+    table_cell,
+)
 from trunkline.modules.metrics.translation import signatures
 from trunkline.modules.networks import EncoderDecoder
 from trunkline.modules.objectives.seq2seq import Seq2Seq
@@ -239,8 +246,8 @@ def test_long_sentences_are_cut() -> None:
 
 def test_labels_and_cells() -> None:
     assert labels(letters(), [UP, 4, 10, END]) == ["<2up>", "a", "␣", "</s>"]
-    assert cell("a |b\n c") == "a \\|b c"
-    assert len(cell("ab " * 300)) == 400
+    assert table_cell("a |b\n c") == "a \\|b c"
+    assert len(table_cell("ab " * 300)) == 400
 
 
 # --- errors
