@@ -17,7 +17,7 @@ KeyTable = Mapping[str, tuple[str, ...]]
 names, ours has their matrices and biases stacked."""
 
 
-def numbered(name: str, table: Collection[str]) -> tuple[str, str]:
+def layer_number(name: str, table: Collection[str]) -> tuple[str, str]:
     """A layer's name -> its name in the table, and the number of its block or nothing."""
     number = "" if name in table else next(iter(re.findall(r"\.(\d+)\.", name)), "")
     return name.replace(f".{number}.", ".*.", 1) if number else name, number
@@ -33,7 +33,7 @@ def from_theirs(weights: Mapping[str, Tensor], table: KeyTable, family: str) -> 
     converted = {}
     for name in weights:
         layer, _, kind = name.rpartition(".")
-        place, number = numbered(layer, ours)
+        place, number = layer_number(layer, ours)
         if place not in ours:
             raise TrunklineError(f"a weight '{name}' of a {family} has no place in an EncoderDecoder")
         parts = [f"{part.replace('*', number)}.{kind}" for part in table[ours[place]]]
@@ -56,7 +56,7 @@ def to_theirs(
     converted = {}
     for name, value in weights.items():
         layer, _, kind = name.rpartition(".")
-        place, number = numbered(layer, table)
+        place, number = layer_number(layer, table)
         if place not in table or kind not in kinds:
             raise TrunklineError(f"a weight '{name}' of an EncoderDecoder has no place in a {family}")
         parts = table[place]
