@@ -63,7 +63,7 @@ def evaluate(
         class_names: names that replace those of the data: a list, or a file with one name per line.
         templates: zero-shot prompts with {} for the class name: a list, a single one, or a file with one per line.
         k: number of neighbours that vote. None is 20.
-        scores: the scores of translations; None takes those of training.
+        scores: the scores of translations; None takes exact, bleu, chrf and those of training.
         tokenize: how sacreBLEU cuts texts into words (13a, intl, zh, char, …); None takes that of training.
         num_beams: above 1, translate with beam search. None and the next three options: as in training's validation.
         length_penalty: of beam search; above 0 favours longer texts.

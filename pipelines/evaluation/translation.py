@@ -58,13 +58,15 @@ def evaluate_translation(
 
 
 def scores_of(trained: Trained, options: TranslationOptions) -> tuple[list[str], str]:
-    """The scores, and how sacreBLEU cuts texts into words; as in the validation of the run, unless they are given.
+    """The scores, and how sacreBLEU cuts texts into words.
+
+    Unless they are given, these are the usual scores and those of the run's validation, and its words.
 
     Raises:
         TrunklineError: for a score that is not known, or a tokenizer that sacreBLEU cannot load.
     """
     recipe = trained.content["hyper_parameters"]
-    scores = options.scores or recipe.get("scores") or USUAL_SCORES
+    scores = options.scores or [*dict.fromkeys([*USUAL_SCORES, *recipe.get("scores", ())])]
     tokenize = options.tokenize or recipe.get("tokenize") or USUAL_TOKENS
     try:
         check_scores(scores, tokenize)
