@@ -98,23 +98,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(weight[:, 0], dtype=wide) if needs_bias else None
         total = torch.zeros((), dtype=wide, device=x.device)
+        parts = list(_chunks(len(x), len(weight), chunk))
+        memory = _ChunkMemory(x[parts[0]], len(weight), wide)
         with torch.autocast(x.device.type, enabled=False):  # the inputs have the right types already
-            for part in _chunks(len(x), len(weight), chunk):
-                logits = F.linear(x[part], weight, bias).to(wide)  # (n, V)
+            for part in parts:
+                logits = memory.product(x[part], weight, bias)  # (n, V)
                 if keys is not None:
                     logits.masked_fill_(_same_key_not_target(keys[0][part], keys[1], target[part]), -torch.inf)
-                losses, grad = _losses_and_gradient(logits, target[part], smoothing, z_loss)
+                losses, grad = _losses_and_gradient(logits, target[part], smoothing, z_loss, memory.spare(len(logits)))
                 total += losses
-                grad = grad.to(x.dtype)
+                grad = memory.narrow(grad)
+                counted = (target[part] != IGNORE)[:, None]
                 if grad_x is not None:
-                    torch.mm(grad, weight, out=grad_x[part])
+                    torch.mm(grad, weight, out=grad_x[part]).mul_(counted)
                 if grad_weight is not None and wide == x.dtype:
-                    grad_weight.addmm_(grad.T, x[part])
+                    grad_weight.addmm_(grad.T, x[part] * counted)
                 elif grad_weight is not None:
-                    grad_weight += grad.T @ x[part]
+                    grad_weight += grad.T @ (x[part] * counted)
                 if grad_bias is not None:
-                    grad_bias += grad.sum(dim=0)
-                del logits, grad  # before the next ones are made
+                    grad_bias += grad.mul_(counted).sum(dim=0)
         ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total
@@ -139,11 +141,56 @@ def _same_key_not_target(row_keys: Tensor, class_keys: Tensor, target: Tensor) -
     return (row_keys[:, None] == class_keys).scatter_(1, target.clamp(min=0)[:, None], False)
 
 
-def _losses_and_gradient(logits: Tensor, target: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of (n, V) logits, and their gradient, which overwrites the logits in memory."""
-    counted = (target != IGNORE)[:, None]
+class _ChunkMemory:
+    """Memory for the logits of one chunk and what is computed from them, used again for the next chunk.
+
+    Large pieces of new memory are slow: the first write to each page of them costs about as much as an exponential.
+    """
+
+    def __init__(self, x: Tensor, vocabulary: int, wide: torch.dtype) -> None:
+        self.wide = x.new_empty(len(x), vocabulary, dtype=wide)
+        self.other = torch.empty_like(self.wide)
+        self.dtype = x.dtype
+
+    def spare(self, rows: int) -> Tensor:
+        """(rows, V) in the wide type."""
+        return self.other[:rows]
+
+    def narrow_spare(self, rows: int) -> Tensor:
+        """(rows, V) in the type of the states, in the same place as `spare`."""
+        return self.other.view(-1).view(self.dtype)[: rows * self.other.shape[1]].view(rows, -1)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Logits of the states x (n, D): (n, V) in the wide type."""
+        logits = self.wide[: len(x)]
+        out = logits if self.dtype == logits.dtype else self.narrow_spare(len(x))
+        if bias is None:
+            torch.mm(x, weight.T, out=out)
+        else:
+            torch.addmm(bias, x, weight.T, out=out)
+        return logits if out is logits else logits.copy_(out)
+
+    def narrow(self, grad: Tensor) -> Tensor:
+        """(n, V) in the type of the states."""
+        return grad if self.dtype == grad.dtype else self.narrow_spare(len(grad)).copy_(grad)
+
+
+def _log_partition(logits: Tensor, spare: Tensor) -> Tensor:
+    """The same as `logits.logsumexp(dim=1, keepdim=True)`, without new memory for (n, V) exponentials."""
+    largest = logits.amax(dim=1, keepdim=True)
+    largest = torch.where(largest.abs() == torch.inf, 0, largest)
+    return torch.sub(logits, largest, out=spare).exp_().sum(dim=1, keepdim=True).log_().add_(largest)
+
+
+def _losses_and_gradient(
+    logits: Tensor, target: Tensor, smoothing: float, z_loss: float, spare: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of (n, V) logits, and their gradient, which overwrites the logits in memory.
+
+    The gradient of a token that is not counted is not zero yet. `spare` is overwritten.
+    """
     picked = target.clamp(min=0)[:, None]  # (n, 1)
-    partition = logits.logsumexp(dim=1, keepdim=True)  # (n, 1)
+    partition = _log_partition(logits, spare)  # (n, 1)
     losses = partition - (1 - smoothing) * logits.gather(1, picked)
     if smoothing:
         losses -= smoothing * logits.mean(dim=1, keepdim=True)
@@ -155,7 +202,7 @@ def _losses_and_gradient(logits: Tensor, target: Tensor, smoothing: float, z_los
     if smoothing:
         grad -= smoothing / logits.shape[1]
     grad.scatter_add_(1, picked, torch.full_like(partition, smoothing - 1))
-    return losses.mul_(counted).sum(), grad.mul_(counted)
+    return losses.mul_((target != IGNORE)[:, None]).sum(), grad
 
 
 def infonce_loss(
