@@ -72,9 +72,9 @@ class KVCache:
     def reorder(self, index: Tensor) -> None:
         """Make row b continue the old row `index[b]`, for beam search; the number of rows may change."""
         if len(index) == self.keys.shape[1]:
-            held = slice(0, self.length)
-            self.keys[:, :, :, held] = self.keys[:, index, :, held]
-            self.values[:, :, :, held] = self.values[:, index, :, held]
+            for buffer in (self.keys, self.values):
+                held = buffer[:, :, :, : self.length]
+                held.copy_(held.index_select(1, index))
         else:
             self.keys, self.values = self.keys[:, index], self.values[:, index]
         source = self.source[index]

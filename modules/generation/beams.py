@@ -65,7 +65,7 @@ def beam_search(
             source, chosen = beams.grow(scores, ends)
             if not beams.going():
                 return beams.results(end_ids)
-            window.take(source)
+            window.take(source, logits=False)
             window.append(chosen)
             if seen is not None:
                 seen = seen[source].scatter_(1, chosen[:, None], True)

@@ -191,9 +191,13 @@ class Window:
         repeated = repeated.scatter_(1, last, True)[:, :vocabulary]
         return repeated & ~repeated.all(dim=1, keepdim=True)
 
-    def take(self, rows: Tensor) -> None:
-        """Make row b continue the old row `rows[b]`; rows that are not in `rows` are dropped."""
-        self.tokens, self.padding, self.logits = self.tokens[rows], self.padding[rows], self.logits[rows]
+    def take(self, rows: Tensor, logits: bool = True) -> None:
+        """Make row b continue the old row `rows[b]`; rows that are not in `rows` are dropped.
+
+        Without `logits`, theirs are not copied; `append` must follow, which computes new ones.
+        """
+        self.tokens, self.padding = self.tokens[rows], self.padding[rows]
+        self.logits = self.logits[rows] if logits else self.logits[:0]
         self.state = self.decoder.reorder(self.state, rows)
 
 

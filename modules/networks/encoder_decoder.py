@@ -357,8 +357,9 @@ class ConditionalDecoder(nn.Module):
         if state is None:
             if rows != len(self.tokens):
                 raise TrunklineError(f"{rows} prompts for {len(self.tokens)} sources; give one prompt for each source")
-            context = self.network.encode(self.tokens, self.mask).x
-            state = ConditionalState(self.make_cache(rows, length + room), None, context, self.mask)
+            source_mask = None if self.mask is None or bool(self.mask.all()) else self.mask
+            context = self.network.encode(self.tokens, source_mask).x
+            state = ConditionalState(self.make_cache(rows, length + room), None, context, source_mask)
         if state.cache.max_length < length + room:
             cache, old = self.make_cache(rows, length + room), state.cache
             cache.cross, cache.source, state.cache = old.cross, old.source, cache
