@@ -19,6 +19,7 @@ from trunkline.pipelines.benchmarks.image_cases import (
     vit_eager,
 )
 from trunkline.pipelines.benchmarks.ngrams import date_matches, ngram_accuracy
+from trunkline.pipelines.benchmarks.seq2seq_cases import seq2seq
 from trunkline.pipelines.benchmarks.text_cases import (
     bert_compiled,
     bert_eager,
@@ -39,6 +40,7 @@ CASES = {
     "clip": clip_eager,
     "clip_compiled": clip_compiled,
     "clip_chunks": clip_chunks,
+    "seq2seq": seq2seq,
     "generation": generation,
     "tokenization": tokenization,
     "muon": muon_step,
@@ -61,6 +63,7 @@ def benchmark(
         "clip",
         "clip_compiled",
         "clip_chunks",
+        "seq2seq",
         "generation",
         "tokenization",
         "muon",
@@ -82,17 +85,19 @@ def benchmark(
             GPT-2. `bert` and `bert_compiled`: the same for BERT-mini with 128 tokens per row, 15% of them hidden;
             `bert_compiled` compiles both sides. `bert_memory`: peak memory of such a step in float32 eager. `clip` and
             `clip_compiled`: the same for a CLIP at 72 pixels, width 256, 6 image and 4 text layers, against open_clip.
-            `clip_chunks`: memory and time of 2,048 pairs in chunks of 128. `generation`: one token of GPT-2 124M, batch
-            size 1. `tokenization`: byte-level BPE against the bare library. `muon`: an optimiser step on the matrices
-            of the digits recipe's network, against torch's Muon, which updates one matrix after the other. `overhead`:
+            `clip_chunks`: memory and time of 2,048 pairs in chunks of 128. `seq2seq`: training steps of a T5 1.1 with
+            4 + 4 layers, width 256 and pairs of 64 tokens, in float32 eager and in bfloat16 compiled, and a token of 8
+            texts with 4 beams, against transformers' T5. `generation`: one token of GPT-2 124M, batch size 1.
+            `tokenization`: byte-level BPE against the bare library. `muon`: an optimiser step on the matrices of the
+            digits recipe's network, against torch's Muon, which updates one matrix after the other. `overhead`:
             `trainer.fit` with progress bar, throughput, TensorBoard and signal handling, against a bare loop with the
             same network and batch size. `svm`: test accuracy of an RBF SVM on the splits of vit/digits. `ngram`: test
             accuracy of a logistic regression on character n-grams on the splits of bert/classify_demo. `dates`: dates
             that logistic regressions on character n-grams read right in the test sets of seq2seq/dates, in about 80
             seconds of CPU time.
         rounds: number of measurements of each side.
-        batch_size: images or rows per step; default: 16 images, 8 rows of a GPT, 32 rows of BERT, 64 pairs, 1 in
-            generation.
+        batch_size: images or rows per step; default: 16 images, 8 rows of a GPT, 32 rows of BERT or T5, 64 pairs, 1 in
+            generation, 8 with beams.
         output: a JSON file for the results.
     """
     if output is not None and not Path(output).absolute().parent.is_dir():

@@ -18,6 +18,7 @@ from trunkline.modules.networks import ViT
 from trunkline.pipelines.benchmarks import benchmark as module
 from trunkline.pipelines.benchmarks import clip_cases as benchmark_clip
 from trunkline.pipelines.benchmarks import image_cases as benchmark_image
+from trunkline.pipelines.benchmarks import seq2seq_cases as benchmark_seq2seq
 from trunkline.pipelines.benchmarks import text_cases as benchmark_text
 from trunkline.pipelines.benchmarks import timing
 from trunkline.pipelines.benchmarks.benchmark import benchmark
@@ -100,6 +101,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_clip, "peak_memory", lambda prepare: prepare.args[0] << 20)
     ends = {"bos_token_id": None, "eos_token_id": None}
     monkeypatch.setattr(transformers, "GPT2Config", lambda **_: configure(n_embd=16, n_layer=1, n_head=2, **ends))
+    tiny = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    for name, value in {"SHAPE": tiny, "TOKENS": 5, "WRITTEN": 3}.items():
+        monkeypatch.setattr(benchmark_seq2seq, name, value)
 
 
 CASES = {
@@ -118,6 +122,12 @@ CASES = {
         ("open_clip's own, bf16 compiled", "open_clip fp32 eager"),
     ],
     "clip_chunks": [("a pair, in chunks", "a pair, plain")],
+    "seq2seq": [
+        ("T5 fp32 eager", "transformers fp32 eager"),
+        ("T5 bf16 compiled", "transformers fp32 eager"),
+        ("transformers' own, bf16 compiled", "transformers fp32 eager"),
+        ("T5 token, 4 beams", "transformers fp32 eager"),
+    ],
     "generation": [(f"GPT-2 124M token, {name}", "transformers fp32") for name in ("fp32", "bf16", "int8")],
     "tokenization": [("BPE of 4.2 MB", "tokenizers' encode_batch_fast")],
     "muon": [("Muon step", "torch.optim.Muon")],
@@ -139,6 +149,16 @@ def test_case(what: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert f"{row['ratio']:.3f}" in shown
     if what == "clip_chunks":
         assert "2 pairs 2 MiB, 4 in chunks of 2 4 MiB" in shown
+
+
+def test_both_encoder_decoders_are_one_network(small: None) -> None:
+    """Equal losses at first, and equal texts."""
+    ours, theirs = benchmark_seq2seq._t5_pair()
+    tokens, targets = torch.randint(2, 50, (2, 3, 5))
+    given = torch.cat((torch.zeros_like(targets[:, :1]), targets[:, :-1]), dim=1)
+    want = theirs(input_ids=tokens, labels=targets)
+    torch.testing.assert_close(ours(tokens, given), want.logits, rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
 def test_all_is_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
