@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 READY := $(VENV)/.ready
+# Recipes in bfloat16 are much slower on a CPU without instructions for it; there they train in float32.
+BFLOAT16 = from trunkline.modules.training.optim import multiplies_bfloat16
+PRECISION = $$($(BIN)/python -c 'import torch; $(BFLOAT16); multiplies_bfloat16(torch.device("cpu")) or print("--trainer.precision 32-true")')
 
 .DEFAULT_GOAL := help
 .PHONY: help train-vit train-gpt train-bert finetune-bert train-clip train-translate test test-all test-everywhere lint tensorboard benchmark clean
@@ -28,12 +31,12 @@ finetune-bert: $(READY) ## what the pre-training is worth: name the language, ag
 	$(BIN)/trunkline fit --config bert/classify_demo --model.init_from $$start --data.tokenizer $$start $(ARGS)
 
 train-clip: $(READY) ## train a CLIP on emoji and their names, offline, in five minutes; another artist's drawings test it
-	$(BIN)/trunkline fit --config clip/emoji $(ARGS)
+	$(BIN)/trunkline fit --config clip/emoji $(PRECISION) $(ARGS)
 	@last=$$(ls -t runs/clip/emoji/*/checkpoints/last.ckpt | head -1) && set -x && \
 	$(BIN)/trunkline evaluate --checkpoint $$last --data.source openmoji --data.val_fraction 0 --split train
 
 train-translate: $(READY) ## train an encoder-decoder to read dates in words, offline, in four minutes; test it on unseen locales too
-	$(BIN)/trunkline fit --config seq2seq/dates $(ARGS)
+	$(BIN)/trunkline fit --config seq2seq/dates $(PRECISION) $(ARGS)
 	@last=$$(ls -t runs/seq2seq/dates/*/checkpoints/last.ckpt | head -1) && set -x && \
 	$(BIN)/trunkline evaluate --checkpoint $$last --data.source dates:locales && \
 	$(BIN)/trunkline evaluate --checkpoint $$last --data.source dates:languages

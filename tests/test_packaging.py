@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from trunkline import datamodules
+from trunkline.modules.training.optim import multiplies_bfloat16
 from trunkline.pipelines.cli import FUNCTIONS, POSITIONAL, TRAINING, load, main
 from trunkline.pipelines.objectives import import_class
 
@@ -140,21 +142,33 @@ WRITTEN = {
     "train-vit": "fit --config vit/digits",
     "train-gpt": "fit --config gpt/demo",
     "train-bert": "fit --config bert/demo",
-    "train-clip": "fit --config clip/emoji",
+    "train-clip": "fit --config clip/emoji $(PRECISION)",
+    "train-translate": "fit --config seq2seq/dates $(PRECISION)",
     "benchmark": "benchmark",
 }
 
 
 def test_make_commands_of_the_readme() -> None:
     found = commands("make")
-    assert {"train-vit", "train-gpt", "train-bert", "finetune-bert", "train-clip", "test", "help", "tensorboard"} <= {
+    assert {"train-vit", "train-gpt", "train-bert", "finetune-bert", "train-clip", "train-translate", "test"} <= {
         target for target, *_ in found
     }
+    assert {"help", "tensorboard"} <= {target for target, *_ in found}
     for target, *options in found:
         assert target in make_targets()
         assert all(option.startswith("ARGS=") for option in options)
     run = {target: re.search(rf"^{target}:.*\n\t(.+)", MAKEFILE, re.M)[1] for target in WRITTEN}  # type: ignore[index]
     assert run == {target: f"$(BIN)/trunkline {command} $(ARGS)" for target, command in WRITTEN.items()}
+
+
+def test_precision_of_make() -> None:
+    """What `$(PRECISION)` prints is empty or a flag of `trunkline fit`."""
+    code = re.search(r"^PRECISION = .* -c '(.+)'\)$", MAKEFILE, re.M)[1]  # type: ignore[index]
+    imported = re.search(r"^BFLOAT16 = (.+)", MAKEFILE, re.M)[1]  # type: ignore[index]
+    program = code.replace("$(BFLOAT16)", imported)
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    native = multiplies_bfloat16(torch.device("cpu"))
+    assert printed.split() == ([] if native else ["--trainer.precision", "32-true"])
 
 
 def training_commands() -> list[str]:
@@ -189,7 +203,8 @@ def test_training_commands_of_the_readme(
             found = printed
             for key in flag.split("."):
                 found = found[key] if key in found else found["init_args"][key]
-            assert str(found) == value or (value == "null" and found is None) or float(found) == float(value)
+            given = yaml.safe_load(shlex.split(value)[0])
+            assert found == given or str(found) == value or float(found) == float(value)  # YAML takes 1e-3 for a text
     assert {path for path in tmp_path.iterdir() if path.name != "__pycache__"} == before
 
 

@@ -16,7 +16,7 @@ from trunkline.pipelines.benchmarks.timing import Side, bare_loop, compare
 
 SHAPE = {"vocab_size": 32128, "d_model": 256, "d_kv": 64, "d_ff": 688, "num_layers": 4, "num_heads": 4}
 """4 layers on each side, width 256."""
-TOKENS = 64
+PAIR_LENGTH = 64
 """Tokens of a source, and of a target."""
 WRITTEN = 32
 """New tokens of each text in generation."""
@@ -47,7 +47,7 @@ def _t5_loops(batch_size: int, fast: bool = False) -> tuple[Side, Side]:
         ours.compile()
         theirs.compile()
     device = next(ours.parameters()).device
-    tokens, targets = torch.randint(2, SHAPE["vocab_size"], (2, batch_size, TOKENS), device=device)
+    tokens, targets = torch.randint(2, SHAPE["vocab_size"], (2, batch_size, PAIR_LENGTH), device=device)
     given = torch.cat((torch.zeros_like(targets[:, :1]), targets[:, :-1]), dim=1)
     mask = torch.ones_like(tokens, dtype=torch.bool)
 
@@ -65,7 +65,7 @@ def _writers(batch_size: int) -> tuple[Side, Side]:
     """Both write texts of one length with 4 beams; seconds of a token in all texts."""
     ours, theirs = _t5_pair()
     device = next(ours.parameters()).device
-    tokens = torch.randint(2, SHAPE["vocab_size"], (batch_size, TOKENS), device=device)
+    tokens = torch.randint(2, SHAPE["vocab_size"], (batch_size, PAIR_LENGTH), device=device)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     start, config = torch.zeros_like(tokens[:, :1]), GenerationConfig(WRITTEN, num_beams=BEAMS)
     options = {"max_new_tokens": WRITTEN, "num_beams": BEAMS, "do_sample": False, "eos_token_id": None}
