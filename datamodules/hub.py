@@ -85,7 +85,7 @@ class NamedSource:
         if self.split is not None:
             raise TrunklineError(
                 f"{self.split_field}={self.split} names a split of a hub dataset, but {self.field}={self.name} is not "
-                "one; leave it out",
+                "one; leave it out, or set it to null",
                 field=f"data.{self.split_field}",
             )
 

@@ -105,6 +105,14 @@ def explain_option(key: str, names: Collection[str]) -> str:
         if new is not None:
             return f"there is no option {place.text} any more; it is --{new} now"
         return f"there is no option {place.text}{closest(place.key, names)}"
+    if place.config is None:
+        text = next((name for name in ("text", "query", "sentence") if name in names), None)
+        mend = (
+            "write the option that it belongs to before it"
+            if text is None
+            else (f"write a text directly after the command; if it begins with a hyphen, write --{text}='-5 degrees'")
+        )
+        return f"'{key}' follows no option; {mend}"
     return of_older_version(place) or f"{place.text}: there is no '{key}'{closest(key, names)}"
 
 

@@ -90,7 +90,8 @@ class SourceEncoder:
                 if self.too_long != "cut":
                     raise TrunklineError(
                         f"{name} has {count + len(first) + 1} tokens, but the model reads at most "
-                        f"{self.max_length}; shorten it, or let long texts be cut"
+                        f"{self.max_length}; shorten it, or set too_long=cut",
+                        field="too_long",
                     )
                 self.cut += 1
             rows.append([*first, *flat[start : min(stop, start + room)], self.end])

@@ -105,6 +105,12 @@ BAD_INPUT = [
     (["fit", "--config", "vit/digit"], "there is no config 'vit/digit'; did you mean 'vit/digits'"),
     (["fit", "--config=vit/digit"], "there is no config 'vit/digit'; did you mean 'vit/digits'"),
     (["fit"], "needs a recipe, such as --config vit/digits"),
+    (["fit", "vit/digits"], "'vit/digits' follows no option; write the option that it belongs to before it"),
+    (
+        ["translate", "--checkpoint", "x.ckpt", "red"],
+        "'red' follows no option; write a text directly after the command",
+    ),
+    (["search", "--checkpoint", "x.ckpt", "red"], "if it begins with a hyphen, write --query='-5 degrees'"),
     ([*DIGITS, "--model.optimizer.lrr", "1"], "--model.optimizer.lrr; did you mean 'model.optimizer.lr'"),
     ([*DIGITS, "--trainer.max_epoch", "3"], "--trainer.max_epoch; did you mean 'trainer.max_epochs'"),
     ([*DIGITS, "--data.batchsize=3"], "--data.batchsize; did you mean 'data.batch_size'"),

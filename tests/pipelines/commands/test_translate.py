@@ -288,9 +288,13 @@ def test_messages_name_the_flag(
     several: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["trunkline"])
-    for options, flag in (([], "--language"), (["--language", "up", "--max_new_tokens", "99"], "--max_new_tokens")):
+    for text, options, flag in (
+        ("abc", [], "--language"),
+        ("abc", ["--language", "up", "--max_new_tokens", "99"], "--max_new_tokens"),
+        ("abc" * 20, ["--language", "up"], "--too_long"),
+    ):
         with pytest.raises(SystemExit):
-            main(["translate", "abc", "--checkpoint", several, "--device", "cpu", *options])
+            main(["translate", text, "--checkpoint", several, "--device", "cpu", *options])
         assert capsys.readouterr().err.strip().endswith(f"({flag})")
 
 
