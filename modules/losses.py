@@ -17,6 +17,8 @@ from trunkline.contract import IGNORE
 
 LOGITS_AT_ONCE = 2**25
 """Logits in memory at once: 128 MiB in float32, and the matrices are still large enough to multiply at full speed."""
+BLOCK = 2**18
+"""Logits of which one core of a CPU computes the softmax at once: 1 MiB in float32, which its cache holds."""
 
 
 def linear_cross_entropy(
@@ -99,16 +101,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(weight[:, 0], dtype=wide) if needs_bias else None
         total = torch.zeros((), dtype=wide, device=x.device)
         parts = list(_chunks(len(x), len(weight), chunk))
-        memory = _ChunkMemory(x[parts[0]], len(weight), wide)
+        memory = x.new_empty(len(x[parts[0]]), len(weight))  # each chunk uses it again, because new pages are slow
         with torch.autocast(x.device.type, enabled=False):  # the inputs have the right types already
             for part in parts:
-                logits = memory.product(x[part], weight, bias)  # (n, V)
-                if keys is not None:
-                    logits.masked_fill_(_same_key_not_target(keys[0][part], keys[1], target[part]), -torch.inf)
-                losses, grad = _losses_and_gradient(logits, target[part], smoothing, z_loss, memory.spare(len(logits)))
-                total += losses
-                grad = memory.narrow(grad)
+                logits = _product(x[part], weight, bias, memory[: len(x[part])])  # (n, V)
                 counted = (target[part] != IGNORE)[:, None]
+                part_keys = None if keys is None else (keys[0][part], keys[1])
+                losses, grad = _block_by_block(logits, target[part], smoothing, z_loss, part_keys, wide)
+                total += losses.mul_(counted).sum()
                 if grad_x is not None:
                     torch.mm(grad, weight, out=grad_x[part]).mul_(counted)
                 if grad_weight is not None and wide == x.dtype:
@@ -141,42 +141,45 @@ def _same_key_not_target(row_keys: Tensor, class_keys: Tensor, target: Tensor) -
     return (row_keys[:, None] == class_keys).scatter_(1, target.clamp(min=0)[:, None], False)
 
 
-class _ChunkMemory:
-    """Memory for the logits of one chunk and what is computed from them, used again for the next chunk.
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Logits (n, V) of the states x (n, D), written to `out`."""
+    if bias is None:
+        return torch.mm(x, weight.T, out=out)
+    return torch.addmm(bias, x, weight.T, out=out)
 
-    Large pieces of new memory are slow: the first write to each page of them costs about as much as an exponential.
+
+def _block_by_block(
+    logits: Tensor,
+    target: Tensor,
+    smoothing: float,
+    z_loss: float,
+    keys: tuple[Tensor, Tensor] | None,
+    wide: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Losses (n, 1) of (n, V) logits in the `wide` type, and their gradients, which overwrite the logits in memory.
+
+    Those of tokens that are not counted are not zero yet. A few rows at a time go through all steps, so that a CPU's
+    cache holds them.
     """
-
-    def __init__(self, x: Tensor, vocabulary: int, wide: torch.dtype) -> None:
-        self.wide = x.new_empty(len(x), vocabulary, dtype=wide)
-        self.other = torch.empty_like(self.wide)
-        self.dtype = x.dtype
-
-    def spare(self, rows: int) -> Tensor:
-        """(rows, V) in the wide type."""
-        return self.other[:rows]
-
-    def narrow_spare(self, rows: int) -> Tensor:
-        """(rows, V) in the type of the states, in the same place as `spare`."""
-        return self.other.view(-1).view(self.dtype)[: rows * self.other.shape[1]].view(rows, -1)
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Logits of the states x (n, D): (n, V) in the wide type."""
-        logits = self.wide[: len(x)]
-        out = logits if self.dtype == logits.dtype else self.narrow_spare(len(x))
-        if bias is None:
-            torch.mm(x, weight.T, out=out)
-        else:
-            torch.addmm(bias, x, weight.T, out=out)
-        return logits if out is logits else logits.copy_(out)
-
-    def narrow(self, grad: Tensor) -> Tensor:
-        """(n, V) in the type of the states."""
-        return grad if self.dtype == grad.dtype else self.narrow_spare(len(grad)).copy_(grad)
+    rows, vocabulary = logits.shape
+    at_once = BLOCK * torch.get_num_threads() if logits.device.type == "cpu" else LOGITS_AT_ONCE // 4
+    count = max(1, at_once // vocabulary)
+    losses = logits.new_empty(rows, 1, dtype=wide)
+    spare, copy = (logits.new_empty(min(count, rows), vocabulary, dtype=wide) for _ in range(2))
+    for start in range(0, rows, count):
+        block = slice(start, min(start + count, rows))
+        size = block.stop - start
+        values = logits[block] if wide == logits.dtype else copy[:size].copy_(logits[block])
+        if keys is not None:
+            values.masked_fill_(_same_key_not_target(keys[0][block], keys[1], target[block]), -torch.inf)
+        losses[block], grad = _losses_and_gradient(values, target[block], smoothing, z_loss, spare[:size])
+        if wide != logits.dtype:
+            logits[block] = grad
+    return losses, logits
 
 
 def _log_partition(logits: Tensor, spare: Tensor) -> Tensor:
-    """The same as `logits.logsumexp(dim=1, keepdim=True)`, without new memory for (n, V) exponentials."""
+    """The same as `logits.logsumexp(dim=1, keepdim=True)`, but the exponentials are written to `spare`."""
     largest = logits.amax(dim=1, keepdim=True)
     largest = torch.where(largest.abs() == torch.inf, 0, largest)
     return torch.sub(logits, largest, out=spare).exp_().sum(dim=1, keepdim=True).log_().add_(largest)
@@ -185,10 +188,7 @@ def _log_partition(logits: Tensor, spare: Tensor) -> Tensor:
 def _losses_and_gradient(
     logits: Tensor, target: Tensor, smoothing: float, z_loss: float, spare: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of (n, V) logits, and their gradient, which overwrites the logits in memory.
-
-    The gradient of a token that is not counted is not zero yet. `spare` is overwritten.
-    """
+    """Losses (n, 1) of (n, V) logits, and their gradient, which overwrites the logits; `spare` is overwritten too."""
     picked = target.clamp(min=0)[:, None]  # (n, 1)
     partition = _log_partition(logits, spare)  # (n, 1)
     losses = partition - (1 - smoothing) * logits.gather(1, picked)
@@ -202,7 +202,7 @@ def _losses_and_gradient(
     if smoothing:
         grad -= smoothing / logits.shape[1]
     grad.scatter_add_(1, picked, torch.full_like(partition, smoothing - 1))
-    return losses.mul_((target != IGNORE)[:, None]).sum(), grad
+    return losses, grad
 
 
 def infonce_loss(

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,21 @@ def test_value_and_gradients(
         torch.autograd.grad(got * 3, (x, weight, bias)), torch.autograd.grad(want * 3, (x, weight, bias)), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}, {"keys": True}])
+def test_blocks_change_no_bit(dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    (x, weight, bias), target = inputs(dtype)
+    if "keys" in options:
+        options = {"keys": (torch.randint(0, 9, (TOKENS,)), torch.randint(0, 9, (VOCABULARY,)))}
+    found = []
+    for block in (2**18, 5 * VOCABULARY, 1):
+        monkeypatch.setattr(losses, "BLOCK", block)
+        got = linear_cross_entropy(x, weight, target, bias, chunk=20, **options)
+        found.append((got, *torch.autograd.grad(got, (x, weight, bias))))
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
 def test_large_logits_stay_finite() -> None:
