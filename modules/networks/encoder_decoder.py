@@ -18,7 +18,7 @@ from trunkline.modules.backbone import (
     TransformerConfig,
     TransformerOutput,
 )
-from trunkline.modules.backbone.attention import Keep, make_norm
+from trunkline.modules.backbone.attention import Attention, Keep, make_norm
 from trunkline.modules.backbone.embeddings import SinusoidalPositions, real_positions
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import Network, trunk_for
@@ -279,14 +279,14 @@ def embedding_std(config: EncoderDecoderConfig) -> float:
 
 @torch.no_grad()
 def scale_queries(trunk: Transformer) -> None:
-    """Where scores are not divided by sqrt(E), divide the weights of the queries, as in T5."""
-    scale = trunk.config.head_width**-0.5
-    if trunk.config.attn_scale is None or trunk.config.attn_scale <= scale:
+    """Where scores are not divided by sqrt(E), divide the weights of the queries instead, as T5 does at first."""
+    config = trunk.config
+    if config.attn_scale is None or config.attn_scale <= config.head_width**-0.5:
         return
-    inner = trunk.config.num_heads * trunk.config.head_width
-    for name, parameter in trunk.named_parameters():
-        if name.endswith((".qkv.weight", ".q.weight")):
-            parameter[:inner] *= scale / trunk.config.attn_scale
+    for module in trunk.modules():
+        if isinstance(module, Attention):
+            projection = module.q if hasattr(module, "q") else module.qkv
+            projection.weight[: config.num_heads * config.head_width] *= config.head_width**-0.5 / config.attn_scale
 
 
 def check_length(what: str, length: int, limit: int, name: str) -> None:
