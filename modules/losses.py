@@ -163,7 +163,7 @@ def _block_by_block(
     """
     rows, vocabulary = logits.shape
     at_once = BLOCK * torch.get_num_threads() if logits.device.type == "cpu" else LOGITS_AT_ONCE // 4
-    count = max(1, at_once // vocabulary)
+    count = max(1, at_once // max(vocabulary, 1))
     losses = logits.new_empty(rows, 1, dtype=wide)
     spare, copy = (logits.new_empty(min(count, rows), vocabulary, dtype=wide) for _ in range(2))
     for start in range(0, rows, count):

@@ -102,7 +102,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = {"bos_token_id": None, "eos_token_id": None}
     monkeypatch.setattr(transformers, "GPT2Config", lambda **_: configure(n_embd=16, n_layer=1, n_head=2, **ends))
     tiny = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    for name, value in {"SHAPE": tiny, "TOKENS": 5, "WRITTEN": 3}.items():
+    for name, value in {"SHAPE": tiny, "PAIR_LENGTH": 5, "WRITTEN": 3}.items():
         monkeypatch.setattr(benchmark_seq2seq, name, value)
 
 
