@@ -101,8 +101,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_clip, "peak_memory", lambda prepare: prepare.args[0] << 20)
     ends = {"bos_token_id": None, "eos_token_id": None}
     monkeypatch.setattr(transformers, "GPT2Config", lambda **_: configure(n_embd=16, n_layer=1, n_head=2, **ends))
-    tiny = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    for name, value in {"SHAPE": tiny, "PAIR_LENGTH": 5, "WRITTEN": 3}.items():
+    tiny_t5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    for name, value in {"SHAPE": tiny_t5, "PAIR_LENGTH": 5, "WRITTEN": 3}.items():
         monkeypatch.setattr(benchmark_seq2seq, name, value)
 
 
