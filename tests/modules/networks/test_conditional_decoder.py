@@ -18,6 +18,7 @@ from trunkline.modules.networks import EncoderDecoder
 
 
 @cache
+@torch.random.fork_rng()
 def learnt(kind: str) -> dict[str, Tensor]:
     """Weights with which the network writes texts that depend on the source."""
     torch.manual_seed(0)

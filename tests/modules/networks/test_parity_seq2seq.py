@@ -75,6 +75,7 @@ class Pair(NamedTuple):
 
 
 @cache
+@torch.random.fork_rng()
 def pair(name: str) -> Pair:
     """A small model of transformers with random biases and norms, and ours, which has learnt texts, in float64."""
     torch.manual_seed(1)
