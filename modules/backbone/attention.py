@@ -145,11 +145,6 @@ def join_beams(q: Tensor, mask: Tensor | None, sources: int) -> tuple[Tensor, Te
     return q.reshape(sources, -1, q.shape[2]), mask
 
 
-def split_beams(weights: Tensor, rows: int) -> Tensor:
-    """Attention weights (sources, H, N * T, S) of joined beams -> (rows, H, T, S) with rows = sources * N."""
-    return weights.unflatten(2, (rows // len(weights), -1)).transpose(1, 2).flatten(0, 1)
-
-
 def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -293,5 +288,6 @@ class Attention(nn.Module):
         out = out.transpose(1, 2).flatten(2)  # (B, H, T, E) -> (B, T, H * E)
         if shared:
             out = out.reshape(*x.shape[:2], -1)
-            weights = None if weights is None else split_beams(weights, len(x))
+            if weights is not None:  # (sources, H, N * T, S) -> (B, H, T, S)
+                weights = weights.unflatten(2, (-1, x.shape[1])).transpose(1, 2).flatten(0, 1)
         return self.proj(out), weights

@@ -1,7 +1,6 @@
 """Patch embedding and absolute positions, for embeddings (B, T, D) that enter the trunk."""
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +61,14 @@ def sincos_positions(length: int, dim: int, theta: float = 10_000.0) -> Tensor:
     Raises:
         TrunklineError: if `dim` is odd.
     """
+    return sincos(torch.arange(length, dtype=torch.float32), sincos_frequencies(dim, theta))
+
+
+def sincos_frequencies(dim: int, theta: float = 10_000.0) -> Tensor:
+    """Frequencies (dim / 2,) of `sincos_positions`, which says what is raised."""
     if dim % 2:
         raise TrunklineError(f"sin-cos positions need an even dim, not {dim}")
-    frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    return _sincos(torch.arange(length, dtype=torch.float32), frequency)
+    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
 
 def sincos_positions_2d(grid: tuple[int, int], dim: int, theta: float = 10_000.0) -> Tensor:
@@ -78,38 +81,13 @@ def sincos_positions_2d(grid: tuple[int, int], dim: int, theta: float = 10_000.0
         raise TrunklineError(f"2-D sin-cos positions need a dim that is a multiple of 4, not {dim}")
     frequency = theta ** -torch.linspace(0, 1, dim // 4)
     y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
-    return torch.cat((_sincos(x.flatten(), frequency), _sincos(y.flatten(), frequency)), dim=1)
+    return torch.cat((sincos(x.flatten(), frequency), sincos(y.flatten(), frequency)), dim=1)
 
 
-def _sincos(position: Tensor, frequency: Tensor) -> Tensor:
-    """Positions (N,) at frequencies (E,) -> (N, 2 E)."""
-    angle = torch.outer(position, frequency)
-    return torch.cat((angle.sin(), angle.cos()), dim=1)
-
-
-class SinusoidalPositions(nn.Module):
-    """The fixed positions of arXiv:1706.03762, called like an embedding."""
-
-    def __init__(self, length: int, dim: int) -> None:
-        super().__init__()
-        # Not a buffer: an average of weights would average it too, with rounding errors that a resume does not repeat.
-        self.table = sincos_positions(length, dim)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SinusoidalPositions":
-        self.table = fn(self.table)  # to another device or data type, as a buffer
-        super()._apply(fn, recurse)
-        return self
-
-    def forward(self, positions: Tensor) -> Tensor:
-        """Positions of any shape (...) -> (..., D)."""
-        return self.table[positions]
-
-
-def real_positions(mask: Tensor | None, start: int, end: int, device: torch.device) -> Tensor:
-    """Positions (T,) of the tokens start..end; with a mask (B, end), positions (B, T) that do not count padding."""
-    if mask is None:
-        return torch.arange(start, end, device=device)
-    return (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:]
+def sincos(position: Tensor, frequency: Tensor) -> Tensor:
+    """Positions (...) at frequencies (E,) -> (..., 2 E)."""
+    angle = position[..., None] * frequency
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

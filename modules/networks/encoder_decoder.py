@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from trunkline import TrunklineError
 from trunkline.modules.backbone import (
     KVCache,
-    RelativeBias,
     Transformer,
     TransformerConfig,
     TransformerOutput,
 )
 from trunkline.modules.backbone.attention import Attention, Keep, make_norm
-from trunkline.modules.backbone.embeddings import SinusoidalPositions, real_positions
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import Network, trunk_for
+from trunkline.modules.networks.positions import RelativeBias, SinusoidalPositions, real_positions
 
 
 def transformer_base() -> TransformerConfig:
@@ -163,7 +162,7 @@ class EncoderDecoder(Network):
         check_length("a source", length, self.config.max_length, "max_length")
         x = self.scaled(self.token_embed(tokens))
         if self.pos_embed is not None:
-            x = x + self.pos_embed(real_positions(mask, 0, length, x.device))
+            x = x + self.pos_embed(real_positions(mask, 0, length, x.device)).to(x.dtype)
         if self.relative_bias is not None:
             mask = self.relative_bias(length, mask=mask)
         x = self.dropout(self.embed_norm(x))
@@ -203,7 +202,7 @@ class EncoderDecoder(Network):
         check_length("a target", end, self.config.max_target_length, "max_target_length")
         x = self.scaled(self.target_embed(target_tokens))
         if self.target_pos_embed is not None:
-            x = x + self.target_pos_embed(real_positions(target_mask, start, end, x.device))
+            x = x + self.target_pos_embed(real_positions(target_mask, start, end, x.device)).to(x.dtype)
         if self.target_relative_bias is not None:
             target_mask = self.target_relative_bias(end - start, start, target_mask)
         x = self.target_dropout(self.target_embed_norm(x))
@@ -258,7 +257,7 @@ def absolute_positions(config: EncoderDecoderConfig, length: int) -> nn.Module |
         embedding = nn.Embedding(length, config.encoder.dim)
         nn.init.trunc_normal_(embedding.weight, std=0.02)
         return embedding
-    return SinusoidalPositions(length, config.encoder.dim) if config.positions == "sinusoidal" else None
+    return SinusoidalPositions(config.encoder.dim) if config.positions == "sinusoidal" else None
 
 
 def relative_bias(config: EncoderDecoderConfig, trunk: TransformerConfig) -> RelativeBias | None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import (
-    AttentionPool,
     PatchEmbed,
     Transformer,
     TransformerConfig,
@@ -16,6 +15,7 @@ from trunkline.modules.backbone import (
     sincos_positions_2d,
 )
 from trunkline.modules.backbone.attention import make_norm
+from trunkline.modules.networks.attention_pool import AttentionPool
 from trunkline.modules.networks.base import Network, trunk_for
 
 

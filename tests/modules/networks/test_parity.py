@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import (
-    AttentionPool,
     PatchEmbed,
     Transformer,
     TransformerConfig,
@@ -25,6 +24,7 @@ from trunkline.modules.backbone import (
 )
 from trunkline.modules.backbone.attention import Attention, rotate, rotation_table
 from trunkline.modules.backbone.transformer import Block
+from trunkline.modules.networks.attention_pool import AttentionPool
 
 # --- torch.nn.Transformer*Layer ---
 

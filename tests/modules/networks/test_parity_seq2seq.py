@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import RelativeBias
 from trunkline.modules.generation.beams import beam_search
 from trunkline.modules.generation.decoding import GenerationConfig
 from trunkline.modules.generation.sampling import generate
 from trunkline.modules.networks import EncoderDecoder, EncoderDecoderConfig, convert
+from trunkline.modules.networks.positions import RelativeBias
 
 START, PAD, END = 0, 1, 2
 IDS = {"pad_token_id": PAD, "eos_token_id": END, "decoder_start_token_id": START, "forced_eos_token_id": None}

@@ -192,8 +192,7 @@ def private_names(folder: Path) -> set[str]:
     ]
     owners += [value for name, value in vars(trainer).items() if name.endswith("_connector")]
     owners += [L.LightningModule(), L.LightningDataModule()]
-    names = {name for owner in owners for name in dir(owner) if name.startswith("_") and not name.endswith("__")}
-    return names - set(dir(torch.nn.Module))  # those are torch's
+    return {name for owner in owners for name in dir(owner) if name.startswith("_") and not name.endswith("__")}
 
 
 def uses(code: str, private: set[str]) -> Iterator[str]:

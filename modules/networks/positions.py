@@ -1,4 +1,4 @@
-"""T5's relative position bias (Raffel et al., 2019, arXiv:1910.10683)."""
+"""Positions of an encoder-decoder: fixed ones (arXiv:1706.03762) and T5's relative bias (arXiv:1910.10683)."""
 
 import math
 
@@ -6,7 +6,38 @@ import torch
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
+from trunkline.modules.backbone.embeddings import sincos, sincos_frequencies
 from trunkline.modules.backbone.transformer import restrict
+
+
+class SinusoidalPositions(nn.Module):
+    """The fixed positions of `sincos_positions`, called like an embedding.
+
+    They are computed at each call. A buffer would be part of an average of weights, with rounding errors that a resume
+    does not repeat.
+
+    Args:
+        dim: width D.
+
+    Raises:
+        TrunklineError: if `dim` is odd.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        sincos_frequencies(dim)  # refuses an odd width at once
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Positions of any shape (...) -> (..., D), float32."""
+        return sincos(positions.float(), sincos_frequencies(self.dim).to(positions.device))
+
+
+def real_positions(mask: Tensor | None, start: int, end: int, device: torch.device) -> Tensor:
+    """Positions (T,) of the tokens start..end; with a mask (B, end), positions (B, T) that do not count padding."""
+    if mask is None:
+        return torch.arange(start, end, device=device)
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:]
 
 
 class RelativeBias(nn.Module):

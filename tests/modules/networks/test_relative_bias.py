@@ -8,7 +8,8 @@ import torch
 from test_backbone import assert_near, config, trunk
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import KVCache, RelativeBias
+from trunkline.modules.backbone import KVCache
+from trunkline.modules.networks.positions import RelativeBias
 
 
 def bucket(offset: int, causal: bool, buckets: int, distance: int) -> int:

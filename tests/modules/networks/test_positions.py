@@ -1,16 +1,17 @@
-"""Fixed positions behave as a buffer, except that they are in no checkpoint and in no average of weights."""
+"""Fixed positions are computed anew: they are in no checkpoint and in no average of weights."""
 
-import copy
 import math
 
+import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from trunkline.modules.backbone.embeddings import SinusoidalPositions
+from trunkline import TrunklineError
+from trunkline.modules.networks.positions import SinusoidalPositions
 
 
 def test_values_are_those_of_the_paper() -> None:
-    module = SinusoidalPositions(50, 8)
+    module = SinusoidalPositions(8)
     positions = torch.tensor([[0, 3], [49, 7]])
     expected = [
         [[wave(p / 10_000 ** (2 * i / 8)) for wave in (math.sin, math.cos) for i in range(4)] for p in row]
@@ -21,7 +22,7 @@ def test_values_are_those_of_the_paper() -> None:
 
 def test_an_average_of_weights_keeps_them_exactly() -> None:
     """Else a resumed run, whose positions are computed anew, would not validate as before."""
-    module = torch.nn.Sequential(SinusoidalPositions(50, 8), torch.nn.Linear(8, 8))
+    module = torch.nn.Sequential(SinusoidalPositions(8), torch.nn.Linear(8, 8))
     average = AveragedModel(module, avg_fn=get_ema_avg_fn(0.9), use_buffers=True)
     for _ in range(5):
         average.update_parameters(module)
@@ -30,9 +31,10 @@ def test_an_average_of_weights_keeps_them_exactly() -> None:
     assert not module[0].state_dict()
 
 
-def test_they_move_with_their_module() -> None:
-    module = torch.nn.Sequential(SinusoidalPositions(50, 8))
-    other = copy.deepcopy(module).to(torch.bfloat16)
-    assert other[0](torch.arange(2)).dtype == torch.bfloat16
-    assert module[0](torch.arange(2)).dtype == torch.float32
-    assert module.to("meta")[0](torch.arange(2, device="meta")).device.type == "meta"
+def test_on_the_device_of_the_positions() -> None:
+    assert SinusoidalPositions(8)(torch.arange(2, device="meta")).device.type == "meta"
+
+
+def test_odd_width() -> None:
+    with pytest.raises(TrunklineError, match="even dim, not 7"):
+        SinusoidalPositions(7)
