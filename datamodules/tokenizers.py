@@ -193,11 +193,10 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 TRAINED: dict[str, Callable[[Iterable[str], int], Tokenizer]] = {
     "chars": train_chars,
     "bpe": train_bpe,
-    # The mask includes the space before it, because the token that it hides does.
+    # A mask or sentinel includes the space before it, because the tokens that it hides do.
     "masked_bpe": partial(
         train_bpe, special=[*MASKING_TOKENS[:-1], AddedToken(MASKING_TOKENS[-1], lstrip=True, special=True)]
     ),
-    # A sentinel includes the space before it too.
     "span_bpe": partial(
         train_bpe,
         special=[PADDING, END_OF_TEXT, *(AddedToken(sentinel(n), lstrip=True, special=True) for n in range(SENTINELS))],

@@ -133,10 +133,7 @@ class MaskedRows(Dataset[dict[str, Any]]):
 
     def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
         """The items of a batch, as a DataLoader asks for them. `mask` is left out if no row of the batch is padded."""
-        rows = [self._row(key) for key in keys]
-        if all(row["mask"].all() for row in rows):
-            for row in rows:
-                del row["mask"]
+        rows = without_full_masks([self._row(key) for key in keys])
         return [{name: torch.as_tensor(value) for name, value in row.items()} for row in rows]
 
     def _row(self, key: SampleKey) -> dict[str, Any]:
@@ -166,6 +163,14 @@ class MaskedRows(Dataset[dict[str, Any]]):
         if pair:
             row["follows"] = int(follows) if key.valid else IGNORE
         return {**row, "mask": np.arange(self.length) < len(whole), "index": key.index, "valid": key.valid}
+
+
+def without_full_masks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a batch; `mask` is left out if no row is padded."""
+    if all(row["mask"].all() for row in rows):
+        for row in rows:
+            del row["mask"]
+    return rows
 
 
 def entropy(stream: TokenStream, masker: Masker) -> float:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from trunkline import TrunklineError
 from trunkline.contract import IGNORE, DataFacts
 from trunkline.datamodules.samplers import SampleKey
+from trunkline.datamodules.text.masked_text import without_full_masks
 from trunkline.datamodules.text.packing import Blocks
 from trunkline.datamodules.text.text_data import TokenisedText
 from trunkline.datamodules.text.token_shards import TokenStream
@@ -254,11 +255,7 @@ class CorruptedRows(Dataset[dict[str, Any]]):
 
     def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
         """The items of a batch, as a DataLoader asks for them. `mask` is left out if no row of the batch is padded."""
-        rows = [self._row(key) for key in keys]
-        if all(row["mask"].all() for row in rows):
-            for row in rows:
-                del row["mask"]
-        return rows
+        return without_full_masks([self._row(key) for key in keys])
 
     def _row(self, key: SampleKey) -> dict[str, Any]:
         generator = np.random.default_rng((self.seed, 0 if self.fixed else key.epoch, key.index))

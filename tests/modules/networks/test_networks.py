@@ -262,8 +262,7 @@ def truncate(file: str) -> Callable[[Path], None]:
 def test_config_file_is_plain(tmp_path: Path) -> None:
     ViT(vit(image_size=(8, 12))).save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
-    assert content["network"] == "ViT"
-    assert content["image_size"] == [8, 12]
+    assert (content["network"], content["image_size"]) == ("ViT", [8, 12])
     assert content["backbone"]["dim"] == 32
     assert content["backbone"]["rope_theta"] is None
 
