@@ -189,6 +189,16 @@ def test_rows_are_pure_functions_of_seed_epoch_and_index(tmp_path: Path) -> None
     assert texts[0] == texts[1]
 
 
+def test_the_same_text_has_other_spans_in_another_epoch(tmp_path: Path) -> None:
+    train: Any = ready(tmp_path).datasets["train"]
+    text = train.blocks.read(SampleKey(0, 0))
+    train.blocks.read = lambda key: text  # else the text moves with the epoch too
+    first, again, later = (row(train[SampleKey(epoch, 0)]) for epoch in (0, 0, 1))
+    assert first == again != later
+    train.fixed = True
+    assert row(train[SampleKey(0, 0)]) == row(train[SampleKey(1, 0)])
+
+
 def test_batches_have_their_documented_keys_and_types(tmp_path: Path) -> None:
     made = ready(tmp_path)
     names = {"tokens", "target_tokens", "targets", "truncated", "index", "valid"}
