@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_backbone import assert_near, config, trunk
+from test_networks import assert_near, randomise
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import KVCache
+from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig
 from trunkline.modules.networks.positions import RelativeBias
 
 
@@ -47,8 +47,8 @@ def test_bias_against_loops(causal: bool, buckets: int, distance: int, start: in
 @pytest.mark.parametrize("causal", [False, True])
 def test_bias_moves_attention_and_learns(causal: bool) -> None:
     """Scores are q k / sqrt(E) + bias; every bucket that occurs has a gradient."""
-    cfg = config(causal=causal, depth=1)
-    model, module, x = trunk(cfg), RelativeBias(4, 8, 5, causal), torch.randn(2, 9, 32)
+    cfg = TransformerConfig(32, 1, 4, causal=causal)
+    model, module, x = randomise(Transformer(cfg)).eval(), RelativeBias(4, 8, 5, causal), torch.randn(2, 9, 32)
     torch.nn.init.normal_(module.table.weight)
     plain = model(x, return_attention=True).attention
     out = model(x, mask=module(9), return_attention=True)
@@ -63,8 +63,8 @@ def test_bias_moves_attention_and_learns(causal: bool) -> None:
 
 
 def test_bias_with_a_cache() -> None:
-    cfg = config(causal=True)
-    model, module, x = trunk(cfg), RelativeBias(4, 8, 5, causal=True), torch.randn(2, 9, 32)
+    cfg = TransformerConfig(32, 2, 4, causal=True)
+    model, module, x = randomise(Transformer(cfg)).eval(), RelativeBias(4, 8, 5, causal=True), torch.randn(2, 9, 32)
     torch.nn.init.normal_(module.table.weight)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, :3] = False
