@@ -57,11 +57,9 @@ class RelativeBias(nn.Module):
         TrunklineError: if there are too few buckets, or too many for `max_distance`.
     """
 
-    buckets: Tensor
-
     def __init__(self, num_heads: int, buckets: int = 32, max_distance: int = 128, causal: bool = False) -> None:
         super().__init__()
-        self.causal, self.max_distance = causal, max_distance
+        self.buckets, self.causal, self.max_distance = buckets, causal, max_distance
         exact = buckets // (2 if causal else 4)
         if buckets < 4 or buckets % 2:
             raise TrunklineError(f"relative_buckets={buckets} must be an even number of at least 4")
@@ -72,11 +70,19 @@ class RelativeBias(nn.Module):
             )
         self.table = nn.Embedding(buckets, num_heads)
         nn.init.trunc_normal_(self.table.weight, std=0.02)
-        self.register_buffer("buckets", bucket_table(buckets, max_distance, causal), persistent=False)
 
     def bucket(self, offset: Tensor) -> Tensor:
-        """Bucket of each offset, the position of a key minus that of the query; any shape, int64."""
-        return self.buckets[offset.clamp(-self.max_distance, self.max_distance) + self.max_distance]
+        """Bucket of each offset, the position of a key minus that of the query; any shape, int64.
+
+        Computed at each call: a table of them would be a buffer, which an average of weights truncates.
+        """
+        distance = (-offset).clamp(min=0) if self.causal else offset.abs()
+        one_way = self.buckets if self.causal else self.buckets // 2
+        exact = one_way // 2
+        far = (distance.clamp(min=1).float() / exact).log() / math.log(self.max_distance / exact)
+        far = (exact + (far * (one_way - exact)).long()).clamp(max=one_way - 1)
+        bucket = torch.where(distance < exact, distance, far)
+        return bucket if self.causal else bucket + one_way * (offset > 0)
 
     def forward(self, queries: int, start: int = 0, mask: Tensor | None = None) -> Tensor:
         """Bias of the queries start..start + T over the keys 0..start + T, as a mask for `Transformer.forward`.
@@ -93,15 +99,3 @@ class RelativeBias(nn.Module):
         offset = keys - keys[start:, None]  # (T, S)
         bias = self.table(self.bucket(offset)).permute(2, 0, 1)[None]
         return bias if mask is None else restrict(bias, mask[:, None, None, :])
-
-
-def bucket_table(buckets: int, max_distance: int, causal: bool) -> Tensor:
-    """Bucket of each offset from -max_distance to max_distance; beyond these it stays the same."""
-    offset = torch.arange(-max_distance, max_distance + 1)
-    distance = (-offset).clamp(min=0) if causal else offset.abs()
-    one_way = buckets if causal else buckets // 2
-    exact = one_way // 2
-    far = (distance.clamp(min=1).float() / exact).log() / math.log(max_distance / exact)
-    far = (exact + (far * (one_way - exact)).long()).clamp(max=one_way - 1)
-    bucket = torch.where(distance < exact, distance, far)
-    return bucket if causal else bucket + one_way * (offset > 0)

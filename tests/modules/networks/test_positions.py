@@ -7,7 +7,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from trunkline import TrunklineError
-from trunkline.modules.networks.positions import SinusoidalPositions
+from trunkline.modules.networks.positions import RelativeBias, SinusoidalPositions
 
 
 def test_values_are_those_of_the_paper() -> None:
@@ -29,6 +29,15 @@ def test_an_average_of_weights_keeps_them_exactly() -> None:
     positions = torch.arange(50)
     assert torch.equal(average.module[0](positions), module[0](positions))
     assert not module[0].state_dict()
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.999, 0.9999])
+def test_an_average_of_weights_keeps_the_relative_bias(decay: float) -> None:
+    module = torch.nn.Sequential(RelativeBias(4))
+    average = AveragedModel(module, avg_fn=get_ema_avg_fn(decay), use_buffers=True)
+    for _ in range(5):
+        average.update_parameters(module)
+    torch.testing.assert_close(average.module[0](60), module[0](60))
 
 
 def test_on_the_device_of_the_positions() -> None:
