@@ -17,6 +17,8 @@ FIELDS = {
     "max_length": ("max_length",),
     "target_vocab_size": ("target_vocab_size",),
     "max_target_length": ("max_target_length",),
+    "num_mels": ("num_mels",),
+    "max_frames": ("max_frames",),
 }
 """Fact about the data -> fields of a network's configuration that follow from it."""
 

@@ -2,7 +2,8 @@
 
 `datamodules/` and `modules/` both import these types, and never import each other.
 
-Letters in shapes: B rows in a batch, T tokens in a row, N hidden tokens in a row, C channels of an image.
+Letters in shapes: B rows in a batch, T tokens or frames in a row, N hidden tokens in a row, C channels of an image,
+M mel bins of a frame, K classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -140,6 +141,33 @@ class SequencePairBatch(Rows, total=False):
     """(B,) int64, 1 if source or target were too long and lost their ends."""
 
 
+class AudioBatch(Rows, total=False):
+    """Labelled sounds; also the base of speech."""
+
+    features: "Tensor"
+    """(B, T, M) float32, normalised log-mel frames, 0 after the end of a clip."""
+    mask: "Tensor"
+    """(B, T) bool, False after the end of a clip; absent if the network is to see the padding."""
+    label: "Tensor"
+    """(B,) int64, class number; absent if a clip can have several labels."""
+    target: "Tensor"
+    """(B, K) float32, share of each class: for clips with several labels, or mixed with another clip."""
+    skipped: "Tensor"
+    """(B,) int64, 1 if the clip could not be read and was replaced by another one."""
+    truncated: "Tensor"
+    """(B,) int64, 1 if the clip or its transcript was too long and lost its end."""
+
+
+class SpeechBatch(AudioBatch, total=False):
+    """Speech with transcripts, for CTC or for a decoder."""
+
+    targets: "Tensor"
+    """(B, N) int64, tokens of the transcript, `IGNORE` after its end. For a decoder: what it predicts, with the token
+    that ends a text, and `IGNORE` where it only reads."""
+    target_tokens: "Tensor"
+    """(B, N) int64, what a decoder reads: the start tokens, then the transcript; absent for CTC."""
+
+
 # --- facts about the data
 
 
@@ -178,6 +206,8 @@ class DataFacts:
     """Tokens in a target."""
     start_token: int | None = None
     """Token id that the decoder reads before a target."""
+    start_tokens: Sequence[int] | None = None
+    """All token ids that the decoder reads before a target, if there are several."""
     end_token: int | None = None
     """Token id that ends a target."""
     image_size: int | tuple[int, int] | None = None
@@ -190,6 +220,14 @@ class DataFacts:
     """Standard deviation of each channel; pixels are divided by it after the mean is subtracted."""
     sample_rate: int | None = None
     """Audio samples per second."""
+    num_mels: int | None = None
+    """Mel bins M of a frame."""
+    max_frames: int | None = None
+    """Frames of the longest clip."""
+    frame_seconds: float | None = None
+    """Seconds from one frame to the next."""
+    multi_label: bool | None = None
+    """Whether a clip can have several labels."""
     bytes_per_token: Mapping[str, float] = field(default_factory=dict)
     """UTF-8 bytes of text per token in each split (train, val, test): converts nats per token to bits per byte."""
     unigram_entropy: float | None = None
@@ -202,6 +240,12 @@ class DataFacts:
     """(split, row) -> token ids of the source, as the network reads them."""
     encode_source: Callable[[Sequence[str], str | None], list[list[int]]] | None = None
     """(texts, target language or None) -> token ids of the sources, as in training."""
+    row_name: Callable[[str, int], str] | None = None
+    """(split, row) -> the file or row, for messages."""
+    transcript: Callable[[str, int], str] | None = None
+    """(split, row) -> what is said in a clip, normalised."""
+    waveform: Callable[[str, int], "Tensor"] | None = None
+    """(split, row) -> samples (S,) float32 of a clip, at `sample_rate`."""
     caption: Callable[[str, int], str] | None = None
     """(split, row) -> the main caption of an image."""
     encode_masked: Callable[[str, int, str], tuple[list[int], int]] | None = None

@@ -37,6 +37,8 @@ def sizes_of(facts: DataFacts) -> dict[str, Any]:
         "max_length": facts.max_length,
         "target_vocab_size": facts.target_vocab_size,
         "max_target_length": facts.max_target_length,
+        "num_mels": facts.num_mels,
+        "max_frames": facts.max_frames,
     }
     return {name: size for name, size in sizes.items() if size is not None}
 
@@ -46,6 +48,7 @@ ROOMY = {
     "max_length": "set the data's max_length to at most {}",
     "target_vocab_size": "take their tokenizer of the targets",
     "max_target_length": "set the data's max_target_length to at most {}",
+    "max_frames": "lower the data's max_seconds, so that a clip has at most {} frames",
 }
 """Sizes that may be larger in the network than in the data -> what to do if trained weights have too small a size."""
 PLACE_IN_DATA = {
@@ -53,6 +56,7 @@ PLACE_IN_DATA = {
     "max_length": "data.max_length",
     "target_vocab_size": "data.target_tokenizer",
     "max_target_length": "data.max_target_length",
+    "max_frames": "data.max_seconds",
 }
 
 
