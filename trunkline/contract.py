@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 """A target that is not counted; PyTorch's losses use the same number."""
+FRAME_MULTIPLE = 8
+"""The data pads clips of different lengths to a multiple of this number of frames."""
 
 
 # --- batches. A word has the same meaning in all of them:

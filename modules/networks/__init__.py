@@ -5,6 +5,7 @@ from trunkline.modules.networks.bert import BERT, BERTConfig
 from trunkline.modules.networks.clip import CLIP, CLIPConfig
 from trunkline.modules.networks.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from trunkline.modules.networks.gpt import GPT, GPTConfig
+from trunkline.modules.networks.speech_encoder import SpeechEncoder, SpeechEncoderConfig
 from trunkline.modules.networks.text_head import TextHead, TextHeadConfig
 from trunkline.modules.networks.vit import ViT, ViTConfig
 
@@ -18,6 +19,8 @@ __all__ = [
     "EncoderDecoderConfig",
     "GPTConfig",
     "Network",
+    "SpeechEncoder",
+    "SpeechEncoderConfig",
     "TextHead",
     "TextHeadConfig",
     "ViT",

@@ -20,7 +20,7 @@ from trunkline.modules.backbone import (
 from trunkline.modules.backbone.attention import Attention, Keep, make_norm
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import Network, trunk_for
-from trunkline.modules.networks.positions import RelativeBias, SinusoidalPositions, real_positions
+from trunkline.modules.networks.positions import RelativeBias, absolute_positions, real_positions
 
 
 def transformer_base() -> TransformerConfig:
@@ -121,8 +121,8 @@ class EncoderDecoder(Network):
         dim = config.encoder.dim
         self.token_embed = nn.Embedding(config.vocab_size, dim)
         self.target_embed = self.token_embed if config.one_embedding else nn.Embedding(config.target_vocabulary, dim)
-        self.pos_embed = absolute_positions(config, config.max_length)
-        self.target_pos_embed = absolute_positions(config, config.max_target_length)
+        self.pos_embed = absolute_positions(config.positions, config.max_length, dim)
+        self.target_pos_embed = absolute_positions(config.positions, config.max_target_length, dim)
         self.embed_norm = make_norm(config.encoder, dim) if config.embed_norm else nn.Identity()
         self.target_embed_norm = make_norm(config.decoder, dim) if config.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(config.encoder.dropout)
@@ -249,15 +249,6 @@ class EncoderDecoder(Network):
     def decoder_of(self, tokens: Tensor, mask: Tensor | None = None) -> "ConditionalDecoder":
         """A decoder of these sources for text generation; arguments as for `encode`."""
         return ConditionalDecoder(self, tokens, mask)
-
-
-def absolute_positions(config: EncoderDecoderConfig, length: int) -> nn.Module | None:
-    """Embedding of `length` absolute positions; None if the network has none."""
-    if config.positions == "learned":
-        embedding = nn.Embedding(length, config.encoder.dim)
-        nn.init.trunc_normal_(embedding.weight, std=0.02)
-        return embedding
-    return SinusoidalPositions(config.encoder.dim) if config.positions == "sinusoidal" else None
 
 
 def relative_bias(config: EncoderDecoderConfig, trunk: TransformerConfig) -> RelativeBias | None:

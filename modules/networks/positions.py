@@ -1,4 +1,4 @@
-"""Positions of an encoder-decoder: fixed ones (arXiv:1706.03762) and T5's relative bias (arXiv:1910.10683)."""
+"""Positions outside the trunk: learned, fixed (arXiv:1706.03762), and T5's relative bias (arXiv:1910.10683)."""
 
 import math
 
@@ -31,6 +31,15 @@ class SinusoidalPositions(nn.Module):
     def forward(self, positions: Tensor) -> Tensor:
         """Positions of any shape (...) -> (..., D), float32."""
         return sincos(positions.float(), sincos_frequencies(self.dim).to(positions.device))
+
+
+def absolute_positions(kind: str, length: int, dim: int) -> nn.Module | None:
+    """An embedding (length, dim) of absolute positions; None unless `kind` is "learned" or "sinusoidal"."""
+    if kind == "learned":
+        embedding = nn.Embedding(length, dim)
+        nn.init.trunc_normal_(embedding.weight, std=0.02)
+        return embedding
+    return SinusoidalPositions(dim) if kind == "sinusoidal" else None
 
 
 def real_positions(mask: Tensor | None, start: int, end: int, device: torch.device) -> Tensor:

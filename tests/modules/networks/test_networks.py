@@ -23,6 +23,8 @@ from trunkline.modules.networks import (
     EncoderDecoderConfig,
     GPTConfig,
     Network,
+    SpeechEncoder,
+    SpeechEncoderConfig,
     ViT,
     ViTConfig,
 )
@@ -47,6 +49,11 @@ def bert(trunk: dict[str, Any] | None = None, **changes: Any) -> BERTConfig:
 def pair(trunk: dict[str, Any] | None = None, **changes: Any) -> EncoderDecoderConfig:
     both = TransformerConfig(**{"dim": 32, "depth": 2, "num_heads": 4, **(trunk or {})})
     return EncoderDecoderConfig(**{"vocab_size": 19, "max_length": 9, "encoder": both, "decoder": both, **changes})
+
+
+def speech(trunk: dict[str, Any] | None = None, **changes: Any) -> SpeechEncoderConfig:
+    backbone = TransformerConfig(**{"dim": 32, "depth": 2, "num_heads": 4, **(trunk or {})})
+    return SpeechEncoderConfig(**{"vocab_size": 18, "num_mels": 8, "max_frames": 24, "backbone": backbone, **changes})
 
 
 POST_NORM = {"norm_first": False, "final_norm": False, "mlp": "relu"}
@@ -104,6 +111,18 @@ NETWORKS: dict[str, tuple[type[Network], Any, list[int], list[int]]] = {  # clas
         [2, 9],
         [2, 5, 23],
     ),
+    "speech-conv": (SpeechEncoder, speech(), [2, 21, 8], [2, 6, 19]),
+    "speech-modern": (
+        SpeechEncoder,
+        speech(
+            {"mlp": "relu2", "norm": "rmsnorm", "num_kv_heads": 2, "qk_norm": True, "bias": False, "rope_theta": 1e4},
+            positions="none",
+            conv_dim=24,
+        ),
+        [2, 24, 8],
+        [2, 6, 19],
+    ),
+    "speech-patches": (SpeechEncoder, speech(front="patches", positions="learned"), [2, 21, 8], [2, 6, 19]),
 }
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
@@ -118,7 +137,7 @@ def randomise(network: nn.Module) -> Any:
 
 def build(name: str) -> tuple[Any, Tensor]:
     network_class, config, shape, _ = NETWORKS[name]
-    tokens = network_class is not ViT
+    tokens = len(shape) == 2
     return randomise(network_class(config)), torch.randint(0, 19, shape) if tokens else torch.randn(shape)
 
 
