@@ -1,1 +1,1 @@
-"""Metrics: retrieval, probes of frozen features, entities, answers to questions, generated texts."""
+"""Metrics: retrieval, probes of frozen features, entities, answers to questions, generated and recognised texts."""

@@ -1,4 +1,4 @@
-"""Scores of generated texts against references: exact match, BLEU, chrF, ROUGE.
+"""Scores of generated texts against references: exact match, BLEU, chrF, ROUGE, error rates.
 
 BLEU and chrF are sacreBLEU's own numbers, ROUGE is torchmetrics'. Both libraries are imported at the first use.
 """
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from trunkline import TrunklineError
+from trunkline.modules.metrics.error_rates import UNITS, error_rate
 
-SCORES = ("exact", "bleu", "chrf", "rouge")
+SCORES = ("exact", "bleu", "chrf", "rouge", *UNITS)
 """All names that `translation_scores` knows."""
 ROUGE_KINDS = ("rouge1", "rouge2", "rougeL")
 """Not rougeLsum, for which torchmetrics downloads a sentence splitter."""
@@ -44,7 +45,7 @@ def translation_scores(
     Args:
         predictions: generated texts.
         references: the right text of each row.
-        names: the scores to compute: `exact`, `bleu`, `chrf`, `rouge`.
+        names: the scores to compute: `exact`, `bleu`, `chrf`, `rouge`, `wer`, `cer`.
         tokenize: how sacreBLEU cuts texts into words for BLEU: `13a`, `intl`, `zh`, `ja-mecab`, `ko-mecab`, `char`,
             `flores200`, …
 
@@ -56,6 +57,7 @@ def translation_scores(
         - `chrf`: chrF2 of the corpus (Popović, 2015), 0 to 100.
         - `rouge1`, `rouge2`, `rougeL` for `rouge`: mean F1 of the rows (Lin, 2004), 0 to 1. Words consist of a-z and
           0-9 in lower case, as in Google's script, so it says nothing about other alphabets; without stemming.
+        - `wer` and `cer`: error rates of words (between whitespace) and of characters, over all rows; 0 is best.
 
     Raises:
         TrunklineError: as `check_scores`.
@@ -73,6 +75,7 @@ def translation_scores(
     for name in ("bleu", "chrf"):
         if name in names:
             scores[name] = float(sacrebleu_metric(name, tokenize).corpus_score(predictions, [references]).score)
+    scores |= {name: error_rate(predictions, references, UNITS[name]) for name in UNITS if name in names}
     if "rouge" in names:
         from torchmetrics.functional.text import rouge_score
 
