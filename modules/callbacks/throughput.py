@@ -21,12 +21,12 @@ class Throughput(Callback):
     Unlike Lightning's `ThroughputMonitor` it never makes the host wait for the device: over a whole logging interval
     host and device advance together anyway. Time spent in validation does not count.
 
-    Logged: `throughput/<unit>_per_sec` over all processes, where `<unit>` is `images`, `texts`, …;
+    Logged: `throughput/<unit>_per_sec` over all processes, where `<unit>` is `images`, `texts`, `audio_seconds`, …;
     `throughput/tokens_per_sec` if the samples hold text (without padding; all processes are assumed to have as many
     tokens as this one); `throughput/flops_per_sec` (FLOP of the model, a backward pass counted as two forward passes;
     those of a sample are taken from the first batch that is logged); `throughput/mfu` if the device's peak is known;
-    `<unit>_seen`, the samples of all processes since the start of training; and under `by_<unit>/` the losses and
-    metrics with the number of samples seen as the x-axis.
+    `<unit>_seen`, the units of all processes since the start of training; and under `by_<unit>/` the losses and
+    metrics with the number of units seen as the x-axis. A unit is a sample, unless the objective has a `unit_size`.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Throughput(Callback):
         self.flops: int | None = None
         self.peak: int | None = None
         self.per_second = 0.0
-        """Samples per second over all processes in the last interval; shown in the progress bar."""
+        """Units per second over all processes in the last interval; shown in the progress bar."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.peak = get_available_flops(trainer.strategy.root_device, compute_dtype(trainer.precision_plugin))
@@ -76,15 +76,16 @@ class Throughput(Callback):
             self.flops = pl_module.flops_per_batch(batch) // max(int(size), 1)
         seen = int(self.seen)  # waits for the device, as Lightning does when it logs
         elapsed = time.perf_counter() - self.started
-        self.per_second = (seen - self.seen_before) / elapsed
+        samples_per_second = (seen - self.seen_before) / elapsed
+        self.per_second = samples_per_second * pl_module.unit_size
         metrics = {
             f"throughput/{pl_module.unit}_per_sec": self.per_second,
-            f"{pl_module.unit}_seen": seen,
+            f"{pl_module.unit}_seen": seen * pl_module.unit_size,
         }
         if tokens := int(self.tokens):
             metrics["throughput/tokens_per_sec"] = tokens * trainer.world_size / elapsed
         if self.flops:
-            metrics["throughput/flops_per_sec"] = self.per_second * self.flops
+            metrics["throughput/flops_per_sec"] = samples_per_second * self.flops
         if self.flops and self.peak:
             metrics["throughput/mfu"] = metrics["throughput/flops_per_sec"] / (self.peak * trainer.world_size)
         for logger in trainer.loggers:
@@ -116,20 +117,22 @@ class Throughput(Callback):
             seen = trainer.global_step * self.samples_a_step if self.seen is None else int(self.seen)
             for name, value in trainer.callback_metrics.items():
                 if name.startswith(prefix):
-                    writer.add_scalar(f"by_{pl_module.unit}/{name}", value, seen)
+                    writer.add_scalar(f"by_{pl_module.unit}/{name}", value, int(seen * pl_module.unit_size))
 
 
 def count_tokens(batch: dict[str, Tensor]) -> Tensor | int:
     """Number of a batch's tokens without padding, as a tensor on its device; 0 if the batch has no tokens.
 
-    Sources and targets both count.
+    Sources and targets both count. In a batch of sounds the mask is of frames.
     """
+    if "features" in batch:
+        return 0
     count = batch["mask"].sum() if "mask" in batch else batch["tokens"].numel() if "tokens" in batch else 0
     return count + (batch["targets"] != IGNORE).sum() if "target_tokens" in batch else count
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar, with samples per second.
+    """Lightning's progress bar, with units per second.
 
     Args:
         refresh_rate: number of batches between two updates.

@@ -65,7 +65,7 @@ class TrunklineModule(L.LightningModule):
     network: Network
     network_class: ClassVar[type[Network]] = Network
     unit = "samples"
-    """What the samples are called in names of metrics."""
+    """What the samples are called in names of metrics; see `unit_size`."""
     counted: ClassVar[dict[str, str]] = {}
     """Field of a batch that flags rows -> name of the metric that counts the flagged rows of an epoch."""
     shown: ClassVar[tuple[str, ...]] = ("loss",)
@@ -385,6 +385,11 @@ class TrunklineModule(L.LightningModule):
     def batch_size(self, batch: dict[str, Tensor]) -> int | Tensor:
         """Number of samples in this process's batch: an int if all processes have as many, else a scalar tensor."""
         return len(next(iter(batch.values())))
+
+    @property
+    def unit_size(self) -> float:
+        """Number of units in what `batch_size` counts: not 1 where frames are counted, and shown as seconds."""
+        return 1
 
     def flops_per_batch(self, batch: Any) -> int:
         """Floating-point operations of a training step on this batch; 0 if the objective does not count them."""

@@ -31,6 +31,13 @@ class Ragged(CausalLM):
         return (batch["targets"] != IGNORE).sum()
 
 
+class Seconds(Ragged):
+    """Half a second each."""
+
+    unit = "audio_seconds"
+    unit_size = 0.5
+
+
 class Clock(Callback):
     """A batch takes 2 seconds on it, a validation 1000."""
 
@@ -90,6 +97,20 @@ def test_batches_of_different_sizes(tmp_path: Path) -> None:
     assert flops == pytest.approx({step: value * per_token for step, value in speed.items()})
     assert list(found["by_tokens/val/loss"]) == [seen[7], seen[14]]
     assert list(found["by_tokens/train/loss"]) == [seen[step] for step in speed]
+
+
+def test_units_that_are_parts_of_what_is_counted(tmp_path: Path) -> None:
+    """The checkpoint has whole numbers, and the x-axis too."""
+    counter = Throughput()
+    whole, found = run(tmp_path / "whole", Throughput()), run(tmp_path / "half", counter, kind=Seconds)
+    seen = [sum((LENGTHS * 2)[:step]) for step in range(15)]
+    assert found["audio_seconds_seen"] == {step: seen[step] / 2 for step in (2, 4, 6, 8, 10, 12, 14)}
+    speed = {step: (seen[step] - seen[step - 2]) / 8 for step in (2, 4, 6, 8, 10, 12, 14)}
+    assert found["throughput/audio_seconds_per_sec"] == pytest.approx(speed)
+    assert found["throughput/flops_per_sec"] == pytest.approx(whole["throughput/flops_per_sec"])
+    assert list(found["by_audio_seconds/val/loss"]) == [seen[7] // 2, seen[14] // 2]
+    assert counter.state_dict()["seen"] == seen[14]
+    assert counter.per_second == pytest.approx(speed[14])
 
 
 def test_the_host_waits_for_the_device_when_logging_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +191,7 @@ def test_tokens_of_batches() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     tokens, targets = torch.zeros(2, 3), torch.tensor([[4, 5, 2, IGNORE], [2, IGNORE, IGNORE, IGNORE]])
     assert count_tokens({"image": torch.zeros(2, 3)}) == 0
+    assert count_tokens({"features": torch.zeros(2, 3, 4), "mask": mask, "targets": targets}) == 0
     assert count_tokens({"tokens": tokens}) == 6
     assert count_tokens({"tokens": tokens, "mask": mask}) == 3
     assert count_tokens({"tokens": tokens, "mask": mask, "target_tokens": targets, "targets": targets}) == 7
