@@ -1,0 +1,1 @@
+"""Recordings for recognition and classification: files, log-mel features, augmentation, transcripts."""
