@@ -235,14 +235,13 @@ class SpokenDigits:
         """Names a row for messages."""
         return f"{self.set_name}, clip {row} ({self.clips[row].accent}, {self.clips[row].voice})"
 
-    def waveform(self, row: int, rate: int) -> np.ndarray:
-        """(S,) float32 at `rate` samples per second. The set's noise is added before the rate is changed."""
+    def waveform(self, row: int, rate: int, start: float = 0.0, end: float | None = None) -> np.ndarray:
+        """(S,) float32 at `rate` samples per second. The set's noise is added before anything else."""
         clip = self.clean(row)
         if self.settings.noise is not None:
             clip = mixed_at(clip, self._noise(row, len(clip)), SNR)
-        if rate == ESPEAK_RATE:
-            return clip
-        return resample(torch.from_numpy(clip), ESPEAK_RATE, rate).numpy()
+        clip = clip[round(start * ESPEAK_RATE) : None if end is None else round(end * ESPEAK_RATE)]
+        return clip if rate == ESPEAK_RATE else resample(torch.from_numpy(clip), ESPEAK_RATE, rate).numpy()
 
     def clean(self, row: int) -> np.ndarray:
         """(S,) float32 at `ESPEAK_RATE`: the clip without noise, from -1 to 1."""

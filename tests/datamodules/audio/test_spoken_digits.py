@@ -190,6 +190,9 @@ def test_rows(val: SpokenDigits, cache_folder: Path) -> None:
     halved = val.waveform(3, ESPEAK_RATE // 2)
     assert len(halved) == -(-len(waveform) // 2)
     assert power(halved) == pytest.approx(power(waveform), rel=0.3)
+    part = val.waveform(3, ESPEAK_RATE, 0.1, 0.3)
+    np.testing.assert_array_equal(part, waveform[round(0.1 * ESPEAK_RATE) : round(0.3 * ESPEAK_RATE)])
+    np.testing.assert_array_equal(val.waveform(3, ESPEAK_RATE, 0.1, 100.0), waveform[round(0.1 * ESPEAK_RATE) :])
     single = open_spoken_digits("spoken_digits:single_val", cache_folder)
     assert single.texts is not None
     assert single.labels == [[DIGITS[int(text)]] for text in single.texts]
