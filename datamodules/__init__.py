@@ -1,5 +1,6 @@
 """LightningDataModules, one for each modality and task; they share sources and a resumable order of samples."""
 
+from trunkline.datamodules.audio.speech_data import SpeechData
 from trunkline.datamodules.images.image_data import ImageData
 from trunkline.datamodules.images.preprocessing import Augmentation
 from trunkline.datamodules.pairs.image_text_data import ImageTextData
@@ -18,6 +19,7 @@ __all__ = [
     "LabelledTextData",
     "MaskedTextData",
     "SpanCorruptionData",
+    "SpeechData",
     "SquadData",
     "TaggedTextData",
     "TextData",
