@@ -11,9 +11,11 @@ from torchmetrics import MeanMetric, Metric
 
 from trunkline import TrunklineError
 from trunkline.contract import IGNORE, DataFacts, Loss, SpeechBatch
-from trunkline.modules.generation.ctc import ctc_greedy
+from trunkline.modules.generation.ctc import states_needed
+from trunkline.modules.generation.ctc_beams import CTCDecoding, LanguageModel, ctc_texts
 from trunkline.modules.metrics.translation import check_scores, translation_scores
 from trunkline.modules.networks.speech_encoder import SpeechEncoder, SpeechEncoderConfig
+from trunkline.modules.objectives.arguments import as_config
 from trunkline.modules.objectives.audio_task import AudioTask, frames_of
 from trunkline.modules.objectives.checks import facts_of
 from trunkline.modules.training.distributed import gather_lists
@@ -42,12 +44,13 @@ class SpeechRecognizer(AudioTask):
     follows itself needs one more, for the blank between them) has no path: such a clip adds nothing to the loss, is
     counted as `unfit_clips`, and the first ones are named in a warning.
 
-    Logged in evaluation: `loss`, and the `scores` of the greedy texts over the whole split: `cer` and `wer`, edits of
+    Logged in evaluation: `loss`, and the `scores` of the texts over the whole split: `cer` and `wer`, edits of
     characters and words divided by their number in the transcripts, and `exact`, the share of clips without an error.
     Data that tells no transcripts has no such scores.
 
     Args:
         network: shape of the encoder.
+        decoding: how evaluation writes texts; None is greedy. A `language_model` can be set later.
         scores: `cer`, `wer`, `exact`; none of them writes no texts.
         **shared: see `TrunklineModule`.
     """
@@ -61,13 +64,17 @@ class SpeechRecognizer(AudioTask):
         self,
         network: SpeechEncoderConfig | None = None,
         *,
+        decoding: CTCDecoding | None = None,
         scores: Sequence[str] = ("cer", "wer", "exact"),
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
         check_scores(scores)
         config = self.configured(SpeechEncoderConfig, network)
-        self.keep_hyperparameters(network=config, scores=list(scores))
+        self.decoding: CTCDecoding = as_config(CTCDecoding, decoding)
+        self.keep_hyperparameters(network=config, decoding=self.decoding, scores=list(scores))
+        self.language_model: LanguageModel | None = None
+        """Scores the texts too, if `decoding` has several beams; no checkpoint holds it."""
         self.scores = list(scores)
         self.written: list[Heard] = []
         """The texts of the last evaluation, in the order of the rows: of all processes once it has ended."""
@@ -165,7 +172,7 @@ class SpeechRecognizer(AudioTask):
 
     def tokens(self, log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
         """The tokens heard in each clip."""
-        return ctc_greedy(log_probs, lengths, self.network.blank)
+        return ctc_texts(log_probs, lengths, self.decoding, self.language_model)
 
     def finish_evaluation(self, stage: str, metrics: Any) -> dict[str, Any]:
         everywhere = gather_lists(self.written, self.trainer.world_size)
@@ -206,10 +213,3 @@ class SpokenFacts(NamedTuple):
                 field="model.scores",
             )
         return cls(facts.tokenizer, facts.transcript)
-
-
-def states_needed(targets: Tensor) -> Tensor:
-    """Fewest states (B,) that can name these tokens (B, N): one for each, and one for the blank between equal ones."""
-    real = targets != IGNORE
-    repeated = (targets[:, 1:] == targets[:, :-1]) & real[:, 1:]
-    return real.sum(dim=1) + repeated.sum(dim=1)
