@@ -58,6 +58,12 @@ KINDS = {
         f"{_DATA}.TranslationData",
         ("translate",),
     ),
+    "SpeechRecognizer": Kind(
+        f"{_OBJECTIVES}.speech_recognizer.SpeechRecognizer",
+        f"{_NETWORKS}.SpeechEncoder",
+        f"{_DATA}.SpeechData",
+        ("transcribe",),
+    ),
     "TextClassifier": Kind(
         f"{_OBJECTIVES}.text_classifier.TextClassifier",
         f"{_NETWORKS}.TextHead",
