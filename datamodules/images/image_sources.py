@@ -2,7 +2,6 @@
 
 import glob
 import io
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trunkline import TrunklineError
+from trunkline.datamodules.folders import files_below
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")
@@ -211,19 +211,7 @@ def image_files(folder: str | Path, field: str = "images") -> list[Path]:
     Raises:
         TrunklineError: if the folder does not exist, or holds no image file.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise TrunklineError(f"{field.rpartition('.')[2]}={folder} is not a folder; give one that holds images", field)
-    files = []
-    for parent, subfolders, names in os.walk(folder, followlinks=True):
-        subfolders[:] = [n for n in subfolders if not n.startswith(".")]
-        files += [Path(parent, n) for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
-    if not files:
-        raise TrunklineError(
-            f"{field.rpartition('.')[2]}={folder} holds no image file ({' '.join(IMAGE_SUFFIXES)}); give one that does",
-            field,
-        )
-    return sorted(files)
+    return files_below(folder, IMAGE_SUFFIXES, "image", field)
 
 
 def open_tables(
