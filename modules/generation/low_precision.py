@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TextNetwork = TypeVar("TextNetwork", bound=nn.Module)
-"""A `GPT` or an `EncoderDecoder`."""
+"""A `GPT`, an `EncoderDecoder` or a `Whisper`."""
 TOKEN_TABLES = ("token_embed", "target_embed")
 """Names of the embeddings of tokens in these networks."""
 FEW_ROWS = 8

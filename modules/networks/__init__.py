@@ -8,6 +8,7 @@ from trunkline.modules.networks.gpt import GPT, GPTConfig
 from trunkline.modules.networks.speech_encoder import SpeechEncoder, SpeechEncoderConfig
 from trunkline.modules.networks.text_head import TextHead, TextHeadConfig
 from trunkline.modules.networks.vit import ViT, ViTConfig
+from trunkline.modules.networks.whisper import Whisper, WhisperConfig
 
 __all__ = [
     "BERT",
@@ -25,4 +26,6 @@ __all__ = [
     "TextHeadConfig",
     "ViT",
     "ViTConfig",
+    "Whisper",
+    "WhisperConfig",
 ]

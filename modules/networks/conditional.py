@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import KVCache, Transformer, TransformerOutput
+from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, TransformerOutput
 from trunkline.modules.backbone.attention import Keep
 from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.positions import RelativeBias, real_positions
@@ -124,6 +124,16 @@ class ConditionalNetwork(Network):
     def decoder_of(self, source: Tensor, mask: Tensor | None = None) -> "ConditionalDecoder":
         """A decoder of these sources for text generation; arguments as for `encode`."""
         return ConditionalDecoder(self, source, mask)
+
+
+def check_widths(encoder: TransformerConfig, decoder: TransformerConfig) -> None:
+    """Refuse two trunks of different widths."""
+    if encoder.dim != decoder.dim:
+        raise TrunklineError(
+            f"encoder.dim={encoder.dim} and decoder.dim={decoder.dim} differ, but the decoder reads the encoder's "
+            "states; make them equal",
+            "model.network.decoder.dim",
+        )
 
 
 def check_length(what: str, length: int, limit: int, name: str) -> None:

@@ -10,12 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer, TransformerConfig, TransformerOutput
 from trunkline.modules.backbone.attention import Attention, make_norm
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import trunk_for
-from trunkline.modules.networks.conditional import ConditionalNetwork, check_length
+from trunkline.modules.networks.conditional import ConditionalNetwork, check_length, check_widths
 from trunkline.modules.networks.positions import RelativeBias, absolute_positions, real_positions
 
 
@@ -75,12 +74,7 @@ class EncoderDecoderConfig:
     def __post_init__(self) -> None:
         self.encoder = replace(self.encoder, causal=False, cross_attention=False)
         self.decoder = replace(self.decoder, causal=True, cross_attention=True)
-        if self.encoder.dim != self.decoder.dim:
-            raise TrunklineError(
-                f"encoder.dim={self.encoder.dim} and decoder.dim={self.decoder.dim} differ, but the decoder reads the "
-                "encoder's states; make them equal",
-                "model.network.decoder.dim",
-            )
+        check_widths(self.encoder, self.decoder)
 
     @property
     def target_vocabulary(self) -> int:

@@ -18,28 +18,41 @@ class SinusoidalPositions(nn.Module):
 
     Args:
         dim: width D.
+        with_end: the lowest frequency is 1 / 10,000 itself, as in Whisper (arXiv:2212.04356).
 
     Raises:
         TrunklineError: if `dim` is odd.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, with_end: bool = False) -> None:
         super().__init__()
-        self.dim = dim
-        sincos_frequencies(dim)  # refuses an odd width at once
+        self.dim, self.with_end = dim, with_end
+        self.frequencies()  # refuses an odd width at once
+
+    def frequencies(self) -> Tensor:
+        """(D / 2,), float32."""
+        usual = sincos_frequencies(self.dim)
+        if not self.with_end:
+            return usual
+        # As Whisper computes them: with another rounding, the far positions of its weights would differ by 1e-4.
+        step = math.log(10_000) / max(len(usual) - 1, 1)
+        return torch.exp(-step * torch.arange(len(usual), dtype=torch.float32))
 
     def forward(self, positions: Tensor) -> Tensor:
         """Positions of any shape (...) -> (..., D), float32."""
-        return sincos(positions.float(), sincos_frequencies(self.dim).to(positions.device))
+        return sincos(positions.float(), self.frequencies().to(positions.device))
 
 
-def absolute_positions(kind: str, length: int, dim: int) -> nn.Module | None:
-    """An embedding (length, dim) of absolute positions; None unless `kind` is "learned" or "sinusoidal"."""
+def absolute_positions(kind: str, length: int, dim: int, with_end: bool = False) -> nn.Module | None:
+    """An embedding (length, dim) of absolute positions; None unless `kind` is "learned" or "sinusoidal".
+
+    `with_end` as for `SinusoidalPositions`.
+    """
     if kind == "learned":
         embedding = nn.Embedding(length, dim)
         nn.init.trunc_normal_(embedding.weight, std=0.02)
         return embedding
-    return SinusoidalPositions(dim) if kind == "sinusoidal" else None
+    return SinusoidalPositions(dim, with_end) if kind == "sinusoidal" else None
 
 
 def real_positions(mask: Tensor | None, start: int, end: int, device: torch.device) -> Tensor:

@@ -20,6 +20,12 @@ from trunkline.modules.networks.convert.transformers_t5 import (
     t5_from_transformers,
     t5_to_transformers,
 )
+from trunkline.modules.networks.convert.transformers_whisper import (
+    whisper_config_from_transformers,
+    whisper_config_to_transformers,
+    whisper_from_transformers,
+    whisper_to_transformers,
+)
 
 __all__ = [
     "bart_config_from_transformers",
@@ -39,4 +45,8 @@ __all__ = [
     "t5_from_transformers",
     "t5_to_transformers",
     "vit_from_timm",
+    "whisper_config_from_transformers",
+    "whisper_config_to_transformers",
+    "whisper_from_transformers",
+    "whisper_to_transformers",
 ]

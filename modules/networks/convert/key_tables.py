@@ -1,4 +1,7 @@
-"""Conversion by one table of names in both directions, for encoder-decoders."""
+"""Conversion by one table of names in both directions.
+
+In messages, `family` names their model with its article ("a T5"), and `ours` the network.
+"""
 
 import dataclasses
 import re
@@ -10,8 +13,11 @@ from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks.base import ConfigT
 from trunkline.modules.networks.encoder_decoder import EncoderDecoderConfig
 
+OURS = "an EncoderDecoder"
+"""Our network in messages, where a converter names no other."""
 KeyTable = Mapping[str, tuple[str, ...]]
 """Our name of a layer -> its names in the other library. A `*` stands for the number of a block. If there are several
 names, ours has their matrices and biases stacked."""
@@ -23,30 +29,35 @@ def layer_number(name: str, table: Collection[str]) -> tuple[str, str]:
     return name.replace(f".{number}.", ".*.", 1) if number else name, number
 
 
-def from_theirs(weights: Mapping[str, Tensor], table: KeyTable, family: str) -> dict[str, Tensor]:
+def from_theirs(weights: Mapping[str, Tensor], table: KeyTable, family: str, ours: str = OURS) -> dict[str, Tensor]:
     """Their state dict -> ours.
 
     Raises:
         TrunklineError: for a weight that is not in the table, and for a part of a stacked weight that is missing.
     """
-    ours = {theirs: own for own, names in table.items() for theirs in names}
+    own_names = {theirs: own for own, names in table.items() for theirs in names}
     converted = {}
     for name in weights:
         layer, _, kind = name.rpartition(".")
-        place, number = layer_number(layer, ours)
-        if place not in ours:
-            raise TrunklineError(f"a weight '{name}' of a {family} has no place in an EncoderDecoder")
-        parts = [f"{part.replace('*', number)}.{kind}" for part in table[ours[place]]]
+        place, number = layer_number(layer, own_names)
+        if place not in own_names:
+            raise TrunklineError(f"a weight '{name}' of {family} has no place in {ours}")
+        parts = [f"{part.replace('*', number)}.{kind}" for part in table[own_names[place]]]
         missing = [part for part in parts if part not in weights]
         if missing:
-            raise TrunklineError(f"the weights of the {family} have '{name}' but no '{missing[0]}'")
+            raise TrunklineError(f"the weights of {family} have '{name}' but no '{missing[0]}'")
         values = [weights[part] for part in parts]
-        converted[f"{ours[place].replace('*', number)}.{kind}"] = values[0] if len(values) == 1 else torch.cat(values)
+        own_name = f"{own_names[place].replace('*', number)}.{kind}"
+        converted[own_name] = values[0] if len(values) == 1 else torch.cat(values)
     return converted
 
 
 def to_theirs(
-    weights: Mapping[str, Tensor], table: KeyTable, family: str, kinds: Collection[str] = ("weight", "bias")
+    weights: Mapping[str, Tensor],
+    table: KeyTable,
+    family: str,
+    ours: str = OURS,
+    kinds: Collection[str] = ("weight", "bias"),
 ) -> dict[str, Tensor]:
     """Our state dict -> theirs, whose layers have these kinds of parameters.
 
@@ -58,14 +69,16 @@ def to_theirs(
         layer, _, kind = name.rpartition(".")
         place, number = layer_number(layer, table)
         if place not in table or kind not in kinds:
-            raise TrunklineError(f"a weight '{name}' of an EncoderDecoder has no place in a {family}")
+            raise TrunklineError(f"a weight '{name}' of {ours} has no place in {family}")
         parts = table[place]
         for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
             converted[f"{part.replace('*', number)}.{kind}"] = piece.clone()
     return converted
 
 
-def refuse_options(config: Mapping[str, Any], usual: Mapping[str, Collection[Any]], family: str) -> None:
+def refuse_options(
+    config: Mapping[str, Any], usual: Mapping[str, Collection[Any]], family: str, ours: str = OURS
+) -> None:
     """Refuse a configuration of theirs in which an option has another value than ours can express.
 
     Raises:
@@ -73,20 +86,19 @@ def refuse_options(config: Mapping[str, Any], usual: Mapping[str, Collection[Any
     """
     for name, values in usual.items():
         if name in config and config[name] not in values:
-            raise TrunklineError(
-                f"a {family} with {name}={config[name]} cannot be converted: an EncoderDecoder has no such option"
-            )
+            raise TrunklineError(f"{family} with {name}={config[name]} cannot be converted: {ours} has no such option")
 
 
 def refuse_difference(
-    config: EncoderDecoderConfig, expressed: EncoderDecoderConfig, family: str, free: Collection[str] = ()
+    config: ConfigT, expressed: ConfigT, family: str, ours: str = OURS, free: Collection[str] = ()
 ) -> None:
     """Refuse a configuration of ours that is not the one which the other library's configuration expresses.
 
     Args:
         config: what is to be converted.
         expressed: what it would be after conversion to the other library and back.
-        family: name of the model in the other library.
+        family: their model, for messages.
+        ours: our network, for messages.
         free: fields that may differ.
 
     Raises:
@@ -95,16 +107,14 @@ def refuse_difference(
     wanted, found = resolved(config), resolved(expressed)
     for name, value in wanted.items():
         if name not in free and value != found.get(name, value):
-            raise TrunklineError(
-                f"an EncoderDecoder with {name}={value} cannot become a {family}, which has {name}={found[name]}"
-            )
+            raise TrunklineError(f"{ours} with {name}={value} cannot become {family}, which has {name}={found[name]}")
 
 
 TRAINING_ONLY = {"dropout", "drop_path", "activation_checkpointing"}
 
 
-def resolved(config: EncoderDecoderConfig) -> dict[str, Any]:
-    """All fields that decide what the network computes, with values in the place of None."""
+def resolved(config: Any) -> dict[str, Any]:
+    """All fields that decide what the network computes, with values in the place of None in the trunks."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -120,7 +130,16 @@ def resolved(config: EncoderDecoderConfig) -> dict[str, Any]:
             values.update({f"{field.name}.{name}": part for name, part in parts if name not in TRAINING_ONLY})
         else:
             values[field.name] = value
-    values["target_vocab_size"], values["share_embeddings"] = config.target_vocabulary, config.one_embedding
-    if config.positions != "relative":
-        del values["relative_buckets"], values["relative_distance"]
     return values
+
+
+def explicit(config: EncoderDecoderConfig) -> EncoderDecoderConfig:
+    """The same encoder-decoder, without None, and with the usual values where an option has no effect."""
+    relative, usual = config.positions == "relative", EncoderDecoderConfig
+    return dataclasses.replace(
+        config,
+        target_vocab_size=config.target_vocabulary,
+        share_embeddings=config.one_embedding,
+        relative_buckets=config.relative_buckets if relative else usual.relative_buckets,
+        relative_distance=config.relative_distance if relative else usual.relative_distance,
+    )

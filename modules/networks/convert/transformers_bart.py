@@ -10,6 +10,7 @@ from torch import Tensor
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks.convert.key_tables import (
     KeyTable,
+    explicit,
     from_theirs,
     refuse_difference,
     refuse_options,
@@ -32,7 +33,7 @@ OFFSET = 2
 
 def bart_table() -> KeyTable:
     """Names of an `EncoderDecoder` -> of BART and Marian."""
-    table: dict[str, tuple[str, ...]] = {
+    table = {
         "token_embed": ("model.encoder.embed_tokens",),
         "target_embed": ("model.decoder.embed_tokens",),
         "pos_embed": ("model.encoder.embed_positions",),
@@ -41,6 +42,12 @@ def bart_table() -> KeyTable:
         "target_embed_norm": ("model.decoder.layernorm_embedding",),
         "head": ("lm_head",),
     }
+    return {**table, **layers_table()}
+
+
+def layers_table() -> KeyTable:
+    """Names of the layers of our two trunks -> of BART's, and of other models with the same layers."""
+    table: dict[str, tuple[str, ...]] = {}
     for side in ("encoder", "decoder"):
         ours, theirs = f"{side}.blocks.*", f"model.{side}.layers.*"
         table |= {
@@ -71,7 +78,7 @@ def bart_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         TrunklineError: for a weight that an `EncoderDecoder` does not have.
     """
-    return _from(weights, "BART", {name: weights[name][OFFSET:] for name in POSITIONS if name in weights})
+    return _from(weights, "a BART", {name: weights[name][OFFSET:] for name in POSITIONS if name in weights})
 
 
 def marian_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,7 +87,7 @@ def marian_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]
     Raises:
         TrunklineError: for a weight that an `EncoderDecoder` does not have.
     """
-    return _from(weights, "Marian", {})
+    return _from(weights, "a Marian", {})
 
 
 def _from(weights: Mapping[str, Tensor], family: str, positions: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -101,7 +108,7 @@ def bart_to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         TrunklineError: for a weight that a BART does not have.
     """
-    converted = _to(weights, "BART")
+    converted = _to(weights, "a BART")
     return converted | {name: F.pad(converted[name], (0, 0, OFFSET, 0)) for name in POSITIONS}
 
 
@@ -111,7 +118,7 @@ def marian_to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         TrunklineError: for a weight that a Marian does not have.
     """
-    return _to(weights, "Marian")
+    return _to(weights, "a Marian")
 
 
 def _to(weights: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
@@ -160,7 +167,7 @@ def bart_config_from_transformers(config: Mapping[str, Any]) -> EncoderDecoderCo
     Raises:
         TrunklineError: if the BART uses an option that an `EncoderDecoder` does not have.
     """
-    refuse_options(config, {"model_type": ("bart",), "normalize_embedding": (True,), **USUAL}, "BART")
+    refuse_options(config, {"model_type": ("bart",), "normalize_embedding": (True,), **USUAL}, "a BART")
     return EncoderDecoderConfig(
         vocab_size=config["vocab_size"],
         max_length=config.get("max_position_embeddings", 1024),
@@ -181,7 +188,7 @@ def marian_config_from_transformers(config: Mapping[str, Any]) -> EncoderDecoder
     Raises:
         TrunklineError: if the Marian uses an option that an `EncoderDecoder` does not have.
     """
-    refuse_options(config, {"model_type": ("marian",), "normalize_embedding": (False,), **USUAL}, "Marian")
+    refuse_options(config, {"model_type": ("marian",), "normalize_embedding": (False,), **USUAL}, "a Marian")
     shared = config.get("share_encoder_decoder_embeddings", True)
     return EncoderDecoderConfig(
         vocab_size=config["vocab_size"],
@@ -225,7 +232,7 @@ def bart_config_to_transformers(config: EncoderDecoderConfig) -> dict[str, Any]:
         TrunklineError: if the network has an option that BART does not have.
     """
     content = {"model_type": "bart", **_content(config)}
-    refuse_difference(config, bart_config_from_transformers(content), "BART")
+    refuse_difference(explicit(config), explicit(bart_config_from_transformers(content)), "a BART")
     return content
 
 
@@ -244,5 +251,5 @@ def marian_config_to_transformers(config: EncoderDecoderConfig) -> dict[str, Any
         "share_encoder_decoder_embeddings": config.one_embedding,
     }
     expressed = marian_config_from_transformers(content)
-    refuse_difference(config, expressed, "Marian", free=("max_length", "max_target_length"))
+    refuse_difference(explicit(config), explicit(expressed), "a Marian", free=("max_length", "max_target_length"))
     return content

@@ -9,6 +9,7 @@ from torch import Tensor
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks.convert.key_tables import (
     KeyTable,
+    explicit,
     from_theirs,
     refuse_difference,
     refuse_options,
@@ -64,7 +65,7 @@ def t5_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     gated = any(".wi_0." in name for name in weights)
     own = {name: value for name, value in weights.items() if name not in (*COPIES_OF_SHARED, UNUSED)}
-    converted = from_theirs(own, t5_table(gated), "T5")
+    converted = from_theirs(own, t5_table(gated), "a T5")
     converted["target_embed.weight"] = converted["token_embed.weight"]
     converted.setdefault("head.weight", converted["token_embed.weight"])  # absent in files if it is tied
     return converted
@@ -79,7 +80,7 @@ def t5_to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     first, second = (weights[f"encoder.blocks.0.mlp.{layer}.weight"] for layer in ("fc1", "fc2"))
     own = {name: value for name, value in weights.items() if name != "target_embed.weight"}
     gated = len(first) == 2 * second.shape[1]
-    converted = to_theirs(own, t5_table(gated), "T5", kinds=("weight",))
+    converted = to_theirs(own, t5_table(gated), "a T5", kinds=("weight",))
     return converted | {name: converted["shared.weight"].clone() for name in COPIES_OF_SHARED}
 
 
@@ -93,7 +94,7 @@ def t5_config_from_transformers(config: Mapping[str, Any]) -> EncoderDecoderConf
         TrunklineError: if the T5 uses an option that an `EncoderDecoder` does not have.
     """
     usual = {"model_type": ("t5", "mt5"), "is_encoder_decoder": (True,), "feed_forward_proj": ACTIVATIONS_OF_T5}
-    refuse_options(config, usual, "T5")
+    refuse_options(config, usual, "a T5")
     encoder = TransformerConfig(
         dim=config["d_model"],
         depth=config["num_layers"],
@@ -151,5 +152,6 @@ def t5_config_to_transformers(config: EncoderDecoderConfig) -> dict[str, Any]:
         "feed_forward_proj": names.get(encoder.mlp, "relu"),
         "tie_word_embeddings": config.scale_output,
     }
-    refuse_difference(config, t5_config_from_transformers(content), "T5", free=("max_length", "max_target_length"))
+    expressed = t5_config_from_transformers(content)
+    refuse_difference(explicit(config), explicit(expressed), "a T5", free=("max_length", "max_target_length"))
     return content

@@ -27,7 +27,10 @@ from trunkline.modules.networks import (
     SpeechEncoderConfig,
     ViT,
     ViTConfig,
+    Whisper,
+    WhisperConfig,
 )
+from trunkline.modules.networks.conditional import ConditionalNetwork
 
 
 def vit(trunk: dict[str, Any] | None = None, **changes: Any) -> ViTConfig:
@@ -54,6 +57,12 @@ def pair(trunk: dict[str, Any] | None = None, **changes: Any) -> EncoderDecoderC
 def speech(trunk: dict[str, Any] | None = None, **changes: Any) -> SpeechEncoderConfig:
     backbone = TransformerConfig(**{"dim": 32, "depth": 2, "num_heads": 4, **(trunk or {})})
     return SpeechEncoderConfig(**{"vocab_size": 18, "num_mels": 8, "max_frames": 24, "backbone": backbone, **changes})
+
+
+def whisper(trunk: dict[str, Any] | None = None, **changes: Any) -> WhisperConfig:
+    both = TransformerConfig(**{"dim": 32, "depth": 2, "num_heads": 4, **(trunk or {})})
+    sizes = {"vocab_size": 19, "num_mels": 8, "max_frames": 24, "max_target_length": 9}
+    return WhisperConfig(**{**sizes, "encoder": both, "decoder": both, **changes})
 
 
 POST_NORM = {"norm_first": False, "final_norm": False, "mlp": "relu"}
@@ -123,6 +132,16 @@ NETWORKS: dict[str, tuple[type[Network], Any, list[int], list[int]]] = {  # clas
         [2, 6, 19],
     ),
     "speech-patches": (SpeechEncoder, speech(front="patches", positions="learned"), [2, 21, 8], [2, 6, 19]),
+    "whisper": (Whisper, whisper(), [2, 21, 8], [2, 5, 19]),
+    "whisper-modern": (
+        Whisper,
+        whisper(
+            {"mlp": "swiglu", "norm": "rmsnorm", "num_kv_heads": 2, "qk_norm": True, "bias": False, "rope_theta": 1e4},
+            **{"positions": "none", "target_positions": "none", "tie_embeddings": False},
+        ),
+        [2, 24, 8],
+        [2, 5, 19],
+    ),
 }
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
@@ -144,7 +163,7 @@ def build(name: str) -> tuple[Any, Tensor]:
 def build_with_inputs(name: str) -> tuple[Any, list[Tensor]]:
     """A network and its inputs: an encoder-decoder needs targets too."""
     network, x = build(name)
-    return network, [x, torch.randint(0, 19, (2, 5))] if isinstance(network, EncoderDecoder) else [x]
+    return network, [x, torch.randint(0, 19, (2, 5))] if isinstance(network, ConditionalNetwork) else [x]
 
 
 def loss_of(out: Tensor) -> Tensor:

@@ -20,6 +20,13 @@ def test_values_are_those_of_the_paper() -> None:
     torch.testing.assert_close(module(positions), torch.tensor(expected))
 
 
+def test_values_with_end_are_those_of_whisper() -> None:
+    module = SinusoidalPositions(8, with_end=True)
+    frequencies = [10_000 ** (-i / 3) for i in range(4)]
+    expected = [[wave(p * f) for wave in (math.sin, math.cos) for f in frequencies] for p in (0, 3, 49)]
+    torch.testing.assert_close(module(torch.tensor([0, 3, 49])), torch.tensor(expected))
+
+
 def test_an_average_of_weights_keeps_them_exactly() -> None:
     """Else a resumed run, whose positions are computed anew, would not validate as before."""
     module = torch.nn.Sequential(SinusoidalPositions(8), torch.nn.Linear(8, 8))
