@@ -247,6 +247,8 @@ def _slaney_hz(mel: Tensor) -> Tensor:
 def _unwarped(hz: Tensor, warp: float, bottom: float, top: float) -> Tensor:
     """The frequencies that a warp moves to `hz`: piecewise linear, `bottom` and `top` stay."""
     low, high = (bottom + WARP_LOW) * max(1.0, warp), (top - WARP_HIGH) * min(1.0, warp)
+    if not bottom < low < high < top:
+        raise TrunklineError(f"frequencies up to {top:g} Hz cannot be multiplied by {warp:.2f}; use a smaller warp")
     below = bottom + (hz - bottom) * (low / warp - bottom) / (low - bottom)
     above = top + (hz - top) * (top - high / warp) / (top - high)
     return torch.where(hz < low, below, torch.where(hz < high, hz / warp, above))

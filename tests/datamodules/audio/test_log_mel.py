@@ -73,6 +73,11 @@ def test_warp_moves_a_tone(convention: Any) -> None:
     assert band(1000, 1.0 + 1e-9) == band(1000)
 
 
+def test_a_warp_without_room() -> None:
+    with pytest.raises(TrunklineError, match=r"frequencies up to 500 Hz cannot be multiplied by 1\.10"):
+        LogMel(sample_rate=1000).features(torch.zeros(1000), 1.1)
+
+
 @pytest.mark.parametrize("seconds", [0.4, 3.33, 10.24, 12.0])
 def test_ast(seconds: float) -> None:
     waveform = voice(16_000, seconds)
