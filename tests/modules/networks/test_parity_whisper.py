@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from parity import assert_near, randomise
+from parity import assert_near, memorise, randomise
 from torch import Tensor
 
 from trunkline import TrunklineError
@@ -47,17 +47,12 @@ def load(content: dict[str, Any], weights: dict[str, Tensor]) -> Any:
 @cache
 @torch.random.fork_rng()
 def pair() -> Pair:
-    """A small model of transformers with random biases and norms, and ours, in float64."""
+    """A small model of transformers with random biases and norms, and ours, which has learnt texts, in float64."""
     torch.manual_seed(1)
-    theirs = load(
-        OPTIONS, transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**OPTIONS)).state_dict()
-    )
-    fixed = theirs.model.encoder.embed_positions.weight.detach().clone()
-    randomise(theirs)
-    with torch.no_grad():
-        theirs.model.encoder.embed_positions.weight.copy_(fixed)
-    ours = Whisper(convert.whisper_config_from_transformers(theirs.config.to_dict()))
-    ours.load_state_dict(convert.whisper_from_transformers(theirs.state_dict()))
+    ours = Whisper(convert.whisper_config_from_transformers(transformers.WhisperConfig(**OPTIONS).to_dict()))
+    memorise(randomise(ours, 0.1), 40, torch.randn(16, FRAMES, 10))
+    theirs = load(OPTIONS, convert.whisper_to_transformers(ours.state_dict(), FRAMES))
+    ours.load_state_dict(convert.whisper_from_transformers(theirs.state_dict()))  # without biases of keys
     return Pair(theirs.double(), ours.double().eval())
 
 
@@ -162,6 +157,14 @@ def test_configuration_there_and_back() -> None:
     tiny = convert.whisper_config_from_transformers({**transformers.WhisperConfig().to_dict(), "dropout": 0.0})
     assert tiny == replace(WhisperConfig(), encoder=tiny.encoder, decoder=tiny.decoder)
     assert (tiny.encoder.dim, tiny.encoder.depth, tiny.max_frames) == (384, 4, 3000)
+
+
+def test_positions_of_frames() -> None:
+    """Also those of a clip's end, where rounding of the frequencies shows."""
+    theirs = transformers.models.whisper.modeling_whisper.sinusoids(1500, 384)
+    ours = Whisper(WhisperConfig()).pos_embed
+    assert ours is not None
+    assert_near(ours(torch.arange(1500)), theirs)
 
 
 # --- what cannot be converted
