@@ -1,5 +1,7 @@
 """LightningDataModules, one for each modality and task; they share sources and a resumable order of samples."""
 
+from trunkline.datamodules.audio.audio_augmentation import AudioAugmentation
+from trunkline.datamodules.audio.audio_data import AudioData
 from trunkline.datamodules.audio.speech_data import SpeechData
 from trunkline.datamodules.images.image_data import ImageData
 from trunkline.datamodules.images.preprocessing import Augmentation
@@ -13,6 +15,8 @@ from trunkline.datamodules.text_tasks.tagged_text import TaggedTextData
 from trunkline.datamodules.translation.translation_data import TranslationData
 
 __all__ = [
+    "AudioAugmentation",
+    "AudioData",
     "Augmentation",
     "ImageData",
     "ImageTextData",

@@ -10,22 +10,33 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
+from trunkline.datamodules.audio.audio_augmentation import AudioAugmentation
 from trunkline.datamodules.audio.audio_rows import AudioRows
 from trunkline.datamodules.audio.log_mel import LogMel
 from trunkline.datamodules.samplers import SampleKey
+
+
+class Mix(NamedTuple):
+    """What a clip was mixed with."""
+
+    row: int
+    """Number of the other row."""
+    share: float
+    """Share of the clip itself."""
 
 
 class Clip(NamedTuple):
     """A row as the network hears it."""
 
     features: Tensor
-    """(T, M) float32; with `padding: fixed` padded."""
+    """(T, M) float32."""
     row: int
     """Number of the row that was read."""
     skipped: int
     """How many rows before it could not be read."""
     truncated: bool
     """Whether its end was cut off."""
+    mix: Mix | None = None
 
 
 class AudioClips(Dataset[dict[str, Any]]):
@@ -47,13 +58,14 @@ class AudioClips(Dataset[dict[str, Any]]):
         self,
         rows: AudioRows,
         log_mel: LogMel,
-        augmentation: Any = None,
+        augmentation: AudioAugmentation | None = None,
         seed: int = 0,
         skip_corrupt: bool = False,
         training: bool = False,
     ) -> None:
         self.rows, self.log_mel, self.augmentation = rows, log_mel, augmentation
         self.seed, self.skip_corrupt, self.training = seed, skip_corrupt, training
+        self.long = too_long(rows.seconds, log_mel)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,16 +73,16 @@ class AudioClips(Dataset[dict[str, Any]]):
     @property
     def lengths(self) -> np.ndarray:
         """(N,) frames of each row, before any augmentation."""
-        frames = frame_counts(self.rows.seconds, self.log_mel)
-        return np.minimum(frames, self.log_mel.max_frames)
+        return frame_counts(self.rows.seconds, self.log_mel)
 
     def read(self, row: int) -> np.ndarray:
-        """The samples (S,) of a row.
+        """The samples (S,) of a row, as far as the network hears them.
 
         Raises:
             TrunklineError: if it cannot be read.
         """
-        return self.rows.waveform(row, self.log_mel.sample_rate)
+        rate, end = self.log_mel.sample_rate, self.log_mel.max_seconds if self.long[row] else None
+        return self.rows.waveform(row, rate, end=end)[: self.log_mel.max_samples]
 
     def readable(self, row: int) -> tuple[np.ndarray, int]:
         """The samples of a row, or else of the next one that can be read; and how many were skipped.
@@ -89,23 +101,36 @@ class AudioClips(Dataset[dict[str, Any]]):
                 warnings.warn(f"skipped: {error}", stacklevel=2)
                 skipped += 1
 
-    def another(self, generator: np.random.Generator) -> np.ndarray:
-        """The samples of a row drawn at random, for babble."""
-        return self.readable(int(generator.integers(len(self))))[0]
+    def is_cut(self, row: int) -> bool:
+        """Whether a row loses its end."""
+        return bool(self.long[row])
+
+    def drawn(self, generator: np.random.Generator) -> tuple[np.ndarray, int]:
+        """The samples of a row drawn at random, and its number."""
+        row = int(generator.integers(len(self)))
+        samples, skipped = self.readable(row)
+        return samples, (row + skipped) % len(self)
+
+    def mix(self, samples: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, Mix | None]:
+        """The samples of a training row, mixed with those of another row or not."""
+        return samples, None
 
     def clip(self, key: SampleKey) -> Clip:
-        """A row of the network's input."""
-        waveform, skipped = self.readable(key.index)
-        log_mel, samples = self.log_mel, waveform[: self.log_mel.max_samples]
-        if self.augmentation is None:
-            features = log_mel.features(torch.from_numpy(samples))
-        else:
-            generator = np.random.default_rng((self.seed, key.epoch, key.index))
-            samples = self.augmentation.augment_waveform(samples, log_mel.sample_rate, generator, self.another)
-            features = log_mel.features(torch.from_numpy(samples), self.augmentation.warp(generator))
-            features = self.augmentation.augment_features(features[: log_mel.max_frames], generator)
-        truncated = bool(too_long(len(waveform), log_mel))
-        return Clip(features, (key.index + skipped) % len(self), skipped, truncated)
+        """A row as the network hears it."""
+        samples, skipped = self.readable(key.index)
+        row, mix, warp = (key.index + skipped) % len(self), None, 1.0
+        generator = np.random.default_rng((self.seed, key.epoch, key.index)) if self.training else None
+        if generator is not None:
+            samples, mix = self.mix(samples, generator)
+        if generator is not None and self.augmentation is not None:
+            rate, other = self.log_mel.sample_rate, lambda generator: self.drawn(generator)[0]
+            samples = self.augmentation.augment_waveform(samples, rate, generator, other)
+            warp = self.augmentation.warp(generator)
+        # slower speech can be longer
+        features = self.log_mel.features(torch.from_numpy(samples), warp)[: self.log_mel.max_frames]
+        if generator is not None and self.augmentation is not None:
+            features = self.augmentation.augment_features(features, generator)
+        return Clip(features, row, skipped, self.is_cut(row), mix)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         return self.__getitems__([key])[0]
@@ -119,7 +144,7 @@ class AudioClips(Dataset[dict[str, Any]]):
         clips = [self.clip(key) for key in keys]
         # Training can use the other row, but counting it twice would distort a metric.
         valid = [key.valid and (self.training or not clip.skipped) for key, clip in zip(keys, clips, strict=True)]
-        items = [
+        items: list[dict[str, Any]] = [
             {
                 "index": key.index,
                 "valid": counted,
@@ -128,7 +153,7 @@ class AudioClips(Dataset[dict[str, Any]]):
             }
             for key, clip, counted in zip(keys, clips, valid, strict=True)
         ]
-        columns = self.features(clips) | self.labels([clip.row for clip in clips], valid)
+        columns = self.features(clips) | self.labels(clips, valid)
         for name, values in columns.items():
             for item, value in zip(items, values.unbind(), strict=True):
                 item[name] = value
@@ -146,18 +171,23 @@ class AudioClips(Dataset[dict[str, Any]]):
             mask[n, : len(clip.features)] = True
         return {"features": features, "mask": mask}
 
-    def labels(self, rows: Sequence[int], valid: Sequence[bool]) -> dict[str, Tensor]:
-        """What a batch says about its rows, by name, each (B, …); rows that are not `valid` are not counted."""
+    def labels(self, clips: Sequence[Clip], valid: Sequence[bool]) -> dict[str, Tensor]:
+        """What a batch says about its clips, by name, each (B, …); those that are not `valid` are not counted."""
         raise NotImplementedError
 
 
-def too_long(samples: Any, log_mel: LogMel) -> Any:
-    """Whether clips of so many samples lose a frame or more."""
-    return samples >= log_mel.max_samples + log_mel.hop
+def sample_counts(seconds: np.ndarray, log_mel: LogMel) -> np.ndarray:
+    """(N,) samples of clips of these lengths (N,)."""
+    return np.rint(seconds * log_mel.sample_rate).astype(np.int64)
+
+
+def too_long(seconds: np.ndarray, log_mel: LogMel) -> np.ndarray:
+    """(N,) bool, whether clips of these lengths (N,) lose a frame or more."""
+    return sample_counts(seconds, log_mel) >= log_mel.max_samples + log_mel.hop
 
 
 def frame_counts(seconds: np.ndarray, log_mel: LogMel) -> np.ndarray:
     """(N,) frames of clips of these lengths (N,)."""
-    samples = np.rint(seconds * log_mel.sample_rate).astype(np.int64)
-    sizes, places = np.unique(samples, return_inverse=True)
-    return np.array([log_mel.frames_of(int(size)) for size in sizes], np.int64)[places]
+    sizes, places = np.unique(sample_counts(seconds, log_mel), return_inverse=True)
+    frames = np.array([log_mel.frames_of(int(size)) for size in sizes], np.int64)
+    return np.minimum(frames, log_mel.max_frames)[places]

@@ -67,9 +67,15 @@ class AudioSubset:
         return self.rows.name(int(self.indices[row])) + part
 
 
-def windows(rows: AudioRows, seconds: float) -> AudioSubset:
-    """Rows as parts of at most `seconds`. The parts of a longer row overlap evenly, so that each of them is full."""
-    counts = np.maximum(np.ceil(rows.seconds / seconds - 1e-9), 1).astype(np.int64)
+def windows(rows: AudioRows, seconds: float, slack: float = 0.0) -> AudioSubset:
+    """Rows as parts of at most `seconds`. The parts of a longer row overlap evenly, so that each of them is full.
+
+    Args:
+        rows: the rows.
+        seconds: length of the longest part.
+        slack: seconds by which a row may be longer without another part for them.
+    """
+    counts = np.maximum(np.ceil((rows.seconds - slack) / seconds), 1).astype(np.int64)
     indices = np.repeat(np.arange(len(rows)), counts)
     numbers = np.arange(len(indices)) - np.repeat(np.cumsum(counts) - counts, counts)
     steps = np.maximum(rows.seconds - seconds, 0) / np.maximum(counts - 1, 1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -23,6 +23,8 @@ NUMBER = re.compile(r"[0-9]+(?:[.,][0-9]+)*")
 APOSTROPHE = re.compile("(?<=\\w)['\u2019](?=\\w)")
 INSIDE = "\ue000"
 """Stands for an apostrophe inside a word while punctuation is removed: a character of no meaning."""
+NAMED_CHARACTERS = 8
+"""Largest number of unknown characters that a message names."""
 SPELLING = {"unicode_rbnf": "unicode-rbnf", "babel": "babel"}
 """Module -> the package that has it; both are needed to spell numbers."""
 
@@ -156,48 +158,39 @@ def unknown_characters(tokenizer: Tokenizer, texts: Iterable[str]) -> set[str]:
     return found | {c for c, count in zip(characters, counts, strict=True) if not count and not c.isspace()}
 
 
-def check_characters(
-    tokenizer: Tokenizer, transcripts: Mapping[str, Sequence[str]], name: Callable[[str, int], str], title: str
-) -> None:
-    """Check that a tokenizer knows all characters.
+def refuse_characters(
+    unknown: set[str], transcripts: Mapping[str, Sequence[str]], name: Callable[[str, int], str], title: str
+) -> NoReturn:
+    """Raise the error for characters that a tokenizer does not have.
 
     Args:
-        tokenizer: the tokenizer.
+        unknown: the characters.
         transcripts: split -> its texts.
-        name: (split, row) -> the file or row, for the message.
-        title: name of the tokenizer, for the message.
+        name: (split, row) -> the file or row.
+        title: name of the tokenizer.
 
     Raises:
-        TrunklineError: if not; names the characters, the number of times that each occurs, and a row that has it.
+        TrunklineError: always; names the characters, how often each occurs, and the first row that has it.
     """
-    unknown = unknown_characters(tokenizer, (text for texts in transcripts.values() for text in texts))
-    if not unknown:
-        return
     counts: Counter[str] = Counter()
     places: dict[str, str] = {}
     for split, texts in transcripts.items():
         for row, text in enumerate(texts):
-            for character in unknown.intersection(text):
+            for character in sorted(unknown.intersection(text)):
                 counts[character] += text.count(character)
-                places.setdefault(character, name(split, row))
-    common = counts.most_common(8)
+                if character not in places:
+                    places[character] = name(split, row)
+    common = counts.most_common(NAMED_CHARACTERS)
     shown = [f"{character!r} ({count} times, first in {places[character]})" for character, count in common]
     more = f", and {len(counts) - len(common)} more" if len(counts) > len(common) else ""
     raise TrunklineError(
-        f"transcripts have {len(counts)} character(s) that the tokenizer {title} does not have: "
-        f"{', '.join(shown)}{more}; change the normalization or the tokenizer, or set drop_unknown=true to leave these "
-        "characters out",
+        f"the tokenizer {title} lacks {len(counts)} of the characters in the transcripts: {', '.join(shown)}{more}; "
+        "change the normalization or the tokenizer, or set drop_unknown=true to leave these characters out",
         field="data.drop_unknown",
     )
 
 
-def without_characters(texts: Sequence[str], unknown: set[str]) -> list[str]:
-    """The texts without some characters."""
-    table = dict.fromkeys(map(ord, unknown))
-    return [" ".join(text.translate(table).split()) for text in texts] if unknown else list(texts)
-
-
-def transcript_tokens(encoder: TextEncoder, texts: list[str]) -> Ragged:
-    """Token ids of each text."""
-    ids, counts = encoder.encode(texts)
-    return Ragged(np.split(ids, counts.cumsum()[:-1]) if texts else [], np.uint32)
+def transcript_tokens(tokenizer: Tokenizer, texts: list[str]) -> Ragged:
+    """Token ids of each text, without special tokens."""
+    ids, counts = TextEncoder(tokenizer).encode(texts)
+    return Ragged(np.split(ids, counts.cumsum()[:-1]), np.uint32)

@@ -56,7 +56,7 @@ PLACE_IN_DATA = {
     "max_length": "data.max_length",
     "target_vocab_size": "data.target_tokenizer",
     "max_target_length": "data.max_target_length",
-    "max_frames": "data.max_seconds",
+    "max_frames": "data.log_mel.max_seconds",
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from sound_files import write_spoken
 
 from trunkline.datamodules.tokenizers import train_tokenizer
 
@@ -15,6 +16,15 @@ BATCHES = 13
 def trunk(exact: bool) -> dict[str, Any]:
     rate = 0.0 if exact else 0.2
     return {"dim": 16, "depth": 2, "num_heads": 2, "dropout": rate, "drop_path": rate}
+
+
+SMALL_MEL = {"sample_rate": 8000, "num_mels": 12, "per_clip": "mean", "max_seconds": 0.4}
+NOISY = {
+    **{"speed": [0.9, 1.1], "time_shift": 0.05, "gain_db": 6.0, "mel_warp": 0.2},
+    **{"noise": 0.8, "noise_snr": [0.0, 20.0], "noise_kinds": ["white", "pink", "babble"]},
+    **{"freq_masks": 2, "freq_width": 3, "time_masks": 1, "time_width": 5},
+}
+"""All changes that there are to a clip."""
 
 
 def image(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -113,6 +123,15 @@ def translate(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]
     return {"class_path": "Seq2Seq", "init_args": model}, {"class_path": "TranslationData", "init_args": data}
 
 
+def speech(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """In batches of like length, which differ in size. The recordings are parts of one file."""
+    data = {"source": write_spoken(folder, 450), "log_mel": SMALL_MEL, "batch_seconds": 7.0, "too_long": "cut"}
+    data |= {"augmentation": NOISY, "cache_dir": str(folder / "cache"), "val_fraction": 0.4}
+    network = {"num_mels": 12, "strides": [2], "backbone": trunk(exact)}
+    model = {"class_path": "SpeechRecognizer", "init_args": {"network": network}}
+    return model, {"class_path": "SpeechData", "init_args": data}
+
+
 def own(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """The task of `own_task.py`, which the package does not know."""
     model = {"class_path": "own_task.CloudClassifier", "init_args": {"network": {"backbone": trunk(exact)}}}
@@ -128,5 +147,6 @@ TASKS = {
     "classify": classify,
     "pairs": pairs,
     "translate": translate,
+    "speech": speech,
     "own": own,
 }

@@ -124,7 +124,8 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         states = []
         for state in (checkpoint(folder, name), checkpoint(reference, name)):
             del state["loops"]  # counts calls of zero_grad too, of steps that were begun twice
-            state.get("TranslationData", {}).pop("source", None)  # a path in the run's folder
+            for data in ("AudioData", "SpeechData", "TranslationData"):
+                state.get(data, {}).pop("source", None)  # a path in the run's folder
             callbacks = state.pop("callbacks")  # of checkpoint callbacks only the score: they hold the folder's name
             state["kept"] = [v if "latest_update_step" in v else v.get("best_model_score") for v in callbacks.values()]
             states.append(state)
@@ -196,6 +197,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         ("pairs", 2, 0, 2),
         ("translate", 1, 0, 1),
         ("translate", 2, 0, 1),
+        ("speech", 1, 2, 1),
+        ("speech", 2, 0, 1),
         ("own", 1, 0, 1),
         pytest.param("block", 1, 0, 1, marks=pytest.mark.slow),
         pytest.param("masked", 1, 2, 1, marks=pytest.mark.slow),
@@ -206,6 +209,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         pytest.param("classify", 2, 2, 2, marks=pytest.mark.slow),
         pytest.param("pairs", 1, 2, 1, marks=pytest.mark.slow),
         pytest.param("translate", 2, 2, 2, marks=pytest.mark.slow),
+        pytest.param("speech", 1, 0, 2, marks=pytest.mark.slow),
+        pytest.param("speech", 2, 2, 1, marks=pytest.mark.slow),
     ],
 )
 def test_kills(

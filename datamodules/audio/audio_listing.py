@@ -1,0 +1,143 @@
+"""Recordings that a source lists, in files or in cells of a table; their headers are read before a training begins."""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from trunkline import TrunklineError
+from trunkline.datamodules.audio.audio_files import AudioHeader, audio_header, read_audio
+
+HEADER_THREADS = 8
+"""Files whose headers are read at once: on a network disk this is a matter of waiting."""
+ROUNDING = 0.05
+"""Seconds that a stated end may lie behind the end of its file: lists round."""
+
+
+class Listed(NamedTuple):
+    """A recording as a source lists it."""
+
+    content: int
+    """Number of the file or cell that holds it."""
+    name: str
+    """File and row, for messages."""
+    text: str | None = None
+    labels: list[str] | None = None
+    start: float = 0.0
+    """Seconds from the beginning of the file to that of the recording."""
+    end: float | None = None
+    """The same to its end; None is the end of the file."""
+    rate: int | None = None
+    """Samples per second, as the list states them."""
+
+
+@dataclass
+class AudioListing:
+    """What a source lists; no file has been opened yet."""
+
+    contents: Sequence[bytes | str | Path]
+    """Audio files: their contents or paths."""
+    rows: list[Listed]
+
+
+class ListedAudio:
+    """Recordings that a source lists (`AudioRows`).
+
+    Args:
+        contents: as in `AudioListing`.
+        rows: the recordings.
+        seconds: (N,) their lengths.
+    """
+
+    def __init__(self, contents: Sequence[bytes | str | Path], rows: list[Listed], seconds: np.ndarray) -> None:
+        self.contents, self.rows, self.seconds = contents, rows, seconds
+        self.texts = None if any(row.text is None for row in rows) else [row.text or "" for row in rows]
+        self.labels = None if any(row.labels is None for row in rows) else [row.labels or [] for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def waveform(self, row: int, rate: int, start: float = 0.0, end: float | None = None) -> np.ndarray:
+        listed = self.rows[row]
+        first = listed.start + start
+        last = listed.end if end is None else listed.start + end
+        if last is not None and listed.end is not None:
+            last = min(last, listed.end)
+        whole = first == 0 and last is None
+        content = self.contents[listed.content]
+        part = {} if whole else {"start": first, "end": last}
+        return read_audio(content, listed.name, rate, stated_rate=listed.rate, **part)
+
+    def name(self, row: int) -> str:
+        return self.rows[row].name
+
+
+def read_listing(
+    listing: AudioListing, skip_corrupt: bool, longest: float = math.inf
+) -> tuple[ListedAudio, list[TrunklineError]]:
+    """Read the header of each file of a listing, so that a broken file is found before the training.
+
+    Args:
+        listing: what the source lists.
+        skip_corrupt: leave out the recordings that cannot be read.
+        longest: seconds; a longer recording is refused, because it is more likely a mistake.
+
+    Returns:
+        the recordings, and the faults of those that are left out.
+
+    Raises:
+        TrunklineError: for the first recording that cannot be read, if `skip_corrupt` is off; if none can be read.
+    """
+    names: dict[int, str] = {}
+    for row in listing.rows:
+        names.setdefault(row.content, row.name)
+
+    def header(content: int) -> AudioHeader | TrunklineError:
+        try:
+            return audio_header(listing.contents[content], names[content])
+        except TrunklineError as error:
+            return error
+
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        headers = dict(zip(names, pool.map(header, names), strict=True))
+    rows, seconds, faults = [], [], []
+    for row in listing.rows:
+        try:
+            seconds.append(listed_seconds(row, headers[row.content], longest))
+            rows.append(row)
+        except TrunklineError as error:
+            if not skip_corrupt:
+                raise
+            faults.append(error)
+    if not rows and faults:
+        raise TrunklineError(f"no recording can be used; the first fault: {faults[0]}", faults[0].field)
+    return ListedAudio(listing.contents, rows, np.array(seconds)), faults
+
+
+def listed_seconds(row: Listed, header: AudioHeader | TrunklineError, longest: float) -> float:
+    """Length of a recording.
+
+    Raises:
+        TrunklineError: if its file cannot be read, has another rate than listed, or is shorter than listed; or if the
+            recording is longer than `longest` seconds.
+    """
+    if isinstance(header, TrunklineError):
+        raise header
+    end = header.seconds if row.end is None else row.end
+    fault = None
+    if row.rate is not None and row.rate != header.rate:
+        fault = f"has {header.rate} samples per second, but the list says {row.rate}; correct it"
+    elif not 0 <= row.start < end or end > header.seconds + ROUNDING:
+        fault = f"lasts {header.seconds:.2f} s, and has no part from {row.start:g} s to {end:g} s; correct the list"
+    elif end - row.start > longest:
+        fault = (
+            f"lasts {(end - row.start) / 3600:.1f} hours, and can be read only in parts of at most "
+            f"{longest / 3600:g}; list its parts with start and end, or set too_long=window for labelled sounds"
+        )
+    if fault is not None:
+        raise TrunklineError(f"{row.name} {fault}, or set skip_corrupt=true", "data.skip_corrupt")
+    return min(end, header.seconds) - row.start
