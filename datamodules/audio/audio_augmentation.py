@@ -39,7 +39,7 @@ class AudioAugmentation:
     """Range of the signal-to-noise ratio: the power of the clip over that of the noise, in dB."""
     noise_kinds: tuple[str, ...] = ("white", "pink")
     """The noises, each equally likely: `white`; `pink` (equal power in each octave); `babble` (other clips at the same
-    time); `files` (a part of a file in `noise_folder`)."""
+    time, equally loud); `files` (a part of a file in `noise_folder`)."""
     babble_clips: int = 4
     """The largest number of other clips in a babble; at least one is there."""
     noise_folder: str | None = None
@@ -100,7 +100,7 @@ class AudioAugmentation:
             waveform = resample(waveform, round(100 * generator.uniform(*self.speed)), 100)
         if self.time_shift:
             furthest = min(rate * self.time_shift, len(waveform) / 2)
-            waveform = shifted(waveform, round(generator.uniform(-furthest, furthest)))
+            waveform = moved(waveform, round(generator.uniform(-furthest, furthest)))
         if self.noise and generator.random() < self.noise:
             noise = self._noise(len(waveform), rate, generator, other)
             waveform = with_noise(waveform, noise, generator.uniform(*self.noise_snr))
@@ -133,7 +133,7 @@ class AudioAugmentation:
             return pink_noise(samples, generator)
         if kind == "babble":
             count = generator.integers(1, self.babble_clips + 1)
-            return np.sum([_fitted(other(generator), samples, generator) for _ in range(count)], axis=0)
+            return np.sum([_equally_loud(_fitted(other(generator), samples, generator)) for _ in range(count)], axis=0)
         assert self.noise_folder is not None
         return _recorded_noise(noise_files(self.noise_folder), samples, rate, generator)
 
@@ -142,7 +142,7 @@ def _unfit(name: str, fault: str) -> TrunklineError:
     return TrunklineError(f"{name}{fault}", field=f"data.augmentation.{name}")
 
 
-def shifted(waveform: np.ndarray, shift: int) -> np.ndarray:
+def moved(waveform: np.ndarray, shift: int) -> np.ndarray:
     """Samples (S,) that begin `shift` samples later (earlier, if it is negative); what leaves the clip is lost."""
     result, length = np.zeros_like(waveform), len(waveform)
     result[max(shift, 0) : length + min(shift, 0)] = waveform[max(-shift, 0) : length - max(shift, 0)]
@@ -198,6 +198,11 @@ def _fitted(noise: np.ndarray, samples: int, generator: np.random.Generator) -> 
     """(samples,) of a noise: a part of a longer one, or a shorter one again and again."""
     start = generator.integers(len(noise) - samples + 1 if len(noise) > samples else len(noise))
     return np.take(noise, np.arange(start, start + samples), mode="wrap")
+
+
+def _equally_loud(waveform: np.ndarray) -> np.ndarray:
+    """Samples (S,) with a power of 1; silence stays silent."""
+    return waveform / max(np.float32(math.sqrt(np.dot(waveform, waveform) / len(waveform))), np.float32(1e-9))
 
 
 def _span(length: int, widest: int, generator: np.random.Generator) -> slice:

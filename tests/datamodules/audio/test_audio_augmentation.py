@@ -9,7 +9,7 @@ import soundfile
 import torch
 
 from trunkline import TrunklineError
-from trunkline.datamodules.audio.audio_augmentation import AudioAugmentation, pink_noise, shifted, with_noise
+from trunkline.datamodules.audio.audio_augmentation import AudioAugmentation, moved, pink_noise, with_noise
 
 RATE = 8000
 ALL: dict[str, Any] = {
@@ -148,6 +148,19 @@ def test_number_of_clips_in_a_babble() -> None:
     assert set(counts) == {1, 2, 3}
 
 
+def test_voices_in_a_babble_are_equally_loud() -> None:
+    settings = AudioAugmentation(noise=1.0, noise_kinds=("babble",), noise_snr=(0.0, 0.0), babble_clips=2)
+    ratios = []
+    for seed in range(10):
+        clips = [tone(hz=500.0), 0.001 * tone(hz=1500.0)]
+        given = lambda generator, clips=clips: clips.pop()  # noqa: E731
+        noise = settings.augment_waveform(tone(), RATE, np.random.default_rng(seed), given) - tone()
+        spectrum = np.abs(np.fft.rfft(noise))
+        ratios += [] if clips else [spectrum[500] / spectrum[1500]]  # else only one voice was drawn
+    assert ratios
+    assert ratios == pytest.approx(np.ones(len(ratios)), rel=0.01)
+
+
 def test_noise_from_files(tmp_path: Path) -> None:
     """A part of the file, at the rate of the clip."""
     soundfile.write(tmp_path / "hum.wav", tone(5.0, 1000.0, 16_000), 16_000)
@@ -182,7 +195,7 @@ def test_speed() -> None:
 
 def test_time_shift() -> None:
     x = np.arange(1, 6)
-    assert [shifted(x, n).tolist() for n in (0, 2, -2)] == [[1, 2, 3, 4, 5], [0, 0, 1, 2, 3], [3, 4, 5, 0, 0]]
+    assert [moved(x, n).tolist() for n in (0, 2, -2)] == [[1, 2, 3, 4, 5], [0, 0, 1, 2, 3], [3, 4, 5, 0, 0]]
     waveform, starts = np.ones(RATE, np.float32), []
     for seed in range(60):
         result = augmented(seed, waveform, time_shift=0.1)
