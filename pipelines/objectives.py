@@ -62,7 +62,13 @@ KINDS = {
         f"{_OBJECTIVES}.speech_recognizer.SpeechRecognizer",
         f"{_NETWORKS}.SpeechEncoder",
         f"{_DATA}.SpeechData",
-        ("transcribe",),
+        ("transcribe", "embed"),
+    ),
+    "SpeechToText": Kind(
+        f"{_OBJECTIVES}.speech_to_text.SpeechToText",
+        f"{_NETWORKS}.Whisper",
+        f"{_DATA}.SpeechData",
+        ("transcribe", "embed"),
     ),
     "TextClassifier": Kind(
         f"{_OBJECTIVES}.text_classifier.TextClassifier",

@@ -1,6 +1,7 @@
 """Sequence to sequence: translation, summarisation, and whatever else turns one text into another."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from trunkline.modules.generation.sampling import generate
 from trunkline.modules.losses import linear_cross_entropy, token_losses
 from trunkline.modules.metrics.translation import USUAL_TOKENS, check_scores, signatures, translation_scores
 from trunkline.modules.networks import EncoderDecoder, EncoderDecoderConfig
+from trunkline.modules.networks.conditional import ConditionalNetwork
 from trunkline.modules.objectives.arguments import as_config
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.objectives.checks import check_loss_options, facts_of
@@ -24,7 +26,7 @@ from trunkline.modules.training.warm_start import FREE, SHOWN, TrainedWeights, c
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SIZES = {"vocab_size", "target_vocab_size", "max_length", "max_target_length"}
+SIZES = {"vocab_size", "target_vocab_size", "max_length", "max_target_length", "num_mels", "max_frames"}
 """Fields of the network's configuration that show in the shapes of its weights."""
 
 
@@ -34,6 +36,7 @@ class Written(NamedTuple):
     row: int
     """Number of the row in its split."""
     source: str
+    """The text that was read, or the name of the clip that was heard."""
     prediction: str
     reference: str
 
@@ -41,8 +44,8 @@ class Written(NamedTuple):
 class TextFacts(NamedTuple):
     """What writing texts needs to know about the data."""
 
-    start: int
-    """Token that the decoder reads first."""
+    starts: Sequence[int]
+    """Tokens that the decoder reads first."""
     end: int
     """Token that ends a text."""
     tokenizer: "Tokenizer"
@@ -50,24 +53,36 @@ class TextFacts(NamedTuple):
     """(split, row) -> source and reference."""
 
     @classmethod
-    def read(cls, facts: DataFacts) -> "TextFacts | None":
+    def read(cls, facts: DataFacts, usual_data: str) -> "TextFacts | None":
         """None for data without texts.
+
+        Args:
+            facts: what the data knows.
+            usual_data: name of a datamodule that tells all that is needed, for the message.
 
         Raises:
             TrunklineError: if the data tells texts, but not all that is needed besides, which is named.
         """
-        if facts.pair is None:
+        pair = facts.pair or named_transcripts(facts)
+        if pair is None:
             return None
-        start, end, tokenizer = facts.start_token, facts.end_token, facts.target_tokenizer or facts.tokenizer
-        if start is None or end is None or tokenizer is None:
-            needed = {"start_token": start, "end_token": end, "tokenizer": tokenizer}
+        end, tokenizer = facts.end_token, facts.target_tokenizer or facts.tokenizer
+        starts = facts.start_tokens or (None if facts.start_token is None else [facts.start_token])
+        if starts is None or end is None or tokenizer is None:
+            needed = {"start_token": starts, "end_token": end, "tokenizer": tokenizer}
             missing = " and ".join(name for name, value in needed.items() if value is None)
             raise TrunklineError(
-                f"scores of generated texts need the data's {missing}, which it does not tell; use TranslationData, or "
+                f"scores of generated texts need the data's {missing}, which it does not tell; use {usual_data}, or "
                 "set scores to []",
                 field="model.scores",
             )
-        return cls(start, end, tokenizer, facts.pair)
+        return cls(starts, end, tokenizer, pair)
+
+
+def named_transcripts(facts: DataFacts) -> Callable[[str, int], tuple[str, str]] | None:
+    """(split, row) -> name of a clip and what is said in it; None if the data tells no transcripts."""
+    transcript, name = facts.transcript, facts.row_name or (lambda split, row: f"row {row}")
+    return None if transcript is None else lambda split, row: (name(split, row), transcript(split, row))
 
 
 class Seq2Seq(TrunklineModule):
@@ -83,15 +98,19 @@ class Seq2Seq(TrunklineModule):
         label_smoothing: share of the target spread evenly over the vocabulary (arXiv:1512.00567).
         z_loss: factor of the squared log-partition (arXiv:2204.02311, which uses 1e-4); 0 is off.
         generation: how evaluation writes texts; None is greedy, up to the length of the data's targets.
-        scores: `exact`, `bleu`, `chrf`, `rouge`; none of them writes no texts.
+        scores: `exact`, `bleu`, `chrf`, `rouge`, `wer`, `cer`; none of them writes no texts.
         tokenize: how sacreBLEU cuts texts into words for BLEU: `13a`, `zh`, `ja-mecab`, `ko-mecab`, `char`, …
         generated_rows: number of rows, the first of the split, for which validation writes texts; None is all. A test
             always takes all.
         **shared: see `TrunklineModule`; its `freeze_blocks` applies to encoder and decoder.
     """
 
-    network: EncoderDecoder
-    network_class = EncoderDecoder
+    network: ConditionalNetwork
+    network_class: ClassVar[type[ConditionalNetwork]] = EncoderDecoder
+    source_field = "tokens"
+    """Field of a batch that the encoder reads."""
+    usual_data = "TranslationData"
+    """Name of the datamodule that is made for this objective."""
     unit = "tokens"
     counted: ClassVar[dict[str, str]] = {"truncated": "truncated_pairs"}
     shown: ClassVar[tuple[str, ...]] = ("loss", "exact", "bleu")
@@ -116,10 +135,8 @@ class Seq2Seq(TrunklineModule):
                 f"generated_rows must be 0 or more, not {generated_rows}; leave it out for all rows",
                 field="model.generated_rows",
             )
-        config = self.configured(EncoderDecoderConfig, network)
+        config = self.configured(self.network_class.config_class, network)
         self.generation = None if generation is None else as_config(GenerationConfig, generation)
-        if self.generation is not None:
-            check_generation(self.generation, config)
         self.keep_hyperparameters(
             network=config,
             label_smoothing=label_smoothing,
@@ -133,7 +150,9 @@ class Seq2Seq(TrunklineModule):
         self.scores, self.tokenize = list(scores), tokenize
         self.written: list[Written] = []
         """The texts of the last evaluation, in the order of the rows: of all processes once it has ended."""
-        self.network = EncoderDecoder(config)
+        self.network = self.network_class(config)
+        if self.generation is not None:
+            check_generation(self.generation, self.network)
         self.start()
 
     def copy_weights(self, weights: TrainedWeights) -> None:
@@ -149,7 +168,7 @@ class Seq2Seq(TrunklineModule):
             TrunklineError: for data that does not tell what the decoder needs, or weights that are sharded.
         """
         super().setup(stage)
-        if self.scores and TextFacts.read(facts_of(self.trainer)) is not None:
+        if self.scores and TextFacts.read(facts_of(self.trainer), self.usual_data) is not None:
             strategy = self.trainer.strategy
             if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
                 raise TrunklineError(
@@ -158,15 +177,16 @@ class Seq2Seq(TrunklineModule):
                     field="model.scores",
                 )
 
-    def forward(self, tokens: Tensor, target_tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Sources (B, S), targets (B, T) from the start token on, mask (B, S) of the sources -> (B, T, V) logits."""
-        return self.network(tokens, target_tokens, mask)
+    def forward(self, source: Tensor, target_tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Sources (B, S, ...), targets (B, T) from the start token on, mask (B, S) of sources -> (B, T, V) logits."""
+        return self.network(source, target_tokens, mask)
 
-    def states(self, batch: SequencePairBatch) -> Tensor:
+    def states(self, batch: Any) -> Tensor:
         """Inputs of the output layer, (B, T, D)."""
-        return self.network(batch["tokens"], batch["target_tokens"], batch.get("mask"), return_logits=False)
+        source = batch[self.source_field]
+        return self.network(source, batch["target_tokens"], batch.get("mask"), return_logits=False)
 
-    def loss(self, batch: SequencePairBatch) -> Loss:
+    def loss(self, batch: Any) -> Loss:
         """The loss over the tokens of the targets."""
         targets, head = batch["targets"].flatten(), self.network.head
         total = linear_cross_entropy(
@@ -187,7 +207,7 @@ class Seq2Seq(TrunklineModule):
     def start_evaluation(self) -> None:
         self.written = []
 
-    def evaluate(self, batch: SequencePairBatch, metrics: Any) -> None:
+    def evaluate(self, batch: Any, metrics: Any) -> None:
         counted = batch["targets"] != IGNORE
         target, head = batch["targets"][counted], self.network.head
         losses, best = token_losses(self.states(batch)[counted], head.weight, target, head.bias)
@@ -196,18 +216,20 @@ class Seq2Seq(TrunklineModule):
         if self.scores and not self.trainer.sanity_checking:
             self.written += self.write(batch, facts_of(self.trainer))
 
-    def write(self, batch: SequencePairBatch, facts: DataFacts) -> list[Written]:
+    def write(self, batch: Any, facts: DataFacts) -> list[Written]:
         """Write a text for each valid row, in validation only for the first `generated_rows` of the split."""
-        texts, kept = TextFacts.read(facts), batch["valid"]
+        texts, kept = TextFacts.read(facts, self.usual_data), batch["valid"]
         if self.generated_rows is not None and not self.trainer.testing:
             kept = kept & (batch["index"] < self.generated_rows)
         if texts is None or not kept.any():
             return []
-        tokens, mask = batch["tokens"][kept], batch.get("mask")
-        decoder = self.network.decoder_of(tokens, None if mask is None else mask[kept])
-        longest = facts.max_target_length or self.network.config.max_target_length
-        config = self.generation or GenerationConfig(longest, temperature=0)
-        prompts = tokens.new_full((len(tokens), 1), texts.start)
+        source, mask = batch[self.source_field][kept], batch.get("mask")
+        decoder = self.network.decoder_of(source, None if mask is None else mask[kept])
+        prompts = torch.tensor([texts.starts] * len(source), device=source.device)
+        limit = self.network.config.max_target_length
+        config = self.generation or GenerationConfig(facts.max_target_length or limit, temperature=0)
+        room = limit + 1 - prompts.shape[1]  # a target's last token is never read
+        config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
         rows, stage = batch["index"][kept].tolist(), "test" if self.trainer.testing else "val"
         ids = generate(decoder, prompts, config=config, end_ids=[texts.end], numbers=rows)
         predictions = texts.tokenizer.decode_batch(ids, skip_special_tokens=True)
@@ -237,26 +259,26 @@ class Seq2Seq(TrunklineModule):
             mask = mask & batch["valid"][:, None]
         return mask.sum() + (batch["targets"] != IGNORE).sum()
 
-    def flops_per_batch(self, batch: SequencePairBatch) -> int:
-        return self.network_flops(batch["tokens"], batch["target_tokens"], batch.get("mask"))
+    def flops_per_batch(self, batch: Any) -> int:
+        return self.network_flops(batch[self.source_field], batch["target_tokens"], batch.get("mask"))
 
 
-def check_generation(generation: GenerationConfig, network: EncoderDecoderConfig) -> None:
+def check_generation(generation: GenerationConfig, network: ConditionalNetwork) -> None:
     """Compare the options of generation with the network.
 
     Raises:
         TrunklineError: if the texts can be longer than a target, or begin with an unknown token.
     """
-    longest, place = network.max_target_length, "model.generation."
+    longest, vocabulary, place = network.config.max_target_length, network.head.out_features, "model.generation."
     if generation.max_new_tokens > longest:
         raise TrunklineError(
             f"generation.max_new_tokens is {generation.max_new_tokens}, but a target has at most {longest} tokens "
             f"(max_target_length); set it to at most {longest}",
             field=f"{place}max_new_tokens",
         )
-    if generation.first_token is not None and generation.first_token >= network.target_vocabulary:
+    if generation.first_token is not None and generation.first_token >= vocabulary:
         raise TrunklineError(
-            f"generation.first_token is {generation.first_token}, but the target's vocabulary has "
-            f"{network.target_vocabulary} tokens; take the id from its tokenizer",
+            f"generation.first_token is {generation.first_token}, but the target's vocabulary has {vocabulary} tokens; "
+            "take the id from its tokenizer",
             field=f"{place}first_token",
         )

@@ -53,7 +53,7 @@ def test_the_table_is_complete() -> None:
     assert [cls.__name__ for cls in objective_classes()] == list(KINDS)
     for kind in KINDS.values():
         assert issubclass(import_class(kind.network), Network)
-    assert len(set(data_classes())) == len(KINDS)
+    assert len(set(data_classes())) == len(KINDS) - 1  # both that write what is said take the same
     assert able("generate") == ["CausalLM"]
     assert able("no command") == []
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import machine_settings
@@ -22,26 +22,29 @@ from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.objectives.speech_recognizer import SpeechRecognizer
 from trunkline.modules.training.optim import OptimizerConfig
 
-START, END, SPACE = 0, 1, 2
-NAMES = ["<s>", "</s>", " ", "a", "b", "c"]
+START, END, SPACE, LANGUAGE = 0, 1, 2, 6
+NAMES = ["<s>", "</s>", " ", "a", "b", "c", "<en>"]
 """Tokens by number; the letters are also the classes of sounds."""
+CLASSES = NAMES[3:6]
 V, MELS, FRAMES = len(NAMES), 6, 72
 LONGEST = 6
 """Tokens of the longest text, without its end."""
 Batch = dict[str, Tensor]
+Kind = Literal["ctc", "decoder", "labels"]
+"""What a batch is for: CTC, and classes with one label a clip; a decoder; clips with several labels."""
 
 
 def letters() -> Tokenizer:
     """0 starts a text, 1 ends it, and the others are characters."""
     tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(NAMES)}, "<s>"))
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.add_special_tokens(["<s>", "</s>", "<en>"])
     return tokenizer
 
 
 def spelt(draw: torch.Generator) -> list[int]:
     """The tokens of a text: words of one or two letters with single spaces between them."""
-    text = torch.randint(3, V, (int(torch.randint(2, LONGEST + 1, (1,), generator=draw)),), generator=draw).tolist()
+    text = torch.randint(3, 6, (int(torch.randint(2, LONGEST + 1, (1,), generator=draw)),), generator=draw).tolist()
     return [SPACE if place in (2, 4) and place + 1 < len(text) else token for place, token in enumerate(text)]
 
 
@@ -56,24 +59,25 @@ def sound(text: Sequence[int]) -> Tensor:
 
 
 class Tones(L.LightningDataModule):
-    """Clips with texts; in a clip's batch are also its classes, so that all objectives that hear can use it.
+    """Clips with texts and classes, so that all objectives that hear can use them.
 
     Args:
         rows: number of clips in validation and test.
         size: clips in a batch.
-        several: whether a clip has several labels: all its letters; else its label is its first letter.
+        kind: what the batches are for.
         facts: facts that differ from the usual ones.
     """
 
-    def __init__(self, rows: int = 10, size: int = 4, several: bool = False, **facts: Any) -> None:
+    def __init__(self, rows: int = 10, size: int = 4, kind: Kind = "ctc", **facts: Any) -> None:
         super().__init__()
-        self.size, self.several, self.words = size, several, letters()
+        self.size, self.kind, self.words = size, kind, letters()
         draw = torch.Generator().manual_seed(3)
         self.texts = [spelt(draw) for _ in range(rows)]
         usual: dict[str, Any] = {"tokenizer": self.words, "vocab_size": V, "num_mels": MELS, "max_frames": FRAMES}
         usual |= {"frame_seconds": 0.25, "transcript": self.transcript, "row_name": lambda split, row: f"{split}{row}"}
-        usual |= {"start_token": START, "end_token": END, "max_target_length": LONGEST + 1}
-        usual |= {"class_names": NAMES[3:], "multi_label": several}
+        usual |= {"class_names": CLASSES, "multi_label": kind == "labels"}
+        if kind == "decoder":
+            usual |= {"start_tokens": [START, LANGUAGE], "end_token": END, "max_target_length": LONGEST + 2}
         self.facts = DataFacts(**{**usual, **facts})
 
     def transcript(self, split: str, row: int) -> str:
@@ -89,10 +93,10 @@ class Tones(L.LightningDataModule):
 
     def collate(self, rows: Sequence[int]) -> Batch:
         """The batch of these rows."""
-        return collate([self.texts[row] for row in rows], rows, self.size, self.several)
+        return collate([self.texts[row] for row in rows], rows, self.size, self.kind)
 
     def train_dataloader(self) -> Any:
-        return DataLoader(drawn(3, self.size, self.several), batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(drawn(3, self.size, self.kind), batch_size=None)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> Any:
         return DataLoader(self.batches(), batch_size=None)  # type: ignore[arg-type]
@@ -100,37 +104,40 @@ class Tones(L.LightningDataModule):
     test_dataloader = val_dataloader
 
 
-def collate(texts: Sequence[list[int]], rows: Sequence[int], size: int, several: bool = False) -> Batch:
-    """A batch of clips, filled up to `size` rows with short ones that have no text."""
-    sounds = [sound(text) for text in texts] + [sound([3])] * (size - len(texts))
-    frames = -(-max(map(len, sounds)) // 8) * 8
-    width = max(map(len, texts), default=0) + 1
-    batch = {
-        "features": torch.zeros(size, frames, MELS),
-        "mask": torch.arange(frames) < torch.tensor([[len(clip)] for clip in sounds]),
-        "targets": torch.full((size, width), IGNORE),
-        "target_tokens": torch.full((size, width), START),
-        "truncated": torch.zeros(size, dtype=torch.long),
-        "skipped": torch.zeros(size, dtype=torch.long),
-        "index": torch.zeros(size, dtype=torch.long),
-        "valid": torch.arange(size) < len(texts),
-    }
-    label, target = torch.zeros(size, dtype=torch.long), torch.zeros(size, V - 3)
-    for place, (text, row) in enumerate(zip(texts, rows, strict=True)):
-        batch["targets"][place, : len(text)] = torch.tensor(text)
-        batch["target_tokens"][place, 1 : len(text) + 1] = torch.tensor(text)
-        batch["index"][place] = row
-        label[place] = text[0] - 3
-        target[place, [token - 3 for token in text if token >= 3]] = 1.0
-    for place, clip in enumerate(sounds):
-        batch["features"][place, : len(clip)] = clip
-    return {**batch, "target": target} if several else {**batch, "label": label}
+def collate(texts: Sequence[list[int]], rows: Sequence[int], size: int, kind: Kind = "ctc") -> Batch:
+    """A batch of clips, filled up to `size` rows with short ones that have no text.
+
+    A clip's label is its first letter; if it has several labels, they are all its letters.
+    """
+    clips = [sound(text) for text in texts] + [sound([3])] * (size - len(texts))
+    frames = -(-max(map(len, clips)) // 8) * 8
+    lengths = torch.tensor([[len(clip)] for clip in clips])
+    features = torch.stack([torch.nn.functional.pad(clip, (0, 0, 0, frames - len(clip))) for clip in clips])
+    none = torch.zeros(size, dtype=torch.long)
+    batch = {"features": features, "mask": torch.arange(frames) < lengths, "truncated": none, "skipped": none}
+    batch |= {"index": torch.tensor([*rows, *[0] * size][:size]), "valid": torch.arange(size) < len(texts)}
+    texts = [*texts, *[[]] * (size - len(texts))]
+    if kind == "labels":
+        found = [[float(token in text) for token in range(3, 6)] for text in texts]
+        return {**batch, "target": torch.tensor(found)}
+    if kind == "decoder":
+        before = [[START, LANGUAGE, *text] for text in texts]
+        batch["target_tokens"] = padded(before, START)
+        return {**batch, "targets": padded([[IGNORE, *text, END] if text else [] for text in texts], IGNORE)}
+    label = torch.tensor([text[0] - 3 if text else 0 for text in texts])
+    return {**batch, "label": label, "targets": padded(texts, IGNORE)}
 
 
-def drawn(count: int, size: int, several: bool = False, seed: int = 5) -> list[Batch]:
+def padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
+    """(number of rows, longest row) with the filler after the end of a row."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], dtype=torch.long)
+
+
+def drawn(count: int, size: int, kind: Kind = "ctc", seed: int = 5) -> list[Batch]:
     """Batches for training."""
     draw = torch.Generator().manual_seed(seed)
-    return [collate([spelt(draw) for _ in range(size)], range(size), size, several) for _ in range(count)]
+    return [collate([spelt(draw) for _ in range(size)], range(size), size, kind) for _ in range(count)]
 
 
 def noisy(made: Any, noise: float) -> Any:
