@@ -1,5 +1,6 @@
 """Plain torch networks, each a short composition on the trunk. Needs only torch."""
 
+from trunkline.modules.networks.ast import AST, ASTConfig
 from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.bert import BERT, BERTConfig
 from trunkline.modules.networks.clip import CLIP, CLIPConfig
@@ -11,9 +12,11 @@ from trunkline.modules.networks.vit import ViT, ViTConfig
 from trunkline.modules.networks.whisper import Whisper, WhisperConfig
 
 __all__ = [
+    "AST",
     "BERT",
     "CLIP",
     "GPT",
+    "ASTConfig",
     "BERTConfig",
     "CLIPConfig",
     "EncoderDecoder",

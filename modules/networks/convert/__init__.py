@@ -1,6 +1,12 @@
 """Conversion of foreign weights: one key table per family, each with a parity test (test_parity_*.py)."""
 
 from trunkline.modules.networks.convert.timm_vit import vit_from_timm
+from trunkline.modules.networks.convert.transformers_ast import (
+    ast_config_from_transformers,
+    ast_config_to_transformers,
+    ast_from_transformers,
+    ast_to_transformers,
+)
 from trunkline.modules.networks.convert.transformers_bart import (
     bart_config_from_transformers,
     bart_config_to_transformers,
@@ -28,6 +34,10 @@ from trunkline.modules.networks.convert.transformers_whisper import (
 )
 
 __all__ = [
+    "ast_config_from_transformers",
+    "ast_config_to_transformers",
+    "ast_from_transformers",
+    "ast_to_transformers",
     "bart_config_from_transformers",
     "bart_config_to_transformers",
     "bart_from_transformers",

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer, TransformerConfig, sincos_positions_2d
 from trunkline.modules.networks import (
+    AST,
     BERT,
     GPT,
+    ASTConfig,
     BERTConfig,
     EncoderDecoder,
     EncoderDecoderConfig,
@@ -57,6 +59,12 @@ def pair(trunk: dict[str, Any] | None = None, **changes: Any) -> EncoderDecoderC
 def speech(trunk: dict[str, Any] | None = None, **changes: Any) -> SpeechEncoderConfig:
     backbone = TransformerConfig(**{"dim": 32, "depth": 2, "num_heads": 4, **(trunk or {})})
     return SpeechEncoderConfig(**{"vocab_size": 18, "num_mels": 8, "max_frames": 24, "backbone": backbone, **changes})
+
+
+def spectrogram(trunk: dict[str, Any] | None = None, **changes: Any) -> ASTConfig:
+    backbone = TransformerConfig(**{"dim": 32, "depth": 2, "num_heads": 4, **(trunk or {})})
+    sizes = {"num_mels": 10, "max_frames": 24, "patch_size": 4, "stride": 3, "num_classes": 6}
+    return ASTConfig(**{**sizes, "backbone": backbone, **changes})
 
 
 def whisper(trunk: dict[str, Any] | None = None, **changes: Any) -> WhisperConfig:
@@ -132,6 +140,18 @@ NETWORKS: dict[str, tuple[type[Network], Any, list[int], list[int]]] = {  # clas
         [2, 6, 19],
     ),
     "speech-patches": (SpeechEncoder, speech(front="patches", positions="learned"), [2, 21, 8], [2, 6, 19]),
+    "ast": (AST, spectrogram(), [2, 24, 10], [2, 6]),
+    "ast-shorter": (AST, spectrogram(pool="cls", stride=(4, 2)), [2, 17, 10], [2, 6]),
+    "ast-modern": (
+        AST,
+        spectrogram(
+            {"mlp": "swiglu", "norm": "rmsnorm", "num_kv_heads": 2, "qk_norm": True, "bias": False},
+            pool="mean",
+            head_norm=False,
+        ),
+        [2, 24, 10],
+        [2, 6],
+    ),
     "whisper": (Whisper, whisper(), [2, 21, 8], [2, 5, 19]),
     "whisper-modern": (
         Whisper,
@@ -238,7 +258,7 @@ def test_attention_path_of_text(name: str) -> None:
     assert future > 0 if "bert" in name else future == 0
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name.startswith("vit")])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name.startswith(("vit", "ast"))])
 def test_attention_path(name: str) -> None:
     network, x = build(name)
     features = network.forward_features(x, return_attention=True)
