@@ -19,9 +19,15 @@ class Kind(NamedTuple):
 
 
 _OBJECTIVES, _NETWORKS, _DATA = "trunkline.modules.objectives", "trunkline.modules.networks", "trunkline.datamodules"
-PREDICT_IMAGES, PREDICT_TEXTS = "predict --images", "predict --texts"
+PREDICT_IMAGES, PREDICT_TEXTS, PREDICT_AUDIO = "predict --images", "predict --texts", "predict --audio"
 
 KINDS = {
+    "AudioClassifier": Kind(
+        f"{_OBJECTIVES}.audio_classifier.AudioClassifier",
+        f"{_NETWORKS}.AST",
+        f"{_DATA}.AudioData",
+        (PREDICT_AUDIO,),
+    ),
     "CausalLM": Kind(
         f"{_OBJECTIVES}.causal_lm.CausalLM",
         f"{_NETWORKS}.GPT",

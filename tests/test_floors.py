@@ -165,7 +165,7 @@ for function in FUNCTIONS.values():
 print(*before & set(sys.modules), len(before))
 """
     assert "trunkline.pipelines.commands.generate" in COMMANDS
-    assert python(code, *COMMANDS).split() == ["8"]
+    assert python(code, *COMMANDS).split() == ["11"]
 
 
 # --- flags

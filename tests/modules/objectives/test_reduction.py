@@ -20,18 +20,30 @@ from torchmetrics import MeanMetric, Metric
 from trunkline import TrunklineError
 from trunkline.contract import IGNORE, Loss
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.networks import BERTConfig, EncoderDecoderConfig, GPTConfig, TextHeadConfig
+from trunkline.modules.networks import (
+    ASTConfig,
+    BERTConfig,
+    EncoderDecoderConfig,
+    GPTConfig,
+    SpeechEncoderConfig,
+    TextHeadConfig,
+    WhisperConfig,
+)
+from trunkline.modules.objectives.audio_classifier import AudioClassifier
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.objectives.causal_lm import CausalLM
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.objectives.masked_lm import MaskedLM
 from trunkline.modules.objectives.reduction import Accumulation, as_terms, mean_count
 from trunkline.modules.objectives.seq2seq import Seq2Seq
+from trunkline.modules.objectives.speech_recognizer import SpeechRecognizer
+from trunkline.modules.objectives.speech_to_text import SpeechToText
 from trunkline.modules.objectives.token_classifier import TokenClassifier
 from trunkline.modules.training.optim import OptimizerConfig
 
 Batch = dict[str, Tensor]
 V, T, TAGS = 11, 8, 4
+MELS, FRAMES = 4, 24
 SIZES = (4, 2, 3, 1, 2)
 """Rows of the batches."""
 OTHER_SIZES = (1, 3, 2, 2, 4)
@@ -93,6 +105,27 @@ def images(rows: int, draw: torch.Generator) -> Batch:
     return {"image": torch.randn(rows, 1, 8, 8, generator=draw), "label": label}
 
 
+def clips(rows: int, draw: torch.Generator) -> Batch:
+    """Of different lengths; the last one only fills up the batch, if there are others."""
+    mask = torch.arange(FRAMES) < torch.randint(8, FRAMES + 1, (rows, 1), generator=draw)
+    valid = (torch.arange(rows) < rows - 1) | (rows == 1)
+    return {"features": torch.randn(rows, FRAMES, MELS, generator=draw), "mask": mask, "valid": valid}
+
+
+def spoken(rows: int, draw: torch.Generator) -> Batch:
+    """Some have more tokens than states, some have none."""
+    return {**clips(rows, draw), "targets": targets(draw, V, (rows, 5)), "index": torch.arange(rows)}
+
+
+def dictated(rows: int, draw: torch.Generator) -> Batch:
+    following, before = targets(draw, V, (rows, T)), torch.randint(0, V, (rows, T), generator=draw)
+    return {**clips(rows, draw), "target_tokens": before, "targets": following}
+
+
+def labelled(rows: int, draw: torch.Generator) -> Batch:
+    return {**clips(rows, draw), "target": torch.rand(rows, TAGS, generator=draw)}
+
+
 def masked_lm(next_sentence: bool) -> MaskedLM:
     return MaskedLM(BERTConfig(V, T, next_sentence=next_sentence, backbone=trunk()), optimizer=SGD)
 
@@ -106,12 +139,28 @@ def seq2seq() -> Seq2Seq:
     return Seq2Seq(EncoderDecoderConfig(V, None, T, T, encoder=trunk(), decoder=trunk()), optimizer=SGD)
 
 
+def recognizer() -> SpeechRecognizer:
+    return SpeechRecognizer(SpeechEncoderConfig(V, MELS, FRAMES, backbone=trunk()), optimizer=SGD)
+
+
+def writer() -> SpeechToText:
+    return SpeechToText(WhisperConfig(V, MELS, FRAMES, T, encoder=trunk(), decoder=trunk()), optimizer=SGD)
+
+
+def sounds() -> AudioClassifier:
+    network = ASTConfig(MELS, FRAMES, patch_size=4, stride=2, num_classes=TAGS, backbone=trunk())
+    return AudioClassifier(network, multi_label=True, optimizer=SGD)
+
+
 KINDS: dict[str, tuple[Callable[[], TrunklineModule], Callable[[int, torch.Generator], Batch]]] = {
     "CausalLM": (lambda: CausalLM(GPTConfig(V, T, backbone=trunk(causal=True)), optimizer=SGD), packed),
     "MaskedLM": (lambda: masked_lm(next_sentence=False), masked),
     "MaskedLM of pairs": (lambda: masked_lm(next_sentence=True), masked_pairs),
     "TokenClassifier": (tagger, tagged),
     "Seq2Seq": (seq2seq, text_pairs),
+    "SpeechRecognizer": (recognizer, spoken),
+    "SpeechToText": (writer, dictated),
+    "AudioClassifier": (sounds, labelled),
     "ImageClassifier": (lambda: ImageClassifier(tiny.vit(), optimizer=SGD), images),
 }
 
