@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Collection
 from importlib import import_module
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 from trunkline import TrunklineError, __version__
@@ -31,27 +31,28 @@ class Function(NamedTuple):
 
 
 FUNCTIONS = {
-    "embed": Function("commands.embed", "embed", "write embeddings of texts or images with a checkpoint"),
+    "embed": Function("commands.embed", "embed", "write embeddings of texts, images or sounds with a checkpoint"),
     "evaluate": Function(
         "evaluation.evaluate",
         "evaluate",
-        "judge a network: retrieval, zero-shot, k-NN, linear probe; BLEU and exact match",
+        "judge a network: retrieval, zero-shot, k-NN, linear probe; BLEU and exact match; word error rate",
         completion="evaluation.data.with_data_class",
     ),
     "fill-mask": Function(
         "commands.fill_mask", "fill_mask", "predict the masked words of a sentence with a checkpoint"
     ),
     "generate": Function("commands.generate", "generate_text", "continue a text with a checkpoint"),
-    "predict": Function("commands.predict", "predict", "classify a folder of images with a checkpoint"),
+    "predict": Function("commands.predict", "predict", "classify images, sounds or texts with a checkpoint"),
     "search": Function("commands.search", "search", "find the pictures that a text describes, with a checkpoint"),
+    "transcribe": Function("commands.transcribe", "transcribe", "write what is said in recordings with a checkpoint"),
     "translate": Function("commands.translate", "translate", "translate or summarise texts with a checkpoint"),
     "benchmark": Function("benchmarks.benchmark", "benchmark", "measure speed side by side with peers"),
 }
 """Commands that are functions, by name; their modules are below `trunkline.pipelines`."""
 
-POSITIONAL = {"fill-mask": "--sentence", "search": "--query", "translate": "--text"}
+POSITIONAL = {"fill-mask": "--sentence", "search": "--query", "transcribe": "--audio", "translate": "--text"}
 """Flag of each command whose value may follow the command without the flag."""
-SEVERAL = ("translate",)
+SEVERAL = ("transcribe", "translate")
 """Commands of which several values may follow."""
 
 
@@ -115,8 +116,21 @@ def run_function(function: Callable[..., None], command: str, arguments: list[st
         given = [POSITIONAL[command], json.dumps(values), *given[len(values) :]]
     elif command in POSITIONAL and values:
         given = [POSITIONAL[command], *given]
+    given = switched_on(function, given)
     options: dict[str, Any] = {"as_positional": False, "parser_class": CommandParser}
     auto_cli(function, args=given, prog=f"trunkline {command}", **options)
+
+
+def switched_on(function: Callable[..., None], arguments: list[str]) -> list[str]:
+    """The arguments with `true` after each yes-or-no flag that stands without a value."""
+    parameters = inspect.signature(function).parameters.values()
+    switches = {f"--{parameter.name}" for parameter in parameters if isinstance(parameter.default, bool)}
+    found = []
+    for argument, following in pairwise([*arguments, "--"]):
+        found.append(argument)
+        if argument in switches and following.startswith("-"):
+            found.append("true")
+    return found
 
 
 def usage() -> str:

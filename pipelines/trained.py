@@ -6,6 +6,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
+from trunkline.datamodules.audio.log_mel import LogMel
+from trunkline.datamodules.audio.transcripts import TranscriptNormalization
 from trunkline.datamodules.images.preprocessing import Preprocessing
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.tokenizers import load_tokenizer, size_of, tokenizer_of_checkpoint
@@ -183,6 +185,24 @@ class Trained:
             TrunklineError: if the checkpoint does not say.
         """
         return Preprocessing(**self.data_state("preprocessing"))
+
+    @property
+    def log_mel(self) -> LogMel:
+        """How waveforms became features.
+
+        Raises:
+            TrunklineError: if the checkpoint does not say.
+        """
+        return LogMel(**self.data_state("log_mel"))
+
+    @property
+    def normalization(self) -> TranscriptNormalization:
+        """How transcripts were written.
+
+        Raises:
+            TrunklineError: if the checkpoint does not say.
+        """
+        return TranscriptNormalization(**self.data_state("normalization"))
 
     @property
     def class_names(self) -> list[str]:
