@@ -215,7 +215,7 @@ def test_a_resume_that_begins_with_a_validation_knows_the_samples_seen(tmp_path:
     logger = TensorBoardLogger(tmp_path, name="", version="2")
     trainer: Any = SimpleNamespace(loggers=[logger], is_global_zero=True, sanity_checking=False, global_step=2)
     trainer.callback_metrics = {"val/acc": 0.5, "train/loss": 1.0}
-    after.on_validation_end(trainer, SimpleNamespace(unit="images"))  # type: ignore[arg-type]
+    after.on_validation_end(trainer, SimpleNamespace(unit="images", unit_size=1))  # type: ignore[arg-type]
     logger.finalize("success")
     found = events(tmp_path / "2")
     assert found.Tags()["scalars"] == ["by_images/val/acc"]
