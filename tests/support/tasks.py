@@ -132,6 +132,24 @@ def speech(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     return model, {"class_path": "SpeechData", "init_args": data}
 
 
+def listen(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same recordings, for a decoder with two start tokens; its texts are written too."""
+    _, data = speech(folder, exact)
+    data["init_args"] |= {"form": "decoder", "start_tokens": ["<en>", "<text>"]}
+    network = {"num_mels": 12, "encoder": trunk(exact), "decoder": trunk(exact)}
+    options = {"scores": ["wer"], "generated_rows": 3, "label_smoothing": 0.1}
+    return {"class_path": "SpeechToText", "init_args": {"network": network, **options}}, data
+
+
+def sounds(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Clips with one label, all padded to the same length, and mixed."""
+    data = {"source": write_spoken(folder, 450), "log_mel": {**SMALL_MEL, "padding": "fixed"}, "val_fraction": 0.4}
+    data |= {"augmentation": NOISY, "cache_dir": str(folder / "cache"), "mixup": {"probability": 0.5, "alpha": 0.3}}
+    network = {"num_mels": 12, "patch_size": 4, "stride": 3, "pool": "mean", "backbone": trunk(exact)}
+    model = {"class_path": "AudioClassifier", "init_args": {"network": network}}
+    return model, {"class_path": "AudioData", "init_args": data}
+
+
 def own(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """The task of `own_task.py`, which the package does not know."""
     model = {"class_path": "own_task.CloudClassifier", "init_args": {"network": {"backbone": trunk(exact)}}}
@@ -148,5 +166,7 @@ TASKS = {
     "pairs": pairs,
     "translate": translate,
     "speech": speech,
+    "listen": listen,
+    "audio": sounds,
     "own": own,
 }

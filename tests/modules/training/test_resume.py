@@ -199,6 +199,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         ("translate", 2, 0, 1),
         ("speech", 1, 2, 1),
         ("speech", 2, 0, 1),
+        ("audio", 2, 0, 1),
         ("own", 1, 0, 1),
         pytest.param("block", 1, 0, 1, marks=pytest.mark.slow),
         pytest.param("masked", 1, 2, 1, marks=pytest.mark.slow),
@@ -211,6 +212,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         pytest.param("translate", 2, 2, 2, marks=pytest.mark.slow),
         pytest.param("speech", 1, 0, 2, marks=pytest.mark.slow),
         pytest.param("speech", 2, 2, 1, marks=pytest.mark.slow),
+        pytest.param("listen", 2, 0, 2, marks=pytest.mark.slow),
+        pytest.param("audio", 1, 2, 1, marks=pytest.mark.slow),
     ],
 )
 def test_kills(
