@@ -26,7 +26,7 @@ KINDS = {
         f"{_OBJECTIVES}.audio_classifier.AudioClassifier",
         f"{_NETWORKS}.AST",
         f"{_DATA}.AudioData",
-        (PREDICT_AUDIO,),
+        (PREDICT_AUDIO, "embed"),
     ),
     "CausalLM": Kind(
         f"{_OBJECTIVES}.causal_lm.CausalLM",

@@ -21,7 +21,7 @@ from trunkline.datamodules.audio.audio_rows import AudioRows
 from trunkline.datamodules.audio.log_mel import LogMel
 from trunkline.datamodules.samplers import SampleKey, plain_errors
 
-MARGIN = 1 / 6
+CONTEXT_SHARE = 1 / 6
 """Share of a window at each of its ends that the next window hears too, and better."""
 
 
@@ -84,7 +84,7 @@ def open_recordings(paths: Sequence[str], field: str, skip_corrupt: bool = False
     return AudioFiles(good, seconds), [str(file) for file in files]
 
 
-class Window(NamedTuple):
+class AudioWindow(NamedTuple):
     """A part of a recording."""
 
     recording: int
@@ -124,9 +124,9 @@ class Windowing(NamedTuple):
             longest = log_mel.max_samples
         else:
             longest = max(log_mel.max_samples, max_frames * log_mel.hop)
-        margin, shortest = int(size * MARGIN) // unit * unit, max(unit, log_mel.window_samples)
+        margin, shortest = int(size * CONTEXT_SHARE) // unit * unit, max(unit, log_mel.window_samples)
         if margin < shortest or size > longest:
-            least, most = (round(n / log_mel.sample_rate, 2) for n in (shortest / MARGIN, longest))
+            least, most = (round(n / log_mel.sample_rate, 2) for n in (shortest / CONTEXT_SHARE, longest))
             raise TrunklineError(
                 f"a window of {seconds:g} seconds does not suit the network, which hears {least:g} to {most:g} seconds "
                 "at once",
@@ -139,15 +139,15 @@ class Windowing(NamedTuple):
         """From the start of a window to that of the next."""
         return self.size // self.unit * self.unit - 2 * self.margin
 
-    def cut(self, recording: int, samples: int) -> Iterator[Window]:
+    def cut(self, recording: int, samples: int) -> Iterator[AudioWindow]:
         """The windows of a recording of this length."""
         start = 0
         while start + self.size < samples:
-            yield Window(recording, start, start + self.size)
+            yield AudioWindow(recording, start, start + self.size)
             start += self.stride
-        yield Window(recording, start, None)
+        yield AudioWindow(recording, start, None)
 
-    def kept(self, window: Window) -> slice:
+    def kept(self, window: AudioWindow) -> slice:
         """The states of a window that count: those of all windows together are those of the recording."""
         edge = self.margin // self.unit
         return slice(edge if window.start else 0, None if window.stop is None else self.stride // self.unit + edge)
@@ -198,7 +198,7 @@ class AudioWindows(Dataset[dict[str, Any]]):
             items.append(item)
         return items
 
-    def waveform(self, window: Window) -> np.ndarray:
+    def waveform(self, window: AudioWindow) -> np.ndarray:
         """The samples (S,) of a window; none if it cannot be read and `skip_corrupt` is on.
 
         Raises:

@@ -14,7 +14,7 @@ from trunkline.datamodules.tokenizers import load_tokenizer, size_of, tokenizer_
 from trunkline.files import load_checkpoint
 from trunkline.modules.networks import Network
 from trunkline.modules.training.warm_start import network_of
-from trunkline.pipelines.objectives import KINDS, PREDICT_IMAGES, PREDICT_TEXTS, Kind, able, known_class, short
+from trunkline.pipelines.objectives import KINDS, Kind, able, known_class, short
 
 UNKNOWN = "something else"
 
@@ -65,7 +65,7 @@ class Trained:
         """
         if self.kind is not None:
             return command in self.kind.commands
-        return command not in (PREDICT_IMAGES, PREDICT_TEXTS) and self._class_path("network") in {
+        return not command.startswith("predict") and self._class_path("network") in {
             KINDS[name].network for name in able(command)
         }
 

@@ -22,7 +22,7 @@ from trunkline.modules.generation.ctc_beams import CTCDecoding, LanguageModel, c
 from trunkline.modules.generation.sampling import generate
 from trunkline.modules.networks import SpeechEncoder, Whisper
 from trunkline.pipelines.generating import NumberFormat, prepared
-from trunkline.pipelines.recordings import AudioWindows, Window, Windowing
+from trunkline.pipelines.recordings import AudioWindow, AudioWindows, Windowing
 from trunkline.pipelines.trained import Trained, read_language_model
 from trunkline.pipelines.translating import generation_of
 
@@ -70,7 +70,7 @@ class Transcriber(Protocol):
     log_mel: LogMel
     windowing: Windowing
 
-    def hear(self, batch: dict[str, Tensor], windows: Sequence[Window]) -> None:
+    def hear(self, batch: dict[str, Tensor], windows: Sequence[AudioWindow]) -> None:
         """Hear a batch of `AudioWindows`; the windows of each recording come in their order."""
 
     def transcript(self, recording: int) -> Transcript:
@@ -167,7 +167,7 @@ class CTCTranscriber:
         """Number of states of a recording that are decoded."""
         self.tokens: dict[int, list[SpokenToken]] = defaultdict(list)
 
-    def hear(self, batch: dict[str, Tensor], windows: Sequence[Window]) -> None:
+    def hear(self, batch: dict[str, Tensor], windows: Sequence[AudioWindow]) -> None:
         found, pieces = self.log_probs(batch), []
         for window, own in zip(windows, found, strict=True):
             recording, own = window.recording, own[self.windowing.kept(window)]
@@ -328,7 +328,7 @@ class DecoderTranscriber:
         """The words of each recording so far."""
 
     @torch.inference_mode()
-    def hear(self, batch: dict[str, Tensor], windows: Sequence[Window]) -> None:
+    def hear(self, batch: dict[str, Tensor], windows: Sequence[AudioWindow]) -> None:
         features, mask = batch["features"], batch.get("mask")
         features = features.to(self.device, next(self.network.parameters()).dtype)
         decoder = self.network.decoder_of(features, None if mask is None else mask.to(self.device))
@@ -338,7 +338,7 @@ class DecoderTranscriber:
         for window, text in zip(windows, self.words.decode_batch(found, skip_special_tokens=True), strict=True):
             before = self.heard.get(window.recording)
             share = 2 * self.windowing.margin / self.windowing.size
-            self.heard[window.recording] = text.split() if before is None else merged(before, text.split(), share)
+            self.heard[window.recording] = text.split() if before is None else joined_words(before, text.split(), share)
 
     def transcript(self, recording: int) -> Transcript:
         return Transcript(" ".join(self.heard.pop(recording)))
@@ -360,7 +360,7 @@ def start_ids(trained: Trained, words: Tokenizer) -> list[int]:
     return [known[name] for name in names]
 
 
-def merged(before: list[str], after: list[str], share: float) -> list[str]:
+def joined_words(before: list[str], after: list[str], share: float) -> list[str]:
     """The words of two windows that overlap; what both heard stands once.
 
     The windows are joined in the middle of the longest run of words that both have, if it is long enough to be the

@@ -1,4 +1,4 @@
-"""`trunkline embed`: write embeddings of texts and images to a table and to TensorBoard's projector."""
+"""`trunkline embed`: write embeddings of texts, images and sounds to a table and to TensorBoard's projector."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from trunkline.datamodules.text.masking import special_ids
 from trunkline.modules.callbacks.retrieval import sprites
 from trunkline.modules.networks import BERT, CLIP, GPT, TextHead, TextHeadConfig
 from trunkline.modules.networks.clip import unit
+from trunkline.pipelines.commands.embed_audio import LISTENERS, embed_audio
 from trunkline.pipelines.commands.output import check_output
 from trunkline.pipelines.devices import find_device
 from trunkline.pipelines.embedding import Pictures, clip_network, embed_images, embed_texts, open_pictures, progress_bar
@@ -34,6 +35,7 @@ def embed(
     texts: str | None = None,
     output: str = "embeddings.parquet",
     images: str | None = None,
+    audio: str | None = None,
     text_column: str = "text",
     pool: Literal["mean", "cls", "last"] = "mean",
     normalise: bool = True,
@@ -44,23 +46,26 @@ def embed(
     device: str = "auto",
     tokenizer: str | None = None,
 ) -> None:
-    """Embed texts with the trunk of a language model, or texts and images with a CLIP.
+    """Embed texts with a language model, texts and images with a CLIP, or sounds with a network that hears.
 
-    The table has the columns `text`, `embedding`, `nearest` (the most similar other text), `similarity` (its cosine),
-    and with images also `path`.
+    The table has the columns `text`, `embedding`, `nearest` (the most similar other text), `similarity` (its cosine);
+    with images also `path`, and with sounds `path` and `embedding` alone.
 
     Args:
-        checkpoint: a checkpoint of a masked or causal language model or of a CLIP, from `trunkline fit`.
+        checkpoint: a checkpoint of a masked or causal language model, of a CLIP, or of a network that hears, from
+            `trunkline fit`.
         texts: a .txt file with one text per line, or a .jsonl, .csv or .parquet file.
         output: a .parquet file.
         images: a folder, `twemoji` or `openmoji`; needs a CLIP.
+        audio: a folder with audio files, or a file; needs a network that hears. An embedding is what the head of a
+            classifier reads, or the mean of the encoder's states; of a long recording, the mean of its windows.
         text_column: column of the texts in a table.
         pool: for a language model: the mean over all tokens, the first token (`cls`, for a BERT), or the last token.
-        normalise: for a language model: scale embeddings to length 1, so that products are cosines. A CLIP always does.
-        batch_size: number of texts or images at a time.
-        num_workers: number of processes that read images.
-        skip_corrupt: leave out images that cannot be read, instead of stopping.
-        projector: a folder for TensorBoard's projector, which shows at most the first 10,000 images.
+        normalise: scale embeddings to length 1, so that products are cosines. A CLIP always does.
+        batch_size: number of texts, images or windows at a time.
+        num_workers: number of processes that read images and sounds.
+        skip_corrupt: leave out images and sounds that cannot be read, instead of stopping.
+        projector: a folder for TensorBoard's projector, which shows at most the first 10,000 images or sounds.
         device: auto, cpu, cuda, cuda:1, mps, …
         tokenizer: for a language model: a tokenizer.json to use instead of the checkpoint's own tokenizer.
 
@@ -68,16 +73,25 @@ def embed(
         TrunklineError: for a missing file, a text that is too long, or a checkpoint that cannot be used.
     """
     check_output(output, (".parquet",))
-    if texts is None and images is None:
-        raise TrunklineError("there is nothing to embed; give --texts, --images or both")
+    if texts is None and images is None and audio is None:
+        raise TrunklineError("there is nothing to embed; give --texts, --images or both, or --audio")
     place, trained = find_device(device), Trained.read(checkpoint, "embed")
-    if issubclass(trained.network_class, CLIP):
+    hears, shown = issubclass(trained.network_class, LISTENERS), 0 if projector is None else PROJECTED
+    if hears != (audio is not None) or (hears and (texts is not None or images is not None)):
+        kind = "hears, and embeds only sounds; give --audio alone" if hears else "does not hear; leave --audio out"
+        raise TrunklineError(f"the network of {checkpoint} {kind}")
+    if hears:
+        if tokenizer is not None or pool != "mean":
+            raise TrunklineError("--pool and --tokenizer are for language models; leave them out")
+        assert audio is not None
+        found = [Embedded("sounds", *embed_audio(trained, audio, batch_size, num_workers, skip_corrupt, shown, place))]
+    elif issubclass(trained.network_class, CLIP):
         if tokenizer is not None or not normalise or pool != "mean":
             raise TrunklineError(
                 f"--pool, --normalise and --tokenizer are for language models, but {checkpoint} is of a CLIP, which "
                 "embeds as in training; leave them out"
             )
-        clip, shown = clip_network(trained, place), 0 if projector is None else PROJECTED
+        clip = clip_network(trained, place)
         rows = [] if texts is None else read_texts(Path(texts), text_column)
         found = embed_clip(clip, batch_size, place, num_workers, rows, images, skip_corrupt, shown)
     elif texts is None or images is not None:
@@ -87,7 +101,7 @@ def embed(
     else:
         body, words = language_model_of(trained, tokenizer)
         rows = read_texts(Path(texts), text_column)
-        found = [Embedded("text", rows, read_states(body, words, rows, pool, batch_size, place))]
+        found = [Embedded("texts", rows, read_states(body, words, rows, pool, batch_size, place))]
     write_embeddings(found, normalise, output, projector)
 
 
@@ -104,22 +118,22 @@ def write_embeddings(found: list["Embedded"], normalise: bool, output: str, proj
 
 
 class Embedded(NamedTuple):
-    """Embeddings of texts or of images."""
+    """Embeddings of texts, images or sounds."""
 
-    column: str
-    """`text` or `path`."""
+    what: Literal["texts", "images", "sounds"]
     names: list[str]
+    """Texts or paths."""
     vectors: Tensor
     """(N, D) embeddings."""
     pictures: Sequence[Image.Image] = ()
-    """Thumbnails of the first images, for the projector."""
+    """Thumbnails of the first images or sounds, for the projector."""
 
     def table(self, normalise: bool) -> pd.DataFrame:
         """A table with one row per embedding."""
         scaled = unit(self.vectors)
         vectors = list((scaled if normalise else self.vectors).numpy())
-        table = pd.DataFrame({self.column: self.names, "embedding": vectors})
-        if self.column == "text" and len(scaled) > 1:
+        table = pd.DataFrame({"text" if self.what == "texts" else "path": self.names, "embedding": vectors})
+        if self.what == "texts" and len(scaled) > 1:
             table["nearest"], table["similarity"] = most_similar(scaled)
             table["nearest"] = [self.names[n] for n in table["nearest"]]
         return table
@@ -129,8 +143,7 @@ class Embedded(NamedTuple):
         count = len(self.pictures) or len(self.names)
         names = [" ".join(name.split()) for name in self.names[:count]]
         shown: dict[str, Any] = {"label_img": sprites(list(self.pictures))} if self.pictures else {}
-        tag = "images" if self.pictures else "texts"
-        writer.add_embedding(unit(self.vectors[:count]), metadata=names, tag=tag, **shown)
+        writer.add_embedding(unit(self.vectors[:count]), metadata=names, tag=self.what, **shown)
 
 
 def embed_clip(
@@ -157,13 +170,13 @@ def embed_clip(
     """
     (network, preprocessing, encoder), found = clip, []
     if texts:
-        found.append(Embedded("text", texts, embed_texts(network, encoder, texts, batch_size, device)))
+        found.append(Embedded("texts", texts, embed_texts(network, encoder, texts, batch_size, device)))
     if images is not None:
         rows, length = open_pictures(images)
         pictures = Pictures(rows, length, preprocessing, skip_corrupt)
         vectors, kept = embed_images(network.encode_image, pictures, batch_size, device, num_workers)
         shown = [thumbnail(rows.image(row)) for row in kept[:thumbnails]]
-        found.append(Embedded("path", [rows.name(row) for row in kept], vectors, shown))
+        found.append(Embedded("images", [rows.name(row) for row in kept], vectors, shown))
     return found
 
 

@@ -1,4 +1,4 @@
-"""`trunkline predict`: classify images or texts, tag words, answer questions."""
+"""`trunkline predict`: classify images, sounds or texts, tag words, answer questions."""
 
 import warnings
 from functools import partial
@@ -14,6 +14,7 @@ from trunkline.datamodules.images.image_data import ImageFiles
 from trunkline.datamodules.images.image_sources import image_files
 from trunkline.datamodules.samplers import SampleKey, plain_errors
 from trunkline.pipelines.commands.output import check_output
+from trunkline.pipelines.commands.predict_audio import predict_audio
 from trunkline.pipelines.commands.predict_text import Run, predict_texts, write_conll
 from trunkline.pipelines.objectives import PREDICT_IMAGES, PREDICT_TEXTS
 from trunkline.pipelines.trained import Trained
@@ -23,30 +24,36 @@ def predict(
     checkpoint: str,
     images: str | None = None,
     output: str = "predictions.csv",
+    audio: str | None = None,
     texts: str | None = None,
     text_column: str | None = None,
     pair_column: str | None = None,
+    threshold: float | None = None,
     skip_corrupt: bool = False,
     batch_size: int = 64,
     num_workers: int = 0,
     accelerator: str = "auto",
     precision: str = "32-true",
 ) -> None:
-    """Classify images or texts, tag words or answer questions, and write a table. The checkpoint decides which.
+    """Classify images, sounds or texts, tag words or answer questions, and write a table. The checkpoint decides which.
 
-    Columns of the table. Images: path, label, probability. Texts: text (and pair), label, probability. Tags: row, word,
+    Columns of the table. Images and sounds: path, label, probability; if sounds can have several labels, a row for each
+    of them. Texts: text (and pair), label, probability. Tags: row, word,
     tag, probability. Answers: id, question, answer, score.
 
     Args:
         checkpoint: a checkpoint of a classifier, a tagger or a model that answers questions, from `trunkline fit`.
         images: a folder; every image file below it is classified.
         output: a .csv or .parquet file, in the order of the input; tags can also go to a .conll file.
+        audio: a folder or file; every audio file below a folder is classified. Of a recording that is longer than the
+            clips of training, the probabilities are the mean of its windows.
         texts: to classify, a .txt file with one text per line or a table (.jsonl, .csv, .parquet); to tag, a .txt file
             with one sentence per line or a .conll file with one word per line; to answer, a .json file as SQuAD's, or a
             table with the columns question, context and optionally id.
         text_column: column of the texts in a table; default: the column of training.
         pair_column: column of the second text of a pair; default: the column of training.
-        skip_corrupt: leave label and probability of images that cannot be read empty, instead of stopping.
+        threshold: for sounds with several labels: smallest probability of a label that is written; None is 0.5.
+        skip_corrupt: leave label and probability of images and sounds that cannot be read empty, instead of stopping.
         batch_size: number of images, texts or windows at a time.
         num_workers: number of processes that read the input.
         accelerator: device, as Lightning names it: auto, cpu, gpu, …
@@ -55,9 +62,12 @@ def predict(
     Raises:
         TrunklineError: for a missing or damaged file, or for another output format (before any work).
     """
-    if (images is None) == (texts is None):
-        given = "neither" if images is None else "both"
-        raise TrunklineError(f"trunkline predict needs either --images FOLDER or --texts FILE, not {given}")
+    given = [name for name, value in (("images", images), ("audio", audio), ("texts", texts)) if value is not None]
+    if len(given) != 1:
+        has = f"--{' and --'.join(given)}" if given else "none of them"
+        raise TrunklineError(f"trunkline predict needs --images FOLDER, --audio FOLDER or --texts FILE, not {has}")
+    if threshold is not None and audio is None:
+        raise TrunklineError(f"--threshold {threshold:g} is for --audio; leave it out")
     writer = table_writer(output)
     trained = Trained.read(checkpoint)
     run = partial(run_batches, batch_size, num_workers, accelerator, precision)
@@ -67,6 +77,8 @@ def predict(
         )
     if images is not None:
         table = predict_images(trained, images, skip_corrupt, run)
+    elif audio is not None:
+        table = predict_audio(trained, audio, threshold, skip_corrupt, run)
     else:
         assert texts is not None
         table = predict_texts(trained, texts, {"text_column": text_column, "pair_column": pair_column}, run)

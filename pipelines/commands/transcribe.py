@@ -19,7 +19,7 @@ from trunkline.pipelines.trained import Trained
 from trunkline.pipelines.transcribing import SpeechOptions, Transcript, transcribe_recordings, transcriber_of
 from trunkline.pipelines.translating import check_batch
 
-FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
+TRANSCRIPT_SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 
 
 def transcribe(
@@ -72,7 +72,7 @@ def transcribe(
     if not given:
         raise TrunklineError("there is nothing to transcribe; give audio files or folders", "audio")
     if output is not None:
-        check_output(output, FORMATS)
+        check_output(output, TRANSCRIPT_SUFFIXES)
     check_batch(batch_size)
     place, trained = find_device(device), Trained.read(checkpoint, "transcribe")
     options = SpeechOptions(window, num_beams, language_model, lm_weight, length_bonus, timestamps)

@@ -1,10 +1,12 @@
 """The evaluation data of a trained network: their class, and the settings that they take over from its training."""
 
-from collections.abc import Mapping
-from dataclasses import Field, asdict, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from trunkline import TrunklineError
+from trunkline.datamodules.audio.audio_data import AudioData
+from trunkline.datamodules.audio.speech_data import SpeechData
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.images.image_data import ImageData
 from trunkline.datamodules.images.preprocessing import Preprocessing
@@ -13,6 +15,7 @@ from trunkline.datamodules.pairs.image_text_data import ImageTextData
 from trunkline.datamodules.translation.parallel_sources import offline_names
 from trunkline.datamodules.translation.translation_data import TranslationData
 from trunkline.pipelines.errors import config_files, flags, plain, read_entries
+from trunkline.pipelines.objectives import PREDICT_AUDIO
 from trunkline.pipelines.trained import Trained
 
 Images = TypeVar("Images", bound=ImageData | ImageTextData)
@@ -23,43 +26,62 @@ FROM_TRAINING = {
     **dict.fromkeys(["tokenizer", "vocab_size", "max_length"], "texts are prepared"),
     **dict.fromkeys(["target_tokenizer", "target_vocab_size", "max_target_length"], "texts are prepared"),
     **dict.fromkeys(["prefix", "languages", "start_token"], "texts are prepared"),
+    **dict.fromkeys(["normalization", "form", "start_tokens"], "transcripts are prepared"),
+    **dict.fromkeys(["log_mel", "multi_label"], "sounds are prepared"),
 }
 """Fields that always come from the training -> what they decide, for the error message."""
+DATA_OF_TASKS = {
+    "retrieval": ImageTextData.__name__,
+    "translation": TranslationData.__name__,
+    "transcription": SpeechData.__name__,
+    "classification": AudioData.__name__,
+}
+"""Task -> class of the data that it is measured on."""
+DATA_OF_COMMANDS = {
+    "translate": TranslationData.__name__,
+    "transcribe": SpeechData.__name__,
+    PREDICT_AUDIO: AudioData.__name__,
+}
+"""Command -> class of the data that its networks read or hear."""
 
 
 def with_data_class(arguments: list[str]) -> list[str]:
     """Add `--data CLASS` to the arguments of `evaluate`, if it is left out and the other arguments imply it.
 
     The class is TranslationData for `--what translation`, for offline pairs of texts such as `dates`, and for a
-    checkpoint of an encoder-decoder. It is ImageTextData for the sources `twemoji` and `openmoji`, for `--what
-    retrieval`, and for a flag that only ImageTextData has, such as `--data.caption_column`. Otherwise it is ImageData.
+    checkpoint of an encoder-decoder. It is SpeechData for a checkpoint of a recogniser of speech, and AudioData for one
+    of a classifier of sounds. It is ImageTextData for the sources `twemoji` and `openmoji`, for `--what retrieval`, and
+    for a flag that only ImageTextData has, such as `--data.caption_column`. Otherwise it is ImageData.
     """
     given = {entry.key: entry.value for config in config_files(arguments) for entry in read_entries(config)}
     given |= {plain(name): value for name, value in flags(arguments)}
     chosen = {name.removeprefix("data.") for name in given if name.startswith("data.")} - {"help"}
     if not chosen or given.get("data") or "class_path" in chosen:
         return arguments
-    source, what, cls = given.get("data.source"), given.get("what"), ImageData.__name__
-    if what == "translation" or source in offline_names():
+    source, what = given.get("data.source"), given.get("what") or "all"
+    network = of_network(given.get("checkpoint")) if what == "all" else None
+    if what in DATA_OF_TASKS:
+        cls = DATA_OF_TASKS[what]
+    elif source in offline_names():
         cls = TranslationData.__name__
-    elif (
-        source in (TWEMOJI, OPENMOJI)
-        or what == "retrieval"
-        or chosen & (by_name(ImageTextData).keys() - by_name(ImageData).keys() - by_name(TranslationData).keys())
-    ):
+    elif source in (TWEMOJI, OPENMOJI):
         cls = ImageTextData.__name__
-    elif what in (None, "all") and translates(given.get("checkpoint")):
-        cls = TranslationData.__name__
+    elif network is not None:
+        cls = network
+    else:
+        of_pairs = by_name(ImageTextData).keys() - by_name(ImageData).keys() - by_name(TranslationData).keys()
+        cls = (ImageTextData if chosen & of_pairs else ImageData).__name__
     # It goes first, because the parser must know the class before it reads other flags or configs of the data.
     return ["--data", cls, *arguments]
 
 
-def translates(checkpoint: str | None) -> bool:
-    """Whether this is a checkpoint of an encoder-decoder; a file that cannot be read is reported later."""
+def of_network(checkpoint: str | None) -> str | None:
+    """Name of the class whose data a network that reads or hears needs; a file that is broken is reported later."""
     try:
-        return checkpoint is not None and Trained.read(checkpoint).suits("translate")
+        trained = None if checkpoint is None else Trained.read(checkpoint)
     except TrunklineError:
-        return False
+        return None
+    return next((cls for command, cls in DATA_OF_COMMANDS.items() if trained and trained.suits(command)), None)
 
 
 def by_name(cls: Any) -> dict[str, Field[Any]]:
@@ -97,15 +119,28 @@ def refuse_other_preparation(data: TrunklineDataModule, trained: Mapping[str, An
     for name, what in FROM_TRAINING.items():
         if name not in known:
             continue
-        value, default = getattr(data, name), known[name].default
-        if value not in (default, trained.get(name, default)):
+        usual = known[name].default_factory
+        default = known[name].default if usual is MISSING else usual()
+        for place, value in differing(name, getattr(data, name), [default, trained.get(name, default)]):
             given = ", ".join(value) if isinstance(value, list) else value
             raise TrunklineError(
-                f"{name}={given} does not apply: {what} as in the network's training; leave it out", f"data.{name}"
+                f"{place}={given} does not apply: {what} as in the network's training; leave it out", f"data.{place}"
             )
     for name in ("batch_size", "eval_batch_size"):
         if getattr(data, name) is not None and getattr(data, name) < 1:
             raise TrunklineError(f"{name} must be 1 or more, not {getattr(data, name)}", f"data.{name}")
+
+
+def differing(name: str, value: Any, allowed: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """The value with its name, if it is not allowed; of a dataclass, each field that is not."""
+    if value in allowed:
+        return
+    if not is_dataclass(value):
+        yield name, value
+        return
+    for field in fields(value):
+        others = [getattr(other, field.name) for other in allowed if isinstance(other, type(value))]
+        yield from differing(f"{name}.{field.name}", getattr(value, field.name), others)
 
 
 def with_shares(data: Data, splits: Mapping[str, Any]) -> Data:

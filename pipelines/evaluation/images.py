@@ -30,6 +30,7 @@ TEMPLATES = ("{}", "a photo of a {}", "a picture of a {}", "a drawing of a {}")
 class ImageOptions(NamedTuple):
     """Options of `evaluate` that apply to images; None if they are left out."""
 
+    what: str = "all"
     captions: str | None = None
     class_names: list[str] | str | None = None
     templates: list[str] | str | None = None
@@ -39,7 +40,6 @@ class ImageOptions(NamedTuple):
 def evaluate_images(
     trained: Trained,
     data: ImageData | ImageTextData,
-    what: str,
     split: str | None,
     options: ImageOptions,
     device: torch.device,
@@ -50,8 +50,10 @@ def evaluate_images(
         TrunklineError: as `evaluate`.
     """
     network = image_network(trained, device)
-    tasks = choose_tasks(what, data, network, trained.file)
-    check_task_options(options._asdict(), tasks, data.source)
+    tasks = choose_tasks(options.what, data, network, trained.file)
+    given = options._asdict()
+    del given["what"]
+    check_task_options(given, tasks, data.source)
     same_kind = isinstance(data, ImageTextData) == (network.clip is not None)
     data = as_trained(data, network.preprocessing, (same_kind and trained.data) or {})
     run = Runner(network, data.eval_batch_size or data.batch_size, device, data.worker_count(), data.skip_corrupt)
@@ -85,15 +87,9 @@ def choose_tasks(what: str, data: ImageData | ImageTextData, network: ImageNetwo
     """The tasks to measure: the given one, or all that data and network allow.
 
     Raises:
-        TrunklineError: if data or network do not allow the task.
+        TrunklineError: if the network does not allow the task.
     """
-    paired = isinstance(data, ImageTextData)
-    possible = ["retrieval"] if paired else [*LABELLED]
-    if what not in ("all", *possible):
-        has, fix = "captions and no classes", "--what retrieval, or labelled images with --data ImageData"
-        if not paired:
-            has, fix = "classes and no captions", "images with captions with --data ImageTextData, or another --what"
-        raise TrunklineError(f"{data.source} has {has}, as {type(data).__name__} reads it; give {fix}")
+    possible = ["retrieval"] if isinstance(data, ImageTextData) else [*LABELLED]
     tasks = possible if what == "all" else [what]
     if network.clip is None and what == "all":
         tasks = [task for task in tasks if task not in ("retrieval", "zero_shot")]

@@ -1,6 +1,7 @@
 """What `trunkline evaluate` has measured, as a table and as JSON, and the check of its options."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,19 +10,22 @@ from rich.table import Table
 
 from trunkline import TrunklineError
 
-OPTIONS_OF_TASKS = {
-    "captions": "retrieval",
-    "class_names": "zero_shot",
-    "templates": "zero_shot",
-    "k": "knn",
-    "scores": "translation",
-    "tokenize": "translation",
-    "num_beams": "translation",
-    "length_penalty": "translation",
-    "no_repeat_ngram": "translation",
-    "max_new_tokens": "translation",
+OPTIONS_OF_TASKS: dict[str, tuple[str, ...]] = {
+    "captions": ("retrieval",),
+    "class_names": ("zero_shot",),
+    "templates": ("zero_shot",),
+    "k": ("knn",),
+    "scores": ("translation",),
+    "tokenize": ("translation",),
+    "num_beams": ("translation", "transcription"),
+    "length_penalty": ("translation",),
+    "no_repeat_ngram": ("translation",),
+    "max_new_tokens": ("translation",),
+    "language_model": ("transcription",),
+    "lm_weight": ("transcription",),
+    "length_bonus": ("transcription",),
 }
-"""Options that apply to one task only -> that task."""
+"""Options that apply to some tasks only -> these tasks."""
 
 
 class Result(NamedTuple):
@@ -52,17 +56,19 @@ class Evaluation(NamedTuple):
     split: str
     """Its split, or `all`."""
     results: list[Result]
-    pairs: int | None = None
-    """Number of pairs of texts."""
+    number: int | None = None
+    """Number of rows, if it is told."""
+    unit: str = "pairs"
+    """What a row is."""
 
     @property
     def rows(self) -> str:
         """The rows that it was measured on, for people."""
-        pairs = "" if self.pairs is None else f", {self.pairs:,} pairs"
-        return f"{self.source} ({self.split}{pairs})"
+        number = "" if self.number is None else f", {self.number:,} {self.unit}"
+        return f"{self.source} ({self.split}{number})"
 
 
-def check_task_options(given: dict[str, Any], tasks: list[str], source: str) -> None:
+def check_task_options(given: Mapping[str, Any], tasks: Sequence[str], source: str) -> None:
     """Refuse options that would have no effect.
 
     Args:
@@ -74,10 +80,10 @@ def check_task_options(given: dict[str, Any], tasks: list[str], source: str) -> 
         TrunklineError: for the first option that would have no effect.
     """
     for option, value in given.items():
-        if value is not None and OPTIONS_OF_TASKS[option] not in tasks:
+        if value is not None and not {*OPTIONS_OF_TASKS[option]} & {*tasks}:
             raise TrunklineError(
-                f"--{option} is for {OPTIONS_OF_TASKS[option]}, but {source} is measured by {', '.join(tasks)}; leave "
-                "it out, or choose another --what"
+                f"--{option} is for {' and '.join(OPTIONS_OF_TASKS[option])}, but {source} is measured by "
+                f"{', '.join(tasks)}; leave it out, or choose another --what"
             )
 
 

@@ -16,7 +16,7 @@ from trunkline.pipelines.evaluation.results import Evaluation, Result
 from trunkline.pipelines.trained import Trained
 from trunkline.pipelines.translating import Translator, generation_of, pair_settings
 
-TASK = "translation"
+TRANSLATION_TASK = "translation"
 USUAL_SCORES = ("exact", "bleu", "chrf")
 
 
@@ -53,7 +53,7 @@ def evaluate_translation(
     )
     found = translation_scores(predictions, [pair.target for pair in pairs], scores, tokenize)
     signed = signatures(scores, tokenize)
-    results = [Result(TASK, name, value, signature=signed.get(name, "")) for name, value in found.items()]
+    results = [Result(TRANSLATION_TASK, name, value, signature=signed.get(name, "")) for name, value in found.items()]
     return Evaluation(source, rows, results, len(pairs))
 
 

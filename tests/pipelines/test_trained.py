@@ -108,7 +108,11 @@ def test_class_names_of_the_datamodule_that_was_there(data: str | None, tmp_path
     [
         ({}, "generate", "is no checkpoint of CausalLM, but of MaskedLM; give such a checkpoint"),
         ({}, "predict --texts", "of QuestionAnswering, TextClassifier or TokenClassifier, but of MaskedLM; "),
-        ({"objective": None}, "embed", "of CausalLM, ContrastiveImageText, .* or .*, but of something else"),
+        (
+            {"objective": None},
+            "embed",
+            "of AudioClassifier, CausalLM, ContrastiveImageText, .* or SpeechToText, but of something else",
+        ),
         ({"objective": "Mine"}, "embed", "but of Mine; give"),
         ({"classes": paths(objective="a.MaskedLM", network="a.Net")}, "fill-mask", r"of MaskedLM, but of a\.MaskedLM"),
         ({"MaskedTextData": None}, "embed", "holds no tokenizer; name its file with --tokenizer tokenizer.json"),

@@ -262,8 +262,10 @@ def test_bad_texts(
 def test_flags_that_do_not_fit(classifier: SimpleNamespace, tagger: SimpleNamespace, tmp_path: Path) -> None:
     path, text = str(tmp_path / "out.csv"), str(tmp_path / "in.txt")
     (tmp_path / "in.txt").write_text("anna")
-    for flags, given in (({}, "neither"), ({"images": "a", "texts": "b"}, "both")):
-        with pytest.raises(TrunklineError, match=rf"needs either --images FOLDER or --texts FILE, not {given}"):
+    for flags, given in (({}, "none of them"), ({"images": "a", "texts": "b"}, "--images and --texts")):
+        with pytest.raises(
+            TrunklineError, match=rf"needs --images FOLDER, --audio FOLDER or --texts FILE, not {given}"
+        ):
             predict(classifier.checkpoint, output=path, **flags)  # type: ignore[arg-type]
     with pytest.raises(TrunklineError, match=r"but of TextClassifier; give --texts instead of --images"):
         predict(classifier.checkpoint, images=str(tmp_path), output=path)

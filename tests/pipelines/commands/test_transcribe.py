@@ -19,6 +19,7 @@ from tiny_recognizer import (
     TONE,
     alphabet,
     random_recognizer,
+    save_language_model,
     save_recognizer,
     speller,
     tones,
@@ -28,11 +29,8 @@ from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
 from trunkline.datamodules.tokenizers import train_bpe, train_chars, train_wordpiece
-from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.generation.ctc import ctc_greedy
 from trunkline.modules.generation.ctc_beams import CTCDecoding, LanguageModel, ctc_texts
-from trunkline.modules.networks import GPT, GPTConfig
-from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines import transcribing
 from trunkline.pipelines.cli import main
 from trunkline.pipelines.commands.transcribe import transcribe
@@ -294,25 +292,6 @@ def test_words_of_any_tokenizer(tokenizer: Tokenizer, text: str) -> None:
 
 
 # --- beams and language models
-
-
-def save_language_model(folder: Path, words: Tokenizer | None = None, extra: int = 0) -> str:
-    """A language model with random weights."""
-    words = words or alphabet()
-    torch.manual_seed(1)
-    trunk = TransformerConfig(dim=16, depth=1, num_heads=2, causal=True)
-    network = GPT(GPTConfig(words.get_vocab_size() + extra, max_length=64, backbone=trunk))
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(torch.randn_like(p))
-    content = {
-        "objective": "CausalLM",
-        "hyper_parameters": {"network": asdict(network.config)},
-        "state_dict": {f"network.{name}": value for name, value in network.state_dict().items()},
-        "TextData": {"tokenizer": words.to_str()},
-    }
-    SafeCheckpointIO().save_checkpoint(content, folder / "lm.ckpt")
-    return str(folder / "lm.ckpt")
 
 
 def test_beams_and_language_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

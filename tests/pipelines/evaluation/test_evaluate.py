@@ -345,7 +345,7 @@ class TestFeatures:
         ({"class_names": ["red", "", "a", "b"]}, "class 1 has an empty name; name all 4"),
         ({"class_names": "nowhere.txt"}, "cannot read class_names nowhere.txt"),
         ({"templates": ["{}", "a photo"]}, "the template 'a photo' has no {}; put {} where the class name belongs"),
-        ({"what": "knn", "source": "openmoji"}, "openmoji has captions and no classes, as ImageTextData reads it; "),
+        ({"what": "knn", "source": "openmoji"}, "--what knn is for ImageData, but openmoji is read as ImageTextData, "),
         ({"captions": "all"}, "--captions is for retrieval, but"),
         ({"k": 20}, "--k is for knn, but .* is measured by zero_shot; leave it out, or choose another --what"),
         ({"what": "retrieval", "k": 20}, "--k is for knn, but .* is measured by retrieval; leave it out"),
@@ -364,9 +364,9 @@ def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path) -> Non
 
 def test_data_that_do_not_suit(tmp_path: Path) -> None:
     checkpoint = save(tmp_path)
-    with pytest.raises(TrunklineError, match="digits has classes and no captions, as ImageData reads it; give images"):
+    with pytest.raises(TrunklineError, match="--what retrieval is for ImageTextData, but digits is read as ImageData"):
         evaluate(checkpoint, ImageData("digits"), "retrieval", device="cpu")
-    with pytest.raises(TrunklineError, match="TextData holds no images; give ImageData or ImageTextData") as error:
+    with pytest.raises(TrunklineError, match="TextData cannot be evaluated; give ImageData, ImageTextData, ") as error:
         evaluate(checkpoint, TextData("x"), device="cpu")
     assert error.value.field == "data"
 

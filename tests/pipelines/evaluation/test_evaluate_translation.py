@@ -311,7 +311,10 @@ def test_from_the_command_line(
         ({"prefix": "to "}, "prefix=to  does not apply"),
         ({"languages": ["up", "de"]}, "languages=up, de does not apply"),
         ({"start_token": "<2up>"}, "start_token=<2up> does not apply"),
-        ({"what": "knn"}, "has pairs of texts, as TranslationData reads it; give --what translation"),
+        (
+            {"what": "knn"},
+            "--what knn is for ImageData, but .* is read as TranslationData, which is measured by translation; choose",
+        ),
         ({"k": 3}, "--k is for knn, but .* is measured by translation; leave it out"),
         ({"captions": "all"}, "--captions is for retrieval, but"),
         ({"num_beams": 0}, "num_beams must be at least 1"),
@@ -344,8 +347,14 @@ def test_data_and_networks_of_other_kinds(tmp_path: Path) -> None:
     images: dict[str, Any]
     for images, message in (
         ({"what": "translation"}, "--what translation is for TranslationData, but digits is read as ImageData"),
-        ({"split": "all"}, "--split all is for TranslationData, but digits is read as ImageData"),
-        ({"num_beams": 2}, "--num_beams is for translation, but digits is measured by zero_shot, knn, linear_probe"),
+        (
+            {"split": "all"},
+            "--split all is for TranslationData, SpeechData or AudioData, but digits is read as ImageData",
+        ),
+        (
+            {"num_beams": 2},
+            "--num_beams is for translation and transcription, but digits is measured by zero_shot, knn, linear_probe",
+        ),
         ({"scores": ["bleu"]}, "--scores is for translation, but"),
     ):
         with pytest.raises(TrunklineError, match=message):
