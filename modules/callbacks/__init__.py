@@ -4,6 +4,7 @@ from trunkline.modules.callbacks.attention_maps import AttentionMaps
 from trunkline.modules.callbacks.classification import ClassificationReport
 from trunkline.modules.callbacks.graceful_stop import GracefulStop, LastCheckpoint
 from trunkline.modules.callbacks.retrieval import RetrievalReport
+from trunkline.modules.callbacks.speech import Transcripts
 from trunkline.modules.callbacks.text import AttentionHeads, FilledMasks, TextSamples
 from trunkline.modules.callbacks.throughput import ProgressBar, Throughput
 from trunkline.modules.callbacks.translation import Translations
@@ -19,5 +20,6 @@ __all__ = [
     "RetrievalReport",
     "TextSamples",
     "Throughput",
+    "Transcripts",
     "Translations",
 ]

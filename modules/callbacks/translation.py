@@ -16,6 +16,7 @@ from trunkline.modules.callbacks.text import check_network
 from trunkline.modules.generation.decoding import GenerationConfig, evaluating
 from trunkline.modules.generation.sampling import generate
 from trunkline.modules.networks import EncoderDecoder
+from trunkline.modules.networks.conditional import ConditionalNetwork
 from trunkline.modules.objectives.checks import facts_of
 
 LONGEST_CELL, LONGEST_SIDE = 400, 64
@@ -226,7 +227,6 @@ def translated(
     ]
 
 
-@torch.no_grad()
 def alignment(network: EncoderDecoder, text: Translated, targets: TargetSide, device: torch.device) -> list[Tensor]:
     """Cross-attention of each block while the network wrote a text, mean over the heads.
 
@@ -235,11 +235,29 @@ def alignment(network: EncoderDecoder, text: Translated, targets: TargetSide, de
     """
     source = torch.tensor([text.tokens], device=device)
     read = torch.tensor([[targets.start, *text.written][: targets.longest]], device=device)
+    return [weights[0] for weights in cross_attention(network, source, read)]
+
+
+@torch.no_grad()
+def cross_attention(
+    network: ConditionalNetwork, source: Tensor, read: Tensor, mask: Tensor | None = None
+) -> list[Tensor]:
+    """Cross-attention of each block while the decoder reads texts, mean over the heads.
+
+    Args:
+        network: an encoder-decoder.
+        source: (B, S, ...) sources, as `encode` takes them.
+        read: (B, T) what the decoder reads, from the start token on.
+        mask: (B, S) bool, False for padding of the sources.
+
+    Returns:
+        (B, T, S) for each block, float32 on the CPU; S is the number of states.
+    """
     with evaluating(network):  # type: ignore[arg-type]
-        context = network.encode(source).x
-        found = network.decode(read, context, return_attention=True).cross_attention
+        context = network.encode(source, mask).x
+        found = network.decode(read, context, network.context_mask(mask), return_attention=True).cross_attention
     assert found is not None
-    return [weights[0].float().mean(dim=0).cpu() for weights in found]
+    return [weights.float().mean(dim=1).cpu() for weights in found]
 
 
 def labels(words: Any, tokens: Sequence[int]) -> list[str]:
