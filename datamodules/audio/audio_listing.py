@@ -1,16 +1,20 @@
 """Recordings that a source lists, in files or in cells of a table; their headers are read before a training begins."""
 
+import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from trunkline import TrunklineError
 from trunkline.datamodules.audio.audio_files import AudioHeader, audio_header, read_audio
+from trunkline.files import file_state, read_json, write_json
 
 HEADER_THREADS = 8
 """Files whose headers are read at once: on a network disk this is a matter of waiting."""
@@ -42,19 +46,34 @@ class AudioListing:
     contents: Sequence[bytes | str | Path]
     """Audio files: their contents or paths."""
     rows: list[Listed]
+    fingerprint: str | None = None
+    """Identifies the contents if they stand in a table; None for files, which their states identify."""
+
+    @property
+    def key(self) -> str:
+        """A hash that changes when the contents change.
+
+        Raises:
+            OSError: if a file is missing.
+        """
+        identity: Any = self.fingerprint
+        if identity is None:
+            paths = [Path(file) for file in self.contents if not isinstance(file, bytes)]
+            identity = [[str(path), *file_state(path)] for path in paths]
+        return blake2b(json.dumps(identity).encode(), digest_size=12).hexdigest()
 
 
 class ListedAudio:
     """Recordings that a source lists (`AudioRows`).
 
     Args:
-        contents: as in `AudioListing`.
-        rows: the recordings.
+        listing: what it lists.
+        rows: those of its recordings that can be read.
         seconds: (N,) their lengths.
     """
 
-    def __init__(self, contents: Sequence[bytes | str | Path], rows: list[Listed], seconds: np.ndarray) -> None:
-        self.contents, self.rows, self.seconds = contents, rows, seconds
+    def __init__(self, listing: AudioListing, rows: list[Listed], seconds: np.ndarray) -> None:
+        self.listing, self.rows, self.seconds = listing, rows, seconds
         self.texts = None if any(row.text is None for row in rows) else [row.text or "" for row in rows]
         self.labels = None if any(row.labels is None for row in rows) else [row.labels or [] for row in rows]
 
@@ -67,22 +86,22 @@ class ListedAudio:
         last = listed.end if end is None else listed.start + end
         if last is not None and listed.end is not None:
             last = min(last, listed.end)
-        whole = first == 0 and last is None
-        content = self.contents[listed.content]
-        part = {} if whole else {"start": first, "end": last}
-        return read_audio(content, listed.name, rate, stated_rate=listed.rate, **part)
+        content = self.listing.contents[listed.content]
+        # a file that is read as a whole may not be silent
+        return read_audio(content, listed.name, rate, first or None, last, stated_rate=listed.rate)
 
     def name(self, row: int) -> str:
         return self.rows[row].name
 
 
 def read_listing(
-    listing: AudioListing, skip_corrupt: bool, longest: float = math.inf
+    listing: AudioListing, cache: Path, skip_corrupt: bool, longest: float = math.inf
 ) -> tuple[ListedAudio, list[TrunklineError]]:
     """Read the header of each file of a listing, so that a broken file is found before the training.
 
     Args:
         listing: what the source lists.
+        cache: folder of what is prepared; headers without a fault are kept there.
         skip_corrupt: leave out the recordings that cannot be read.
         longest: seconds; a longer recording is refused, because it is more likely a mistake.
 
@@ -92,18 +111,7 @@ def read_listing(
     Raises:
         TrunklineError: for the first recording that cannot be read, if `skip_corrupt` is off; if none can be read.
     """
-    names: dict[int, str] = {}
-    for row in listing.rows:
-        names.setdefault(row.content, row.name)
-
-    def header(content: int) -> AudioHeader | TrunklineError:
-        try:
-            return audio_header(listing.contents[content], names[content])
-        except TrunklineError as error:
-            return error
-
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        headers = dict(zip(names, pool.map(header, names), strict=True))
+    headers = read_headers(listing, cache)
     rows, seconds, faults = [], [], []
     for row in listing.rows:
         try:
@@ -115,7 +123,32 @@ def read_listing(
             faults.append(error)
     if not rows and faults:
         raise TrunklineError(f"no recording can be used; the first fault: {faults[0]}", faults[0].field)
-    return ListedAudio(listing.contents, rows, np.array(seconds)), faults
+    return ListedAudio(listing, rows, np.array(seconds)), faults
+
+
+def read_headers(listing: AudioListing, cache: Path) -> dict[int, AudioHeader | TrunklineError]:
+    """Number of a file -> its header, or why it cannot be read."""
+    names: dict[int, str] = {}
+    for row in listing.rows:
+        names.setdefault(row.content, row.name)
+    kept = None
+    with suppress(OSError):  # a missing file is an error of its header
+        kept = cache / f"headers-{listing.key}.json"
+        known = {int(number): AudioHeader(*header) for number, header in (read_json(kept) or {}).items()}
+        if known.keys() >= names.keys():
+            return dict(known)
+
+    def header(content: int) -> AudioHeader | TrunklineError:
+        try:
+            return audio_header(listing.contents[content], names[content])
+        except TrunklineError as error:
+            return error
+
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        headers = dict(zip(names, pool.map(header, names), strict=True))
+    if kept is not None and not any(isinstance(found, TrunklineError) for found in headers.values()):
+        write_json(kept, headers)
+    return headers
 
 
 def listed_seconds(row: Listed, header: AudioHeader | TrunklineError, longest: float) -> float:

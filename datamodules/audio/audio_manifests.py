@@ -185,7 +185,7 @@ def list_dataset(table: Any, columns: AudioColumns, folder: Path, title: str) ->
     for number, cells in enumerate(named_cells(others)):
         place = f"{title}, row {number}"
         rows.append(columns.listed(Row(number, place, cells), number, place))
-    return AudioListing(AudioCells(audio, column, folder), rows)
+    return AudioListing(AudioCells(audio, column, folder), rows, audio._fingerprint)
 
 
 def named_cells(table: Any) -> Iterator[dict[str, Any]]:

@@ -64,7 +64,7 @@ def open_audio(
     splits: dict[str, AudioRows] = {}
     faults = []
     for split, listing in list_audio(source, columns, audio_folder).items():
-        splits[split], found = read_listing(listing, skip_corrupt, longest)
+        splits[split], found = read_listing(listing, cache, skip_corrupt, longest)
         faults += found
     return splits, faults
 
