@@ -9,7 +9,7 @@ BFLOAT16 = from trunkline.modules.training.optim import multiplies_bfloat16
 PRECISION = $$($(BIN)/python -c 'import torch; $(BFLOAT16); multiplies_bfloat16(torch.device("cpu")) or print("--trainer.precision 32-true")')
 
 .DEFAULT_GOAL := help
-.PHONY: help train-vit train-gpt train-bert finetune-bert train-clip train-translate test test-all test-everywhere lint tensorboard benchmark clean
+.PHONY: help train-vit train-gpt train-bert finetune-bert train-clip train-translate train-audio test test-all test-everywhere lint tensorboard benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,13 @@ train-translate: $(READY) ## train an encoder-decoder to read dates in words, of
 	@last=$$(ls -t runs/seq2seq/dates/*/checkpoints/last.ckpt | head -1) && set -x && \
 	$(BIN)/trunkline evaluate --checkpoint $$last --data.source dates:locales && \
 	$(BIN)/trunkline evaluate --checkpoint $$last --data.source dates:languages
+
+train-audio: $(READY) ## train a recogniser of spoken digits, offline, in four minutes; test it on unseen voices, accent and noise
+	$(BIN)/trunkline fit --config audio/digits $(ARGS)
+	@last=$$(ls -t runs/audio/digits/*/checkpoints/last.ckpt | head -1) && set -x && \
+	$(BIN)/trunkline evaluate --checkpoint $$last --data.source spoken_digits:accent && \
+	$(BIN)/trunkline evaluate --checkpoint $$last --data.source spoken_digits:white && \
+	$(BIN)/trunkline evaluate --checkpoint $$last --data.source spoken_digits:babble
 
 test: $(READY) ## the fast tests, without a network; two files side by side
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)

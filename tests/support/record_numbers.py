@@ -30,6 +30,7 @@ import trunkline
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where a config finds `record_numbers.LossRecorder`
 
 import small_data
+import sound_files
 
 STEPS = 20
 ACCUMULATED = 6
@@ -220,11 +221,29 @@ def seq2seq_recipes(folder: Path) -> dict[str, Shrunk]:
     }
 
 
+def audio_recipes(folder: Path) -> dict[str, Shrunk]:
+    """Classifiers and recognisers of sounds."""
+    sizes = {"dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64}
+    own = text(source=sound_files.write_spoken(folder / "sounds", 60), hub_config=None, val_split=None, test_split=None)
+    own |= {"data.log_mel.max_seconds": 1.0} | WARMUP
+    labelled = Shrunk(own | text(label_column="label", batch_size=8) | network("backbone.", **sizes))
+    spoken = own | text(train_split=None, vocab_size=None, tokenizer="chars")
+    trunks = network("encoder.", **sizes) | network("decoder.", **sizes)
+    return {
+        "audio/digits": Shrunk({}),
+        "audio/speech_commands": labelled,
+        "audio/esc50": labelled,
+        "audio/ast_audioset": labelled,
+        "audio/librispeech_ctc": Shrunk(spoken | text(batch_seconds=8) | network("backbone.", **sizes)),
+        "audio/whisper_tiny": Shrunk(spoken | text(batch_size=8) | trunks),
+    }
+
+
 def shrunk_recipes(folder: Path) -> dict[str, Shrunk]:
     """Every recipe of `configs/`, with the flags that make it small; writes the data below a folder."""
     small_data.save_tokenizers(folder)
     found = vit_recipes(folder) | gpt_recipes(folder) | bert_recipes(folder) | clip_recipes(folder)
-    found |= seq2seq_recipes(folder)
+    found |= seq2seq_recipes(folder) | audio_recipes(folder)
     configs = Path(trunkline.__file__).with_name("configs")
     known = {str(file.relative_to(configs).with_suffix("")) for file in configs.glob("*/*.yaml")}
     missing = {name for name in known - set(found) if not name.startswith("trainer/")}

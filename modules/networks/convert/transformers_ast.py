@@ -23,7 +23,7 @@ ACTIVATIONS_OF_AST = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "
 """`hidden_act` of AST -> `mlp` of the trunk."""
 BODY = "audio_spectrogram_transformer"
 EMBEDDINGS = f"{BODY}.embeddings"
-TOKENS = {"cls_token": f"{EMBEDDINGS}.cls_token", "dist_token": f"{EMBEDDINGS}.distillation_token"}
+AST_TOKENS = {"cls_token": f"{EMBEDDINGS}.cls_token", "dist_token": f"{EMBEDDINGS}.distillation_token"}
 """Our tokens before the patches -> theirs, in the order of their positions."""
 AST_POSITIONS = f"{EMBEDDINGS}.position_embeddings"
 PROJECTION = f"{EMBEDDINGS}.patch_embeddings.projection"
@@ -61,14 +61,14 @@ def ast_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         TrunklineError: for a weight that an `AST` does not have.
     """
     positions = weights[AST_POSITIONS]  # (1, 2 + rows * columns, D)
-    special = (*TOKENS.values(), AST_POSITIONS)
+    special = (*AST_TOKENS.values(), AST_POSITIONS)
     table = ast_table(files=not any(name.startswith(f"{BODY}.layers.") for name in weights))
     own = {name: value for name, value in weights.items() if name not in special}
     own[f"{PROJECTION}.weight"] = weights[f"{PROJECTION}.weight"].flatten(1)  # it is a convolution there
     converted = from_theirs(own, table, THEIR_AST, OUR_AST)
-    for place, (ours, theirs) in enumerate(TOKENS.items()):
+    for place, (ours, theirs) in enumerate(AST_TOKENS.items()):
         converted[ours] = weights[theirs] + positions[:, place : place + 1]
-    return converted | {"pos_embed": positions[:, len(TOKENS) :]}
+    return converted | {"pos_embed": positions[:, len(AST_TOKENS) :]}
 
 
 def ast_to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,18 +77,18 @@ def ast_to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         TrunklineError: for a weight that theirs does not have, and for a token that ours lacks.
     """
-    missing = [token for token in TOKENS if token not in weights]
+    missing = [token for token in AST_TOKENS if token not in weights]
     if missing:
         raise TrunklineError(f"{OUR_AST} without '{missing[0]}' cannot become {THEIR_AST}, which pools both tokens")
-    special = (*TOKENS, "pos_embed")
+    special = (*AST_TOKENS, "pos_embed")
     own = {name: value for name, value in weights.items() if name not in special}
     converted = to_theirs(own, ast_table(), THEIR_AST, OUR_AST)
     projection = converted[f"{PROJECTION}.weight"]
     side = int(projection.shape[1] ** 0.5 + 0.5)
     converted[f"{PROJECTION}.weight"] = projection.unflatten(1, (1, side, side))
-    for ours, theirs in TOKENS.items():
+    for ours, theirs in AST_TOKENS.items():
         converted[theirs] = weights[ours].clone()
-    converted[AST_POSITIONS] = F.pad(weights["pos_embed"], (0, 0, len(TOKENS), 0))
+    converted[AST_POSITIONS] = F.pad(weights["pos_embed"], (0, 0, len(AST_TOKENS), 0))
     return converted
 
 

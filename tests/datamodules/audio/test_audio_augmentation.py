@@ -9,7 +9,7 @@ import soundfile
 import torch
 
 from trunkline import TrunklineError
-from trunkline.datamodules.audio.audio_augmentation import AudioAugmentation, moved, pink_noise, with_noise
+from trunkline.datamodules.audio.audio_augmentation import AudioAugmentation, moved_in_time, pink_noise, with_noise
 
 RATE = 8000
 ALL: dict[str, Any] = {
@@ -195,7 +195,7 @@ def test_speed() -> None:
 
 def test_time_shift() -> None:
     x = np.arange(1, 6)
-    assert [moved(x, n).tolist() for n in (0, 2, -2)] == [[1, 2, 3, 4, 5], [0, 0, 1, 2, 3], [3, 4, 5, 0, 0]]
+    assert [moved_in_time(x, n).tolist() for n in (0, 2, -2)] == [[1, 2, 3, 4, 5], [0, 0, 1, 2, 3], [3, 4, 5, 0, 0]]
     waveform, starts = np.ones(RATE, np.float32), []
     for seed in range(60):
         result = augmented(seed, waveform, time_shift=0.1)
