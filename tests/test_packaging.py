@@ -144,15 +144,23 @@ WRITTEN = {
     "train-bert": "fit --config bert/demo",
     "train-clip": "fit --config clip/emoji $(PRECISION)",
     "train-translate": "fit --config seq2seq/dates $(PRECISION)",
+    "train-audio": "fit --config audio/digits",
     "benchmark": "benchmark",
 }
 
 
 def test_make_commands_of_the_readme() -> None:
     found = commands("make")
-    assert {"train-vit", "train-gpt", "train-bert", "finetune-bert", "train-clip", "train-translate", "test"} <= {
-        target for target, *_ in found
-    }
+    assert {
+        "train-vit",
+        "train-gpt",
+        "train-bert",
+        "finetune-bert",
+        "train-clip",
+        "train-translate",
+        "train-audio",
+        "test",
+    } <= {target for target, *_ in found}
     assert {"help", "tensorboard"} <= {target for target, *_ in found}
     for target, *options in found:
         assert target in make_targets()
@@ -210,7 +218,7 @@ def test_training_commands_of_the_readme(
 
 def test_other_commands_of_the_readme() -> None:
     found = [c for c in commands("trunkline") if c[0] not in (*TRAINING, "prepare")]
-    assert {"predict", "generate", "fill-mask", "embed", "evaluate", "search"} <= {c[0] for c in found}
+    assert {"predict", "generate", "fill-mask", "embed", "evaluate", "search", "transcribe"} <= {c[0] for c in found}
     for name, *options in found:
         if name in POSITIONAL and not options[0].startswith("-"):
             options.insert(0, POSITIONAL[name])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from trunkline import TrunklineError
+from trunkline.contract import DataFacts
 from trunkline.modules.objectives.checks import facts_of
 
 GREEN, RED, GREY = (0, 150, 60), (220, 30, 30), (90, 90, 90)
@@ -86,3 +87,11 @@ def grid(tiles: Sequence[Image.Image], columns: int) -> np.ndarray:
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (i % columns * width, i // columns * height))
     return np.asarray(sheet)
+
+
+def play(writer: SummaryWriter, rows: Sequence[int], facts: DataFacts, step: int) -> None:
+    """Write the sound of some rows of the validation split (`val/audio/<row>`), if the data tells it."""
+    if facts.waveform is None or facts.sample_rate is None:
+        return
+    for row in rows:
+        writer.add_audio(f"val/audio/{row}", facts.waveform("val", row).clamp(-1, 1), step, facts.sample_rate)

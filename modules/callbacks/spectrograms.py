@@ -61,17 +61,22 @@ def coloured(values: Tensor, size: tuple[int, int], colours: str = "magma") -> I
     return Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.NEAREST)
 
 
-def spectrogram(features: Tensor, scale: int = 1, height: int | None = None) -> Image.Image:
+def spectrogram(features: Tensor, scale: int = 1) -> Image.Image:
     """Draw frames (T, M), each `scale` pixels wide: low frequencies at the bottom, loud ones bright.
 
-    The height is by default the multiple of M that is next to `HEIGHT`. The lowest twentieth of the numbers is black,
+    The height is the multiple of M that is next to `HEIGHT`. The lowest twentieth of the numbers is black,
     because the logarithm of silence can be anywhere.
     """
     values = features.detach().float().cpu().T.flip(0)  # (M, T)
     low, high = values.quantile(0.05), values.max()
     values = (values - low) / (high - low).clamp(min=1e-6)
     bins, frames = values.shape
-    return coloured(values.clamp(0, 1), (frames * scale, height or bins * max(1, round(HEIGHT / bins))))
+    return coloured(values.clamp(0, 1), (frames * scale, bins * max(1, round(HEIGHT / bins))))
+
+
+def sound_picture(features: Tensor, mask: Tensor | None, size: tuple[int, int]) -> Image.Image:
+    """The spectrogram of a clip (T, M) without its padding, (width, height) pixels large."""
+    return spectrogram(heard_frames(features, mask)).resize(size, Image.Resampling.BOX)
 
 
 def with_starts(picture: Image.Image, marks: Sequence[Mark], scale: int) -> Image.Image:

@@ -10,11 +10,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from trunkline import TrunklineError
 from trunkline.contract import IGNORE, DataFacts
-from trunkline.modules.callbacks.drawing import GREEN, RED, captioned, tensorboard
+from trunkline.modules.callbacks.drawing import GREEN, RED, captioned, play, tensorboard
 from trunkline.modules.callbacks.spectrograms import (
     COLUMN,
     Mark,
@@ -258,11 +257,3 @@ def worst_clips(written: Sequence[Any], rows: int, facts: DataFacts) -> str:
 def name_of(row: int, facts: DataFacts) -> str:
     """What a row of the validation split is called."""
     return f"row {row}" if facts.row_name is None else facts.row_name("val", row)
-
-
-def play(writer: SummaryWriter, rows: Sequence[int], facts: DataFacts, step: int) -> None:
-    """Write the sound of some rows of the validation split, if the data tells it."""
-    if facts.waveform is None or facts.sample_rate is None:
-        return
-    for row in rows:
-        writer.add_audio(f"val/audio/{row}", facts.waveform("val", row).clamp(-1, 1), step, facts.sample_rate)

@@ -140,21 +140,22 @@ class AudioClassifier(AudioTask):
         return metrics
 
     def evaluate(self, batch: AudioBatch, metrics: Any) -> dict[str, Tensor]:
-        """Returns, of the valid clips, `index`, and `label` and `prediction` (B,) or `target` and `probability` (B, K).
+        """Returns, of the valid clips, `index`, `features`, `mask`, and what is right and what the network says.
 
-        The former with one label a clip, the latter with several.
+        These are `label` and `prediction` (B,) with one label a clip, `target` and `probability` (B, K) with several.
         """
         valid, logits = batch["valid"], self.outputs(batch)
         metrics["loss"].update(self.clip_losses(logits, batch)[valid])
-        index, logits = batch["index"][valid], logits[valid]
+        shown = {field: batch[field][valid] for field in ("index", "features", "mask") if field in batch}  # type: ignore[literal-required]
+        logits = logits[valid]
         name = "target" if self.multi_label else "label"
         right = batch[name][valid].long()  # type: ignore[literal-required]
-        if len(index) or self.multi_label:  # torchmetrics' accuracy fails on no rows, its precisions want some update
+        if len(logits) or self.multi_label:  # torchmetrics' accuracy fails on no rows, its precisions want some update
             for metric in metrics.keys() - {"loss"}:
                 metrics[metric].update(logits, right)
         if self.multi_label:
-            return {"index": index, "target": right, "probability": logits.sigmoid()}
-        return {"index": index, "label": right, "prediction": logits.argmax(dim=1)}
+            return {**shown, "target": right, "probability": logits.sigmoid()}
+        return {**shown, "label": right, "prediction": logits.argmax(dim=1)}
 
     def predict_step(self, batch: AudioBatch, batch_idx: int) -> dict[str, Tensor]:
         """`index` (B,) and `probability` (B, K) of the valid clips; with several labels each is one of its own."""

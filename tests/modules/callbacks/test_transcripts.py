@@ -23,14 +23,13 @@ from trunkline import TrunklineError
 from trunkline.contract import IGNORE, DataFacts
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.callbacks import Transcripts
-from trunkline.modules.callbacks.drawing import GREEN, LINE, RED
+from trunkline.modules.callbacks.drawing import GREEN, LINE, RED, play
 from trunkline.modules.callbacks.spectrograms import COLUMN, Mark, spectrogram
 from trunkline.modules.callbacks.speech import (
     DrawnClip,
     ctc_marks,
     draw_attention,
     draw_clip,
-    play,
     spoken_attention,
     worst_clips,
 )
