@@ -20,11 +20,11 @@ class Splits:
     train_split: str | None = None
     """Name of the training split in the source; None is `train`."""
     val_split: str | None = None
-    """Name of the validation split in the source. None uses `val_fraction`, except that sources with images are first
-    searched for a split with a usual name (val, validation, valid, dev)."""
+    """Name of the validation split in the source. None uses `val_fraction`, except that sources with images and folders
+    of sounds are first searched for a split with a usual name (val, validation, valid, dev)."""
     test_split: str | None = None
-    """Name of the test split in the source. None uses `test_fraction`, except that sources with images are first
-    searched for a split named `test`."""
+    """Name of the test split in the source. None uses `test_fraction`, except that sources with images and folders of
+    sounds are first searched for a split named `test`."""
     val_fraction: float | None = None
     """Share of the training rows to set aside for validation, if the source has no split for it; None is 0.1."""
     test_fraction: float | None = None

@@ -1,7 +1,7 @@
 """Labelled sounds, each with one label or with several."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -89,12 +89,16 @@ class LabelledClips(AudioClips):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class AudioData(RecordingData):
-    """Labelled sounds, as `AudioBatch`es.
+    """Labelled sounds, as `AudioBatch`es, from folders of classes, tables, a hub name or the offline digits.
 
     Rows with one label are set aside for a split with the same proportion of each class; of rows with several labels
     the number of a row alone decides its split.
     """
 
+    source: str = field(kw_only=False)
+    """A folder with one sub-folder for each class, optionally below train/, val/, test/; a .jsonl, .csv or .parquet
+    table of recordings, or a folder of Parquet files; `spoken_digits:single` (one digit a clip, by synthetic voices) or
+    another set of single digits; else a Hugging Face hub name (a split can follow after a colon)."""
     too_long: Literal["cut", "skip", "window"] = "cut"
     """What happens to clips that are longer than `log_mel.max_seconds`: `cut` takes their ends off; `skip` leaves them
     out of training, while evaluation still cuts them; `window` makes several rows of such a clip, which overlap evenly

@@ -52,6 +52,7 @@ class AudioClips(Dataset[dict[str, Any]]):
         augmentation: random changes in training; None for evaluation.
         seed: seed of everything random in training.
         skip_corrupt: replace a row that cannot be read by the next one, instead of stopping.
+        training: whether rows may be mixed, and a row that replaces another one counts.
     """
 
     def __init__(
@@ -119,16 +120,16 @@ class AudioClips(Dataset[dict[str, Any]]):
         """A row as the network hears it."""
         samples, skipped = self.readable(key.index)
         row, mix, warp = (key.index + skipped) % len(self), None, 1.0
-        generator = np.random.default_rng((self.seed, key.epoch, key.index)) if self.training else None
-        if generator is not None:
+        generator = np.random.default_rng((self.seed, key.epoch, key.index))
+        if self.training:
             samples, mix = self.mix(samples, generator)
-        if generator is not None and self.augmentation is not None:
+        if self.augmentation is not None:
             rate, other = self.log_mel.sample_rate, lambda generator: self.drawn(generator)[0]
             samples = self.augmentation.augment_waveform(samples, rate, generator, other)
             warp = self.augmentation.warp(generator)
-        # slower speech can be longer
-        features = self.log_mel.features(torch.from_numpy(samples), warp)[: self.log_mel.max_frames]
-        if generator is not None and self.augmentation is not None:
+        features = self.log_mel.features(torch.from_numpy(samples), warp)
+        features = features[: self.log_mel.max_frames]  # slower speech can be longer
+        if self.augmentation is not None:
             features = self.augmentation.augment_features(features, generator)
         return Clip(features, row, skipped, self.is_cut(row), mix)
 

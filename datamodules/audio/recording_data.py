@@ -15,6 +15,7 @@ from torch import Tensor
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.datamodules.audio.audio_augmentation import AudioAugmentation
+from trunkline.datamodules.audio.audio_files import MAX_HOURS
 from trunkline.datamodules.audio.audio_input import AudioClips, too_long
 from trunkline.datamodules.audio.audio_listing import ListedAudio
 from trunkline.datamodules.audio.audio_manifests import AudioColumns
@@ -98,11 +99,15 @@ class RecordingData(TextSplits, TrunklineDataModule):
             TrunklineError: if a source cannot be read, or if a split is empty.
         """
         splits: dict[str, AudioRows] = {}
-        options: dict[str, Any] = {"longest": math.inf} if self.too_long == "window" else {}
-        folder = None if self.audio_folder is None else Path(self.audio_folder)
         for split, source in self.named_sources.items():
-            options |= {"audio_folder": folder, "skip_corrupt": self.skip_corrupt, "cache": self.cache}
-            found, faults = open_audio(source, self.columns, **options)
+            found, faults = open_audio(
+                source,
+                self.columns,
+                audio_folder=None if self.audio_folder is None else Path(self.audio_folder),
+                skip_corrupt=self.skip_corrupt,
+                longest=math.inf if self.too_long == "window" else MAX_HOURS * 3600,
+                cache=self.cache,
+            )
             found = {name: self.cached(rows) for name, rows in found.items()}
             splits |= found if split == "train" else {split: found["train"]}
             if faults:

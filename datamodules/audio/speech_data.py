@@ -103,9 +103,8 @@ def decoder_columns(tokens: Sequence[np.ndarray], valid: Sequence[bool], decoder
 class SpeechData(Vocabulary, RecordingData):
     """Speech with transcripts, as `SpeechBatch`es, from a list of recordings, a hub name or the offline digits.
 
-    The number of a row alone decides its split. For CTC the targets are the transcript alone, and an unknown number of
-    frames of silence is the blank's matter. A decoder reads start tokens, then the transcript, and predicts the
-    transcript and its end.
+    The number of a row alone decides its split. For CTC the targets are the tokens of the transcript; a decoder reads
+    start tokens, then the transcript, and predicts the transcript and its end.
     """
 
     source: str = field(kw_only=False)
@@ -196,7 +195,7 @@ class SpeechData(Vocabulary, RecordingData):
             TrunklineError: if it lacks one, and `drop_unknown` is off.
         """
         texts = self.kept_transcripts
-        unknown = unknown_characters(self.vocabulary, (text for split in texts.values() for text in split))
+        unknown = unknown_characters(self.vocabulary, [text for split in texts.values() for text in split])
         if not unknown:
             return texts
         if not self.drop_unknown:

@@ -4,7 +4,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import blake2b
@@ -147,15 +147,30 @@ def unknown_id(tokenizer: Tokenizer) -> int | None:
     return model.get("unk_id") if token is None else tokenizer.token_to_id(token)
 
 
-def unknown_characters(tokenizer: Tokenizer, texts: Iterable[str]) -> set[str]:
-    """The characters that a tokenizer replaces by its token for unknown text, or leaves out; white space may be."""
+def unknown_characters(tokenizer: Tokenizer, texts: list[str]) -> set[str]:
+    """The characters that a tokenizer leaves out of texts, or replaces by its token for unknown text.
+
+    It may leave white space out. A character that is known only as a part of words is not unknown in these words.
+    """
     characters = sorted(set().union(*texts))
     if not characters:
         return set()
-    ids, counts = TextEncoder(tokenizer).encode(characters)
-    unknown, places = unknown_id(tokenizer), np.repeat(np.arange(len(characters)), counts)
-    found = {characters[place] for place in places[ids == unknown]} if unknown is not None else set()
-    return found | {c for c, count in zip(characters, counts, strict=True) if not count and not c.isspace()}
+    encoder, unknown = TextEncoder(tokenizer), unknown_id(tokenizer)
+    counts = encoder.encode(characters)[1]
+    left_out = {c for c, count in zip(characters, counts, strict=True) if not count and not c.isspace()}
+    replaced = {characters[n] for n in texts_with(unknown, characters, encoder)}
+    if not replaced:
+        return left_out
+    seen = set().union(*(texts[row] for row in texts_with(unknown, texts, encoder)))
+    return left_out | (replaced & seen)
+
+
+def texts_with(token: int | None, texts: list[str], encoder: TextEncoder) -> np.ndarray:
+    """Numbers of the texts that have a token; none of them has None."""
+    if token is None:
+        return np.zeros(0, np.int64)
+    ids, counts = encoder.encode(texts)
+    return np.unique(np.repeat(np.arange(len(texts)), counts)[ids == token])
 
 
 def refuse_characters(

@@ -146,7 +146,9 @@ class AudioClassifier(AudioTask):
         """
         valid, logits = batch["valid"], self.outputs(batch)
         metrics["loss"].update(self.clip_losses(logits, batch)[valid])
-        shown = {field: batch[field][valid] for field in ("index", "features", "mask") if field in batch}  # type: ignore[literal-required]
+        shown: dict[str, Tensor] = {"index": batch["index"][valid], "features": batch["features"][valid]}
+        if "mask" in batch:
+            shown["mask"] = batch["mask"][valid]
         logits = logits[valid]
         name = "target" if self.multi_label else "label"
         right = batch[name][valid].long()  # type: ignore[literal-required]

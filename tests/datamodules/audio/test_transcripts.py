@@ -87,6 +87,13 @@ def test_characters_that_a_tokenizer_leaves_out() -> None:
     assert unknown_characters(tokenizer, ["a b c"]) == {"b", "c"}
 
 
+def test_characters_of_known_words_are_known() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"yes": 0, "no": 1, "?": 2}, "?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert unknown_characters(tokenizer, ["yes no", "no"]) == set()
+    assert unknown_characters(tokenizer, ["yes no", "on"]) == {"o", "n"}
+
+
 def test_the_message_about_unknown_characters() -> None:
     """Each with its number and a row, the most frequent first."""
     transcripts = {"train": ["ab", "xyx", "y"], "val": ["xz"]}
