@@ -42,8 +42,8 @@ class ClassificationReport(Callback):
     """Shows the confusion matrix and a grid of images or sounds after each validation, and features after training.
 
     Uses what `validation_step` returns: `label` and `prediction` (N,), or where a row can have several labels `target`
-    and `probability` (N, K); `image` (N, C, height, width), or `features` (N, T, M) with `index` and maybe `mask` (N, T)
-    for the grid; these or `tokens` (N, T) for the embedding projector. The module must have `num_classes`, and for the
+    and `probability` (N, K); for the grid `image` (N, C, height, width), or `features` (N, T, M) with `index` and maybe
+    `mask` (N, T); these or `tokens` (N, T) for the embedding projector. The module must have `num_classes`, and for the
     projector a method `features`. The data should know its class names; for texts it must have a tokenizer.
 
     Args:
