@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import Tensor
 
-from trunkline.modules.callbacks.classification import SOUND, ClassificationReport, first_rows
+from trunkline.modules.callbacks.classification import SOUND, ClassificationReport, leading_rows
 from trunkline.modules.callbacks.drawing import grid, tensorboard, to_pictures
 from trunkline.modules.callbacks.spectrograms import spectrogram
 from trunkline.modules.callbacks.text import check_network
@@ -44,7 +44,7 @@ class AttentionMaps(Callback):
         if writer is None or trainer.sanity_checking or report is None:
             return
         tiles: list[Image.Image] = []
-        for batch in first_rows(report.kept, self.images):
+        for batch in leading_rows(report.kept, self.images):
             seen = {name: value.to(pl_module.device) for name, value in batch.items()}
             for picture, maps in self._looked_at(seen, pl_module.network, trainer):
                 tiles += [picture, *(overlay(picture, weights) for weights in maps)]

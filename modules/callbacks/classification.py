@@ -96,7 +96,7 @@ class ClassificationReport(Callback):
         if {"image", "features"} & self.kept[0].keys():
             self._draw_rows(names, trainer, writer)
         if "features" in self.kept[0] and self.played:
-            rows = [row for batch in first_rows(self.kept, self.played) for row in batch["index"].tolist()]
+            rows = [row for batch in leading_rows(self.kept, self.played) for row in batch["index"].tolist()]
             play(writer, rows, facts_of(trainer), trainer.global_step)
             self.played = 0
         if counts is not None:
@@ -104,7 +104,7 @@ class ClassificationReport(Callback):
 
     def _draw_rows(self, names: list[str], trainer: L.Trainer, writer: SummaryWriter) -> None:
         tiles = []
-        for batch in first_rows(self.kept, self.images):
+        for batch in leading_rows(self.kept, self.images):
             for picture, (caption, right) in zip(
                 pictures_of(batch, trainer, SOUND), verdicts(batch, names), strict=True
             ):
@@ -119,7 +119,7 @@ class ClassificationReport(Callback):
         seen = {"image", "features", "tokens"}
         if writer is None or not self.kept or not self.projected or not seen & self.kept[0].keys():
             return
-        kept, names = first_rows(self.kept, self.projected), names_of_classes(trainer, pl_module)
+        kept, names = leading_rows(self.kept, self.projected), names_of_classes(trainer, pl_module)
         module: Any = pl_module
         training = module.network.training
         module.network.eval()
@@ -147,7 +147,7 @@ def count_rows(batch: dict[str, Tensor]) -> int:
     return len(next(iter(batch.values())))
 
 
-def first_rows(batches: Sequence[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
+def leading_rows(batches: Sequence[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
     """The first rows of all batches together."""
     found = []
     for batch in batches:
