@@ -118,8 +118,8 @@ def test_recipe_instantiates(recipe: str, monkeypatch: pytest.MonkeyPatch) -> No
     ):
         if name in network and size is not None and name not in stated:
             assert network[name] == size, name
-    sizes = ("batch_tokens", "batch_seconds", "batch_size")
-    size = next(name for name in sizes if name in own["data"]["init_args"])
+    limits = ("batch_tokens", "batch_seconds", "batch_size")
+    size = next(name for name in limits if name in own["data"]["init_args"])
     assert getattr(cli.datamodule, size) == own["data"]["init_args"][size]
     for name in ("max_epochs", "max_steps"):
         if name in own["trainer"]:
