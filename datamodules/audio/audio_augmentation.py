@@ -33,6 +33,8 @@ class AudioAugmentation:
     time_shift: float = 0.0
     """Seconds by which a clip is at most moved to earlier or later, and never by more than half of it. It keeps its
     length, and the gap is silent."""
+    pause: float = 0.0
+    """Seconds of silence that are at most added before a clip, and after it."""
     noise: float = 0.0
     """Probability of adding a noise."""
     noise_snr: tuple[float, float] = (5.0, 20.0)
@@ -61,7 +63,7 @@ class AudioAugmentation:
     """The same as a share of the clip's frames; the smaller limit counts."""
 
     def __post_init__(self) -> None:
-        for name in ("time_shift", "gain_db", "freq_masks", "freq_width", "time_masks", "time_width"):
+        for name in ("time_shift", "pause", "gain_db", "freq_masks", "freq_width", "time_masks", "time_width"):
             if not getattr(self, name) >= 0:
                 raise _unfit(name, f"={getattr(self, name)} must be at least 0")
         for name in ("noise", "time_share"):
@@ -85,7 +87,7 @@ class AudioAugmentation:
     def augment_waveform(
         self, waveform: np.ndarray, rate: int, generator: np.random.Generator, other: OtherClip
     ) -> np.ndarray:
-        """A clip (S,) float32 with another speed, moved, with noise, and with another loudness.
+        """A clip (S,) float32 with another speed, moved, with pauses, with noise, and with another loudness.
 
         Args:
             waveform: (S,) float32; it is not changed.
@@ -94,13 +96,15 @@ class AudioAugmentation:
             other: gives another clip for babble.
 
         Returns:
-            (S / speed,) float32.
+            (S / speed + pauses,) float32.
         """
         if self.speed != (1.0, 1.0):  # in steps, because each ratio of rates needs a filter of its own
             waveform = resample(waveform, round(100 * generator.uniform(*self.speed)), 100)
         if self.time_shift:
             furthest = min(rate * self.time_shift, len(waveform) / 2)
             waveform = moved_in_time(waveform, round(generator.uniform(-furthest, furthest)))
+        if self.pause:
+            waveform = np.pad(waveform, [int(rate * generator.uniform(0, self.pause)) for _ in range(2)])
         if self.noise and generator.random() < self.noise:
             noise = self._noise(len(waveform), rate, generator, other)
             waveform = with_noise(waveform, noise, generator.uniform(*self.noise_snr))

@@ -16,7 +16,7 @@ PRE_EMPHASIS = 0.97
 """Kaldi subtracts this share of the sample before, which lifts the high frequencies."""
 KALDI_FLOOR = torch.finfo(torch.float32).eps
 WHISPER_FLOOR = 1e-10
-WHISPER_RANGE = 8.0
+WHISPER_RANGE = 80.0
 """Whisper cuts off what is more than 80 dB below the loudest value of a clip."""
 WARP_LOW, WARP_HIGH = 100.0, 500.0
 """Hz above the lowest, and below the highest frequency, between which `warp` scales frequencies."""
@@ -53,6 +53,9 @@ class LogMel:
     """Features are divided by it after the mean is subtracted."""
     per_clip: Literal[False, "mean", "mean_std"] = False
     """Statistics of each band over the clip that are removed before `mean` and `std` are applied."""
+    range_db: float | None = None
+    """What is further below the loudest value of a clip, in dB, is raised to this limit, so that digital silence looks
+    like the quiet of a room, above all to `per_clip`. None is no limit for `kaldi`, and 80 for `whisper`."""
     max_seconds: float = 30.0
     """The longest clip."""
     padding: Literal["batch", "fixed"] = "batch"
@@ -72,6 +75,8 @@ class LogMel:
         for name in ("sample_rate", "num_mels", "std", "hop_ms", "max_seconds"):
             if not getattr(self, name) > 0:
                 raise _wrong(name, f"={getattr(self, name)} must be above 0")
+        if self.range_db is not None and not self.range_db > 0:
+            raise _wrong("range_db", f"={self.range_db} must be above 0, or null for no limit")
         if self.hop < 1 or self.window_samples < max(2, self.hop):
             raise _wrong(
                 "window_ms",
@@ -145,7 +150,10 @@ class LogMel:
         emphasised = F.pad(emphasised, (0, self._fft_size - self.window_samples))
         means = waveform.unfold(0, self.window_samples, self.hop).mean(1, keepdim=True)
         frames = emphasised.unfold(0, self._fft_size, self.hop) - (1 - PRE_EMPHASIS) * means
-        features = self._clip_normalised(_power(frames.mul_(self._window)).mm(matrix).clamp_min_(KALDI_FLOOR).log_())
+        features = _power(frames.mul_(self._window)).mm(matrix).clamp_min_(KALDI_FLOOR).log_()
+        if self.range_db is not None:  # a decibel is a tenth of a power of ten
+            features.clamp_min_(float(features.max()) - self.range_db * math.log(10) / 10)
+        features = self._clip_normalised(features)
         if self.padding == "fixed":
             features = F.pad(features, (0, 0, 0, self.max_frames - len(features)))
         return features
@@ -160,7 +168,7 @@ class LogMel:
         mirrored = F.pad(waveform[None], (half, half), mode="reflect")[0]
         frames = mirrored.unfold(0, self.window_samples, self.hop)[: len(waveform) // self.hop] * self._window
         features = _power(frames).mm(matrix).clamp_min_(WHISPER_FLOOR).log10_()
-        floor = max(float(features.max()) - WHISPER_RANGE, math.log10(WHISPER_FLOOR))
+        floor = max(float(features.max()) - (self.range_db or WHISPER_RANGE) / 10, math.log10(WHISPER_FLOOR))
         features = F.pad(features.clamp_min_(floor), (0, 0, 0, count - len(features)), value=floor)
         return self._clip_normalised(features.add_(4).div_(4))
 

@@ -264,8 +264,27 @@ def test_share_of_the_frames() -> None:
 
 
 def test_masks_wider_than_the_clip() -> None:
-    for seed in range(30):
-        masked(seed, frames=1, bands=3, freq_masks=3, freq_width=27, time_masks=3)
+    """They end at its borders, and can hide all of it."""
+    shares = [
+        masked(seed, frames=1, bands=4, freq_masks=3, freq_width=27, time_masks=3)[1].float().mean()
+        for seed in range(30)
+    ]
+    assert min(shares) < 1 == max(shares)
+
+
+def test_pauses() -> None:
+    """Silence before and after the clip, of independent lengths up to the limit."""
+    silences = []
+    for seed in range(40):
+        found = augmented(seed, waveform=np.ones(500, np.float32), pause=0.5)
+        (sound,) = np.flatnonzero(np.diff(found, prepend=0, append=0) > 0)
+        assert found[sound : sound + 500].tolist() == [1.0] * 500
+        assert np.count_nonzero(found) == 500
+        silences.append((sound, len(found) - sound - 500))
+    for side in zip(*silences, strict=True):
+        assert 0 <= min(side) < 0.1 * RATE
+        assert 0.4 * RATE < max(side) <= 0.5 * RATE
+    assert abs(np.corrcoef(np.array(silences).T)[0, 1]) < 0.5
 
 
 def test_settings_are_plain() -> None:

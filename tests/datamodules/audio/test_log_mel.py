@@ -165,6 +165,18 @@ def test_statistics_of_the_clip(convention: Any) -> None:
     torch.testing.assert_close(LogMel(per_clip="mean").features(waveform), kaldi, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize(("convention", "nats"), [("kaldi", 10 / math.log(10)), ("whisper", 40.0)])
+def test_range_of_a_clip(convention: Any, nats: float) -> None:
+    """Only what is further below the loudest value is raised, to the limit; a decibel is the same in both."""
+    waveform = voice(16_000, 1.0)
+    waveform[4000:8000] = 0.0
+    plain = LogMel(convention=convention).features(waveform) * nats  # in dB
+    limited = LogMel(convention=convention, range_db=30.0).features(waveform) * nats
+    assert plain.max() - plain.min() > 60
+    assert (limited > plain + 1).float().mean() > 0.2
+    torch.testing.assert_close(limited, plain.clamp(min=plain.max() - 30), atol=1e-3, rtol=0)
+
+
 def test_the_waveform_is_not_changed() -> None:
     waveform = voice(16_000, 1.0)
     before = waveform.clone()
@@ -177,7 +189,7 @@ def test_settings_are_plain() -> None:
     log_mel = LogMel(22_050, 128, window="hanning")
     log_mel.features(torch.zeros(1000))
     assert LogMel(**asdict(log_mel)) == log_mel
-    assert {type(value) for value in asdict(log_mel).values()} <= {int, float, str, bool}
+    assert {type(value) for value in asdict(log_mel).values()} <= {int, float, str, bool, type(None)}
 
 
 @pytest.mark.parametrize(
@@ -189,6 +201,7 @@ def test_settings_are_plain() -> None:
         ({"per_clip": "std"}, "per_clip='std' is none of False, mean, mean_std"),
         ({"std": 0.0}, "std=0.0 must be above 0"),
         ({"sample_rate": 0}, "sample_rate=0 must be above 0"),
+        ({"range_db": 0.0}, "range_db=0.0 must be above 0, or null for no limit"),
         ({"num_mels": -1}, "num_mels=-1 must be above 0"),
         ({"max_seconds": float("nan")}, "max_seconds=nan must be above 0"),
         ({"max_seconds": 0.02}, "max_seconds=0.02 is shorter than a window of 25.0 ms"),

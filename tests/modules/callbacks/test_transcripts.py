@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import lightning as L
 import numpy as np
@@ -380,8 +381,12 @@ def test_the_table() -> None:
 
 
 def test_data_without_sounds_plays_none() -> None:
-    play(None, [0], DataFacts(sample_rate=8000), 1)  # type: ignore[arg-type]
-    play(None, [0], DataFacts(waveform=waveform), 1)  # type: ignore[arg-type]
+    writer = MagicMock()
+    play(writer, [0], DataFacts(sample_rate=8000), 1)
+    play(writer, [0], DataFacts(waveform=waveform), 1)
+    assert not writer.method_calls
+    play(writer, [0], DataFacts(sample_rate=8000, waveform=waveform), 1)
+    assert [call[0] for call in writer.method_calls] == ["add_audio"]
 
 
 # --- errors
