@@ -15,7 +15,7 @@ from trunkline.datamodules.audio.recording_data import RecordingData
 from trunkline.datamodules.audio.speech_data import SpeechData
 from trunkline.modules.metrics.sounds import MeanPrecision
 from trunkline.modules.metrics.translation import translation_scores
-from trunkline.pipelines.evaluation.data import refuse_other_preparation, with_shares
+from trunkline.pipelines.evaluation.data import chosen_split, refuse_other_preparation
 from trunkline.pipelines.evaluation.results import Evaluation, Result
 from trunkline.pipelines.objectives import PREDICT_AUDIO
 from trunkline.pipelines.recordings import AudioWindows, Windowing
@@ -181,25 +181,8 @@ def choose_recordings(data: RecordingData, split: str | None, trained: Trained) 
     Raises:
         TrunklineError: if there is no such split, or a recording cannot be read.
     """
-    known: Mapping[str, Any] = trained.data or {}
-    same = known.get("source") == data.source
-    data = with_shares(data, known) if same else data
+    data, split = chosen_split(data, split, trained, "recordings")
     named = data.named_sources
-    splits = ["train", *(own for own, share in data.fractions.items() if own in named or share)]
-    if split is None:
-        split = next((own for own in ("test", "val") if own in splits and (own == "test" or same)), "all")
-        if split == "all" and same:
-            raise TrunklineError(
-                f"{trained.file} was trained on all of {data.source}; give recordings that it has not heard, or set "
-                "split to train",
-                "split",
-            )
-    if split not in ("all", *splits):
-        raise TrunklineError(
-            f"{data.source} has no {split} split, only {', '.join(splits)}; set {split}_fraction, name a "
-            f"{split}_source, or set split to all",
-            "split",
-        )
     if split == "all":
         data = replace(data, val_source=None, test_source=None, val_fraction=0.0, test_fraction=0.0)
     rows = data.splits["train" if split == "all" else split]

@@ -6,12 +6,14 @@ from typing import Any, TypeVar
 
 from trunkline import TrunklineError
 from trunkline.datamodules.audio.audio_data import AudioData
+from trunkline.datamodules.audio.recording_data import RecordingData
 from trunkline.datamodules.audio.speech_data import SpeechData
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.images.image_data import ImageData
 from trunkline.datamodules.images.preprocessing import Preprocessing
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI
 from trunkline.datamodules.pairs.image_text_data import ImageTextData
+from trunkline.datamodules.splits import shares_of
 from trunkline.datamodules.translation.parallel_sources import offline_names
 from trunkline.datamodules.translation.translation_data import TranslationData
 from trunkline.pipelines.errors import config_files, flags, plain, read_entries
@@ -20,6 +22,7 @@ from trunkline.pipelines.trained import Trained
 
 Images = TypeVar("Images", bound=ImageData | ImageTextData)
 Data = TypeVar("Data", bound=TrunklineDataModule)
+Sourced = TypeVar("Sourced", bound=TranslationData | RecordingData)
 
 FROM_TRAINING = {
     **dict.fromkeys([field.name for field in fields(Preprocessing)], "images are prepared"),
@@ -156,3 +159,37 @@ def with_shares(data: Data, splits: Mapping[str, Any]) -> Data:
     decided |= {name: splits[name] for name in ("split_seed",) if name in splits}
     left_out = {name: value for name, value in decided.items() if getattr(data, name) == known[name].default}
     return replace(data, **left_out)
+
+
+def chosen_split(data: Sourced, split: str | None, trained: Trained, what: str) -> tuple[Sourced, str]:
+    """The data with the shares of training, if it is of the same source; and the split to evaluate on.
+
+    Args:
+        data: the data that the user gave.
+        split: the split, or `all` rows of the source. None is the test split if there is one, else the validation split
+            of the source that the network was trained on, or all rows of any other source.
+        trained: the checkpoint.
+        what: what the rows are called in messages.
+
+    Raises:
+        TrunklineError: if there is no such split, or nothing that the network was not trained on.
+    """
+    known = trained.data or {}
+    same = known.get("source") == data.source
+    data = with_shares(data, known) if same else data
+    splits = [*dict.fromkeys([*data.named_sources, *shares_of(data.fractions)])]
+    if split is None:
+        split = next((own for own in ("test", "val") if own in splits and (own == "test" or same)), "all")
+        if split == "all" and same:
+            raise TrunklineError(
+                f"{trained.file} was trained on all {what} of {data.source}; give {what} that it has not seen, or set "
+                "split to train",
+                "split",
+            )
+    if split not in ("all", *splits):
+        raise TrunklineError(
+            f"{data.source} has no {split} split, only {', '.join(splits)}; set {split}_fraction, name a "
+            f"{split}_source, or set split to all",
+            "split",
+        )
+    return data, split

@@ -11,7 +11,7 @@ from trunkline.datamodules.translation.parallel_sources import open_pairs
 from trunkline.datamodules.translation.text_pairs import Pair, check_language
 from trunkline.datamodules.translation.translation_data import TranslationData
 from trunkline.modules.metrics.translation import USUAL_TOKENS, check_scores, signatures, translation_scores
-from trunkline.pipelines.evaluation.data import refuse_other_preparation, with_shares
+from trunkline.pipelines.evaluation.data import chosen_split, refuse_other_preparation
 from trunkline.pipelines.evaluation.results import Evaluation, Result
 from trunkline.pipelines.trained import Trained
 from trunkline.pipelines.translating import Translator, generation_of, pair_settings
@@ -90,25 +90,8 @@ def choose_pairs(data: TranslationData, split: str | None, trained: Trained) -> 
     Raises:
         TrunklineError: if there is no such split or no pair in it, or if a pair cannot be read.
     """
-    known = trained.data or {}
-    same = known.get("source") == data.source
-    data = with_shares(data, known) if same else data
+    data, split = chosen_split(data, split, trained, "pairs")
     named, targets, shares = data.named_sources, data.named_targets, shares_of(data.fractions)
-    splits = [*dict.fromkeys([*named, *shares])]
-    if split is None:
-        split = next((own for own in ("test", "val") if own in splits and (own == "test" or same)), "all")
-        if split == "all" and same:
-            raise TrunklineError(
-                f"{trained.file} was trained on all pairs of {data.source}; give pairs that it has not seen, or set "
-                "split to train",
-                "split",
-            )
-    if split not in ("all", *splits):
-        raise TrunklineError(
-            f"{data.source} has no {split} split, only {', '.join(splits)}; set {split}_fraction, name a "
-            f"{split}_source, or set split to all",
-            "split",
-        )
     own = split if split in named else "train"
     pairs = list(open_pairs(named[own], targets.get(own), data.columns).pairs())
     if own == "train" and split != "all":

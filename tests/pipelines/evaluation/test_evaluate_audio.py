@@ -106,7 +106,7 @@ def test_splits(tmp_path: Path) -> None:
     whole = save_recognizer(
         tmp_path, change=lambda c: c["SpeechData"].update(source=path, fractions={"val": 0.0, "test": 0.0})
     )
-    with pytest.raises(TrunklineError, match=r"was trained on all of .*; give recordings that it has not heard"):
+    with pytest.raises(TrunklineError, match=r"was trained on all recordings .*; give recordings that it has not"):
         judge(whole, SpeechData, path, tmp_path)
 
 
