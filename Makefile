@@ -41,7 +41,7 @@ train-translate: $(READY) ## train an encoder-decoder to read dates in words, of
 	$(BIN)/trunkline evaluate --checkpoint $$last --data.source dates:locales && \
 	$(BIN)/trunkline evaluate --checkpoint $$last --data.source dates:languages
 
-train-audio: $(READY) ## train a recogniser of spoken digits, offline, in four minutes; test it on unseen voices, accent and noise
+train-audio: $(READY) ## train a recogniser of spoken digits, offline, in five minutes; test it on unseen voices, accent and noise
 	$(BIN)/trunkline fit --config audio/digits $(ARGS)
 	@last=$$(ls -t runs/audio/digits/*/checkpoints/last.ckpt | head -1) && set -x && \
 	$(BIN)/trunkline evaluate --checkpoint $$last --data.source spoken_digits:accent && \
