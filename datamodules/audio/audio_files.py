@@ -27,6 +27,8 @@ UNKNOWN_SIZE = 2_000_000_000
 
 MP3_LEAD = 16 * 1152
 """Samples that are decoded before a part of an MP3 file: a block needs bits of the blocks before it."""
+OGG_HEADER, OGG_PAGE = 27, 65_307
+"""Bytes of an Ogg page (RFC 3533) before its segment table, and of the largest page."""
 
 
 class AudioHeader(NamedTuple):
@@ -154,7 +156,7 @@ def _opened(file: bytes | str | Path | None, name: str) -> Iterator["SoundFile"]
         if not (len(file) if isinstance(file, bytes) else Path(file).stat().st_size):
             raise ValueError("the file is empty")
         with library.SoundFile(io.BytesIO(file) if isinstance(file, bytes) else str(file)) as sound:
-            _check(sound)
+            _check(sound, file)
             yield sound
     except Exception as error:  # the library and the file system raise many kinds
         raise TrunklineError(
@@ -164,22 +166,37 @@ def _opened(file: bytes | str | Path | None, name: str) -> Iterator["SoundFile"]
         ) from error
 
 
-def _check(sound: "SoundFile") -> None:
+def _check(sound: "SoundFile", file: bytes | str | Path) -> None:
     """Refuse a file without sound, and one that is shorter than it says.
 
-    libsndfile reads what is left of a file, and only its log says that something is missing. Without that log nothing
-    is refused here.
+    libsndfile reads what is left of a file. Only its log says that something is missing, and not for all Ogg files.
     """
     if not sound.frames:
         raise ValueError("it holds no sound")
     if sound.frames >= 1 << 62:  # libsndfile's number for an unknown length
         raise ValueError("it does not say how long it is; convert it")
-    log = sound.extra_info
-    sizes = re.search(r"(?:data|Data Size|SSND) *: (\d+) \(should be (\d+)\)", log)
+    field, what = ("riff", "bytes") if sound.format == "W64" else ("(?:data|Data Size|SSND)", "bytes of sound")
+    sizes = re.search(rf"{field} *: (\d+) \(should be (\d+)\)", sound.extra_info)
     if sizes and int(sizes[2]) < int(sizes[1]) < UNKNOWN_SIZE:
-        raise ValueError(f"it is cut short: it says that it has {sizes[1]} bytes of sound, and has {sizes[2]}")
-    if "Last page lacks an end-of-stream bit" in log and "Junk after the last page" in log:
+        raise ValueError(f"it is cut short: it says that it has {sizes[1]} {what}, and has {sizes[2]}")
+    if sound.format == "OGG" and _ends_within_page(_last_bytes(file, OGG_PAGE)):
         raise ValueError("it is cut short in the middle of an Ogg page")
+
+
+def _ends_within_page(ending: bytes) -> bool:
+    """Whether the last page in the ending of an Ogg file is not complete; what follows a complete page is no fault."""
+    page = ending[max(ending.rfind(b"OggS"), 0) :]
+    segments = page[OGG_HEADER - 1] if len(page) >= OGG_HEADER else 0
+    return len(page) < OGG_HEADER + segments + sum(page[OGG_HEADER : OGG_HEADER + segments])
+
+
+def _last_bytes(file: bytes | str | Path, count: int) -> bytes:
+    """At most `count` bytes at the end of a file."""
+    if isinstance(file, bytes):
+        return file[-count:]
+    with Path(file).open("rb") as stream:
+        stream.seek(max(Path(file).stat().st_size - count, 0))
+        return stream.read()
 
 
 def _reason(error: Exception, library: Any) -> object:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,16 +49,16 @@ class AudioListing:
     fingerprint: str | None = None
     """Identifies the contents if they stand in a table; None for files, which their states identify."""
 
-    @property
-    def key(self) -> str:
-        """A hash that changes when the contents change.
+    def key(self, numbers: Iterable[int]) -> str:
+        """A hash that changes when the contents of these numbers change.
 
         Raises:
-            OSError: if a file is missing.
+            OSError: if one of these files is missing.
         """
         identity: Any = self.fingerprint
         if identity is None:
-            paths = [Path(file) for file in self.contents if not isinstance(file, bytes)]
+            found = (self.contents[number] for number in sorted(set(numbers)))
+            paths = [Path(file) for file in found if not isinstance(file, bytes)]
             identity = [[str(path), *file_state(path)] for path in paths]
         return blake2b(json.dumps(identity).encode(), digest_size=12).hexdigest()
 
@@ -133,7 +133,7 @@ def read_headers(listing: AudioListing, cache: Path) -> dict[int, AudioHeader | 
         names.setdefault(row.content, row.name)
     kept = None
     with suppress(OSError):  # a missing file is an error of its header
-        kept = cache / f"headers-{listing.key}.json"
+        kept = cache / f"headers-{listing.key(names)}.json"
         known = {int(number): AudioHeader(*header) for number, header in (read_json(kept) or {}).items()}
         if known.keys() >= names.keys():
             return dict(known)

@@ -168,12 +168,29 @@ class SpeechData(Vocabulary, RecordingData):
             texts[split] = [self.normalization(text) for text in rows.texts]
         return texts
 
+    @cached_property
+    def unknown(self) -> set[str]:
+        """The characters of all `normalised` transcripts that the tokenizer does not have."""
+        return unknown_characters(self.vocabulary, [text for texts in self.normalised.values() for text in texts])
+
+    @cached_property
+    def written(self) -> dict[str, list[str]]:
+        """The transcripts of all `opened` rows, normalised, and with `drop_unknown` without unknown characters."""
+        if not (self.drop_unknown and self.unknown):
+            return self.normalised
+        table = dict.fromkeys(map(ord, self.unknown))
+        return {
+            split: [" ".join(text.translate(table).split()) for text in texts]
+            for split, texts in self.normalised.items()
+        }
+
     def unwanted(self, split: str, rows: AudioRows) -> dict[str, np.ndarray]:
-        empty = np.array([not text for text in self.normalised[split]])
+        empty = np.array([not text for text in self.written[split]])
         if empty.any() and not self.skip_corrupt:
             row = int(empty.argmax())
             text = rows.texts[row] if rows.texts else ""
-            written = f", because the normalization leaves nothing of '{text}'" if text.strip() else ""
+            why = "drop_unknown" if self.normalised[split][row] else "the normalization"
+            written = f", because {why} leaves nothing of '{text}'" if text.strip() else ""
             raise TrunklineError(
                 f"{rows.name(row)} ({split} split): the transcript is empty{written}; "
                 f"{int(empty.sum())} of {len(rows)} transcripts are; write them, or set skip_corrupt=true to leave "
@@ -183,31 +200,20 @@ class SpeechData(Vocabulary, RecordingData):
         return {"without a transcript": empty, **super().unwanted(split, rows)}
 
     @cached_property
-    def kept_transcripts(self) -> dict[str, list[str]]:
-        """The transcripts of each split, with all characters."""
-        return {split: [self.normalised[split][row] for row in rows] for split, rows in self.kept.items()}
-
-    @cached_property
     def transcripts(self) -> dict[str, list[str]]:
         """The transcripts of each split, in characters that the tokenizer has.
 
         Raises:
             TrunklineError: if it lacks one, and `drop_unknown` is off.
         """
-        texts = self.kept_transcripts
-        unknown = unknown_characters(self.vocabulary, [text for split in texts.values() for text in split])
-        if not unknown:
-            return texts
-        if not self.drop_unknown:
-            refuse_characters(unknown, texts, self.row_name, self.tokenizer)
-        table, known = dict.fromkeys(map(ord, unknown)), {}
+        texts = {split: [self.normalised[split][row] for row in rows] for split, rows in self.kept.items()}
         for split in texts:
-            shorter = [text.translate(table) for text in texts[split]]
-            dropped = sum(map(len, texts[split])) - sum(map(len, shorter))
+            dropped = sum(character in self.unknown for text in texts[split] for character in text)
+            if dropped and not self.drop_unknown:
+                refuse_characters(self.unknown, texts, self.row_name, self.tokenizer)
             if dropped:
                 self.left_out.setdefault(split, {})["unknown characters"] = dropped
-            known[split] = [" ".join(text.split()) for text in shorter]
-        return known
+        return {split: [self.written[split][row] for row in rows] for split, rows in self.kept.items()}
 
     def transcript(self, split: str, row: int) -> str:
         """What is said in a row, normalised."""
@@ -220,7 +226,10 @@ class SpeechData(Vocabulary, RecordingData):
         """The tokenizer, loaded, or learnt at the first use and stored in `cache`; only one process learns it."""
         if self.tokenizer not in TRAINED:
             return load_tokenizer(self.tokenizer)
-        texts = TranscriptTexts(self.kept_transcripts["train"])
+        # the rows are chosen without `kept`, which with `drop_unknown` needs the tokenizer
+        left_out = super().unwanted("train", self.opened["train"]).values()
+        rows = zip(self.normalised["train"], *left_out, strict=True)
+        texts = TranscriptTexts([text for text, *reasons in rows if text and not any(reasons)])
         special = self.start_tokens or ()
         corpus = [(texts, {"train": 1.0})]
         return Preparation(corpus, self.tokenizer, self.vocab_size, self.cache, special=special).tokenizer  # type: ignore[arg-type]

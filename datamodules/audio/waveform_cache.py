@@ -40,7 +40,8 @@ class CachedAudio:
         self.rows, self.rate = rows, rate
         self.seconds, self.texts, self.labels = rows.seconds, rows.texts, rows.labels
         parts = [[row.content, row.start, row.end, row.rate] for row in rows.rows]
-        settings = json.dumps([WAVEFORM_FORMAT, rate, rows.listing.key, parts])
+        key = rows.listing.key(row.content for row in rows.rows)  # of the other files one may be missing
+        settings = json.dumps([WAVEFORM_FORMAT, rate, key, parts])
         file = cache / f"waveforms-{blake2b(settings.encode(), digest_size=12).hexdigest()}.f32"
         borders = file.with_suffix(".npy")
         if not borders.exists():

@@ -172,7 +172,7 @@ def chosen_split(data: Sourced, split: str | None, trained: Trained, what: str) 
         what: what the rows are called in messages.
 
     Raises:
-        TrunklineError: if there is no such split, or nothing that the network was not trained on.
+        TrunklineError: if there is no such split, or if the network was trained on all rows and `split` is None.
     """
     known = trained.data or {}
     same = known.get("source") == data.source

@@ -110,7 +110,9 @@ def changed(content: bytes, place: int, code: str, value: int) -> bytes:
 
 
 WAV, FLAC = encoded(TONE), encoded(TONE, format="FLAC")
-NOISE = encoded(np.random.default_rng(0).standard_normal(48_000).astype(np.float32) / 10, format="OGG")
+HISS = np.random.default_rng(0).standard_normal(48_000).astype(np.float32) / 10
+NOISE, OPUS = encoded(HISS, format="OGG"), encoded(HISS, format="OGG", subtype="OPUS")
+W64 = encoded(TONE, format="W64")
 BROKEN = {
     "an empty cell": (None, "the cell is empty"),
     "no file": ("nowhere/clip.wav", "there is no such file"),
@@ -124,6 +126,11 @@ BROKEN = {
     "a cut WAV header": (WAV[:30], "No 'data' chunk marker"),
     "a cut AIFF": (encoded(TONE, format="AIFF")[:-1000], "it is cut short"),
     "a cut OGG": (NOISE[: len(NOISE) // 2], "it is cut short in the middle of an Ogg page"),
+    "a cut OGG, at its end": (NOISE[:-10], "it is cut short in the middle of an Ogg page"),
+    "a cut Opus": (OPUS[: len(OPUS) // 2], "it is cut short in the middle of an Ogg page"),
+    "a cut Ogg header": (OPUS[: OPUS.rindex(b"OggS") + 9], "it is cut short in the middle of an Ogg page"),
+    "a cut Ogg table": (OPUS[: OPUS.rindex(b"OggS") + 29], "it is cut short in the middle of an Ogg page"),
+    "a cut W64": (W64[: len(W64) // 2], r"it is cut short: it says that it has 32\d+ bytes, and has 16\d+;"),
     "unknown length": (FLAC[:21] + bytes((FLAC[21] & 0xF0, 0, 0, 0, 0)) + FLAC[26:], "does not say how long it is"),
 }
 """What -> content, and the message about it."""
@@ -139,6 +146,15 @@ def test_broken_files(what: str) -> None:
             read()
         assert error.value.field == "data.skip_corrupt"
         assert "BytesIO" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [NOISE, OPUS], ids=["Vorbis", "Opus"])
+@pytest.mark.parametrize("tail", [b"", b"TAG" + bytes(125), bytes(70_000)], ids=["none", "ID3", "much"])
+def test_whole_ogg_files(content: bytes, tail: bytes, tmp_path: Path) -> None:
+    """What other programs add after the last page cuts nothing off."""
+    (tmp_path / "hiss.ogg").write_bytes(content + tail)
+    for source in (content + tail, tmp_path / "hiss.ogg"):
+        assert len(read_audio(source, "hiss", 16_000)) == 48_000
 
 
 NAN, INF = TONE.copy(), TONE.copy()
