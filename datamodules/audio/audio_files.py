@@ -208,7 +208,8 @@ def _reason(error: Exception, library: Any) -> object:
             f"it is no audio, or of a format that libsndfile {library.__libsndfile_version__} cannot read (it reads "
             f"{', '.join(library.available_formats())}); convert it, to FLAC for example"
         )
-    return error.error_string.strip().rstrip(".")
+    reason = error.error_string.strip().rstrip(".").removeprefix("Error : ")
+    return reason if reason.startswith("System error") else f"it is damaged or cut short ({reason})"
 
 
 def _library() -> Any:

@@ -123,7 +123,7 @@ BROKEN = {
     "no samples": (encoded(TONE[:0]), "it holds no sound"),
     "no channels": (changed(WAV, 22, "<H", 0), "Channel count is zero"),
     "a cut WAV": (WAV[:-1000], "it is cut short: it says that it has 32000 bytes of sound, and has 31000"),
-    "a cut WAV header": (WAV[:30], "No 'data' chunk marker"),
+    "a cut WAV header": (WAV[:30], "it is damaged or cut short .*No 'data' chunk marker"),
     "a cut AIFF": (encoded(TONE, format="AIFF")[:-1000], "it is cut short"),
     "a cut OGG": (NOISE[: len(NOISE) // 2], "it is cut short in the middle of an Ogg page"),
     "a cut OGG, at its end": (NOISE[:-10], "it is cut short in the middle of an Ogg page"),
@@ -160,7 +160,7 @@ def test_whole_ogg_files(content: bytes, tail: bytes, tmp_path: Path) -> None:
 NAN, INF = TONE.copy(), TONE.copy()
 NAN[700], INF[300] = np.nan, -np.inf
 UNUSABLE: dict[str, tuple[bytes, dict[str, Any], str]] = {
-    "a cut FLAC": (FLAC[: len(FLAC) // 2], {}, "."),
+    "a cut FLAC": (FLAC[: len(FLAC) // 2], {}, r"it is damaged or cut short \([^:]*\);"),
     "silence": (encoded(0 * TONE), {}, "it is silent: all of its samples are 0;"),
     "a constant": (encoded(0 * TONE + 0.5), {}, "it is silent: all of its samples are 0.5;"),
     "opposite channels": (encoded(np.stack((TONE, -TONE), 1), subtype="FLOAT"), {}, "it is silent"),

@@ -1,7 +1,6 @@
 """What TensorBoard shows of a run, read back from its event files."""
 
 import csv
-import io
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard_run import logged_picture
 from tiny import vit
 from torch import Tensor
 
@@ -97,10 +97,6 @@ def scalars(found: EventAccumulator, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in found.Scalars(tag)}
 
 
-def picture(found: EventAccumulator, tag: str, number: int = -1) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(found.Images(tag)[number].encoded_image_string)).convert("RGB"))
-
-
 class TestRun:
     """One run with the callbacks that recipes have by default, and those of a ViT."""
 
@@ -160,10 +156,10 @@ class TestRun:
         assert set(fitted.found.Tags()["images"]) == {"val/images", "val/attention", "val/confusion"}
         for tag in fitted.found.Tags()["images"]:
             assert [event.step for event in fitted.found.Images(tag)] == VALIDATIONS
-        assert picture(fitted.found, "val/confusion").shape == (400, 400, 3)
+        assert logged_picture(fitted.found, "val/confusion").shape == (400, 400, 3)
         # 3 images; beside each the rollout and one head
-        assert picture(fitted.found, "val/attention").shape == (3 * 96, 3 * 96, 3)
-        shown, height, width = picture(fitted.found, "val/images"), 96 + 6 + 14, 96 + 6
+        assert logged_picture(fitted.found, "val/attention").shape == (3 * 96, 3 * 96, 3)
+        shown, height, width = logged_picture(fitted.found, "val/images"), 96 + 6 + 14, 96 + 6
         assert shown.shape == (3 * height, 8 * width, 3)  # 20 images, 8 a row
         seen = fitted.witness.seen(2)
         right = (seen["prediction"] == seen["label"])[:20].tolist()

@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
-from test_callbacks import events, picture
+from tensorboard_run import logged_picture
+from test_callbacks import events
 from tiny_clip import COLOURS, PREPROCESSING, encoder, module, pixels
 from tiny_clip import picture as drawn
 from torch import Tensor
@@ -96,7 +97,7 @@ def test_after_each_validation_but_the_sanity_check(fitted: SimpleNamespace) -> 
 def test_retrieval_grid(fitted: SimpleNamespace) -> None:
     last, (height, width) = fitted.last, TILE
     assert last["index"].tolist() == [0, 1, *range(3, 21)]  # the one that is not valid is left out
-    shown = picture(fitted.found, "val/retrieval")
+    shown = logged_picture(fitted.found, "val/retrieval")
     assert shown.shape == (3 * height, 6 * width, 3)
     images, texts = last["image_embedding"].double(), last["text_embedding"].double()
     colours = [ROWS[n][0] for n in last["index"]]
@@ -138,7 +139,7 @@ def test_data_without_captions_and_few_pairs(tmp_path: Path) -> None:
     report = RetrievalReport(pool=3)
     run(tmp_path, Data(), report)
     assert len(report.pictures) == 3
-    assert picture(events(tmp_path), "val/retrieval").shape == (3 * TILE[0], 4 * TILE[1], 3)
+    assert logged_picture(events(tmp_path), "val/retrieval").shape == (3 * TILE[0], 4 * TILE[1], 3)
     (file,) = tmp_path.rglob("metadata.tsv")
     assert file.read_text().split() == ["0", "1", "3"]
 

@@ -6,15 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import soundfile
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard_run import logged_picture, logged_trainer
 from tiny_speech import CLASSES, FRAMES, MELS, Kind, Tones, noisy
 from torch import Tensor, nn
 
@@ -54,18 +53,7 @@ def run(folder: Path, kind: Kind, *callbacks: Any) -> SimpleNamespace:
     torch.manual_seed(0)
     options = {"optimizer": OptimizerConfig(lr=1e-12, warmup=0.1), "multi_label": kind == "labels"}
     model: AudioClassifier = noisy(AudioClassifier(config(), **options), 0.3)
-    L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        use_distributed_sampler=False,
-        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=1,
-        max_epochs=2,
-        callbacks=list(callbacks),
-    ).fit(model, datamodule=data)
+    logged_trainer(folder, *callbacks, max_epochs=2).fit(model, datamodule=data)
     model.eval()
     batches = data.batches()
     clips = [b["features"][n][b["mask"][n]] for b in batches for n in b["valid"].nonzero()[:, 0].tolist()]
@@ -74,10 +62,6 @@ def run(folder: Path, kind: Kind, *callbacks: Any) -> SimpleNamespace:
     right = torch.cat([b["target" if kind == "labels" else "label"][b["valid"]] for b in batches])
     found = EventAccumulator(str(folder), {"images": 0, "audio": 0}).Reload()
     return SimpleNamespace(model=model, clips=clips, logits=logits, right=right, found=found, folder=folder)
-
-
-def picture(found: EventAccumulator, tag: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(found.Images(tag)[-1].encoded_image_string)).convert("RGB"))
 
 
 class TestOneLabel:
@@ -96,7 +80,7 @@ class TestOneLabel:
 
     def test_spectrograms_with_predictions(self, done: SimpleNamespace) -> None:
         """Six of two batches, whose clips have been padded to different lengths."""
-        shown, height, width = picture(done.found, "val/sounds"), SOUND[1] + 6 + LINE, SOUND[0] + 6
+        shown, height, width = logged_picture(done.found, "val/sounds"), SOUND[1] + 6 + LINE, SOUND[0] + 6
         assert shown.shape == (2 * height, 4 * width, 3)
         right = (done.logits.argmax(dim=1) == done.right)[:6].tolist()
         assert True in right
@@ -136,7 +120,7 @@ class TestOneLabel:
         np.testing.assert_allclose(sprites[32:64, 32:64], want, atol=1)
 
     def test_attention(self, done: SimpleNamespace) -> None:
-        shown = picture(done.found, "val/attention")
+        shown = logged_picture(done.found, "val/attention")
         assert shown.shape == (5 * SOUND[1], 3 * SOUND[0], 3)  # spectrogram, rollout and one head
         clip, network = done.clips[4], done.model.network  # of the second batch
         plain = spectrogram(clip).resize(SOUND, Image.Resampling.BOX)
@@ -150,7 +134,7 @@ def test_several_labels(tmp_path: Path) -> None:
     """There is no matrix; a prediction is right if as many of the likeliest classes as there are labels are labels."""
     done = run(tmp_path, "labels", ClassificationReport(images=10, projected=4))
     assert done.found.Tags()["images"] == ["val/sounds"]
-    shown, height, width = picture(done.found, "val/sounds"), SOUND[1] + 6 + 2 * LINE, SOUND[0] + 6
+    shown, height, width = logged_picture(done.found, "val/sounds"), SOUND[1] + 6 + 2 * LINE, SOUND[0] + 6
     assert shown.shape == (3 * height, 4 * width, 3)
     rights = []
     for number, (logits, target) in enumerate(zip(done.logits, done.right, strict=True)):

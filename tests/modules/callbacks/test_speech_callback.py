@@ -8,15 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
-import lightning as L
 import numpy as np
 import pytest
 import soundfile
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard_run import logged_picture, logged_texts, logged_trainer
 from tiny_speech import END, FRAMES, LANGUAGE, MELS, NAMES, SPACE, START, Tones, V, letters, noisy, recognizer
 from torch import Tensor, nn
 
@@ -86,28 +84,15 @@ class Done:
     found: EventAccumulator
 
     def texts(self, tag: str) -> dict[int, str]:
-        return {e.step: e.tensor_proto.string_val[0].decode() for e in self.found.Tensors(f"{tag}/text_summary")}
+        return logged_texts(self.found, tag)
 
     def picture(self, tag: str) -> np.ndarray:
-        encoded = self.found.Images(tag)[-1].encoded_image_string
-        return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+        return logged_picture(self.found, tag)
 
 
 def run(folder: Path, model: Any, data: Tones, callback: Transcripts, *others: Any, epochs: int = 2) -> Done:
     """Train for 3 steps an epoch, with a validation after each."""
-    L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        use_distributed_sampler=False,
-        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=1,
-        max_epochs=epochs,
-        log_every_n_steps=1,
-        callbacks=[callback, *others],
-    ).fit(model, datamodule=data)
+    logged_trainer(folder, callback, *others, max_epochs=epochs, log_every_n_steps=1).fit(model, datamodule=data)
     model.eval()
     return Done(
         model, callback, EventAccumulator(str(folder), dict.fromkeys(("images", "tensors", "audio"), 0)).Reload()

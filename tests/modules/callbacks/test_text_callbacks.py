@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard_run import logged_texts, logged_trainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trunkline import TrunklineError
@@ -34,20 +35,7 @@ TEXT = "the cat sat on the mat and the dog sat on the cat. " * 60
 
 
 def trainer(folder: Path, steps: int, interval: int, *callbacks: Any) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        use_distributed_sampler=False,
-        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=1,
-        max_steps=steps,
-        val_check_interval=interval,
-        log_every_n_steps=interval,
-        callbacks=list(callbacks),
-    )
+    return logged_trainer(folder, *callbacks, max_steps=steps, val_check_interval=interval, log_every_n_steps=interval)
 
 
 def run(folder: Path, masked: bool, *callbacks: Any) -> SimpleNamespace:
@@ -68,14 +56,10 @@ def run(folder: Path, masked: bool, *callbacks: Any) -> SimpleNamespace:
     return SimpleNamespace(model=model, data=data, found=found)
 
 
-def texts(found: EventAccumulator, tag: str) -> dict[int, str]:
-    return {e.step: e.tensor_proto.string_val[0].decode() for e in found.Tensors(f"{tag}/text_summary")}
-
-
 def test_gpt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples = TextSamples(["the c", "dog"], max_new_tokens=20)
     done = run(tmp_path, False, samples, AttentionHeads("the cat sat", blocks=2, heads=1))
-    shown = texts(done.found, "val/samples")
+    shown = logged_texts(done.found, "val/samples")
     assert list(shown) == [4, 8]
     ids = done.data.vocabulary.encode("the c").ids
     (new,) = generate(done.model.network, torch.tensor([ids]), config=samples.config)  # the weights have not changed
@@ -104,7 +88,7 @@ def test_bert(tmp_path: Path) -> None:
     row = ", ".join(
         f"{words.decode([t])} ({p:.2f})" for t, p in zip(filling.tokens, filling.probabilities, strict=True)
     )
-    assert texts(done.found, "val/filled")[8].splitlines()[2:] == [f"| the [MASK] sat on | {row} |"]
+    assert logged_texts(done.found, "val/filled")[8].splitlines()[2:] == [f"| the [MASK] sat on | {row} |"]
     assert done.model.network.training
     assert [e.step for e in done.found.Images("val/attention")] == [4, 8]
 
@@ -133,7 +117,7 @@ def test_masks_of_another_family_are_filled(tmp_path: Path) -> None:
     names = {number: name for name, number in words.items()}
     found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     want = ", ".join(f"{names[token] if token > 3 else ''} ({p:.2f})" for token, p in found)
-    shown = texts(EventAccumulator(str(tmp_path), {"tensors": 0}).Reload(), "val/filled")
+    shown = logged_texts(EventAccumulator(str(tmp_path), {"tensors": 0}).Reload(), "val/filled")
     assert shown[3].splitlines()[2:] == [f"| the <mask> sat | {want} |"]
 
 

@@ -7,15 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard_run import logged_texts, logged_trainer
 from tiny_translator import END, LONGEST_TARGET, REV, UP, by_hand, letters, network_config, random_network, written_ids
 from torch import nn
 
@@ -50,7 +49,7 @@ class Done:
     found: EventAccumulator
 
     def texts(self, tag: str) -> dict[int, str]:
-        return {e.step: e.tensor_proto.string_val[0].decode() for e in self.found.Tensors(f"{tag}/text_summary")}
+        return logged_texts(self.found, tag)
 
 
 def pairs_data(folder: Path, languages: list[str] | None = None) -> TranslationData:
@@ -78,20 +77,9 @@ def run(folder: Path, *callbacks: Any, languages: list[str] | None = None, **opt
     trunk = TransformerConfig(dim=32, depth=2, num_heads=2, dropout=0.2)
     model = Seq2Seq(network_config(encoder=trunk, decoder=trunk), optimizer=OptimizerConfig(lr=0.01), **options)
     model.network.load_state_dict(random_network(encoder=trunk, decoder=trunk).state_dict())
-    L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        use_distributed_sampler=False,
-        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=1,
-        max_steps=4,
-        val_check_interval=2,
-        log_every_n_steps=2,
-        callbacks=list(callbacks),
-    ).fit(model, datamodule=data)
+    logged_trainer(folder, *callbacks, max_steps=4, val_check_interval=2, log_every_n_steps=2).fit(
+        model, datamodule=data
+    )
     model.eval()
     return Done(
         model, data, EventAccumulator(str(folder), dict.fromkeys(("images", "tensors", "histograms"), 0)).Reload()
