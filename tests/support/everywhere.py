@@ -16,11 +16,16 @@ TESTS = Path(__file__).parent.parent
 
 # Test files (without `test_` and `.py`) whose results depend on arithmetic.
 NUMERIC = (
-    "backbone bert callbacks causal_lm clip contrastive_distributed contrastive_image_text contrastive_losses "
-    "decoders drawing evaluate generate_command generation gpt image_classifier losses masked_lm masks networks "
-    "old_checkpoints optim own_task parity parity_bert parity_gpt parity_vit predict predict_text probe_callback "
-    "question_answering reduction retrieval retrieval_report search shared_trunk squad_scores text_callbacks "
-    "text_classifier text_commands text_head token_classifier warm_start"
+    "ast audio_augmentation audio_classifier audio_data backbone bert callbacks causal_lm clip "
+    "conditional_decoder contrastive_distributed contrastive_image_text contrastive_losses ctc_alignment "
+    "ctc_beams decoders drawing encoder_decoder evaluate evaluate_audio evaluate_translation exact_resume "
+    "excluded_tokens generate_command generation gpt image_classifier log_mel losses low_precision_seq2seq "
+    "masked_lm masks networks old_checkpoints optim own_task parity parity_ast parity_bert parity_gpt "
+    "parity_seq2seq parity_vit parity_whisper predict predict_text probe_callback question_answering reduction "
+    "relative_bias retrieval retrieval_report scaled_adamw search seq2seq shared_context shared_trunk "
+    "sound_reports sounds spectrograms speech_callback speech_data speech_encoder speech_recognizer "
+    "speech_to_text squad_scores text_callbacks text_classifier text_commands text_head throughput "
+    "token_classifier transcribe transcribe_decoder translate translation_callback warm_start whisper"
 )
 RUNS = "resume"  # slow: all of its tests run only beside the busy loops
 FEW = f"not peak_memory and (not test_{RUNS} or classify or (equal_losses and (image or pairs)))"
