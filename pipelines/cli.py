@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Collection
 from importlib import import_module
@@ -9,7 +10,7 @@ from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 from trunkline import TrunklineError, __version__
-from trunkline.pipelines.errors import own_error, report
+from trunkline.pipelines.errors import options_given, own_error, report
 from trunkline.pipelines.objectives import import_class
 
 TRAINING = {
@@ -18,6 +19,8 @@ TRAINING = {
     "test": "evaluate a checkpoint on the test split",
 }
 PREPARATION = {"prepare": "tokenise a recipe's text ahead of its run"}
+LISTINGS = {"list": "the packaged recipes by model, with data, size, time and result"}
+HELP = ("-h", "--help")
 
 
 class Function(NamedTuple):
@@ -62,6 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     command = arguments[0] if arguments else "--help"
     options: Collection[str] | None = None
     try:
+        if answered(command, arguments):
+            return
+        say_that_it_starts(command)
         if command in TRAINING:
             from trunkline.pipelines.training import run_training
 
@@ -70,20 +76,11 @@ def main(arguments: list[str] | None = None) -> None:
             from trunkline.pipelines.commands.prepare import run_prepare
 
             run_prepare(arguments)
-        elif command in FUNCTIONS:
+        else:
             function = load(FUNCTIONS[command])
             parameters = inspect.signature(function).parameters
             options = None if "data" in parameters else parameters  # data's flags are those of a config
             run_function(function, command, arguments)
-        elif command == "--version":
-            print(f"trunkline {__version__}")
-        elif command in ("-h", "--help", "help"):
-            print(usage())
-        else:
-            from trunkline.pipelines.configs import nearest
-
-            known = [*TRAINING, *PREPARATION, *FUNCTIONS]
-            raise TrunklineError(f"there is no command '{command}'{nearest(command, known)}")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
@@ -92,6 +89,69 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         report(own, options)
         raise SystemExit(2) from None
+
+
+def answered(command: str, arguments: list[str]) -> bool:
+    """Print what needs no training library: help pages, the version, the list of recipes. True if that was asked for.
+
+    Raises:
+        TrunklineError: for an unknown command.
+    """
+    if command == "--version":
+        print(f"trunkline {__version__}")
+    elif command in (*HELP, "help"):
+        print(usage())
+    elif command in LISTINGS:
+        from trunkline.pipelines.recipes import recipe_table
+
+        print(recipe_table())
+    elif command not in (*TRAINING, *PREPARATION, *FUNCTIONS):
+        from trunkline.pipelines.configs import nearest
+
+        known = [*TRAINING, *PREPARATION, *LISTINGS, *FUNCTIONS]
+        raise TrunklineError(f"there is no command '{command}'{nearest(command, known)}")
+    else:
+        page = help_page(command, arguments)
+        if page is None:
+            return False
+        print(page)
+    return True
+
+
+def help_page(command: str, arguments: list[str]) -> str | None:
+    """The help page that the arguments ask for; None if they ask for none, or for one that the parser prints.
+
+    `--help all`, and `--help data` or `--help model` for a recipe, become flags of the parser.
+    """
+    place = next((number for number, argument in enumerate(arguments) if argument in HELP), None)
+    if place is None:
+        return None
+    from trunkline.pipelines import help as pages
+
+    topic = arguments[place + 1] if place + 1 < len(arguments) else ""
+    if command in FUNCTIONS:
+        function = FUNCTIONS[command]
+        return pages.function_page(command, function.help, function.module, function.name, POSITIONAL.get(command))
+    title = {**TRAINING, **PREPARATION}[command]
+    if topic == "all":
+        del arguments[place + 1]
+        return None
+    if topic in ("data", "model"):
+        recipes = [value for name, value in options_given(arguments) if name in ("--config", "-c")]
+        if not recipes:
+            return pages.class_page(topic)
+        arguments[1:] = [f"--{topic}.help", pages.class_of(recipes, topic)]
+        return None
+    return pages.training_page(command, title)
+
+
+def say_that_it_starts(command: str) -> None:
+    """Print a line before the libraries are imported, which takes seconds.
+
+    Only the first process of a run says it, and the commands that write to standard output only to a terminal.
+    """
+    if "LOCAL_RANK" not in os.environ and (command in TRAINING or sys.stderr.isatty()):
+        print(f"trunkline {command}: starting", file=sys.stderr, flush=True)
 
 
 def load(function: Function) -> Callable[..., None]:
@@ -135,7 +195,7 @@ def switched_on(function: Callable[..., None], arguments: list[str]) -> list[str
 
 def usage() -> str:
     """The help text: all commands, one per line."""
-    commands = {**TRAINING, **PREPARATION, **{name: f.help for name, f in FUNCTIONS.items()}}
+    commands = {**LISTINGS, **TRAINING, **PREPARATION, **{name: f.help for name, f in FUNCTIONS.items()}}
     lines = "\n".join(f"  {name:<10} {text}" for name, text in commands.items())
     return (
         "usage: trunkline COMMAND [options]\n\n"

@@ -17,7 +17,7 @@ import yaml
 
 from trunkline import datamodules
 from trunkline.modules.training.optim import multiplies_bfloat16
-from trunkline.pipelines.cli import FUNCTIONS, POSITIONAL, TRAINING, load, main
+from trunkline.pipelines.cli import FUNCTIONS, LISTINGS, POSITIONAL, TRAINING, load, main
 from trunkline.pipelines.objectives import import_class
 
 ROOT = Path(__file__).parents[1]
@@ -182,7 +182,7 @@ def test_precision_of_make() -> None:
 def training_commands() -> list[str]:
     """`prepare` takes the configs and flags of `fit`."""
     written = [["fit", *c[1:]] if c[0] == "prepare" else c for c in commands("trunkline")]
-    written = [c for c in written if c[0] in TRAINING]
+    written = [c for c in written if c[0] in TRAINING and "--help" not in c]
     options = [shlex.split(c[1].removeprefix("ARGS=")) for c in commands("make") if c[0] == "train-vit" and c[1:]]
     return sorted({shlex.join(c) for c in [*written, *(["fit", "--config", "vit/digits", *o] for o in options)]})
 
@@ -218,6 +218,8 @@ def test_training_commands_of_the_readme(
 
 def test_other_commands_of_the_readme() -> None:
     found = [c for c in commands("trunkline") if c[0] not in (*TRAINING, "prepare")]
+    assert all(c[1:] == [] for c in found if c[0] in LISTINGS)
+    found = [c for c in found if c[0] not in LISTINGS]
     assert {"predict", "generate", "fill-mask", "embed", "evaluate", "search", "transcribe"} <= {c[0] for c in found}
     for name, *options in found:
         if name in POSITIONAL and not options[0].startswith("-"):

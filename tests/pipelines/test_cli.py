@@ -90,13 +90,11 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["--help"], ["-h"]):
         main(arguments)
         text = capsys.readouterr().out
-        assert all(f"\n  {command} " in text for command in ("fit", "validate", "test", "predict", "benchmark"))
+        assert all(f"\n  {command} " in text for command in ("list", "fit", "validate", "test", "predict", "benchmark"))
     main(["--version"])
     assert capsys.readouterr().out == f"trunkline {__version__}\n"
     for command, flag in (("fit", "--resume"), ("test", "--ckpt_path"), ("predict", "--checkpoint")):
-        with pytest.raises(SystemExit) as stop:
-            main([command, "--help"])
-        assert stop.value.code in (0, None)
+        main([command, "--help"])
         assert f"{flag} " in capsys.readouterr().out
 
 

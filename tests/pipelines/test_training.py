@@ -17,6 +17,7 @@ from trunkline.modules.backbone import TransformerConfig
 from trunkline.pipelines import training
 from trunkline.pipelines.cli import main
 from trunkline.pipelines.configs import CONFIGS, config_names, find_config, resolve_configs
+from trunkline.pipelines.recipes import recipes
 from trunkline.pipelines.runs import choose_run
 from trunkline.pipelines.training import TrainingCLI
 
@@ -57,14 +58,42 @@ def assert_agrees(config: Any, given: dict[str, Any]) -> None:
             assert found == pytest.approx(value)
 
 
-def declared_facts(data: Any) -> DataFacts:
+CLASSES = {
+    "audio/ast_audioset": 527,
+    "audio/esc50": 50,
+    "audio/speech_commands": 35,
+    "bert/classify": 2,
+    "bert/classify_demo": 14,
+    "bert/tagging": 9,
+    "vit/cifar10": 10,
+    "vit/digits": 10,
+    "vit/imagenet_b16": 1000,
+    "vit/imagenet_s16": 1000,
+}
+"""Classes of the data that each recipe names."""
+TOKENS = {
+    "audio/digits": 12,
+    "bert/classify_demo": 4096,
+    "clip/lit": 49408,
+    "clip/siglip_b16": 32000,
+    "clip/vit_b32": 49408,
+    "gpt/shakespeare_char": 65,
+    "gpt/shakespeare_char_baseline": 65,
+    "seq2seq/dates": 183,
+    "seq2seq/phrases": 200,
+}
+"""Sizes of the vocabularies that recipes do not state; the other ones start from a BERT's."""
+
+
+def declared_facts(data: Any, recipe: str) -> DataFacts:
     """What a datamodule would tell, as far as its recipe declares it: no hub, file or checkpoint is read."""
-    labelled = isinstance(data, datamodules.ImageData | datamodules.LabelledTextData | datamodules.TaggedTextData)
-    names = list("abcdefghi") if labelled else None
+    names = [str(number) for number in range(CLASSES.get(recipe, 0))] or None
     known = "image_size", "channels", "max_length", "vocab_size", "max_target_length", "target_vocab_size"
     fields = {name: getattr(data, name, None) for name in known}
     if hasattr(data, "tokenizer") and not fields["vocab_size"]:
-        fields["vocab_size"] = 4096
+        fields["vocab_size"] = TOKENS.get(recipe, 30528)
+    if hasattr(data, "log_mel"):
+        fields["num_mels"] = data.log_mel.num_mels
     return DataFacts(class_names=names, **fields)
 
 
@@ -96,7 +125,7 @@ def sizes(config: Any) -> dict[str, Any]:
 def test_recipe_instantiates(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = yaml.safe_load(find_config(recipe).read_text())
     kind = getattr(datamodules, own["data"]["class_path"])
-    monkeypatch.setattr(kind, "facts", property(declared_facts))
+    monkeypatch.setattr(kind, "facts", property(lambda data: declared_facts(data, recipe)))
     arguments = ["fit", "--config", recipe, "--config", "trainer/cpu", "--trainer.precision", "32"]
     resolved, name = resolve_configs(arguments)
     monkeypatch.setattr("sys.argv", ["trunkline", *resolved])  # where the sizes are found that a network states
@@ -128,6 +157,9 @@ def test_recipe_instantiates(recipe: str, monkeypatch: pytest.MonkeyPatch) -> No
     defaults = yaml.safe_load((CONFIGS / "defaults.yaml").read_text())["trainer"]["callbacks"]
     for callback in [*defaults, *own["trainer"].get("callbacks+", [])]:  # appended, not replaced
         assert callback["class_path"].rpartition(".")[2] in kinds
+    millions = sum(parameter.numel() for parameter in cli.model.network.parameters()) / 1e6
+    stated_size = next(row.parameters for row in recipes() if row.name == recipe)
+    assert stated_size == (f"{millions:.0f} M" if millions >= 10 else f"{millions:.1f} M")
 
 
 @pytest.mark.parametrize("inherited", [None, "there"])
