@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from trunkline import TrunklineError, __version__
 from trunkline.pipelines.errors import options_given, own_error, report
 from trunkline.pipelines.objectives import import_class
+from trunkline.pipelines.quick_imports import import_torchmetrics
 
 TRAINING = {
     "fit": "train a model, then test it",
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         if answered(command, arguments):
             return
         say_that_it_starts(command)
+        import_torchmetrics(arguments)
         if command in TRAINING:
             from trunkline.pipelines.training import run_training
 

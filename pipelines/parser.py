@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from inspect import Parameter
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -12,11 +12,9 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from trunkline import TrunklineError
 from trunkline.pipelines.configs import nearest
 from trunkline.pipelines.errors import Place, locate, own_error
+from trunkline.pipelines.familiar_flags import familiar
 from trunkline.pipelines.objectives import KINDS, PROBES, data_classes, import_class, objective_classes, short
 from trunkline.pipelines.renamed import OLD_KEYS, moved, new_flag, outdated
-
-# `--help` shows the docstring below each field of a dataclass.
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 OPEN_ENDED = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
@@ -29,6 +27,12 @@ class CommandParser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Parse; help shows the docstring below each field of a dataclass, and to read them all takes a second."""
+        asked = any("help" in argument for argument in args or [])
+        set_parsing_settings(docstring_parse_attribute_docstrings=asked)
+        return super().parse_args(args, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of exiting."""
@@ -104,7 +108,9 @@ def explain_option(key: str, names: Collection[str]) -> str:
         new = new_flag(place.key)
         if new is not None:
             return f"there is no option {place.text} any more; it is --{new} now"
-        return f"there is no option {place.text}{closest(place.key, names)}"
+        ours = familiar(place.key, names)
+        hint = closest(place.key, names, "--") if ours is None else f"; did you mean '--{ours}'?"
+        return f"there is no option {place.text}{hint}"
     if place.config is None:
         text = next((name for name in ("text", "query", "sentence") if name in names), None)
         mend = (
@@ -116,10 +122,10 @@ def explain_option(key: str, names: Collection[str]) -> str:
     return of_older_version(place) or f"{place.text}: there is no '{key}'{closest(key, names)}"
 
 
-def closest(name: str, names: Collection[str]) -> str:
+def closest(name: str, names: Collection[str], dashes: str = "") -> str:
     """A hint at the nearest known name with the same number of parts."""
     level = name.count(".") + 1
-    return nearest(name, {".".join(known.split(".")[-level:]) for known in names}, cutoff=0.6)
+    return nearest(f"{dashes}{name}", {dashes + ".".join(known.split(".")[-level:]) for known in names}, cutoff=0.6)
 
 
 def explain_class(path: str) -> str:

@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from timm.data.mixup import Mixup
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
@@ -57,7 +56,11 @@ class ImageClassifier(TrunklineModule):
                 field="model.network.num_classes",
             )
         self.label_smoothing = label_smoothing
-        self.mix = Mixup(mixup, cutmix, prob=mix_prob, label_smoothing=0.0, num_classes=config.num_classes)
+        self.mix: Any = None
+        if mixup or cutmix:
+            from timm.data.mixup import Mixup  # importing timm takes half a second
+
+            self.mix = Mixup(mixup, cutmix, prob=mix_prob, label_smoothing=0.0, num_classes=config.num_classes)
         self.network = ViT(config)
         self.start()
 
@@ -81,7 +84,7 @@ class ImageClassifier(TrunklineModule):
             TrunklineError: if images are mixed in pairs and their number is odd.
         """
         image, target = batch["image"], batch["label"]
-        if self.mix.mixup_alpha or self.mix.cutmix_alpha:
+        if self.mix is not None:
             if len(image) % 2:
                 raise TrunklineError(
                     f"mixup and CutMix pair images, but {len(image)} images per process is an odd number; set "

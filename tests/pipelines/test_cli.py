@@ -109,14 +109,14 @@ BAD_INPUT = [
         "'red' follows no option; write a text directly after the command",
     ),
     (["search", "--checkpoint", "x.ckpt", "red"], "if it begins with a hyphen, write --query='-5 degrees'"),
-    ([*DIGITS, "--model.optimizer.lrr", "1"], "--model.optimizer.lrr; did you mean 'model.optimizer.lr'"),
-    ([*DIGITS, "--trainer.max_epoch", "3"], "--trainer.max_epoch; did you mean 'trainer.max_epochs'"),
-    ([*DIGITS, "--data.batchsize=3"], "--data.batchsize; did you mean 'data.batch_size'"),
+    ([*DIGITS, "--model.optimizer.lrr", "1"], "--model.optimizer.lrr; did you mean '--model.optimizer.lr'"),
+    ([*DIGITS, "--trainer.max_epoch", "3"], "--trainer.max_epoch; did you mean '--trainer.max_epochs'"),
+    ([*DIGITS, "--data.batchsize=3"], "--data.batchsize; did you mean '--data.batch_size'"),
     (
         [*DIGITS, "--model.init_args.network.backbone.dimm", "3"],
-        "--model.network.backbone.dimm; did you mean 'model.network.backbone.dim'",
+        "--model.network.backbone.dimm; did you mean '--model.network.backbone.dim'",
     ),
-    ([*DIGITS, "--resum", "auto"], "there is no option --resum; did you mean 'resume'"),
+    ([*DIGITS, "--resum", "auto"], "there is no option --resum; did you mean '--resume'"),
     ([*DIGITS, "--data.batch_size", "many"], "--data.batch_size must be int, not 'many'"),
     ([*DIGITS, "--trainer.max_epochs", "two"], "--trainer.max_epochs must be int or null, not 'two'"),
     (
@@ -148,7 +148,7 @@ BAD_INPUT = [
     (["test", "--config", "vit/digits"], "--ckpt_path: nothing to evaluate; name a checkpoint"),
     (["validate", "--ckpt_path=a/b.ckpt"], "--ckpt_path: there is no checkpoint a/b.ckpt"),
     (["test", "--ckpt_path", "small.yaml"], "there is no .*config.yaml, which a run saves; name one with"),
-    (["predict", "--chekpoint", "x"], "there is no option --chekpoint; did you mean 'checkpoint'"),
+    (["predict", "--chekpoint", "x"], "there is no option --chekpoint; did you mean '--checkpoint'"),
     (["predict", "--checkpoint", "x", "--images", "."], "there is no checkpoint x"),
 ]
 
@@ -239,9 +239,10 @@ def test_interrupt_and_bugs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         run(RuntimeError("a bug"))
     wrapped = ValueError("Does not validate")
     wrapped.__cause__ = TrunklineError("what we said")
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         run(wrapped)
-    assert capsys.readouterr().err == "\nerror: what we said\n"
+    assert capsys.readouterr().err == "trunkline fit: starting\n\nerror: what we said\n"
 
 
 def test_report_by_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

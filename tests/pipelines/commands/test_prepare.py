@@ -85,7 +85,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "trunkline prepare needs a recipe"),
         (["--config", "vit/no_such"], "there is no config 'vit/no_such'"),
-        (["--config", "RECIPE", "--data.sorce", "x"], "there is no option --data.sorce; did you mean 'data.source'"),
+        (["--config", "RECIPE", "--data.sorce", "x"], "there is no option --data.sorce; did you mean '--data.source'"),
         (["--config", "RECIPE", "--data.max_length", "x"], "--data.max_length must be int, not 'x'"),
         (["--config", "RECIPE", "--data.source", "/no/such.txt"], "source=/no/such.txt: there is no such file"),
         (["--config", "RECIPE", "--traner.max_epochs", "3"], "there is no option --traner.max_epochs"),
