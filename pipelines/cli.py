@@ -1,5 +1,7 @@
 """The `trunkline` command."""
 
+import atexit
+import gc
 import inspect
 import json
 import os
@@ -62,7 +64,10 @@ SEVERAL = ("transcribe", "translate")
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Bad input prints one message and exits with code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        # At its end Python looks for cycles among all objects of all libraries, which would take a second or two.
+        atexit.register(gc.freeze)
+        arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
     options: Collection[str] | None = None
     try:
