@@ -1,18 +1,26 @@
 """Run folders: `runs/<recipe>/<time>/` with the resolved config, checkpoints and event files."""
 
+import json
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from itertools import count, takewhile
-from pathlib import Path
+from pathlib import Path, PurePath
+
+from filelock import FileLock, Timeout
 
 from trunkline import TrunklineError
-from trunkline.files import find_fault
-from trunkline.modules.training.checkpoints import newest_valid
+from trunkline.files import cannot_write, find_fault, read_json
+from trunkline.run_folders import TIME_FORMAT, is_run, newest_first, newest_valid
 
 RUN = "TRUNKLINE_RUN"
 """Environment variable with the name of a new run's folder."""
+LOCK, HOLDER = ".lock", ".running.json"
+"""Files in a run's folder: the lock of the process that trains it, and who that is."""
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK")
+"""Environment variables that number the processes of a run, by whoever starts them."""
 
 
 @contextmanager
@@ -26,6 +34,24 @@ def forgotten_run() -> Iterator[None]:
             os.environ.pop(RUN, None)
 
 
+def claim_run(stack: ExitStack, root: Path, recipe: str, resume: str | None) -> tuple[Path, Path | None, list[str]]:
+    """Choose a run as `choose_run` does, and hold its folder until `stack` is closed.
+
+    Raises:
+        TrunklineError: also if another process trains that run, or if the folder cannot be made.
+    """
+    check_name(recipe)
+    while True:
+        named = RUN in os.environ or _job() is not None
+        folder, checkpoint, faults = choose_run(root, recipe, resume)
+        try:
+            stack.enter_context(_held(folder, unused=checkpoint is None and not named))
+        except FileExistsError:  # another run took the name in this very second
+            os.environ.pop(RUN, None)
+            continue
+        return folder, checkpoint, faults
+
+
 def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path | None, list[str]]:
     """Choose the folder of a training run, and the checkpoint that it resumes from.
 
@@ -33,7 +59,7 @@ def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path 
         root: folder of all runs.
         recipe: name of the recipe.
         resume: None starts a new run; `auto` resumes the newest run of the recipe with a valid checkpoint, or starts a
-            new one; a run's folder or a checkpoint file resumes that run.
+            new one; a run's folder or a checkpoint file resumes that run; a folder of runs means the newest of them.
 
     Returns:
         The run's folder, the checkpoint or None, and what is wrong with newer checkpoints.
@@ -44,24 +70,30 @@ def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path 
     if resume is None:
         return _new_run(root / recipe), None, []
     if resume == "auto":
-        faults: list[str] = []
-        folders = [f for f in (root / recipe).glob("*") if (f / "checkpoints").is_dir()]
-        for folder in sorted(folders, key=_last_written, reverse=True):
-            checkpoint, skipped = newest_valid(folder)
-            faults += skipped
-            if checkpoint is not None:
-                return folder, checkpoint, faults
-        return _new_run(root / recipe), None, faults
+        found = _newest(root / recipe)
+        return found if found[1] is not None else (_new_run(root / recipe), None, found[2])
     path = Path(resume)
     if path.is_dir():
-        checkpoint, faults = newest_valid(path)
-        if checkpoint is None:
-            raise TrunklineError(f"--resume {resume} holds no valid checkpoint: {'; '.join(faults) or 'none at all'}")
-        return path, checkpoint, faults
+        found = (path, *newest_valid(path)) if is_run(path) or not newest_first(path) else _newest(path)
+        if found[1] is None:
+            reasons = "; ".join(found[2]) or "none at all"
+            raise TrunklineError(f"--resume {resume} holds no valid checkpoint: {reasons}")
+        return found
     fault = find_fault(path)
     if fault is not None:
         raise TrunklineError(f"--resume {resume}: {fault}; give 'auto', a run's folder or one of its checkpoints")
     return (path.parent.parent if path.parent.name == "checkpoints" else path.parent), path, []
+
+
+def check_name(recipe: str) -> None:
+    """Refuse a recipe's name that would leave the folder of all runs.
+
+    Raises:
+        TrunklineError: for an absolute path, or one with `..`.
+    """
+    path = PurePath(recipe)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise TrunklineError(f"the name {recipe} leaves the folder of all runs; give one such as vit/mine", "name")
 
 
 def configs(folder: Path) -> Iterator[Path]:
@@ -81,14 +113,107 @@ def newest_config(folder: Path) -> Path | None:
     return files[-1] if files else None
 
 
+def is_first_process() -> bool:
+    """Whether this is the process of a run that writes its files, before Lightning knows the processes."""
+    return all(os.environ.get(name, "0") in ("", "0") for name in RANKS)
+
+
+@contextmanager
+def _held(folder: Path, unused: bool) -> Iterator[None]:
+    """Hold a run's folder, so that no other run writes into it; the other processes of this run hold nothing.
+
+    The kernel frees the lock when the process ends, however that happens. A folder that this made and that holds
+    nothing in the end is removed again, so that bad input leaves nothing behind.
+
+    Args:
+        folder: of the run; it is made.
+        unused: whether it must not exist yet.
+
+    Raises:
+        FileExistsError: if it does.
+        TrunklineError: if another process holds the folder, or if nothing can be written there.
+    """
+    if not is_first_process():
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if unused and not made:
+            raise FileExistsError(folder)
+        folder.mkdir(exist_ok=not unused)
+        lock.acquire()
+        holder = {
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "since": datetime.now().isoformat(" ", "seconds"),
+        }
+        (folder / HOLDER).write_text(json.dumps(holder), encoding="utf-8")
+    except Timeout:
+        raise _in_use(folder) from None
+    except (FileExistsError, NotADirectoryError):
+        if unused and folder.is_dir():
+            raise
+        raise _no_folder(folder) from None
+    except OSError as error:
+        _clear(folder, lock, made)
+        raise cannot_write(folder, error, "run_dir") from error
+    try:
+        yield
+    finally:
+        _clear(folder, lock, made)
+
+
+def _clear(folder: Path, lock: FileLock, made: list[Path]) -> None:
+    """Release a run's folder, and remove what `_held` made if the run left nothing in it."""
+    with suppress(OSError):  # the disk may have become read-only
+        (folder / HOLDER).unlink(missing_ok=True)
+        if folder in made and {file.name for file in folder.iterdir()} <= {LOCK}:
+            (folder / LOCK).unlink(missing_ok=True)
+    lock.release()
+    with suppress(OSError):  # one is not empty, or was never made
+        for path in made:
+            path.rmdir()
+
+
+def _in_use(folder: Path) -> TrunklineError:
+    holder = read_json(folder / HOLDER) or {}
+    who = f"process {holder['process']} on {holder['host']}, since {holder['since']}" if holder else "another process"
+    return TrunklineError(
+        f"{folder} is being trained by {who}; wait for its end or stop it, or start a new run with resume=null",
+        "resume",
+    )
+
+
+def _no_folder(folder: Path) -> TrunklineError:
+    file = next(path for path in (folder, *folder.parents) if path.exists() and not path.is_dir())
+    return TrunklineError(f"{file} is a file, so that no run can be saved below it; choose another run_dir", "run_dir")
+
+
+def _newest(folder: Path) -> tuple[Path, Path | None, list[str]]:
+    """The newest of the runs in a folder that has a valid checkpoint, with what is wrong with newer ones."""
+    faults: list[str] = []
+    for run in newest_first(folder):
+        checkpoint, skipped = newest_valid(run)
+        faults += skipped
+        if checkpoint is not None:
+            return run, checkpoint, faults
+    return folder, None, faults
+
+
+def _job() -> str | None:
+    """Id of the job whose processes a cluster starts; None for a process that was started alone."""
+    multiple = int(os.environ.get("SLURM_NTASKS", os.environ.get("WORLD_SIZE", "1"))) > 1
+    return (os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")) if multiple else None
+
+
 def _new_run(folder: Path) -> Path:
     """Path of a new run's folder, the same in all processes of the run."""
     if RUN not in os.environ:
         # Processes that Lightning starts inherit the variable; processes that a cluster starts share the job's id.
-        multiple = int(os.environ.get("SLURM_NTASKS", os.environ.get("WORLD_SIZE", "1"))) > 1
-        job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-        now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        os.environ[RUN] = f"job-{job}" if multiple and job else _unused(folder, now)
+        job = _job()
+        os.environ[RUN] = f"job-{job}" if job else _unused(folder, datetime.now().strftime(TIME_FORMAT))
     return folder / os.environ[RUN]
 
 
@@ -98,7 +223,3 @@ def _unused(folder: Path, name: str) -> str:
     while (folder / (name if number == 1 else f"{name}.{number}")).exists():
         number += 1
     return name if number == 1 else f"{name}.{number}"
-
-
-def _last_written(folder: Path) -> int:
-    return max((p.stat().st_mtime_ns for p in (folder / "checkpoints").iterdir()), default=0)

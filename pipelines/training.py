@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 import warnings
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +23,19 @@ from rich.table import Table
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.files import find_fault
-from trunkline.modules.callbacks.graceful_stop import Stopped
+from trunkline.modules.callbacks.graceful_stop import LastCheckpoint, Stopped
+from trunkline.modules.callbacks.throughput import ProgressBar
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
-from trunkline.pipelines.runs import choose_run, forgotten_run, newest_config, unused_config
+from trunkline.pipelines.runs import claim_run, forgotten_run, newest_config, unused_config
 from trunkline.pipelines.sizes import facts_left_out, write_sizes
+from trunkline.run_folders import find_checkpoint, read_lazily, step_in
+
+AVERAGE = "averaging_state"
+"""Key of a checkpoint whose weights are averaged."""
 
 
 class TrainingParser(RecipeParser, LightningArgumentParser):
@@ -52,22 +58,24 @@ class TrainingCLI(LightningCLI):
     def __init__(self, arguments: list[str], recipe: str | None) -> None:
         self.recipe, self.run_dir = recipe, Path()
         self.checkpoint: Path | None = None
+        self.claims = ExitStack()
         configs = [Path(file).read_text(encoding="utf-8") for file in config_files(arguments)]
         import_recipe_classes([*arguments, *configs])
         defaults = {"default_config_files": [str(DEFAULTS)]}
-        super().__init__(
-            TrunklineModule,
-            TrunklineDataModule,
-            save_config_callback=SavedConfig,
-            seed_everything_default=0,
-            parser_class=TrainingParser,
-            parser_kwargs={name: dict(defaults) for name in self.subcommands()},
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            args=arguments,
-        )
+        with self.claims:  # the folder is held while LightningCLI's constructor runs the command
+            super().__init__(
+                TrunklineModule,
+                TrunklineDataModule,
+                save_config_callback=SavedConfig,
+                seed_everything_default=0,
+                parser_class=TrainingParser,
+                parser_kwargs={name: dict(defaults) for name in self.subcommands()},
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=arguments,
+            )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -115,12 +123,13 @@ class TrainingCLI(LightningCLI):
         if config.threads:
             torch.set_num_threads(config.threads)
         if self.subcommand != "fit":
-            fault = find_fault(Path(config.ckpt_path)) if config.ckpt_path else "nothing to evaluate; name a checkpoint"
-            if fault is not None:
-                raise TrunklineError(f"--ckpt_path: {fault}")
+            if not config.ckpt_path:
+                raise TrunklineError("--ckpt_path: nothing to evaluate; name a checkpoint")
+            config.ckpt_path = checked_checkpoint(config.ckpt_path)
             return
         config.name = config.name or self.recipe or "run"
-        self.run_dir, self.checkpoint, faults = choose_run(Path(config.run_dir), config.name, config.resume)
+        root = Path(config.run_dir)
+        self.run_dir, self.checkpoint, faults = claim_run(self.claims, root, config.name, config.resume)
         for fault in faults:
             rank_zero_info(f"skipped: {fault}")
         if config.resume:
@@ -133,14 +142,19 @@ class TrainingCLI(LightningCLI):
         kwargs["use_distributed_sampler"] = False  # our sampler distributes the samples itself
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
+        callbacks = trainer.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if self.subcommand == "fit":
+            switches = {"enable_checkpointing": (ModelCheckpoint, LastCheckpoint), "enable_progress_bar": (ProgressBar,)}
+            off = [kind for switch, kinds in switches.items() if trainer.get(switch) is False for kind in kinds]
+            kwargs["callbacks"] = without(callbacks, *off)
             self.save_config_kwargs = {"overwrite": True, "config_filename": unused_config(self.run_dir)}
             kwargs["default_root_dir"] = str(self.run_dir)
             if trainer.get("logger") is None:
                 kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="", default_hp_metric=False)
         else:
             kwargs["logger"], self.save_config_callback = False, None
-            kwargs["callbacks"] = without(trainer.get("callbacks") or [], ModelCheckpoint, WeightAveraging)
+            kwargs["callbacks"] = without(callbacks, ModelCheckpoint, WeightAveraging)
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
@@ -154,24 +168,29 @@ class TrainingCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train, test, and print the results and where they are."""
         self.trainer.fit(**kwargs, ckpt_path=self.checkpoint, weights_only=True)
-        best = self.best_checkpoint()
         metrics: dict[str, Any] = {k: v for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         test_with = self._get(self.config, "test_with")
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        averaged = len(without(callbacks, WeightAveraging)) < len(callbacks)
+        chosen = self.best_checkpoint() if test_with == "best" else ""
+        if not chosen and self.checkpoint and step_in(self.checkpoint) == self.trainer.global_step:
+            chosen = str(self.checkpoint)  # no step was left to train, so that the weights in memory are not averaged
         if test_with != "none" and self.datamodule.test_dataloader():
             # A weight average that stays on would replace the weights of a loaded checkpoint.
-            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             callbacks[:] = without(callbacks, WeightAveraging)
-            path = best if test_with == "best" and best else None
-            kwargs["ckpt_path"], kwargs["weights_only"] = path, True
+            kwargs["ckpt_path"], kwargs["weights_only"] = chosen or None, True
             metrics |= self.trainer.test(**kwargs, verbose=False)[0]
         last = self.run_dir / "checkpoints" / "last.ckpt"
-        self.summarise(metrics, best if test_with == "best" and best else str(last))
+        if not chosen and last.is_file() and step_in(last) == self.trainer.global_step:
+            chosen = str(last)
+        self.summarise(metrics, chosen, averaged)
 
     def best_checkpoint(self) -> str:
-        """The checkpoint with the best validation metric; empty if no metric is monitored."""
+        """The checkpoint with the best validation metric; empty if no metric is monitored or nothing is saved yet."""
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor not in (None, "step"):
-                return callback.best_model_path
+                best = callback.best_model_path
+                return self.trainer.strategy.broadcast(best if best and Path(best).is_file() else "")
         return ""
 
     def validate(self, **kwargs: Any) -> None:
@@ -180,19 +199,42 @@ class TrainingCLI(LightningCLI):
     def test(self, **kwargs: Any) -> None:
         self.summarise(self.trainer.test(**kwargs, weights_only=True)[0], kwargs["ckpt_path"])
 
-    def summarise(self, metrics: Any, checkpoint: str | None) -> None:
-        """Print a table of the results."""
+    def summarise(self, metrics: Any, checkpoint: str, averaged: bool = False) -> None:
+        """Print a table of the results.
+
+        Args:
+            metrics: the results.
+            checkpoint: the file with the weights that were tested; empty if they are in no file.
+            averaged: whether weights that are in no file are averaged.
+        """
         if not self.trainer.is_global_zero:
             return
         table = Table(show_header=False, title=self._get(self.config, "name"))
         for name, value in sorted(metrics.items()):
             table.add_row(name, f"{float(value):.4f}")
+        content = read_lazily(Path(checkpoint)) if checkpoint else {}
+        kind = "averaged" if (AVERAGE in content if checkpoint else averaged) else "as trained"
+        step = content.get("global_step", self.trainer.global_step)
+        table.add_row("weights", f"{kind}, of step {step}" + ("" if checkpoint else ", not saved"))
         if checkpoint:
             path = Path(checkpoint)
             table.add_row("checkpoint", str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
         if self.subcommand == "fit":
             table.add_row("look at it", f"tensorboard --logdir {self._get(self.config, 'run_dir')}")
         Console(soft_wrap=True).print(table)
+
+
+def checked_checkpoint(name: str) -> str:
+    """The checkpoint that the flag of an evaluation names: a file, or the best one of a run's folder.
+
+    Raises:
+        TrunklineError: if there is none, or if it is damaged.
+    """
+    path = find_checkpoint(name, "ckpt_path")
+    fault = find_fault(path)
+    if fault is not None:
+        raise TrunklineError(f"--ckpt_path: {fault}")
+    return str(path)
 
 
 def without(callbacks: list[Callback], *kinds: type[Callback]) -> list[Callback]:
@@ -233,10 +275,7 @@ def use_run_config(arguments: list[str]) -> list[str]:
     values = [a.partition("=")[2] or b for a, b in pairwise([*arguments, ""]) if a.partition("=")[0] == "--ckpt_path"]
     if not values:
         raise TrunklineError(f"trunkline {arguments[0]} needs --ckpt_path, the checkpoint to evaluate")
-    fault = find_fault(Path(values[-1]))
-    if fault is not None:
-        raise TrunklineError(f"--ckpt_path: {fault}")
-    folder = Path(values[-1]).parent.parent
+    folder = Path(checked_checkpoint(values[-1])).parent.parent
     config = newest_config(folder)
     if config is None:
         raise TrunklineError(f"there is no {folder / 'config.yaml'}, which a run saves; name one with --config")

@@ -19,11 +19,12 @@ from typing import Any
 from filelock import FileLock
 
 from trunkline import TrunklineError
+from trunkline.seal import proves_itself
 
 CACHE_FIELD = "data.cache_dir"
 """The field that set the folder of a file, unless the caller names another field."""
 DIGEST_SUFFIX = ".sha256"
-"""Appended to the name of a checkpoint: the name of the file with its digest."""
+"""Appended to the name of a checkpoint: the name of the file with its digest, which older versions wrote."""
 
 
 # --- writing
@@ -95,7 +96,7 @@ def cannot_write(path: Path, error: OSError | RuntimeError, field: str = CACHE_F
         field: the field that set the folder.
         then: what to do afterwards; the message ends with it.
     """
-    existing_folder = next(folder for folder in path.absolute().parents if folder.exists())
+    existing_folder = next(folder for folder in path.absolute().parents if os.path.isdir(folder))
     free = f"{shutil.disk_usage(existing_folder).free / 1e6:,.0f} MB free there"
     reason, number = (error.strerror or error, error.errno) if isinstance(error, OSError) else (error, errno.ENOSPC)
     space = "free some space, or " if number in (errno.ENOSPC, errno.EDQUOT) else ""
@@ -192,7 +193,7 @@ def digests(files: list[Path], cache: Path, field: str = CACHE_FIELD) -> list[st
 
 
 def digest_file(checkpoint: Path) -> Path:
-    """The file with a checkpoint's digest, in the same folder."""
+    """The file with an older checkpoint's digest, in the same folder; newer ones hold it themselves."""
     return checkpoint.with_name(checkpoint.name + DIGEST_SUFFIX)
 
 
@@ -202,15 +203,26 @@ def known_digests(checkpoint: Path) -> list[str]:
     return file.read_text(encoding="ascii", errors="replace").split() if file.exists() else []
 
 
-def find_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint file; None if nothing is."""
+def find_fault(checkpoint: Path, unchecked: bool = True) -> str | None:
+    """What is wrong with a checkpoint file; None if nothing is.
+
+    Args:
+        checkpoint: the file. Its seal is checked, or for older ones the digest beside it.
+        unchecked: whether a file that has neither passes; those of other projects have neither.
+    """
     if not checkpoint.is_file():
         return f"there is no checkpoint {checkpoint}"
     if checkpoint.stat().st_size == 0:
         return f"the checkpoint {checkpoint} is empty"
-    known = known_digests(checkpoint)
-    if known and digest(checkpoint) not in known:
-        return f"the checkpoint {checkpoint} is damaged: it does not match its {DIGEST_SUFFIX} file"
+    whole = proves_itself(checkpoint)
+    if whole is False:
+        return f"the checkpoint {checkpoint} is damaged: it is not as it was saved"
+    if whole is None:
+        known = known_digests(checkpoint)
+        if known and digest(checkpoint) not in known:
+            return f"the checkpoint {checkpoint} is damaged: it does not match its {DIGEST_SUFFIX} file"
+        if not known and not unchecked:
+            return f"the checkpoint {checkpoint} cannot be checked: it holds no digest"
     return None
 
 
@@ -239,11 +251,9 @@ def load_checkpoint(
     try:
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds of errors for files that are not checkpoints
-        refused = re.search("WeightsUnpickler error: *(.*)", str(error))
-        reason = (refused[1] if refused else str(error).partition("\n")[0]) or type(error).__name__
         raise TrunklineError(
-            f"{path} is not a checkpoint of plain data: {reason}; it is refused, because loading anything else could "
-            "run code",
+            f"{path} is not a checkpoint of plain data: {_why_refused(error)}; it is refused, because loading anything "
+            "else could run code",
             field,
         ) from error
     if not isinstance(content, dict):
@@ -253,3 +263,13 @@ def load_checkpoint(
             field,
         )
     return content
+
+
+def _why_refused(error: Exception) -> str:
+    """What torch could not load, without its advice to load the file all the same."""
+    stranger = re.search(r"GLOBAL (\S+)", str(error))
+    if stranger:
+        return f"it holds a {stranger[1]}"
+    if "zip archive" in str(error) or "inline_container" in str(error):
+        return "its archive is broken"
+    return "torch.save did not write it, or long ago"

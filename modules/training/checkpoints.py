@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from trunkline.files import cannot_write, digest, digest_file, find_fault, known_digests, load_checkpoint, replacing
+from trunkline.files import cannot_write, digest_file, load_checkpoint, replacing
+from trunkline.seal import seal
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes each file completely or not at all, keeps a SHA-256 digest beside it, and loads only plain data.
+    """Writes each file completely or not at all, with its own SHA-256 inside, and loads only plain data.
 
     Lightning's writer moves a file across file systems without fsync, so that a kill can leave an incomplete file.
     """
@@ -30,12 +31,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
         try:
             for left_over in path.parent.glob(".*.ckpt.*"):  # of a save that was killed
                 left_over.unlink(missing_ok=True)
-            # The digest file is renamed first. It also lists the digests of the files before, so that a kill between
-            # the two renames leaves a valid checkpoint, even if that happens several times.
-            with replacing(digest_file(path), path) as (digests, content):
+            with replacing(path) as (content,):
                 torch.save(checkpoint, content)
-                known = known_digests(path)[:7]
-                digests.write_text("\n".join([digest(content), *known]) + "\n", encoding="ascii")
+                seal(content)
+            digest_file(path).unlink(missing_ok=True)  # of an older version's file
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             raise cannot_write(path, error, "run_dir", then=", then resume the run") from error
 
@@ -52,21 +51,6 @@ class SafeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         super().remove_checkpoint(path)
         digest_file(path).unlink(missing_ok=True)
-
-
-def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint below a folder, and what is wrong with the newer ones.
-
-    Files without a digest are ignored, because they cannot be checked.
-    """
-    faults: list[str] = []
-    files = [p for p in folder.rglob("*.ckpt") if digest_file(p).exists()]
-    for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
-        fault = find_fault(path)
-        if fault is None:
-            return path, faults
-        faults.append(fault)
-    return None, faults
 
 
 def follow_folder(state: dict[str, Any], folder: str) -> None:
