@@ -29,6 +29,7 @@ from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files
+from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
 from trunkline.pipelines.runs import claim_run, forgotten_run, newest_config, unused_config
 from trunkline.pipelines.sizes import facts_left_out, write_sizes
@@ -59,6 +60,8 @@ class TrainingCLI(LightningCLI):
         self.recipe, self.run_dir = recipe, Path()
         self.checkpoint: Path | None = None
         self.claims = ExitStack()
+        self.placed: list[Any] = []
+        make_save_dir_optional()
         configs = [Path(file).read_text(encoding="utf-8") for file in config_files(arguments)]
         import_recipe_classes([*arguments, *configs])
         defaults = {"default_config_files": [str(DEFAULTS)]}
@@ -130,10 +133,17 @@ class TrainingCLI(LightningCLI):
         config.name = config.name or self.recipe or "run"
         root = Path(config.run_dir)
         self.run_dir, self.checkpoint, faults = claim_run(self.claims, root, config.name, config.resume)
+        self.placed = place_loggers(config.trainer.get("logger"), self.run_dir)
         for fault in faults:
             rank_zero_info(f"skipped: {fault}")
         if config.resume:
             rank_zero_info(f"resuming from {self.checkpoint}" if self.checkpoint else "nothing to resume: a new run")
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise missing_package(error) or error from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make a Trainer that writes into the run's folder."""
@@ -145,9 +155,16 @@ class TrainingCLI(LightningCLI):
         callbacks = trainer.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if self.subcommand == "fit":
-            switches = {"enable_checkpointing": (ModelCheckpoint, LastCheckpoint), "enable_progress_bar": (ProgressBar,)}
+            switches = {
+                "enable_checkpointing": (ModelCheckpoint, LastCheckpoint),
+                "enable_progress_bar": (ProgressBar,),
+            }
             off = [kind for switch, kinds in switches.items() if trainer.get(switch) is False for kind in kinds]
             kwargs["callbacks"] = without(callbacks, *off)
+            for callback in kwargs["callbacks"]:
+                if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # otherwise a logger's choice
+                    callback.dirpath = str(self.run_dir / "checkpoints")
+            forget_places(self.placed)
             self.save_config_kwargs = {"overwrite": True, "config_filename": unused_config(self.run_dir)}
             kwargs["default_root_dir"] = str(self.run_dir)
             if trainer.get("logger") is None:
