@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.files import load_checkpoint
+from trunkline.run_folders import find_checkpoint
 
 # A forked process (a loader's worker) does not have the threads of the library and would wait for them for ever.
 # Without this setting, the library prints a long warning about that in each worker.
@@ -269,14 +269,16 @@ def load_tokenizer(name: str, field: str = "data.tokenizer") -> Tokenizer:
     """Load a tokenizer from a file or from the hub.
 
     Args:
-        name: a `tokenizer.json`, a folder that holds one, a training checkpoint (.ckpt), or a hub name.
+        name: a `tokenizer.json`, a folder that holds one, a training checkpoint (.ckpt), a run's folder, or a hub name.
         field: the field that gave the name, for messages.
 
     Raises:
         TrunklineError: if the tokenizer cannot be found or read.
     """
     given = field.rpartition(".")[2]
-    path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
+    path = find_checkpoint(name, field, other="tokenizer.json")
+    if path.is_dir():
+        path /= "tokenizer.json"
     if not path.exists() and (path.suffix in (".json", ".ckpt") or name.startswith((".", "/", "~"))):
         raise TrunklineError(f"{given}={name}: there is no file {path}; fix the path", field)
     try:

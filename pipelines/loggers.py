@@ -15,7 +15,7 @@ SAVING = (CSVLogger, TensorBoardLogger)
 def make_save_dir_optional() -> None:
     """Let the loggers that demand a `save_dir` be named without one; "" then means the run's folder."""
     for kind in SAVING:
-        init: Any = kind.__init__  # type: ignore[misc]
+        init: Any = kind.__init__
         if len(init.__defaults__) == init.__code__.co_argcount - 2:  # all but `self` and `save_dir` have a default
             init.__defaults__ = ("", *init.__defaults__)
 

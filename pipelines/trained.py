@@ -1,6 +1,8 @@
 """The reader of checkpoints that `trunkline fit` wrote: their classes, network, tokenizer and preprocessing."""
 
+import sys
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -11,10 +13,11 @@ from trunkline.datamodules.audio.transcripts import TranscriptNormalization
 from trunkline.datamodules.images.preprocessing import Preprocessing
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.tokenizers import load_tokenizer, size_of, tokenizer_of_checkpoint
-from trunkline.files import load_checkpoint
+from trunkline.files import check_parts, load_checkpoint
 from trunkline.modules.networks import Network
 from trunkline.modules.training.warm_start import network_of
 from trunkline.pipelines.objectives import KINDS, Kind, able, known_class, short
+from trunkline.run_folders import find_checkpoint
 
 UNKNOWN = "something else"
 
@@ -32,6 +35,9 @@ class Trained:
 
     def __init__(self, file: str, content: dict[str, Any]) -> None:
         self.file, self.content = file, content
+        check_parts(content, file, {"state_dict": dict, "hyper_parameters": dict})
+        if "classes" in content:
+            check_parts(content, file, {"classes": dict})
         self.classes: dict[str, str] = dict(content.get("classes") or {})
         """Class paths of `objective`, `network` and `data`; empty for old checkpoints."""
         path = self.classes.get("objective", "")
@@ -46,13 +52,16 @@ class Trained:
         """Read a checkpoint.
 
         Args:
-            file: a file that `trunkline fit` wrote.
+            file: a file that `trunkline fit` wrote, or a folder of runs, see `find_checkpoint`.
             command: a command that must be able to use it, see `require`; None for any checkpoint.
 
         Raises:
             TrunklineError: if it is missing, damaged, or if the command cannot use it.
         """
-        trained = cls(file, load_checkpoint(file))
+        path = find_checkpoint(file, "checkpoint")
+        if str(path) != str(Path(file)):
+            print(f"reading {path}", file=sys.stderr)
+        trained = cls(str(path), load_checkpoint(path, field="checkpoint"))
         if command is not None:
             trained.require(command)
         return trained

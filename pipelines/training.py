@@ -1,5 +1,6 @@
 """`trunkline fit | validate | test`: a LightningCLI that combines recipes with configs of machines."""
 
+import errno
 import logging
 import re
 import shlex
@@ -22,13 +23,13 @@ from rich.table import Table
 
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
-from trunkline.files import find_fault
+from trunkline.files import cannot_write, check_parts, find_fault
 from trunkline.modules.callbacks.graceful_stop import LastCheckpoint, Stopped
 from trunkline.modules.callbacks.throughput import ProgressBar
 from trunkline.modules.objectives.base import TrunklineModule
-from trunkline.modules.training.checkpoints import SafeCheckpointIO
+from trunkline.modules.training.checkpoints import RESUMED, SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
-from trunkline.pipelines.errors import config_files
+from trunkline.pipelines.errors import config_files, flags
 from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
 from trunkline.pipelines.runs import claim_run, forgotten_run, newest_config, unused_config
@@ -51,6 +52,11 @@ class SavedConfig(SaveConfigCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().setup(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        path = Path(trainer.default_root_dir, self.config_filename)  # whatever folder a logger chooses
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=self.overwrite, multifile=self.multifile)
 
 
 class TrainingCLI(LightningCLI):
@@ -133,6 +139,8 @@ class TrainingCLI(LightningCLI):
         config.name = config.name or self.recipe or "run"
         root = Path(config.run_dir)
         self.run_dir, self.checkpoint, faults = claim_run(self.claims, root, config.name, config.resume)
+        if self.checkpoint:
+            check_parts(read_lazily(self.checkpoint), self.checkpoint, RESUMED)
         self.placed = place_loggers(config.trainer.get("logger"), self.run_dir)
         for fault in faults:
             rank_zero_info(f"skipped: {fault}")
@@ -143,7 +151,10 @@ class TrainingCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise missing_package(error) or error from error
+            missing = missing_package(error)
+            if missing is None:
+                raise
+            raise missing from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make a Trainer that writes into the run's folder."""
@@ -154,24 +165,22 @@ class TrainingCLI(LightningCLI):
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
         callbacks = trainer.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        switches = {"enable_checkpointing": (ModelCheckpoint, LastCheckpoint), "enable_progress_bar": (ProgressBar,)}
+        off = [kind for switch, kinds in switches.items() if trainer.get(switch) is False for kind in kinds]
         if self.subcommand == "fit":
-            switches = {
-                "enable_checkpointing": (ModelCheckpoint, LastCheckpoint),
-                "enable_progress_bar": (ProgressBar,),
-            }
-            off = [kind for switch, kinds in switches.items() if trainer.get(switch) is False for kind in kinds]
             kwargs["callbacks"] = without(callbacks, *off)
             for callback in kwargs["callbacks"]:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # otherwise a logger's choice
                     callback.dirpath = str(self.run_dir / "checkpoints")
             forget_places(self.placed)
-            self.save_config_kwargs = {"overwrite": True, "config_filename": unused_config(self.run_dir)}
+            name = unused_config(self.run_dir)
+            self.save_config_kwargs = {"overwrite": True, "config_filename": name, "save_to_log_dir": False}
             kwargs["default_root_dir"] = str(self.run_dir)
             if trainer.get("logger") is None:
                 kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="", default_hp_metric=False)
         else:
             kwargs["logger"], self.save_config_callback = False, None
-            kwargs["callbacks"] = without(callbacks, ModelCheckpoint, WeightAveraging)
+            kwargs["callbacks"] = without(callbacks, ModelCheckpoint, WeightAveraging, *off)
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
@@ -279,6 +288,11 @@ def run_training(arguments: list[str]) -> None:
     try:
         with forgotten_run():
             TrainingCLI(arguments, recipe)
+    except OSError as error:  # what Lightning or a logger could not write
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        root = next((value for name, value in flags(arguments) if name == "run_dir"), "runs")
+        raise cannot_write(Path(root, "a run"), error, "run_dir", then=", then resume the run") from error
     except Stopped as stop:
         command = re.sub(r" --resume[ =]('[^']*'|\S)+", "", shlex.join(["trunkline", *arguments]))
         rank_zero_info(f"resume with: {command} --resume {shlex.quote(stop.folder)}")

@@ -245,9 +245,8 @@ def load_checkpoint(
     path = Path(path)
     fault = find_fault(path)
     if fault is not None:
-        raise TrunklineError(
-            f"{fault}; use an older checkpoint, or resume=auto, which finds the newest valid one", field
-        )
+        mend = "use an older checkpoint, or resume=auto, which finds the newest valid one"
+        raise TrunklineError(f"{fault}; {mend if path.exists() else 'fix the path'}", field)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds of errors for files that are not checkpoints
@@ -263,6 +262,27 @@ def load_checkpoint(
             field,
         )
     return content
+
+
+def check_parts(
+    content: dict[str, Any], path: str | os.PathLike[str], parts: dict[str, type | tuple[type, ...]]
+) -> None:
+    """Refuse a checkpoint without parts that are needed.
+
+    Args:
+        content: of the checkpoint.
+        path: its file, for the message.
+        parts: key -> what it must be.
+
+    Raises:
+        TrunklineError: naming the parts that are missing.
+    """
+    missing = [key for key, kind in parts.items() if not isinstance(content.get(key), kind)]
+    if missing:
+        raise TrunklineError(
+            f"{path} is not a whole checkpoint of a training run: it holds no {' and no '.join(missing)}; give a .ckpt "
+            "file as the run saved it"
+        )
 
 
 def _why_refused(error: Exception) -> str:

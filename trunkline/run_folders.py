@@ -41,7 +41,7 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted((run for run in folder.glob("*") if is_run(run)), key=_last_saved, reverse=True)
 
 
-def find_checkpoint(name: str | Path, field: str | None = None) -> Path:
+def find_checkpoint(name: str | Path, field: str | None = None, other: str | None = None) -> Path:
     """The checkpoint that a name stands for.
 
     A file stands for itself. A run's folder, or its `checkpoints` folder, stands for its best checkpoint by the metric
@@ -50,19 +50,23 @@ def find_checkpoint(name: str | Path, field: str | None = None) -> Path:
     Args:
         name: a file or a folder.
         field: the field that gave the name, for the message.
+        other: where a folder of another kind may stand too, the file by which that is known.
 
     Returns:
-        the file; a name that is no folder comes back as it is.
+        the file. A name that is no folder comes back as it is, and so does a folder of the other kind or without runs
+        where the other kind may stand.
 
     Raises:
         TrunklineError: if a folder holds no run, or its newest run no valid checkpoint.
     """
     folder = Path(name)
-    if not folder.is_dir():
+    if not folder.is_dir() or (other is not None and (folder / other).is_file()):
         return folder
     if next(folder.glob("*.ckpt"), None) is None and not is_run(folder):
         below = [run for depth in range(1, DEPTH) for run in folder.glob("/".join("*" * depth)) if is_run(run)]
         runs = [run for run in below if next(run.rglob("*.ckpt"), None) is not None]
+        if not runs and other is not None:
+            return folder
         if not runs:
             raise TrunklineError(f"the folder {name} holds no checkpoint of a run; give a .ckpt file or a run", field)
         folder = max(runs, key=_last_saved)

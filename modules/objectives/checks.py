@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,7 +12,8 @@ from trunkline import TrunklineError
 from trunkline.contract import DataFacts, HasFacts
 from trunkline.files import load_checkpoint
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.networks.base import ConfigT
+from trunkline.modules.networks.base import CONFIG_FILE, ConfigT
+from trunkline.run_folders import find_checkpoint
 
 
 def facts_of(trainer: L.Trainer) -> DataFacts:
@@ -147,15 +147,18 @@ def check_tokenizer(facts: DataFacts, source: str | None, argument: str = "init_
 
     Args:
         facts: what the data knows.
-        source: file of the checkpoint; a folder or a hub name holds no tokenizer and is not checked.
+        source: the checkpoint or its run; other folders and hub names hold no tokenizer and are not checked.
         argument: the argument that names the checkpoint, for the message.
 
     Raises:
         TrunklineError: if the tokenizers differ: the same ids would mean other words.
     """
-    if facts.tokenizer is None or source is None or not Path(source).is_file():
+    if facts.tokenizer is None or source is None:
         return
-    states = [s for s in load_checkpoint(source).values() if isinstance(s, dict) and s.get("tokenizer")]
+    file = find_checkpoint(source, f"model.{argument}", other=CONFIG_FILE)
+    if not file.is_file():
+        return
+    states = [s for s in load_checkpoint(file).values() if isinstance(s, dict) and s.get("tokenizer")]
     if not states:
         return
     trained, own = [states[0]["tokenizer"]], [facts.tokenizer.to_str()]

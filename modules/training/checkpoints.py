@@ -8,8 +8,19 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from trunkline.files import cannot_write, digest_file, load_checkpoint, replacing
+from trunkline.files import cannot_write, check_parts, digest_file, load_checkpoint, replacing
 from trunkline.seal import seal
+
+PARTS = {
+    "state_dict": dict,
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+    "loops": dict,
+}
+"""What Lightning needs of any checkpoint: key -> type."""
+RESUMED = {"callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
+"""What it also needs to go on from one, and `save_weights_only` leaves out."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -44,8 +55,14 @@ class SafeCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Load with `trunkline.files.load_checkpoint`, which never runs code from a file; `weights_only` is ignored."""
-        return load_checkpoint(path, map_location)
+        """Load with `trunkline.files.load_checkpoint`, which never runs code from a file; `weights_only` is ignored.
+
+        Raises:
+            TrunklineError: also if a part of a run's checkpoint is missing.
+        """
+        content = load_checkpoint(path, map_location)
+        check_parts(content, path, PARTS)
+        return content
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import torch
 
 from trunkline import TrunklineError
-from trunkline.files import load_checkpoint
+from trunkline.files import check_parts, load_checkpoint
 from trunkline.modules import networks
 from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.networks import BERT, TextHead
 from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, pretrained_folder
 from trunkline.modules.networks.text_head import without_heads
+from trunkline.run_folders import find_checkpoint
 
 N = TypeVar("N", bound=Network)
 FREE = {"dropout", "drop_path", "activation_checkpointing", "next_sentence", "tie_embeddings"}
@@ -44,7 +45,8 @@ def network_class_of(content: Mapping[str, Any], known: tuple[type[Network], ...
 
     Nothing is imported: a checkpoint from elsewhere must not decide which code runs.
     """
-    path = content.get("classes", {}).get("network", "")
+    classes = content.get("classes")
+    path = classes.get("network", "") if isinstance(classes, dict) else ""
     for kind in known:
         if class_path(kind) == path:
             return kind
@@ -81,7 +83,7 @@ def network_from_checkpoint(network_class: type[N], path: str | Path) -> N:
 
 @dataclasses.dataclass
 class TrainedWeights:
-    """Weights to start from: a training checkpoint, a folder that `save_pretrained` wrote, or a hub name."""
+    """Weights to start from: a training checkpoint, the folder of a run or one of `save_pretrained`, or a hub name."""
 
     name: str
     """Name of the file, folder or repository."""
@@ -100,9 +102,10 @@ class TrainedWeights:
         Raises:
             TrunklineError: if nothing can be read, or if the network is not of an accepted class.
         """
-        content = None
-        if Path(name).is_file():
-            content = load_checkpoint(name)
+        content, file = None, find_checkpoint(name, f"model.{argument}", other=CONFIG_FILE)
+        if file.is_file():
+            content = load_checkpoint(file, field=f"model.{argument}")
+            check_parts(content, file, {"state_dict": dict, "hyper_parameters": dict})
             kind = network_class_of(content, accepted)
             config = content.get("hyper_parameters", {}).get("network")
         else:

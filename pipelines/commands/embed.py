@@ -17,6 +17,7 @@ from trunkline.datamodules.images.preprocessing import Preprocessing
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.tables import read_column, reader_of
 from trunkline.datamodules.text.masking import special_ids
+from trunkline.files import atomic_write
 from trunkline.modules.callbacks.retrieval import sprites
 from trunkline.modules.networks import BERT, CLIP, GPT, TextHead, TextHeadConfig
 from trunkline.modules.networks.clip import unit
@@ -108,7 +109,7 @@ def embed(
 def write_embeddings(found: list["Embedded"], normalise: bool, output: str, projector: str | None) -> None:
     """Write the table, and the data of the projector."""
     tables = [part.table(normalise) for part in found]
-    pd.concat(tables, ignore_index=True).to_parquet(output, index=False)
+    atomic_write(Path(output), [pd.concat(tables, ignore_index=True).to_parquet(index=False)], field="output")
     if projector is not None:
         with SummaryWriter(projector) as writer:
             for part in found:

@@ -16,6 +16,7 @@ def check_output(path: str, suffixes: tuple[str, ...]) -> str:
         *others, last = suffixes
         endings = f"{', '.join(others)} or {last}" if others else last
         raise TrunklineError(f"--output {path} must be a {endings} file in a folder that exists")
+    _check_kind(Path(path))
     return suffix
 
 
@@ -26,7 +27,14 @@ def check_folder(path: str) -> None:
         TrunklineError: if its folder does not exist, or if it is a folder itself.
     """
     file = Path(path)
-    if file.is_dir():
-        raise TrunklineError(f"--output {path} is a folder; give a file in it")
+    _check_kind(file)
     if not file.absolute().parent.is_dir():
         raise TrunklineError(f"--output {path}: there is no folder {file.parent}; make it first, or choose another one")
+
+
+def _check_kind(file: Path) -> None:
+    """A file is replaced as a whole when all of it is written, which a device or a pipe must not be."""
+    if file.is_dir():
+        raise TrunklineError(f"--output {file} is a folder; give a file in it")
+    if file.exists() and not file.is_file():
+        raise TrunklineError(f"--output {file} is a device or a pipe; give a regular file")

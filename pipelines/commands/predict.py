@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,9 +14,10 @@ from trunkline import TrunklineError
 from trunkline.datamodules.images.image_data import ImageFiles
 from trunkline.datamodules.images.image_sources import image_files
 from trunkline.datamodules.samplers import SampleKey, plain_errors
+from trunkline.files import atomic_write
 from trunkline.pipelines.commands.output import check_output
 from trunkline.pipelines.commands.predict_audio import predict_audio
-from trunkline.pipelines.commands.predict_text import Run, predict_texts, write_conll
+from trunkline.pipelines.commands.predict_text import Run, conll, predict_texts
 from trunkline.pipelines.objectives import PREDICT_IMAGES, PREDICT_TEXTS
 from trunkline.pipelines.trained import Trained
 
@@ -68,10 +70,10 @@ def predict(
         raise TrunklineError(f"trunkline predict needs --images FOLDER, --audio FOLDER or --texts FILE, not {has}")
     if threshold is not None and audio is None:
         raise TrunklineError(f"--threshold {threshold:g} is for --audio; leave it out")
-    writer = table_writer(output)
+    content = table_writer(output)
     trained = Trained.read(checkpoint)
     run = partial(run_batches, batch_size, num_workers, accelerator, precision)
-    if writer is write_conll and trained.objective != "TokenClassifier":
+    if content is conll and trained.objective != "TokenClassifier":
         raise TrunklineError(
             f"--output {output}: only tags can be written to a .conll file; give a .csv or .parquet file"
         )
@@ -82,7 +84,7 @@ def predict(
     else:
         assert texts is not None
         table = predict_texts(trained, texts, {"text_column": text_column, "pair_column": pair_column}, run)
-    writer(table, output)
+    atomic_write(Path(output), [content(table)], field="output")
     print(f"wrote {len(table)} rows to {output}")
 
 
@@ -108,11 +110,11 @@ def run_batches(
 
 
 def table_writer(output: str) -> Any:
-    """A function that writes a table to a file, in the format of the suffix of `output`."""
+    """A function that gives a file's content for a table, in the format of the suffix of `output`."""
     writers = {
-        ".csv": lambda table, path: table.to_csv(path, index=False),
-        ".parquet": lambda table, path: table.to_parquet(path, index=False),
-        ".conll": write_conll,
+        ".csv": lambda table: table.to_csv(index=False).encode(),
+        ".parquet": lambda table: table.to_parquet(index=False),
+        ".conll": conll,
     }
     return writers[check_output(output, tuple(writers))]
 

@@ -190,12 +190,13 @@ def warn_of_cut(count: int, what: str) -> None:
         print(f"{count} {what} and were cut, as in training")
 
 
-def write_conll(table: pd.DataFrame, output: str) -> None:
-    """Write a word and its tag per line, and an empty line after each sentence."""
-    with Path(output).open("w", encoding="utf-8") as stream:
-        for _, sentence in table.groupby("row"):
-            stream.writelines(f"{word}\t{tag}\n" for word, tag in zip(sentence.word, sentence.tag, strict=True))
-            stream.write("\n")
+def conll(table: pd.DataFrame) -> bytes:
+    """A word and its tag per line, and an empty line after each sentence."""
+    lines = []
+    for _, sentence in table.groupby("row"):
+        lines += [f"{word}\t{tag}\n" for word, tag in zip(sentence.word, sentence.tag, strict=True)]
+        lines.append("\n")
+    return "".join(lines).encode()
 
 
 class TaskOnTexts(NamedTuple):

@@ -1,5 +1,6 @@
 """`trunkline search`: find the pictures that a text describes best."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.datamodules.images.image_sources import FileRows, to_channels
+from trunkline.files import atomic_write
 from trunkline.modules.callbacks.drawing import GREY, captioned, grid, wrapped
 from trunkline.pipelines.commands.output import check_output
 from trunkline.pipelines.devices import find_device
@@ -25,6 +27,8 @@ from trunkline.pipelines.trained import Trained
 
 TILE, COLUMNS = 160, 5
 """Contact sheet: side of a picture in pixels, and pictures per row."""
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG"}
+"""Suffix of a sheet of pictures -> its format, as Pillow names it."""
 
 
 def search(
@@ -56,7 +60,7 @@ def search(
     Raises:
         TrunklineError: for a missing or damaged file, or a checkpoint that cannot be used.
     """
-    check_output(output, (".png", ".jpg"))
+    suffix = check_output(output, tuple(PICTURE_FORMATS))
     if not query.strip():
         raise TrunklineError("--query is empty; say what to look for")
     if count < 1:
@@ -78,7 +82,9 @@ def search(
     sheet = contact_sheet(rows, best, cosines.tolist())
     for rank, (row, cosine) in enumerate(zip(best, cosines.tolist(), strict=True), start=1):
         print(f"{rank:>4}  {cosine:.4f}  {rows.name(row)}")
-    sheet.save(output)
+    picture = io.BytesIO()
+    sheet.save(picture, PICTURE_FORMATS[suffix])
+    atomic_write(Path(output), [picture.getbuffer()], field="output")
     print(f"wrote the {len(best)} best of {len(kept)} pictures to {output}")
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trunkline import TrunklineError
+from trunkline.files import atomic_write
 
 OPTIONS_OF_TASKS: dict[str, tuple[str, ...]] = {
     "captions": ("retrieval",),
@@ -112,4 +113,4 @@ def save(results: list[Result], output: str, about: dict[str, Any]) -> None:
         figures[result.metric] = {"value": result.value, "chance": result.chance}
         if result.signature:
             figures[result.metric]["signature"] = result.signature
-    Path(output).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    atomic_write(Path(output), [(json.dumps(about, indent=2) + "\n").encode()], field="output")
