@@ -35,7 +35,6 @@ class Trained:
 
     def __init__(self, file: str, content: dict[str, Any]) -> None:
         self.file, self.content = file, content
-        check_parts(content, file, {"state_dict": dict, "hyper_parameters": dict})
         if "classes" in content:
             check_parts(content, file, {"classes": dict})
         self.classes: dict[str, str] = dict(content.get("classes") or {})
@@ -146,6 +145,7 @@ class Trained:
         """
         from trunkline.modules.objectives.base import TrunklineModule
 
+        check_parts(self.content, self.file, {"hyper_parameters": dict, "state_dict": dict})
         given = self.content["hyper_parameters"]
         # The weights to start from are no longer needed, and may be gone.
         arguments = {name: None if name.startswith("init_") else value for name, value in given.items()}

@@ -206,10 +206,15 @@ class TrainingCLI(LightningCLI):
             callbacks[:] = without(callbacks, WeightAveraging)
             kwargs["ckpt_path"], kwargs["weights_only"] = chosen or None, True
             metrics |= self.trainer.test(**kwargs, verbose=False)[0]
-        last = self.run_dir / "checkpoints" / "last.ckpt"
-        if not chosen and last.is_file() and step_in(last) == self.trainer.global_step:
-            chosen = str(last)
-        self.summarise(metrics, chosen, averaged)
+        self.summarise(metrics, chosen or self.last_checkpoint(), averaged)
+
+    def last_checkpoint(self) -> str:
+        """A checkpoint of the last step; empty if none was saved."""
+        saved = [c.best_model_path for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        for file in (self.run_dir / "checkpoints" / "last.ckpt", *map(Path, saved)):
+            if file.is_file() and step_in(file) == self.trainer.global_step:
+                return str(file)
+        return ""
 
     def best_checkpoint(self) -> str:
         """The checkpoint with the best validation metric; empty if no metric is monitored or nothing is saved yet."""

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -265,7 +265,7 @@ def load_checkpoint(
 
 
 def check_parts(
-    content: dict[str, Any], path: str | os.PathLike[str], parts: dict[str, type | tuple[type, ...]]
+    content: Mapping[str, Any], path: str | os.PathLike[str], parts: dict[str, type | tuple[type, ...]]
 ) -> None:
     """Refuse a checkpoint without parts that are needed.
 
@@ -289,7 +289,7 @@ def _why_refused(error: Exception) -> str:
     """What torch could not load, without its advice to load the file all the same."""
     stranger = re.search(r"GLOBAL (\S+)", str(error))
     if stranger:
-        return f"it holds a {stranger[1]}"
+        return f"Unsupported global {stranger[1]}"
     if "zip archive" in str(error) or "inline_container" in str(error):
         return "its archive is broken"
     return "torch.save did not write it, or long ago"

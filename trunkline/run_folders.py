@@ -91,16 +91,19 @@ def is_run(folder: Path) -> bool:
     return (folder / "checkpoints").is_dir() or (folder / "config.yaml").is_file()
 
 
-def _last_saved(run: Path) -> float:
-    """When a run saved last, in seconds since 1970; for one of an older version, when it began."""
+def _last_saved(run: Path) -> tuple[bool, float]:
+    """Whether copying the run keeps what follows, and when it saved last, in seconds since 1970.
+
+    For a run of an older version it is when the run began, by its name; without that, only its files' times are left.
+    """
     files = list(run.rglob("*.ckpt"))
     sealed = [time for file in files if (time := sealed_at(file)) is not None]
     named = NAMED_BY_TIME.match(run.name)
     if sealed:
-        return max(sealed)
+        return True, max(sealed)
     if named:
-        return datetime.strptime(named[0], TIME_FORMAT).timestamp()
-    return max((file.stat().st_mtime for file in files), default=0.0)
+        return True, datetime.strptime(named[0], TIME_FORMAT).timestamp()
+    return False, max((file.stat().st_mtime for file in files), default=0.0)
 
 
 def _saved_at(path: Path) -> float:

@@ -14,13 +14,14 @@ from trunkline.modules.training.exact_resume import accumulates
 
 
 class LastCheckpoint(Callback):
-    """Save `checkpoints/last.ckpt` at the end of training.
+    """Save `checkpoints/last.ckpt` at the end of training, except in a `fast_dev_run`, which only tries the code.
 
     It must come before a callback that averages weights: that one replaces the trained weights by their average.
     """
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        save_last(trainer)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            save_last(trainer)
 
 
 def save_last(trainer: L.Trainer) -> Path:

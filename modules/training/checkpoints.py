@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from trunkline.files import cannot_write, check_parts, digest_file, load_checkpoint, replacing
 from trunkline.seal import seal
 
-PARTS = {
+CHECKPOINT_PARTS = {
     "state_dict": dict,
     "epoch": int,
     "global_step": int,
@@ -61,7 +61,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             TrunklineError: also if a part of a run's checkpoint is missing.
         """
         content = load_checkpoint(path, map_location)
-        check_parts(content, path, PARTS)
+        check_parts(content, path, CHECKPOINT_PARTS)
         return content
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:

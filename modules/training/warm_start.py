@@ -56,15 +56,26 @@ def network_class_of(content: Mapping[str, Any], known: tuple[type[Network], ...
     return getattr(networks, name, None)
 
 
+def _network_config(content: Mapping[str, Any]) -> Any:
+    """The network's configuration in a training checkpoint; None if it has none."""
+    given = content.get("hyper_parameters")
+    return given.get("network") if isinstance(given, dict) else None
+
+
+def _nameless(path: str | Path, field: str | None = None) -> TrunklineError:
+    return TrunklineError(f"{path} is not a checkpoint of a Trunkline run: it names no network", field)
+
+
 def network_of(network_class: type[N], content: Mapping[str, Any], path: str | Path) -> N:
     """The network inside a training checkpoint (with averaged weights, if the run kept an average).
 
     Raises:
         TrunklineError: if the checkpoint names no network, or its weights do not fit the configuration.
     """
-    config = content.get("hyper_parameters", {}).get("network")
+    config = _network_config(content)
     if config is None:
-        raise TrunklineError(f"{path} is not a checkpoint of a Trunkline run: it names no network")
+        raise _nameless(path)
+    check_parts(content, path, {"state_dict": dict})
     network = network_class(config_from_dict(network_class.config_class, config))
     prefix = "network."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
@@ -105,9 +116,8 @@ class TrainedWeights:
         content, file = None, find_checkpoint(name, f"model.{argument}", other=CONFIG_FILE)
         if file.is_file():
             content = load_checkpoint(file, field=f"model.{argument}")
-            check_parts(content, file, {"state_dict": dict, "hyper_parameters": dict})
             kind = network_class_of(content, accepted)
-            config = content.get("hyper_parameters", {}).get("network")
+            config = _network_config(content)
         else:
             try:
                 config = json.loads((pretrained_folder(name) / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -117,7 +127,9 @@ class TrainedWeights:
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 accepted[0].from_pretrained(name)  # says what is wrong
                 raise
-        if kind not in accepted or config is None:
+        if kind in accepted and config is None:
+            raise _nameless(file, f"model.{argument}")
+        if kind not in accepted:
             objective = (content or {}).get("objective", "something else")
             found = f"a {kind.__name__}" if kind else f"weights of {objective}"
             raise TrunklineError(

@@ -35,7 +35,8 @@ IO = SafeCheckpointIO()
 
 def content(number: int) -> dict[str, Any]:
     """A checkpoint of about a megabyte that shows if two were mixed."""
-    return {"number": number, "global_step": number, "weights": torch.full((256 * 1024,), float(number))}
+    needed = {"state_dict": {}, "epoch": 0, "global_step": number, "pytorch-lightning_version": "2.6", "loops": {}}
+    return {**needed, "number": number, "weights": torch.full((256 * 1024,), float(number))}
 
 
 def save(path: Path, number: int = 1) -> Path:

@@ -149,7 +149,7 @@ def test_bad_options(folder: Path, tmp_path: Path, options: Any, message: str, m
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TrunklineError, match=message):
         predict(path, **{"audio": str(folder), "accelerator": "cpu", **options})
-    assert {file.name for file in tmp_path.iterdir()} == {"a.ckpt", "a.ckpt.sha256"}
+    assert {file.name for file in tmp_path.iterdir()} == {"a.ckpt"}
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.5, -1.0])
