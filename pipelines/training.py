@@ -23,7 +23,7 @@ from rich.table import Table
 
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
-from trunkline.files import cannot_write, check_parts, find_fault
+from trunkline.files import cannot_write, check_parts, find_fault, load_checkpoint
 from trunkline.modules.callbacks.graceful_stop import LastCheckpoint, Stopped
 from trunkline.modules.callbacks.throughput import ProgressBar
 from trunkline.modules.objectives.base import TrunklineModule
@@ -140,7 +140,8 @@ class TrainingCLI(LightningCLI):
         root = Path(config.run_dir)
         self.run_dir, self.checkpoint, faults = claim_run(self.claims, root, config.name, config.resume)
         if self.checkpoint:
-            check_parts(read_lazily(self.checkpoint), self.checkpoint, RESUMED)
+            content = read_lazily(self.checkpoint) or load_checkpoint(self.checkpoint)  # which says what is wrong
+            check_parts(content, self.checkpoint, RESUMED)
         self.placed = place_loggers(config.trainer.get("logger"), self.run_dir)
         for fault in faults:
             rank_zero_info(f"skipped: {fault}")

@@ -23,6 +23,7 @@ from trunkline.datamodules.tokenizers import (
     treats_words_alone,
 )
 from trunkline.files import digest
+from trunkline.modules.training.checkpoints import SafeCheckpointIO
 
 TEXT = "".join(piece.text for piece in open_text("pydoc", "text").pieces({"train": 1.0}))[:100_000]
 ODD = (
@@ -219,6 +220,9 @@ def test_the_tokenizer_of_a_checkpoint(tmp_path: Path, trained: dict[str, Tokeni
     torch.save({"TextData": {"tokenizer": trained["bpe"].to_str()}}, path)
     beside.write_text(digest(path))
     assert load_tokenizer(str(path)).to_str() == trained["bpe"].to_str()
+    run = tmp_path / "runs/mine/one/checkpoints/last.ckpt"
+    SafeCheckpointIO().save_checkpoint({"global_step": 1, "TextData": {"tokenizer": trained["bpe"].to_str()}}, run)
+    assert load_tokenizer(str(tmp_path / "runs/mine")).to_str() == trained["bpe"].to_str()
     beside.write_text("0" * 64)
     with pytest.raises(TrunklineError, match=r"a\.ckpt is damaged") as caught:
         load_tokenizer(str(path))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tiny import batches, classifier, fit, vit, weights
 
 from trunkline import TrunklineError
+from trunkline.files import load_checkpoint
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import GPT, GPTConfig, ViT
 from trunkline.modules.objectives.image_classifier import ImageClassifier
@@ -61,7 +62,7 @@ def test_frozen_parts_do_not_drop_and_the_others_do(rate: str) -> None:
 # --- starting from trained weights
 
 
-@pytest.fixture(params=["folder", "checkpoint"])
+@pytest.fixture(params=["folder", "checkpoint", "run"])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ImageClassifier, str]:
     """A trained classifier and where it is saved."""
     model = classifier()
@@ -70,6 +71,9 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ImageClassifi
         model.network.save_pretrained(tmp_path / "vit")
         return model, str(tmp_path / "vit")
     fitted.save_checkpoint(tmp_path / "a.ckpt")
+    if request.param == "run":
+        SafeCheckpointIO().save_checkpoint(load_checkpoint(tmp_path / "a.ckpt"), tmp_path / "run/checkpoints/last.ckpt")
+        return model, str(tmp_path / "run")
     return model, str(tmp_path / "a.ckpt")
 
 

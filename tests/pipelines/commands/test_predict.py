@@ -1,6 +1,8 @@
 """`trunkline predict`: the table equals an independent forward pass; bad input is one clear message."""
 
+import errno
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,44 @@ def test_table(checkpoint: Path, images: Path, tmp_path: Path, ending: str, batc
     assert table.path.tolist() == [str(file) for file in files]
     assert table.label.tolist() == labels
     assert table.probability.tolist() == pytest.approx(probabilities, abs=1e-5)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_full_disk(
+    grey_checkpoint: Path, images: Path, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One message; an older file stays as it was, and no empty one is left."""
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    output = tmp_path / f"out.{ending}"
+    monkeypatch.setattr("trunkline.files.fsync", full)
+    for before in (None, b"older"):
+        if before:
+            output.write_bytes(before)
+        words = rf"cannot write {output} \([\d,]+ MB free there\): No space .*; free some space, or choose another out"
+        with pytest.raises(TrunklineError, match=words):
+            run(grey_checkpoint, images, output)
+        assert {path.name for path in tmp_path.iterdir()} == {"images", *([output.name] if before else [])}
+    assert output.read_bytes() == b"older"
+
+
+def test_output_that_is_no_file(grey_checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "folder.csv").mkdir()
+    for name, words in (("pipe.csv", "is a device or a pipe; give a regular file"), ("folder.csv", "is a folder")):
+        with pytest.raises(TrunklineError, match=f"--output .*{name} {words}"):
+            run(grey_checkpoint, images, tmp_path / name)
+    assert (tmp_path / "pipe.csv").is_fifo()
+
+
+def test_folder_of_a_run(grey_checkpoint: Path, images: Path, tmp_path: Path, capsys: Any) -> None:
+    """Its checkpoint is taken, and named outside of what the command prints."""
+    table = run(grey_checkpoint, images, tmp_path / "1.csv")
+    assert capsys.readouterr().err.count("reading") == 0
+    pd.testing.assert_frame_equal(run(grey_checkpoint.parent, images, tmp_path / "2.csv"), table)
+    assert f"reading {grey_checkpoint}\n" in capsys.readouterr().err
 
 
 def test_worker_processes_change_nothing(checkpoint: Path, images: Path, tmp_path: Path) -> None:
