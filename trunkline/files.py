@@ -264,9 +264,7 @@ def load_checkpoint(
     return content
 
 
-def check_parts(
-    content: Mapping[str, Any], path: str | os.PathLike[str], parts: dict[str, type | tuple[type, ...]]
-) -> None:
+def check_parts(content: Mapping[str, Any], path: str | os.PathLike[str], parts: Mapping[str, type]) -> None:
     """Refuse a checkpoint without parts that are needed.
 
     Args:
