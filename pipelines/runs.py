@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from trunkline import TrunklineError
 from trunkline.files import cannot_write, find_fault, read_json
-from trunkline.run_folders import TIME_FORMAT, is_run, newest_first, newest_valid
+from trunkline.run_folders import DEPTH, TIME_FORMAT, is_run, newest_first, newest_valid
 
 RUN = "TRUNKLINE_RUN"
 """Environment variable with the name of a new run's folder."""
@@ -74,7 +74,8 @@ def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path 
         return found if found[1] is not None else (_new_run(root / recipe), None, found[2])
     path = Path(resume)
     if path.is_dir():
-        found = (path, *newest_valid(path)) if is_run(path) or not newest_first(path) else _newest(path)
+        path = path.parent if path.name == "checkpoints" else path
+        found = (path, *newest_valid(path)) if is_run(path) else _newest(path, DEPTH)
         if found[1] is None:
             reasons = "; ".join(found[2]) or "none at all"
             raise TrunklineError(f"--resume {resume} holds no valid checkpoint: {reasons}")
@@ -191,10 +192,10 @@ def _no_folder(folder: Path) -> TrunklineError:
     return TrunklineError(f"{file} is a file, so that no run can be saved below it; choose another run_dir", "run_dir")
 
 
-def _newest(folder: Path) -> tuple[Path, Path | None, list[str]]:
-    """The newest of the runs in a folder that has a valid checkpoint, with what is wrong with newer ones."""
+def _newest(folder: Path, depth: int = 1) -> tuple[Path, Path | None, list[str]]:
+    """The newest run up to `depth` folders below one that has a valid checkpoint, and what is wrong with newer ones."""
     faults: list[str] = []
-    for run in newest_first(folder):
+    for run in newest_first(folder, depth):
         checkpoint, skipped = newest_valid(run)
         faults += skipped
         if checkpoint is not None:

@@ -5,8 +5,10 @@ import logging
 import re
 import shlex
 import sys
+import threading
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +38,8 @@ from trunkline.pipelines.runs import claim_run, forgotten_run, newest_config, un
 from trunkline.pipelines.sizes import facts_left_out, write_sizes
 from trunkline.run_folders import find_checkpoint, read_lazily, step_in
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Numbers of the errors of a disk that takes no more."""
 AVERAGE = "averaging_state"
 """Key of a checkpoint whose weights are averaged."""
 
@@ -292,19 +296,35 @@ def run_training(arguments: list[str]) -> None:
     if str(Path.cwd()) not in sys.path:  # for classes of one's own, beside their config
         sys.path.append(str(Path.cwd()))
     try:
-        with forgotten_run():
+        with forgotten_run(), silent_writers():
             TrainingCLI(arguments, recipe)
     except OSError as error:  # what Lightning or a logger could not write
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in FULL:
             raise
         root = next((value for name, value in flags(arguments) if name == "run_dir"), "runs")
-        raise cannot_write(Path(root, "a run"), error, "run_dir", then=", then resume the run") from error
+        raise cannot_write(Path(root, "*"), error, "run_dir", then=", then resume the run") from error
     except Stopped as stop:
         command = re.sub(r" --resume[ =]('[^']*'|\S)+", "", shlex.join(["trunkline", *arguments]))
         rank_zero_info(f"resume with: {command} --resume {shlex.quote(stop.folder)}")
         raise
     except MisconfigurationException as error:  # Lightning's word for asking too much
         raise TrunklineError(str(error)) from error
+
+
+@contextmanager
+def silent_writers() -> Iterator[None]:
+    """Let no thread print that the disk is full: TensorBoard's writer raises the same error for the main thread."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if getattr(arguments.exc_value, "errno", None) not in FULL:
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def use_run_config(arguments: list[str]) -> list[str]:

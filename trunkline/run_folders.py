@@ -16,7 +16,7 @@ from trunkline.seal import sealed_at
 TIME_FORMAT = "%Y-%m-%d_%H-%M-%S"
 """Name of a run's folder: when it began, in local time."""
 NAMED_BY_TIME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
-DEPTH = 4
+DEPTH = 3
 """How far below a given folder runs are looked for: `runs` holds `<group>/<recipe>/<time>`."""
 
 
@@ -36,9 +36,10 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, faults
 
 
-def newest_first(folder: Path) -> list[Path]:
-    """The runs in a folder, the one that saved last first."""
-    return sorted((run for run in folder.glob("*") if is_run(run)), key=_last_saved, reverse=True)
+def newest_first(folder: Path, depth: int = 1) -> list[Path]:
+    """The runs that lie up to `depth` folders below a folder, the one that saved last first."""
+    found = [run for level in range(1, depth + 1) for run in folder.glob("/".join("*" * level)) if is_run(run)]
+    return sorted(found, key=_last_saved, reverse=True)
 
 
 def find_checkpoint(name: str | Path, field: str | None = None, other: str | None = None) -> Path:
@@ -63,13 +64,12 @@ def find_checkpoint(name: str | Path, field: str | None = None, other: str | Non
     if not folder.is_dir() or (other is not None and (folder / other).is_file()):
         return folder
     if next(folder.glob("*.ckpt"), None) is None and not is_run(folder):
-        below = [run for depth in range(1, DEPTH) for run in folder.glob("/".join("*" * depth)) if is_run(run)]
-        runs = [run for run in below if next(run.rglob("*.ckpt"), None) is not None]
+        runs = [run for run in newest_first(folder, DEPTH) if next(run.rglob("*.ckpt"), None) is not None]
         if not runs and other is not None:
             return folder
         if not runs:
             raise TrunklineError(f"the folder {name} holds no checkpoint of a run; give a .ckpt file or a run", field)
-        folder = max(runs, key=_last_saved)
+        folder = runs[0]
     newest, faults = newest_valid(folder)
     if newest is None:
         raise TrunklineError(f"{folder} holds no valid checkpoint: {'; '.join(faults) or 'none at all'}", field)

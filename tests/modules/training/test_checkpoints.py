@@ -354,6 +354,10 @@ def test_choose_newest_valid(runs: Path) -> None:
 def test_choose_by_name(runs: Path) -> None:
     one = runs / "vit/digits/one"
     assert choose_run(runs, "vit/digits", str(one)) == (one, one / "checkpoints/b.ckpt", [])
+    assert choose_run(runs, "vit/digits", str(one / "checkpoints")) == (one, one / "checkpoints/b.ckpt", [])
+    three = runs / "vit/other/three"  # the newest below these
+    for folder in (runs / "vit/other", runs / "vit", runs):
+        assert choose_run(runs, "vit/digits", str(folder)) == (three, three / "checkpoints/a.ckpt", [])
     path = one / "checkpoints/a.ckpt"
     assert choose_run(runs, "vit/digits", str(path)) == (one, path, [])
     flip_a_bit(path)
