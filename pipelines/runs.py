@@ -75,7 +75,8 @@ def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path 
     path = Path(resume)
     if path.is_dir():
         path = path.parent if path.name == "checkpoints" else path
-        found = (path, *newest_valid(path)) if is_run(path) else _newest(path, DEPTH)
+        single = is_run(path) or next(path.glob("*.ckpt"), None) is not None
+        found = (path, *newest_valid(path)) if single else _newest(path, DEPTH)
         if found[1] is None:
             reasons = "; ".join(found[2]) or "none at all"
             raise TrunklineError(f"--resume {resume} holds no valid checkpoint: {reasons}")

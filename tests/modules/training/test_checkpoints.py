@@ -358,6 +358,8 @@ def test_choose_by_name(runs: Path) -> None:
     three = runs / "vit/other/three"  # the newest below these
     for folder in (runs / "vit/other", runs / "vit", runs):
         assert choose_run(runs, "vit/digits", str(folder)) == (three, three / "checkpoints/a.ckpt", [])
+    alone = save(runs / "alone/a.ckpt")
+    assert choose_run(runs, "vit/digits", str(runs / "alone")) == (runs / "alone", alone, [])
     path = one / "checkpoints/a.ckpt"
     assert choose_run(runs, "vit/digits", str(path)) == (one, path, [])
     flip_a_bit(path)
