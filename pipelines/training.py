@@ -29,7 +29,7 @@ from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
 from trunkline.pipelines.runs import choose_run, forgotten_run, newest_config, unused_config
-from trunkline.pipelines.sizes import facts_left_out, write_sizes
+from trunkline.pipelines.sizes import with_stated, write_sizes
 
 
 class TrainingParser(RecipeParser, LightningArgumentParser):
@@ -104,7 +104,7 @@ class TrainingCLI(LightningCLI):
             parser.link_arguments("seed_everything", f"{group}.init_args.seed", compute_fn=int)
         # A recipe states image size, classes, vocabulary and row length once, in its data.
         facts = "model.init_args.facts"
-        parser.link_arguments("data.facts", facts, compute_fn=facts_left_out, apply_on="instantiate")
+        parser.link_arguments("data.facts", facts, compute_fn=with_stated, apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let a checkpoint's hyperparameters override the flags."""
