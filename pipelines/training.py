@@ -23,6 +23,7 @@ from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.files import find_fault
 from trunkline.modules.callbacks.graceful_stop import Stopped
+from trunkline.modules.callbacks.progress import ProgressBar, shortest
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
@@ -30,6 +31,8 @@ from trunkline.pipelines.errors import config_files
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
 from trunkline.pipelines.runs import choose_run, forgotten_run, newest_config, unused_config
 from trunkline.pipelines.sizes import with_stated, write_sizes
+
+MANY_COLUMNS = 10_000
 
 
 class TrainingParser(RecipeParser, LightningArgumentParser):
@@ -133,6 +136,8 @@ class TrainingCLI(LightningCLI):
         kwargs["use_distributed_sampler"] = False  # our sampler distributes the samples itself
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
+        if trainer.get("enable_progress_bar") is False:
+            kwargs["callbacks"] = without(kwargs.get("callbacks", trainer.get("callbacks") or []), ProgressBar)
         if self.subcommand == "fit":
             self.save_config_kwargs = {"overwrite": True, "config_filename": unused_config(self.run_dir)}
             kwargs["default_root_dir"] = str(self.run_dir)
@@ -140,7 +145,8 @@ class TrainingCLI(LightningCLI):
                 kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="", default_hp_metric=False)
         else:
             kwargs["logger"], self.save_config_callback = False, None
-            kwargs["callbacks"] = without(trainer.get("callbacks") or [], ModelCheckpoint, WeightAveraging)
+            callbacks = kwargs.get("callbacks", trainer.get("callbacks") or [])
+            kwargs["callbacks"] = without(callbacks, ModelCheckpoint, WeightAveraging)
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
@@ -175,10 +181,12 @@ class TrainingCLI(LightningCLI):
         return ""
 
     def validate(self, **kwargs: Any) -> None:
-        self.summarise(self.trainer.validate(**kwargs, weights_only=True)[0], kwargs["ckpt_path"])
+        kwargs |= {"weights_only": True, "verbose": False}  # the table shows the metrics
+        self.summarise(self.trainer.validate(**kwargs)[0], kwargs["ckpt_path"])
 
     def test(self, **kwargs: Any) -> None:
-        self.summarise(self.trainer.test(**kwargs, weights_only=True)[0], kwargs["ckpt_path"])
+        kwargs |= {"weights_only": True, "verbose": False}
+        self.summarise(self.trainer.test(**kwargs)[0], kwargs["ckpt_path"])
 
     def summarise(self, metrics: Any, checkpoint: str | None) -> None:
         """Print a table of the results."""
@@ -188,11 +196,18 @@ class TrainingCLI(LightningCLI):
         for name, value in sorted(metrics.items()):
             table.add_row(name, f"{float(value):.4f}")
         if checkpoint:
-            path = Path(checkpoint)
-            table.add_row("checkpoint", str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+            table.add_row("checkpoint", str(shortest(Path(checkpoint))))
         if self.subcommand == "fit":
             table.add_row("look at it", f"tensorboard --logdir {self._get(self.config, 'run_dir')}")
-        Console(soft_wrap=True).print(table)
+        print_whole(table)
+
+
+def print_whole(table: Table) -> None:
+    """Print a table as wide as its longest row, also where a terminal is narrower: a path that is cut is of no use."""
+    console = Console()
+    unlimited = console.options.update(width=MANY_COLUMNS, max_width=MANY_COLUMNS)
+    needed = console.measure(table, options=unlimited).maximum
+    Console(width=max(console.width, needed)).print(table, no_wrap=True, crop=False, soft_wrap=True)
 
 
 def without(callbacks: list[Callback], *kinds: type[Callback]) -> list[Callback]:
@@ -245,10 +260,25 @@ def use_run_config(arguments: list[str]) -> list[str]:
     return [arguments[0], "--config", str(config), *arguments[1:]]
 
 
+UNSAID = (
+    "💡",
+    "GPU available: ",
+    "TPU available: ",
+    "Seed set to ",
+    "Loading `train_dataloader` to estimate",
+    "Restoring states from",
+    "Restored all states from",
+    "Loaded model weights from",
+    "`Trainer.fit` stopped: `max_",
+)
+"""Beginnings of Lightning's messages that nobody acts on, or that Trunkline says itself."""
+
+
 def quieten() -> None:
-    """Hide advertisements, and warnings about things that are intended."""
-    rank_zero_logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    rank_zero_logger.addFilter(lambda record: not record.getMessage().startswith("💡"))
+    """Hide advertisements, what is said twice, and warnings about things that are intended."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(is_said)
+    warnings.formatwarning = lambda message, *where: f"warning: {message}\n"  # without a line of our source
     for pattern in (
         ".*args parameter is intended to run from within Python.*",  # the list with short names replaced
         ".*does not have many workers.*",  # data in memory needs none
@@ -258,6 +288,12 @@ def quieten() -> None:
         ".*callbacks used to create the checkpoint need to be provided.*",  # the weight average is no longer needed
         ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts
         ".*srun.* command is available on your system.*",
-        ".*LeafSpec.*is deprecated.*",
     ):
         warnings.filterwarnings("ignore", pattern)
+    for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):  # between libraries
+        warnings.simplefilter("ignore", category)
+
+
+def is_said(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning is printed."""
+    return not record.getMessage().startswith(UNSAID)

@@ -34,7 +34,7 @@ from trunkline.modules.training.exact_resume import (
     drop_half_done_validation,
     settle_progress,
 )
-from trunkline.modules.training.flops import training_flops
+from trunkline.modules.training.flops import counted_flops, training_flops
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze, load_matching
 
@@ -395,8 +395,11 @@ class TrunklineModule(L.LightningModule):
         return 1
 
     def flops_per_batch(self, batch: Any) -> int:
-        """Floating-point operations of a training step on this batch; 0 if the objective does not count them."""
-        return 0
+        """Floating-point operations of a training step on this batch; 0 if they cannot be counted.
+
+        By default they are counted during one more call of `loss`, without gradients.
+        """
+        return counted_flops(self.network, lambda: self.loss(batch))
 
     def network_flops(self, *inputs: Any, **options: Any) -> int:
         """Floating-point operations of a training step of the network on inputs of these shapes."""
