@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trunkline import TrunklineError
-from trunkline.datamodules.images.image_sources import FileRows, image_files, to_channels
+from trunkline.datamodules.images.image_sources import FileRows, given_images, to_channels
 from trunkline.datamodules.images.preprocessing import Preprocessing, TransformedImages
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI, EmojiPictures
@@ -91,7 +91,7 @@ class Pictures(TransformedImages):
 
 
 def open_pictures(images: str) -> tuple[PictureRows, int]:
-    """All pictures below a folder, or all of `twemoji` or `openmoji`, and their number.
+    """One picture, all pictures below a folder, or all of `twemoji` or `openmoji`, and their number.
 
     Raises:
         TrunklineError: if the folder is missing or holds no pictures.
@@ -99,7 +99,7 @@ def open_pictures(images: str) -> tuple[PictureRows, int]:
     if images in (TWEMOJI, OPENMOJI):
         emoji = EmojiPictures(images, flags=False)  # as in training
         return emoji, len(emoji)
-    files = image_files(images)
+    files = given_images(images)
     return FileRows(files, np.zeros(len(files), np.int64)), len(files)
 
 

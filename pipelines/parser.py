@@ -23,6 +23,8 @@ from trunkline.pipelines.renamed import OLD_KEYS, moved, new_flag, outdated
 # `--help` shows the docstring below each field of a dataclass.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+LIBRARIES = ("trunkline.", "lightning.")
+"""Packages whose class paths are not the user's own."""
 OPEN_ENDED = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
@@ -136,12 +138,11 @@ def explain_class(path: str) -> str:
     if moved(path, names):
         return f"{place.text}: there is no class '{path}' any more; it is {short(path)} now"
     module, _, name = path.rpartition(".")
-    found = sys.modules.get(module)
-    if found is not None:
-        classes = [known for known, value in vars(found).items() if isinstance(value, type)]
+    if module and not f"{module}.".startswith(LIBRARIES):
+        if module not in sys.modules:
+            return f"{place.text}: there is no module {module} in this folder or among the installed packages"
+        classes = [known for known, value in vars(sys.modules[module]).items() if isinstance(value, type)]
         return f"{place.text}: the module {module} has no class '{name}'{nearest(name, classes)}"
-    if module and not module.startswith(("trunkline.", "lightning.")):
-        return f"{place.text}: there is no module {module} in this folder or among the installed packages"
     return f"{place.text}: there is no class '{path}'{nearest(short(path), names)}"
 
 
@@ -197,7 +198,7 @@ def import_own_classes() -> None:
         given += [entry.value or "" for entry in read_entries(config) if entry.key.endswith("class_path")]
     for path in given:
         module = path.rpartition(".")[0]
-        if not CLASS_PATH.fullmatch(path) or module.startswith(("trunkline.", "lightning.")):
+        if not CLASS_PATH.fullmatch(path) or f"{module}.".startswith(LIBRARIES):
             continue
         try:
             import_module(module)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trunkline.modules.networks.base import Network
@@ -37,7 +38,9 @@ def counted_flops(network: nn.Module, call: Callable[[], Any]) -> int:
     devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
     try:
         network.eval()
-        with torch.random.fork_rng(list(devices)), FlopCounterMode(display=False) as counter:
+        # The counter does not know the fused attention of CPUs.
+        attention = sdpa_kernel(SDPBackend.MATH)
+        with torch.random.fork_rng(list(devices)), attention, FlopCounterMode(display=False) as counter:
             call()
     finally:
         for module, mode in modes.items():

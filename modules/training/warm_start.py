@@ -14,7 +14,7 @@ from trunkline.files import load_checkpoint
 from trunkline.modules import networks
 from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.networks import BERT, TextHead
-from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, pretrained_folder
+from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, network_of, pretrained_folder
 from trunkline.modules.networks.text_head import without_heads
 
 N = TypeVar("N", bound=Network)
@@ -54,26 +54,6 @@ def network_class_of(content: Mapping[str, Any], known: tuple[type[Network], ...
         return None
     name = path.rpartition(".")[2] or NETWORK_OF.get(content.get("objective", ""), "")
     return getattr(networks, name, None)
-
-
-def network_of(network_class: type[N], content: Mapping[str, Any], path: str | Path) -> N:
-    """The network inside a training checkpoint (with averaged weights, if the run kept an average).
-
-    Raises:
-        TrunklineError: if the checkpoint names no network, or its weights do not fit the configuration.
-    """
-    config = content.get("hyper_parameters", {}).get("network")
-    if config is None:
-        raise TrunklineError(f"{path} is not a checkpoint of a Trunkline run: it names no network")
-    network = network_class(config_from_dict(network_class.config_class, config))
-    prefix = "network."
-    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).split("\n")[1:2] or [str(error)]
-        raise TrunklineError(f"the weights in {path} do not fit its configuration: {first[0].strip()}") from error
-    return network
 
 
 def network_from_checkpoint(network_class: type[N], path: str | Path) -> N:

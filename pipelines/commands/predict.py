@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from trunkline import TrunklineError
 from trunkline.datamodules.images.image_data import ImageFiles
-from trunkline.datamodules.images.image_sources import image_files
+from trunkline.datamodules.images.image_sources import given_images
 from trunkline.datamodules.samplers import SampleKey, plain_errors
 from trunkline.pipelines.commands.output import check_output
 from trunkline.pipelines.commands.predict_audio import predict_audio
@@ -43,13 +43,13 @@ def predict(
 
     Args:
         checkpoint: a checkpoint of a classifier, a tagger or a model that answers questions, from `trunkline fit`.
-        images: a folder; every image file below it is classified.
+        images: an image file, or a folder; every image file below it is classified.
         output: a .csv or .parquet file, in the order of the input; tags can also go to a .conll file.
         audio: a folder or file; every audio file below a folder is classified. Of a recording that is longer than the
             clips of training, the probabilities are the mean of its windows.
-        texts: to classify, a .txt file with one text per line or a table (.jsonl, .csv, .parquet); to tag, a .txt file
-            with one sentence per line or a .conll file with one word per line; to answer, a .json file as SQuAD's, or a
-            table with the columns question, context and optionally id.
+        texts: to classify, a .txt file with one text per line (- is the standard input) or a table (.jsonl, .csv,
+            .parquet); to tag, a .txt file with one sentence per line or a .conll file with one word per line; to
+            answer, a .json file as SQuAD's, or a table with the columns question, context and optionally id.
         text_column: column of the texts in a table; default: the column of training.
         pair_column: column of the second text of a pair; default: the column of training.
         threshold: for sounds with several labels: smallest probability of a label that is written; None is 0.5.
@@ -139,7 +139,7 @@ def predict_images(trained: Trained, folder: str, skip_corrupt: bool, run: Run) 
         trained.require(PREDICT_IMAGES, "give --texts instead of --images")
     trained.require(PREDICT_IMAGES)
     model, preprocessing, class_names = trained.module(), trained.preprocessing, trained.class_names
-    files = image_files(folder)
+    files = given_images(folder)
     batches = run(model, (ReadableImages if skip_corrupt else ImageFiles)(files, preprocessing))
     best, label = torch.cat([b["probability"] for b in batches]).max(dim=1)
     rows = [int(i) for b in batches for i in b["index"]]

@@ -15,6 +15,7 @@ from trunkline import TrunklineError
 from trunkline.datamodules import Augmentation, ImageData
 from trunkline.modules.networks import ViT
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
+from trunkline.pipelines.commands.embed import embed
 from trunkline.pipelines.commands.predict import predict
 
 CLASSES = ["ant", "bee", "cat", "dog"]
@@ -102,6 +103,37 @@ def test_table(checkpoint: Path, images: Path, tmp_path: Path, ending: str, batc
     assert table.path.tolist() == [str(file) for file in files]
     assert table.label.tolist() == labels
     assert table.probability.tolist() == pytest.approx(probabilities, abs=1e-5)
+
+
+def test_one_image(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    table = run(checkpoint, images / NAMES[1], tmp_path / "out.csv")
+    (label,), (probability,) = by_hand(checkpoint, [images / NAMES[1]])
+    assert table.path.tolist() == [str(images / NAMES[1])]
+    assert table.label.tolist() == [label]
+    assert table.probability.tolist() == pytest.approx([probability], abs=1e-5)
+    with pytest.raises(TrunklineError, match=r"images=.*notes\.txt is not a folder"):
+        run(checkpoint, images / "notes.txt", tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_a_classifier_embeds_images(checkpoint: Path, images: Path, tmp_path: Path, one: bool) -> None:
+    files = [images / name for name in (NAMES[:1] if one else NAMES)]
+    given, output = str(files[0] if one else images), tmp_path / "out.parquet"
+    embed(str(checkpoint), images=given, output=str(output), normalise=False, device="cpu", batch_size=3)
+    table = pd.read_parquet(output)
+    assert table.path.tolist() == [str(file) for file in files]
+    network = ViT.from_checkpoint(checkpoint).eval()
+    logits = torch.from_numpy(np.stack(table.embedding.to_list())) @ network.head.weight.T + network.head.bias
+    best = [CLASSES[n] for n in logits.argmax(dim=1).tolist()]
+    assert best == by_hand(checkpoint, files)[0]  # what the head reads
+
+
+@pytest.mark.parametrize(
+    "given", [{"texts": "a.txt"}, {"texts": "a.txt", "images": "."}, {"images": ".", "pool": "cls"}]
+)
+def test_a_classifier_embeds_only_images(grey_checkpoint: Path, tmp_path: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(TrunklineError, match="sees, and embeds only images; give --images alone"):
+        embed(str(grey_checkpoint), output=str(tmp_path / "out.parquet"), device="cpu", **given)
 
 
 def test_worker_processes_change_nothing(checkpoint: Path, images: Path, tmp_path: Path) -> None:
