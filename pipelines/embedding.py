@@ -17,6 +17,7 @@ from trunkline.datamodules.images.preprocessing import Preprocessing, Transforme
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI, EmojiPictures
 from trunkline.datamodules.samplers import SampleKey, plain_errors
+from trunkline.datamodules.skipping import first_names
 from trunkline.modules.networks import CLIP, ViT
 from trunkline.pipelines.trained import Trained
 
@@ -136,7 +137,8 @@ def embed_images(
             found.append(encode(batch["image"].to(device))[valid.to(device)].float().cpu())
             rows += batch["index"][valid].tolist()
     if len(rows) < len(pictures):
-        print(f"skipped {len(pictures) - len(rows)} of {len(pictures)} pictures, which cannot be read")
+        unread = [pictures.rows.name(row) for row in sorted(set(range(len(pictures))) - set(rows))]
+        print(f"skipped {len(unread)} of {len(pictures)} pictures, which cannot be read: {first_names(unread)}")
     return torch.cat(found), rows
 
 

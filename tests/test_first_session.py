@@ -85,6 +85,7 @@ def documented(beginning: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # eleven programs, on any machine
 def test_a_first_session(tmp_path: Path) -> None:
     shell = Session(tmp_path)
     quick = "--trainer.max_epochs 9 --data.num_workers 0"

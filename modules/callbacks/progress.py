@@ -67,11 +67,11 @@ class ProgressBar(TQDMProgressBar):
         bar.bar_format = f"{{desc}} |{{bar:{BAR}}}| {{n_fmt}}/{{total_fmt}}{{postfix}}"
         return bar
 
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         super().on_train_start(trainer, *_)
         self.started, self.first_step = time.monotonic(), trainer.global_step
 
-    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:  # type: ignore[override]
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         bar, total = self.train_progress_bar, self.total_train_batches
         bar.reset(None if total == float("inf") else int(total))
         bar.initial = 0

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 from torch import nn
 
 from trunkline import TrunklineError
-from trunkline.files import load_checkpoint
 from trunkline.modules.backbone import Transformer, TransformerConfig
 
 CONFIG_FILE = "config.json"
@@ -150,6 +149,8 @@ class Network(nn.Module):
         Raises:
             TrunklineError: if it is missing, damaged, or holds another network.
         """
+        from trunkline.files import load_checkpoint  # here, so that importing a network stays light
+
         content = load_checkpoint(file)
         name = content.get("classes", {}).get("network", "").rpartition(".")[2]
         if name and name != cls.__name__:

@@ -1,6 +1,5 @@
 """`trunkline predict`: classify images, sounds or texts, tag words, answer questions."""
 
-import warnings
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from trunkline import TrunklineError
 from trunkline.datamodules.images.image_data import ImageFiles
 from trunkline.datamodules.images.image_sources import given_images
 from trunkline.datamodules.samplers import SampleKey, plain_errors
+from trunkline.datamodules.skipping import first_names
 from trunkline.pipelines.commands.output import check_output
 from trunkline.pipelines.commands.predict_audio import predict_audio
 from trunkline.pipelines.commands.predict_text import Run, predict_texts, write_conll
@@ -123,8 +123,7 @@ class ReadableImages(ImageFiles):
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         try:
             return super().__getitem__(key)
-        except TrunklineError as error:
-            warnings.warn(f"skipped: {error}", stacklevel=2)
+        except TrunklineError:  # the file is named when all are read
             image = torch.zeros(self.preprocessing.channels, *self.preprocessing.size)
             return {"image": image, "index": key.index, "valid": False}
 
@@ -145,5 +144,6 @@ def predict_images(trained: Trained, folder: str, skip_corrupt: bool, run: Run) 
     rows = [int(i) for b in batches for i in b["index"]]
     found = pd.DataFrame({"label": [class_names[n] for n in label.tolist()], "probability": best.tolist()}, index=rows)
     if len(rows) < len(files):
-        print(f"{len(files) - len(rows)} images cannot be read; their labels are empty")
+        unread = [str(files[n]) for n in sorted(set(range(len(files))) - set(rows))]
+        print(f"{len(unread)} images cannot be read; their labels are empty: {first_names(unread)}")
     return pd.concat([pd.Series(map(str, files), name="path"), found], axis=1)
