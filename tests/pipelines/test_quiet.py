@@ -13,6 +13,7 @@ from rich.table import Table
 from trunkline.pipelines import training
 
 LINES_BEFORE = [
+    "trunkline fit: starting",
     "device   cpu, precision 32-true",
     "network  ViT, ",
     "data     digits: 1,257 train, 180 val, 360 test",
