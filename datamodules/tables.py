@@ -6,8 +6,10 @@ import gzip
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -112,17 +114,26 @@ PlacedRows = Iterator[tuple[str, Mapping[str, Any]]]
 """(place, cells) of each row of a table; the place is for messages."""
 
 
+STANDARD = "-"
+"""The name of a file that stands for the standard input."""
+
+
 def read_lines(file: Path, column: str) -> PlacedRows:
-    """The lines of a text file, as a table with one column.
+    """The lines of a text file, or of the standard input (`-`), as a table with one column.
 
     Raises:
-        TrunklineError: if the file is not UTF-8 text.
+        TrunklineError: if they are not UTF-8 text.
     """
-    with opened(file) as stream:
+    standard = str(file) == STANDARD
+    with nullcontext(sys.stdin.buffer) if standard else opened(file) as stream:
         for number, line in enumerate(stream, start=1):
+            place = f"{'standard input' if standard else file}:{number}"
             try:
-                yield f"{file}:{number}", {column: line.decode("utf-8-sig").rstrip("\r\n")}
+                yield place, {column: line.decode("utf-8-sig").rstrip("\r\n")}
             except UnicodeDecodeError as error:
+                if standard:
+                    mend = "convert it, such as with iconv"
+                    raise TrunklineError(f"{place} is not UTF-8 ({error.reason}); {mend}") from error
                 raise broken_text(file) from error
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trunkline import TrunklineError
-from trunkline.datamodules.images.image_sources import FileRows, image_files, to_channels
+from trunkline.datamodules.images.image_sources import FileRows, given_images, to_channels
 from trunkline.datamodules.images.preprocessing import Preprocessing, TransformedImages
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI, EmojiPictures
 from trunkline.datamodules.samplers import SampleKey, plain_errors
+from trunkline.datamodules.skipping import first_names
 from trunkline.modules.networks import CLIP, ViT
 from trunkline.pipelines.trained import Trained
 
@@ -91,7 +92,7 @@ class Pictures(TransformedImages):
 
 
 def open_pictures(images: str) -> tuple[PictureRows, int]:
-    """All pictures below a folder, or all of `twemoji` or `openmoji`, and their number.
+    """One picture, all pictures below a folder, or all of `twemoji` or `openmoji`, and their number.
 
     Raises:
         TrunklineError: if the folder is missing or holds no pictures.
@@ -99,7 +100,7 @@ def open_pictures(images: str) -> tuple[PictureRows, int]:
     if images in (TWEMOJI, OPENMOJI):
         emoji = EmojiPictures(images, flags=False)  # as in training
         return emoji, len(emoji)
-    files = image_files(images)
+    files = given_images(images)
     return FileRows(files, np.zeros(len(files), np.int64)), len(files)
 
 
@@ -136,7 +137,8 @@ def embed_images(
             found.append(encode(batch["image"].to(device))[valid.to(device)].float().cpu())
             rows += batch["index"][valid].tolist()
     if len(rows) < len(pictures):
-        print(f"skipped {len(pictures) - len(rows)} of {len(pictures)} pictures, which cannot be read")
+        unread = [pictures.rows.name(row) for row in sorted(set(range(len(pictures))) - set(rows))]
+        print(f"skipped {len(unread)} of {len(pictures)} pictures, which cannot be read: {first_names(unread)}")
     return torch.cat(found), rows
 
 

@@ -154,6 +154,14 @@ def read_entries(config: str) -> list[Entry]:
         return []
 
 
+def value_entries(name: str, value: str) -> list[Entry]:
+    """All keys inside the value of a flag or key `name`, if it is a mapping as in YAML or JSON."""
+    try:
+        return list(_entries(yaml.compose(value, Loader=yaml.SafeLoader), name))
+    except yaml.YAMLError:
+        return []
+
+
 def _entries(node: yaml.Node | None, prefix: str) -> Iterator[Entry]:
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:

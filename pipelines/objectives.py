@@ -44,7 +44,7 @@ KINDS = {
         f"{_OBJECTIVES}.image_classifier.ImageClassifier",
         f"{_NETWORKS}.ViT",
         f"{_DATA}.ImageData",
-        (PREDICT_IMAGES, "evaluate"),
+        (PREDICT_IMAGES, "embed", "evaluate"),
     ),
     "MaskedLM": Kind(
         f"{_OBJECTIVES}.masked_lm.MaskedLM",

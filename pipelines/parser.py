@@ -3,19 +3,26 @@
 import dataclasses
 import inspect
 import re
+import sys
+import traceback
 from collections.abc import Collection, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from inspect import Parameter
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from trunkline import TrunklineError
 from trunkline.pipelines.configs import nearest
-from trunkline.pipelines.errors import Place, locate, own_error
+from trunkline.pipelines.errors import Place, config_files, flags, locate, own_error, plain, read_entries
 from trunkline.pipelines.familiar_flags import familiar
 from trunkline.pipelines.objectives import KINDS, PROBES, data_classes, import_class, objective_classes, short
 from trunkline.pipelines.renamed import OLD_KEYS, moved, new_flag, outdated
 
+LIBRARIES = ("trunkline.", "lightning.")
+"""Packages whose class paths are not the user's own."""
 OPEN_ENDED = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
@@ -136,6 +143,12 @@ def explain_class(path: str) -> str:
         return older
     if moved(path, names):
         return f"{place.text}: there is no class '{path}' any more; it is {short(path)} now"
+    module, _, name = path.rpartition(".")
+    if module and not f"{module}.".startswith(LIBRARIES):
+        if module not in sys.modules:
+            return f"{place.text}: there is no module {module} in this folder or among the installed packages"
+        classes = [known for known, value in vars(sys.modules[module]).items() if isinstance(value, type)]
+        return f"{place.text}: the module {module} has no class '{name}'{nearest(name, classes)}"
     return f"{place.text}: there is no class '{path}'{nearest(short(path), names)}"
 
 
@@ -167,7 +180,48 @@ def import_recipe_classes(texts: Collection[str]) -> None:
     import trunkline.modules.callbacks
 
     assert trunkline.modules.callbacks.__all__
+    import_own_classes()
     objective_classes()
     data_classes()
     if any(short(PROBES) in text for text in texts):
         import_class(PROBES)
+
+
+CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+
+
+def import_own_classes() -> None:
+    """Import the user's modules that flags and configs name by class paths.
+
+    jsonargparse would hide an error inside such a module, or call it a wrong type.
+
+    Raises:
+        TrunklineError: with the error as the module raised it, and its line.
+    """
+    given = [value for name, value in flags() if plain(name).rpartition(".")[2] in ("model", "data", "callbacks")]
+    given += [value for name, value in flags() if plain(name).endswith("class_path")]
+    for config in config_files():
+        given += [entry.value or "" for entry in read_entries(config) if entry.key.endswith("class_path")]
+    for path in given:
+        module = path.rpartition(".")[0]
+        if not CLASS_PATH.fullmatch(path) or f"{module}.".startswith(LIBRARIES):
+            continue
+        try:
+            import_module(module)
+        except Exception as error:  # whatever the user's code raises
+            if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+                continue  # the module itself is missing, which the parser reports
+            said = f"{type(error).__name__}: {error}"
+            raise TrunklineError(
+                f"{locate(path).text}: importing {module} failed{line_of(error, module)}: {said}"
+            ) from error
+
+
+def line_of(error: Exception, module: str) -> str:
+    """` at FILE, line N`: the last line of the user's module in the traceback; empty if none is there."""
+    if isinstance(error, SyntaxError):
+        return ""  # its message names them
+    spec = find_spec(module.partition(".")[0])
+    folder = Path((spec and spec.origin) or "").parent
+    lines = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(folder)]
+    return f" at {lines[-1].filename}, line {lines[-1].lineno}" if spec and lines else ""

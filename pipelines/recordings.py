@@ -20,6 +20,7 @@ from trunkline.datamodules.audio.audio_files import audio_header, audio_paths, r
 from trunkline.datamodules.audio.audio_rows import AudioRows
 from trunkline.datamodules.audio.log_mel import LogMel
 from trunkline.datamodules.samplers import SampleKey, plain_errors
+from trunkline.datamodules.skipping import ADVICE
 
 CONTEXT_SHARE = 1 / 6
 """Share of a window at each of its ends that the next window hears too, and better."""
@@ -211,7 +212,7 @@ class AudioWindows(Dataset[dict[str, Any]]):
         except TrunklineError as error:
             if not self.skip_corrupt:
                 raise
-            warnings.warn(f"skipped: {error}", stacklevel=2)
+            warnings.warn(f"skipped: {str(error).removesuffix(ADVICE)}", stacklevel=2)
             return np.zeros(0, np.float32)
 
     def batches(self, batch_size: int, num_workers: int, doing: str) -> Iterator[dict[str, Tensor]]:

@@ -6,33 +6,18 @@ from typing import Any
 from jsonargparse import Namespace, dict_to_namespace
 
 from trunkline.contract import DataFacts
-from trunkline.pipelines.errors import config_files, flags, plain, read_entries
+from trunkline.pipelines.errors import config_files, flags, plain, read_entries, value_entries
 
-NETWORK = "model.network"
-FIELDS = {
-    "image_size": ("image_size",),
-    "channels": ("in_chans",),
-    "class_names": ("num_classes", "num_outputs"),
-    "vocab_size": ("vocab_size",),
-    "max_length": ("max_length",),
-    "target_vocab_size": ("target_vocab_size",),
-    "max_target_length": ("max_target_length",),
-    "num_mels": ("num_mels",),
-    "max_frames": ("max_frames",),
-}
-"""Fact about the data -> fields of a network's configuration that follow from it."""
+NETWORK = "model.network."
 
 
-def facts_left_out(facts: DataFacts) -> DataFacts:
-    """Remove the facts that the recipe also states for its network, for example a longer row.
-
-    Whether the stated sizes fit the data is checked before the first step.
-    """
-    keys = [plain(flag) for flag, _ in flags()]
+def with_stated(facts: DataFacts) -> DataFacts:
+    """The facts, and which fields of the network the recipe or a flag states, for example a longer row."""
+    keys = []
+    for flag, value in flags():
+        keys += [plain(flag), *(entry.key for entry in value_entries(plain(flag), value))]
     keys += [entry.key for config in config_files() for entry in read_entries(config)]
-    stated = {key.rpartition(".")[2] for key in keys if key.startswith(f"{NETWORK}.")}
-    dropped: dict[str, Any] = {fact: None for fact, fields in FIELDS.items() if stated & set(fields)}
-    return replace(facts, **dropped)
+    return replace(facts, stated=frozenset(key for key in keys if key.startswith(NETWORK)))
 
 
 def write_sizes(config: Namespace, hyperparameters: Any) -> None:

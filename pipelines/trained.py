@@ -15,7 +15,7 @@ from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.tokenizers import load_tokenizer, size_of, tokenizer_of_checkpoint
 from trunkline.files import check_parts, load_checkpoint
 from trunkline.modules.networks import Network
-from trunkline.modules.training.warm_start import network_of
+from trunkline.modules.networks.base import network_of
 from trunkline.pipelines.objectives import KINDS, Kind, able, known_class, short
 from trunkline.run_folders import find_checkpoint
 

@@ -27,7 +27,7 @@ from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.files import cannot_write, check_parts, find_fault, load_checkpoint
 from trunkline.modules.callbacks.graceful_stop import LastCheckpoint, Stopped
-from trunkline.modules.callbacks.throughput import ProgressBar
+from trunkline.modules.callbacks.progress import ProgressBar, shortest
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.checkpoints import RESUMED, SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
@@ -35,13 +35,14 @@ from trunkline.pipelines.errors import config_files, flags
 from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
 from trunkline.pipelines.runs import claim_run, forgotten_run, newest_config, unused_config
-from trunkline.pipelines.sizes import facts_left_out, write_sizes
+from trunkline.pipelines.sizes import with_stated, write_sizes
 from trunkline.run_folders import find_checkpoint, read_lazily, step_in
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Numbers of the errors of a disk that takes no more."""
 AVERAGE = "averaging_state"
 """Key of a checkpoint whose weights are averaged."""
+MANY_COLUMNS = 10_000
 
 
 class TrainingParser(RecipeParser, LightningArgumentParser):
@@ -125,7 +126,7 @@ class TrainingCLI(LightningCLI):
             parser.link_arguments("seed_everything", f"{group}.init_args.seed", compute_fn=int)
         # A recipe states image size, classes, vocabulary and row length once, in its data.
         facts = "model.init_args.facts"
-        parser.link_arguments("data.facts", facts, compute_fn=facts_left_out, apply_on="instantiate")
+        parser.link_arguments("data.facts", facts, compute_fn=with_stated, apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let a checkpoint's hyperparameters override the flags."""
@@ -230,10 +231,12 @@ class TrainingCLI(LightningCLI):
         return ""
 
     def validate(self, **kwargs: Any) -> None:
-        self.summarise(self.trainer.validate(**kwargs, weights_only=True)[0], kwargs["ckpt_path"])
+        kwargs |= {"weights_only": True, "verbose": False}  # the table shows the metrics
+        self.summarise(self.trainer.validate(**kwargs)[0], kwargs["ckpt_path"])
 
     def test(self, **kwargs: Any) -> None:
-        self.summarise(self.trainer.test(**kwargs, weights_only=True)[0], kwargs["ckpt_path"])
+        kwargs |= {"weights_only": True, "verbose": False}
+        self.summarise(self.trainer.test(**kwargs)[0], kwargs["ckpt_path"])
 
     def summarise(self, metrics: Any, checkpoint: str, averaged: bool = False) -> None:
         """Print a table of the results.
@@ -253,11 +256,18 @@ class TrainingCLI(LightningCLI):
         step = content.get("global_step", self.trainer.global_step)
         table.add_row("weights", f"{kind}, of step {step}" + ("" if checkpoint else ", not saved"))
         if checkpoint:
-            path = Path(checkpoint)
-            table.add_row("checkpoint", str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+            table.add_row("checkpoint", str(shortest(Path(checkpoint))))
         if self.subcommand == "fit":
             table.add_row("look at it", f"tensorboard --logdir {self._get(self.config, 'run_dir')}")
-        Console(soft_wrap=True).print(table)
+        print_whole(table)
+
+
+def print_whole(table: Table) -> None:
+    """Print a table as wide as its longest row, also where a terminal is narrower: a path that is cut is of no use."""
+    console = Console()
+    unlimited = console.options.update(width=MANY_COLUMNS, max_width=MANY_COLUMNS)
+    needed = console.measure(table, options=unlimited).maximum
+    Console(width=max(console.width, needed)).print(table, no_wrap=True, crop=False, soft_wrap=True)
 
 
 def checked_checkpoint(name: str) -> str:
@@ -341,10 +351,25 @@ def use_run_config(arguments: list[str]) -> list[str]:
     return [arguments[0], "--config", str(config), *arguments[1:]]
 
 
+UNSAID = (
+    "💡",
+    "GPU available: ",
+    "TPU available: ",
+    "Seed set to ",
+    "Loading `train_dataloader` to estimate",
+    "Restoring states from",
+    "Restored all states from",
+    "Loaded model weights from",
+    "`Trainer.fit` stopped: `max_",
+)
+"""Beginnings of Lightning's messages that nobody acts on, or that Trunkline says itself."""
+
+
 def quieten() -> None:
-    """Hide advertisements, and warnings about things that are intended."""
-    rank_zero_logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    rank_zero_logger.addFilter(lambda record: not record.getMessage().startswith("💡"))
+    """Hide advertisements, what is said twice, and warnings about things that are intended."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(is_said)
+    warnings.formatwarning = lambda message, *where: f"warning: {message}\n"  # without a line of our source
     for pattern in (
         ".*args parameter is intended to run from within Python.*",  # the list with short names replaced
         ".*does not have many workers.*",  # data in memory needs none
@@ -354,6 +379,12 @@ def quieten() -> None:
         ".*callbacks used to create the checkpoint need to be provided.*",  # the weight average is no longer needed
         ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts
         ".*srun.* command is available on your system.*",
-        ".*LeafSpec.*is deprecated.*",
     ):
         warnings.filterwarnings("ignore", pattern)
+    for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):  # between libraries
+        warnings.simplefilter("ignore", category)
+
+
+def is_said(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning is printed."""
+    return not record.getMessage().startswith(UNSAID)

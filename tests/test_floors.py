@@ -33,7 +33,7 @@ def strangers(folder: str, allowed: set[str]) -> list[str]:
 
 LIBRARIES = {*sys.stdlib_module_names, "torch", "safetensors", "huggingface_hub", "trunkline.TrunklineError"}
 FLOOR_1 = LIBRARIES | {"trunkline.modules.backbone"}
-FLOOR_2 = FLOOR_1 | {"trunkline.contract", "trunkline.modules.networks", "trunkline.modules.generation"}
+FLOOR_2 = FLOOR_1 | {f"trunkline.{name}" for name in ("contract", "files", "modules.networks", "modules.generation")}
 PURE = ("modules/networks", "modules/generation", "modules/losses.py", "modules/training/optim.py")
 MEASURES = FLOOR_2 | {"torchmetrics", "sacrebleu", "numpy", "sklearn", "trunkline.modules.metrics"}
 

@@ -6,7 +6,7 @@ Letters in shapes: B rows in a batch, T tokens or frames in a row, N hidden toke
 M mel bins of a frame, K classes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
@@ -252,6 +252,9 @@ class DataFacts:
     """(split, row) -> the main caption of an image."""
     encode_masked: Callable[[str, int, str], tuple[list[int], int]] | None = None
     """(sentence with a mask, maximum number of tokens, name for messages) -> (token ids, id of the mask token)."""
+    stated: Collection[str] = ()
+    """Fields of the network that the recipe states (`model.network.patch_size`): neither data nor weights change them.
+    Elsewhere a field counts as stated if it has not its default."""
 
 
 @runtime_checkable

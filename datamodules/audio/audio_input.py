@@ -1,6 +1,5 @@
 """How a recording becomes a row of a batch: read, changed at random in training, turned into log-mel frames, padded."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from trunkline.datamodules.audio.audio_augmentation import AudioAugmentation
 from trunkline.datamodules.audio.audio_rows import AudioRows
 from trunkline.datamodules.audio.log_mel import LogMel
 from trunkline.datamodules.samplers import SampleKey
+from trunkline.datamodules.skipping import Skipped
 
 
 class Mix(NamedTuple):
@@ -66,7 +66,7 @@ class AudioClips(Dataset[dict[str, Any]]):
     ) -> None:
         self.rows, self.log_mel, self.augmentation = rows, log_mel, augmentation
         self.seed, self.skip_corrupt, self.training = seed, skip_corrupt, training
-        self.long = too_long(rows.seconds, log_mel)
+        self.long, self.skipped = too_long(rows.seconds, log_mel), Skipped()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -99,7 +99,7 @@ class AudioClips(Dataset[dict[str, Any]]):
                 if not self.skip_corrupt or skipped >= len(self):
                     raise
                 # Take the next row instead, so that every process keeps its batch size.
-                warnings.warn(f"skipped: {error}", stacklevel=2)
+                self.skipped.add(error)
                 skipped += 1
 
     def is_cut(self, row: int) -> bool:

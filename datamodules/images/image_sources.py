@@ -214,6 +214,12 @@ def image_files(folder: str | Path, field: str = "images") -> list[Path]:
     return files_below(folder, IMAGE_SUFFIXES, "image", field)
 
 
+def given_images(images: str | Path) -> list[Path]:
+    """One image file, or all below a folder, for a command; raises the errors of `image_files`."""
+    file = Path(images)
+    return [file] if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES else image_files(images)
+
+
 def open_tables(
     source: str,
     split_names: dict[str, str | None],

@@ -1,6 +1,5 @@
 """How a picture becomes a network's input: augmentation in training, resizing and normalising."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.datamodules.base import preserved_generators, seed_generators
 from trunkline.datamodules.samplers import SampleKey
+from trunkline.datamodules.skipping import Skipped
 
 Transform = Callable[[Any], Tensor]
 
@@ -212,6 +212,7 @@ class TransformedImages(Dataset[dict[str, Any]]):
         seed: int,
         skip_corrupt: bool,
     ) -> None:
+        self.skipped = Skipped()
         self.length, self.preprocessing, self.skip_corrupt = length, preprocessing, skip_corrupt
         self.seed = None if augmentation is None else seed
         self.transform = preprocessing.training(augmentation) if augmentation else preprocessing.evaluation()
@@ -253,7 +254,7 @@ class TransformedImages(Dataset[dict[str, Any]]):
                 if not self.skip_corrupt or skipped >= len(self):
                     raise
                 # Take the next row instead, so that every process keeps its batch size.
-                warnings.warn(f"skipped: {error}", stacklevel=2)
+                self.skipped.add(error)
                 row, skipped = (row + 1) % len(self), skipped + 1
         return item | {
             "image": self.transform(item["image"]),

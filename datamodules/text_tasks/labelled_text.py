@@ -141,7 +141,7 @@ class LabelledTextData(TaskTextData):
         frame, encoder = Frame.of(self.vocabulary), TextEncoder(self.vocabulary)
         texts = [list(self.texts(row)) for row in rows]
         columns = [Ragged(encode_each(encoder, list(column)), np.uint32) for column in zip(*texts, strict=True)]
-        return LabelledRows(columns, classes, frame, self.max_length)
+        return LabelledRows(columns, classes, frame, self.length)
 
 
 def encode_each(encoder: TextEncoder, texts: list[str]) -> list[np.ndarray]:

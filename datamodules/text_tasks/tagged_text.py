@@ -52,6 +52,7 @@ class TaggedTextData(TaskTextData):
     """Column of a table that holds the list of tags, names or whole numbers."""
 
     setting_names: ClassVar[tuple[str, ...]] = ("max_length", "tokens_column")
+    usual_length: ClassVar[int] = 256
 
     def rows(self, source: NamedSource) -> Iterator[Row]:
         """The sentences of a source."""
@@ -122,7 +123,7 @@ class TaggedTextData(TaskTextData):
             TrunklineError: if a sentence is too long or has another number of tags than words.
         """
         words, frame = WordEncoder(self.vocabulary), Frame.of(self.vocabulary)
-        room = self.max_length - len(frame.first) - 1
+        room = self.length - len(frame.first) - 1
         ids, targets = [], []
         for row, row_tags in zip(rows, tags, strict=True):
             tokens, first = words.encode(self._words(row), row.place)
@@ -131,14 +132,14 @@ class TaggedTextData(TaskTextData):
             if len(tokens) > room:
                 raise TrunklineError(
                     f"{row.place} has {len(tokens)} sub-words, but there is room for {room}; set max_length to at "
-                    f"least {len(tokens) + self.max_length - room}, or cut this sentence in two",
+                    f"least {len(tokens) + self.length - room}, or cut this sentence in two",
                     field="data.max_length",
                 )
             target = np.full(len(tokens), IGNORE)
             target[first] = row_tags
             ids.append(tokens)
             targets.append(target)
-        return TaggedRows(ids, targets, frame, self.max_length)
+        return TaggedRows(ids, targets, frame, self.length)
 
 
 class WordEncoder:

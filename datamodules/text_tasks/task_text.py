@@ -18,6 +18,7 @@ from trunkline.datamodules.splits import check_fractions, shares_of, split_of
 from trunkline.datamodules.tables import TABLES, kind, read_table
 from trunkline.datamodules.text.masking import NAMES
 from trunkline.datamodules.tokenizers import TRAINED, Vocabulary, check_room, end_of_text_id, load_tokenizer
+from trunkline.files import load_checkpoint
 
 
 class Row(NamedTuple):
@@ -157,6 +158,17 @@ def padded(values: Any, length: int, fill: int) -> np.ndarray:
     return result
 
 
+def row_length_of_checkpoint(name: str) -> int | None:
+    """Tokens that the network of a training checkpoint sees at most; None for anything else that has a tokenizer."""
+    if Path(name).suffix == ".json" or not Path(name).is_file():
+        return None
+    network = load_checkpoint(name, mmap=True, field="data.tokenizer").get("hyper_parameters", {}).get("network") or {}
+    for config in (network, network.get("bert"), network.get("gpt")):
+        if config and config.get("max_length"):
+            return int(config["max_length"])
+    return None
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
     """Base of the labelled text datamodules: splits, the tokenizer, and what a checkpoint keeps.
@@ -170,11 +182,14 @@ class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
     tokenizer: str = field()
     """A training checkpoint (.ckpt) that contains a tokenizer, a tokenizer.json or a hub name. No tokenizer is learnt
     here, because a network is fine-tuned with the tokenizer of its pre-training."""
-    max_length: int = 128
+    max_length: int | None = None  # type: ignore[assignment]  # `length` is never None
+    """Number of tokens in a row, special tokens included; None is 128 (256 for tagged words), or as many as the network
+    of the checkpoint in `tokenizer` sees, if they are fewer."""
     batch_size: int = 32
 
     setting_names: ClassVar[tuple[str, ...]] = ("max_length",)
     """Names of the fields that decide how a text becomes a row."""
+    usual_length: ClassVar[int] = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,8 +199,15 @@ class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
                 "starts from, a tokenizer.json or a hub name",
                 field="data.tokenizer",
             )
-        check_room(self.max_length)
+        check_room(self.length)
         check_fractions(self.fractions)
+
+    @cached_property
+    def length(self) -> int:
+        """T, the number of tokens in a row."""
+        if self.max_length is not None:
+            return self.max_length
+        return min(self.usual_length, row_length_of_checkpoint(self.tokenizer) or self.usual_length)
 
     @property
     def in_memory(self) -> bool:
@@ -194,7 +216,7 @@ class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
     @property
     def settings(self) -> dict[str, Any]:
         """The fields in `setting_names` and their values; a checkpoint keeps them."""
-        return {name: getattr(self, name) for name in self.setting_names}
+        return {name: getattr(self, name) for name in self.setting_names} | {"max_length": self.length}
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -204,7 +226,7 @@ class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
     @property
     def facts(self) -> DataFacts:
         """Names of the classes, the tokenizer and its sizes; reads the rows, but does not tokenise them."""
-        return replace(self.token_facts, class_names=self.class_names or None)
+        return replace(self.token_facts, class_names=self.class_names or None, max_length=self.length)
 
     def rows(self, source: NamedSource) -> Iterator[Row]:
         """The rows of a source; a subclass can read more formats."""

@@ -3,10 +3,11 @@
 from trunkline.modules.callbacks.attention_maps import AttentionMaps
 from trunkline.modules.callbacks.classification import ClassificationReport
 from trunkline.modules.callbacks.graceful_stop import GracefulStop, LastCheckpoint
+from trunkline.modules.callbacks.progress import Overview, ProgressBar
 from trunkline.modules.callbacks.retrieval import RetrievalReport
 from trunkline.modules.callbacks.speech import Transcripts
 from trunkline.modules.callbacks.text import AttentionHeads, FilledMasks, TextSamples
-from trunkline.modules.callbacks.throughput import ProgressBar, Throughput
+from trunkline.modules.callbacks.throughput import Throughput
 from trunkline.modules.callbacks.translation import Translations
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "FilledMasks",
     "GracefulStop",
     "LastCheckpoint",
+    "Overview",
     "ProgressBar",
     "RetrievalReport",
     "TextSamples",

@@ -5,7 +5,8 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.throughput import get_available_flops
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from trunkline.contract import IGNORE
@@ -73,7 +74,7 @@ class Throughput(Callback):
         if trainer.global_step % interval:
             return
         if self.flops is None:
-            self.flops = pl_module.flops_per_batch(batch) // max(int(size), 1)
+            self.flops = flops_of(pl_module, batch) // max(int(size), 1)
         seen = int(self.seen)  # waits for the device, as Lightning does when it logs
         elapsed = time.perf_counter() - self.started
         samples_per_second = (seen - self.seen_before) / elapsed
@@ -120,6 +121,15 @@ class Throughput(Callback):
                     writer.add_scalar(f"by_{pl_module.unit}/{name}", value, int(seen * pl_module.unit_size))
 
 
+def flops_of(module: TrunklineModule, batch: Any) -> int:
+    """Floating-point operations of a training step on a batch; 0, and one line that says why, if counting fails."""
+    try:
+        return module.flops_per_batch(batch)
+    except Exception as error:  # a figure is not worth a run, whatever the user's own method raises
+        rank_zero_info(f"flops_per_sec is left out: counting failed with {type(error).__name__}: {error}")
+        return 0
+
+
 def count_tokens(batch: dict[str, Tensor]) -> Tensor | int:
     """Number of a batch's tokens without padding, as a tensor on its device; 0 if the batch has no tokens.
 
@@ -129,22 +139,3 @@ def count_tokens(batch: dict[str, Tensor]) -> Tensor | int:
         return 0
     count = batch["mask"].sum() if "mask" in batch else batch["tokens"].numel() if "tokens" in batch else 0
     return count + (batch["targets"] != IGNORE).sum() if "target_tokens" in batch else count
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar, with units per second.
-
-    Args:
-        refresh_rate: number of batches between two updates.
-    """
-
-    def __init__(self, refresh_rate: int = 10) -> None:
-        super().__init__(refresh_rate=refresh_rate)
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        metrics = dict(super().get_metrics(trainer, pl_module))
-        metrics.pop("v_num", None)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Throughput) and callback.per_second:
-                metrics[f"{pl_module.unit}/s"] = f"{callback.per_second:.0f}"
-        return metrics

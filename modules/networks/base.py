@@ -15,6 +15,7 @@ from trunkline.modules.backbone import Transformer, TransformerConfig
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 ConfigT = TypeVar("ConfigT")
+NetworkT = TypeVar("NetworkT", bound="Network")
 
 
 def config_from_dict(config_class: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
@@ -112,6 +113,11 @@ class Network(nn.Module):
         from safetensors import SafetensorError
         from safetensors.torch import load_model
 
+        if Path(source).is_file():
+            raise TrunklineError(
+                f"{source} is a file, but from_pretrained takes a folder that save_pretrained wrote, or a hub name; "
+                f"load a checkpoint of `trunkline fit` with {cls.__name__}.from_checkpoint"
+            )
         folder = pretrained_folder(source)
         try:
             content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -129,6 +135,61 @@ class Network(nn.Module):
                 f"{CONFIG_FILE} and {WEIGHTS_FILE} of one save_pretrained call"
             ) from error
         return network
+
+    @classmethod
+    def from_checkpoint(cls, file: str | Path) -> Self:
+        """The network inside a checkpoint of `trunkline fit`; needs neither Lightning nor anything but torch.
+
+        Its weights are the averaged ones, if the run kept an average. As after `from_pretrained`, call `eval()` before
+        using it.
+
+        Args:
+            file: the checkpoint.
+
+        Raises:
+            TrunklineError: if it is missing, damaged, or holds another network.
+        """
+        from trunkline.files import load_checkpoint  # here, so that importing a network stays light
+
+        content = load_checkpoint(file)
+        name = content.get("classes", {}).get("network", "").rpartition(".")[2]
+        if name and name != cls.__name__:
+            raise TrunklineError(f"{file} holds a {name}, not a {cls.__name__}; load it with {name}.from_checkpoint")
+        return network_of(cls, content, file)
+
+
+def stored_config(content: Mapping[str, Any]) -> Any:
+    """The network's configuration in a training checkpoint; None if it has none."""
+    given = content.get("hyper_parameters")
+    return given.get("network") if isinstance(given, dict) else None
+
+
+def nameless(path: str | Path, field: str | None = None) -> TrunklineError:
+    """The error for a checkpoint that names no network."""
+    return TrunklineError(f"{path} is not a checkpoint of a Trunkline run: it names no network", field)
+
+
+def network_of(network_class: type[NetworkT], content: Mapping[str, Any], path: str | Path) -> NetworkT:
+    """The network inside a training checkpoint (with averaged weights, if the run kept an average).
+
+    Raises:
+        TrunklineError: if the checkpoint names no network, or its weights do not fit the configuration.
+    """
+    config = stored_config(content)
+    if config is None:
+        raise nameless(path)
+    from trunkline.files import check_parts  # here, so that importing a network stays light
+
+    check_parts(content, path, {"state_dict": dict})
+    network = network_class(config_from_dict(network_class.config_class, config))
+    prefix = "network."
+    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).split("\n")[1:2] or [str(error)]
+        raise TrunklineError(f"the weights in {path} do not fit its configuration: {first[0].strip()}") from error
+    return network
 
 
 def pretrained_folder(source: str | Path) -> Path:

@@ -23,6 +23,7 @@ from trunkline.modules.objectives.checks import (
     check_tokenizer,
     facts_of,
     with_sizes_of_data,
+    with_trained_shape,
 )
 from trunkline.modules.objectives.reduction import Accumulation, Terms, as_terms, mean_count, recomputed_sums
 from trunkline.modules.training.checkpoints import follow_folder
@@ -33,7 +34,7 @@ from trunkline.modules.training.exact_resume import (
     drop_half_done_validation,
     settle_progress,
 )
-from trunkline.modules.training.flops import training_flops
+from trunkline.modules.training.flops import counted_flops, training_flops
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze, load_matching
 
@@ -110,7 +111,7 @@ class TrunklineModule(L.LightningModule):
         return None if name is None else TrainedWeights.read(name, argument, accepted or self.accepted())
 
     def configured(self, config_class: type[ConfigT], network: ConfigT | None, source: Any = None) -> ConfigT:
-        """The network's configuration, with the sizes that the recipe leaves out taken from its data.
+        """The network's configuration; what the recipe leaves out comes from the weights to start from and the data.
 
         Args:
             config_class: class of the configuration.
@@ -119,7 +120,9 @@ class TrunklineModule(L.LightningModule):
         """
         if source is None and self.beginning.weights is not None:
             source = self.beginning.weights.config
-        return with_sizes_of_data(as_config(config_class, network), self.beginning.facts, source)
+        facts = self.beginning.facts
+        config = with_trained_shape(as_config(config_class, network), source, facts.stated)
+        return with_sizes_of_data(config, facts, source)
 
     def keep_hyperparameters(self, **arguments: Any) -> None:
         """Store the constructor's arguments as plain data, which any checkpoint reader can load safely."""
@@ -392,8 +395,11 @@ class TrunklineModule(L.LightningModule):
         return 1
 
     def flops_per_batch(self, batch: Any) -> int:
-        """Floating-point operations of a training step on this batch; 0 if the objective does not count them."""
-        return 0
+        """Floating-point operations of a training step on this batch; 0 if they cannot be counted.
+
+        By default they are counted during one more call of `loss`, without gradients.
+        """
+        return counted_flops(self.network, lambda: self.loss(batch))
 
     def network_flops(self, *inputs: Any, **options: Any) -> int:
         """Floating-point operations of a training step of the network on inputs of these shapes."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import lightning as L
@@ -13,6 +13,7 @@ from trunkline.contract import DataFacts, HasFacts
 from trunkline.files import load_checkpoint
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks.base import CONFIG_FILE, ConfigT
+from trunkline.modules.training.warm_start import FREE
 from trunkline.run_folders import find_checkpoint
 
 
@@ -27,22 +28,24 @@ def facts_of(trainer: L.Trainer) -> DataFacts:
 
 def sizes_of(facts: DataFacts) -> dict[str, Any]:
     """The data's sizes, by the name of the network's configuration field."""
-    classes = len(facts.class_names) if facts.class_names else None
-    sizes = {
-        "image_size": facts.image_size,
-        "in_chans": facts.channels,
-        "num_classes": classes,
-        "num_outputs": classes,
-        "vocab_size": facts.vocab_size,
-        "max_length": facts.max_length,
-        "target_vocab_size": facts.target_vocab_size,
-        "max_target_length": facts.max_target_length,
-        "num_mels": facts.num_mels,
-        "max_frames": facts.max_frames,
-    }
+    known = {name: getattr(facts, fact) for name, fact in FACTS.items()}
+    sizes = {name: len(fact) or None if isinstance(fact, list) else fact for name, fact in known.items()}
     return {name: size for name, size in sizes.items() if size is not None}
 
 
+FACTS = {
+    "image_size": "image_size",
+    "in_chans": "channels",
+    "num_classes": "class_names",
+    "num_outputs": "class_names",
+    "vocab_size": "vocab_size",
+    "max_length": "max_length",
+    "target_vocab_size": "target_vocab_size",
+    "max_target_length": "max_target_length",
+    "num_mels": "num_mels",
+    "max_frames": "max_frames",
+}
+"""Field of a network's configuration -> the fact that it follows from."""
 ROOMY = {
     "vocab_size": "take their tokenizer",
     "max_length": "set the data's max_length to at most {}",
@@ -63,8 +66,9 @@ PLACE_IN_DATA = {
 def with_sizes_of_data(config: ConfigT, facts: DataFacts, source: Any = None, place: str = "model.network") -> ConfigT:
     """Fill the sizes that a recipe leaves out of the network's configuration with the data's sizes.
 
-    A size that still has its default counts as left out. The vocabulary and the row length may be larger in the network
-    than in the data; if they are left out and there is a `source`, they are taken from it, so that its weights fit.
+    A size that still has its default counts as left out, unless `facts.stated` has it. The vocabulary and the row
+    length may be larger in the network than in the data; if they are left out and there is a `source`, they are taken
+    from it, so that its weights fit.
 
     Args:
         config: a dataclass; nested dataclasses are filled too, except trunks, which do not depend on the data.
@@ -84,14 +88,45 @@ def with_sizes_of_data(config: ConfigT, facts: DataFacts, source: Any = None, pl
             continue
         size = sizes.get(field.name)
         roomy = field.name in ROOMY
-        left_out = own == field.default and (size is not None or facts == DataFacts())  # else the recipe states it
+        left_out = own == field.default and at not in facts.stated
         if left_out and roomy and trained is not None:
             own = changed[field.name] = trained
             check_trained(field.name, own, size)
-        elif own == field.default and size is not None:
+        elif left_out and size is not None:
             own = changed[field.name] = size
         check_size(field.name, own, size, at)
     return dataclasses.replace(config, **changed)  # type: ignore[type-var]
+
+
+def with_trained_shape(
+    config: ConfigT, trained: Any, stated: Collection[str], place: str = "model.network", usual: Any = None
+) -> ConfigT:
+    """Fill what a recipe leaves out of the network's configuration with the values of the weights to start from.
+
+    The sizes that the data knows are left to `with_sizes_of_data`, and rates such as that of dropout to the recipe.
+
+    Args:
+        config: a dataclass; nested ones are filled too. A field that has its default counts as left out.
+        trained: configuration of the trained network; fields that it lacks stay as they are.
+        stated: places of fields that the recipe states, although they may have their default.
+        place: where the configuration stands in a recipe.
+        usual: the network's default for this part: its trunk is not always `TransformerConfig()`.
+    """
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        name, at = field.name, f"{place}.{field.name}"
+        own, found = getattr(config, name), getattr(trained, name, None)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if dataclasses.is_dataclass(own) and dataclasses.is_dataclass(found):
+            changed[name] = with_trained_shape(own, found, stated, at, default)
+        elif dataclasses.is_dataclass(own) or dataclasses.is_dataclass(found) or name in FREE | FACTS.keys():
+            continue
+        elif hasattr(trained, name) and at not in stated and own in (default, getattr(usual, name, default)):
+            changed[name] = found
+    try:
+        return dataclasses.replace(config, **changed)  # type: ignore[type-var]
+    except TrunklineError:  # stated and trained values contradict each other, which is reported field by field later
+        return config
 
 
 def check_trained(name: str, trained: int, size: int | None) -> None:

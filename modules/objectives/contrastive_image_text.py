@@ -1,6 +1,7 @@
 """Contrastive learning of images and texts, exact on any number of processes."""
 
 import math
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -77,7 +78,10 @@ class ContrastiveImageText(TrunklineModule):
         self.check_options(stated, (init_image_from, init_text_from), frozen)
         image = self.read_weights(init_image_from, "init_image_from", (ViT,))
         text = self.read_weights(init_text_from, "init_text_from", (TextHead, BERT, GPT))
-        config = self.configured(CLIPConfig, stated, text and text_sizes(text))
+        sizes = text and text_sizes(text)
+        towers = {name: getattr(sizes, name, None) for name in ("bert", "gpt")}
+        source = SimpleNamespace(image=image and image.config, **towers)
+        config = self.configured(CLIPConfig, stated, source if image or text else None)
         self.keep_hyperparameters(
             network=config,
             loss=loss,

@@ -1,10 +1,12 @@
 """How much a network computes. Needs torch alone."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trunkline.modules.networks.base import Network
@@ -23,4 +25,24 @@ def training_flops(network: Network, *inputs: Any, **options: Any) -> int:
         twin = type(network)(copy.deepcopy(network.config))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             twin(*map(shape_only, inputs), **{name: shape_only(x) for name, x in options.items()})
+    return 3 * counter.get_total_flops()
+
+
+@torch.no_grad()
+def counted_flops(network: nn.Module, call: Callable[[], Any]) -> int:
+    """Floating-point operations of a training step, counted while `call` computes a loss with `network`.
+
+    It runs in evaluation mode, and leaves the network and the random numbers as they were.
+    """
+    modes = {module: module.training for module in network.modules()}
+    devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
+    try:
+        network.eval()
+        # The counter does not know the fused attention of CPUs.
+        attention = sdpa_kernel(SDPBackend.MATH)
+        with torch.random.fork_rng(list(devices)), attention, FlopCounterMode(display=False) as counter:
+            call()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     return 3 * counter.get_total_flops()

@@ -2,19 +2,27 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from trunkline import TrunklineError
-from trunkline.files import check_parts, load_checkpoint
+from trunkline.files import load_checkpoint
 from trunkline.modules import networks
 from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.networks import BERT, TextHead
-from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, pretrained_folder
+from trunkline.modules.networks.base import (
+    CONFIG_FILE,
+    Network,
+    config_from_dict,
+    nameless,
+    network_of,
+    pretrained_folder,
+    stored_config,
+)
 from trunkline.modules.networks.text_head import without_heads
 from trunkline.run_folders import find_checkpoint
 
@@ -23,6 +31,8 @@ FREE = {"dropout", "drop_path", "activation_checkpointing", "next_sentence", "ti
 """Configuration fields that may differ between a network and the one whose weights it starts from."""
 SHOWN = {"dim", "depth", "mlp_dim", "num_kv_heads"}
 """Fields of a trunk's configuration that show in the shapes of its weights, which are compared anyway."""
+ADAPTED = {"image_size", "max_frames", "num_mels", "num_classes", "num_outputs", "pool"}
+"""Fields in which a network may differ although they show in its weights: see `Network.adapt` and `output_modules`."""
 NETWORK_OF = {
     "CausalLM": "GPT",
     "ContrastiveImageText": "CLIP",
@@ -56,37 +66,6 @@ def network_class_of(content: Mapping[str, Any], known: tuple[type[Network], ...
     return getattr(networks, name, None)
 
 
-def _network_config(content: Mapping[str, Any]) -> Any:
-    """The network's configuration in a training checkpoint; None if it has none."""
-    given = content.get("hyper_parameters")
-    return given.get("network") if isinstance(given, dict) else None
-
-
-def _nameless(path: str | Path, field: str | None = None) -> TrunklineError:
-    return TrunklineError(f"{path} is not a checkpoint of a Trunkline run: it names no network", field)
-
-
-def network_of(network_class: type[N], content: Mapping[str, Any], path: str | Path) -> N:
-    """The network inside a training checkpoint (with averaged weights, if the run kept an average).
-
-    Raises:
-        TrunklineError: if the checkpoint names no network, or its weights do not fit the configuration.
-    """
-    config = _network_config(content)
-    if config is None:
-        raise _nameless(path)
-    check_parts(content, path, {"state_dict": dict})
-    network = network_class(config_from_dict(network_class.config_class, config))
-    prefix = "network."
-    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).split("\n")[1:2] or [str(error)]
-        raise TrunklineError(f"the weights in {path} do not fit its configuration: {first[0].strip()}") from error
-    return network
-
-
 def network_from_checkpoint(network_class: type[N], path: str | Path) -> N:
     """The network inside a training checkpoint; raises the errors of `network_of` and `load_checkpoint`."""
     return network_of(network_class, load_checkpoint(path), path)
@@ -117,7 +96,7 @@ class TrainedWeights:
         if file.is_file():
             content = load_checkpoint(file, field=f"model.{argument}")
             kind = network_class_of(content, accepted)
-            config = _network_config(content)
+            config = stored_config(content)
         else:
             try:
                 config = json.loads((pretrained_folder(name) / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -128,7 +107,7 @@ class TrainedWeights:
                 accepted[0].from_pretrained(name)  # says what is wrong
                 raise
         if kind in accepted and config is None:
-            raise _nameless(file, f"model.{argument}")
+            raise nameless(file, f"model.{argument}")
         if kind not in accepted:
             objective = (content or {}).get("objective", "something else")
             found = f"a {kind.__name__}" if kind else f"weights of {objective}"
@@ -159,22 +138,53 @@ def freeze(network: Network, blocks: int) -> list[torch.nn.Module]:
     return [m for m in network.modules() if m not in inside and kept.isdisjoint(m.parameters())]
 
 
+class Difference(NamedTuple):
+    """A field in which two configurations differ."""
+
+    place: str
+    """As errors name it: `model.network.backbone.dim`."""
+    there: Any
+    here: Any
+
+    @property
+    def mend(self) -> str:
+        """What to set: `network.backbone.dim to 16`."""
+        return f"{self.place.removeprefix('model.')} to {'null' if self.there is None else self.there}"
+
+
+def differences(there: Any, here: Any, place: str, free: Collection[str]) -> list[Difference]:
+    """The fields, also of nested configurations, in which `there` and `here` differ, except those in `free`."""
+    found = []
+    for field in dataclasses.fields(here):
+        if field.name in free or not hasattr(there, field.name):
+            continue
+        other, own, at = getattr(there, field.name), getattr(here, field.name), f"{place}.{field.name}"
+        if dataclasses.is_dataclass(own) and dataclasses.is_dataclass(other):
+            found += differences(other, own, at, free)
+        elif other != own:
+            found.append(Difference(at, other, own))
+    return found
+
+
 def check_same_sizes(there: Any, here: Any, name: str, place: str, free: set[str] = FREE) -> None:
     """Compare two configurations, because the shapes of weights do not show all fields (not the number of heads).
 
     Raises:
-        TrunklineError: with the first difference.
+        TrunklineError: with all differences together.
     """
-    for field in dataclasses.fields(here):
-        found, own = getattr(there, field.name), getattr(here, field.name)
-        if dataclasses.is_dataclass(own):
-            check_same_sizes(found, own, name, f"{place}.{field.name}", free)
-        elif found != own and field.name not in free:
-            raise TrunklineError(
-                f"{name} was trained with {field.name}={found}, but the network has {own}; set "
-                f"{place.removeprefix('model.')}.{field.name} to {'null' if found is None else found}",
-                field=f"{place}.{field.name}",
-            )
+    found = differences(there, here, place, free)
+    if found:
+        trained = listed([f"{d.place.rpartition('.')[2]}={d.there}" for d in found])
+        raise TrunklineError(
+            f"{name} was trained with {trained}, but the network has {listed([str(d.here) for d in found])}; set "
+            f"{listed([d.mend for d in found])}",
+            field=found[0].place,
+        )
+
+
+def listed(parts: list[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def trunks_of(config: Any, place: str) -> dict[str, TransformerConfig]:
@@ -212,9 +222,11 @@ def load_matching(
             continue
         if own not in outputs:
             found = tuple(weights[key].shape) if key in weights else "missing"
+            unlike = differences(source.config, network.config, place, FREE | ADAPTED)
             raise TrunklineError(
                 f"{argument} {name} does not fit: {key} is {found} there and {tuple(own.shape)} here; "
-                f"give {place.removeprefix('model.')} the sizes in its config.json",
+                f"give {place.removeprefix('model.')} the sizes that it has there"
+                + (f": set {listed([d.mend for d in unlike])}" if unlike else ""),
                 field=f"model.{argument}",
             )
         weights[key] = own.detach()

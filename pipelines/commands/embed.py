@@ -1,6 +1,6 @@
 """`trunkline embed`: write embeddings of texts, images and sounds to a table and to TensorBoard's projector."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,16 +15,25 @@ from trunkline import TrunklineError
 from trunkline.datamodules.images.image_sources import to_channels
 from trunkline.datamodules.images.preprocessing import Preprocessing
 from trunkline.datamodules.pairs.captions import CaptionEncoder
-from trunkline.datamodules.tables import read_column, reader_of
+from trunkline.datamodules.tables import STANDARD, read_column, read_lines, reader_of
 from trunkline.datamodules.text.masking import special_ids
 from trunkline.files import atomic_write
 from trunkline.modules.callbacks.retrieval import sprites
-from trunkline.modules.networks import BERT, CLIP, GPT, TextHead, TextHeadConfig
+from trunkline.modules.networks import BERT, CLIP, GPT, TextHead, TextHeadConfig, ViT
 from trunkline.modules.networks.clip import unit
 from trunkline.pipelines.commands.embed_audio import LISTENERS, embed_audio
 from trunkline.pipelines.commands.output import check_output
 from trunkline.pipelines.devices import find_device
-from trunkline.pipelines.embedding import Pictures, clip_network, embed_images, embed_texts, open_pictures, progress_bar
+from trunkline.pipelines.embedding import (
+    Pictures,
+    clip_network,
+    embed_images,
+    embed_texts,
+    image_network,
+    open_pictures,
+    pooled,
+    progress_bar,
+)
 from trunkline.pipelines.trained import Trained, language_model_of
 
 PROJECTED = 10_000
@@ -47,17 +56,18 @@ def embed(
     device: str = "auto",
     tokenizer: str | None = None,
 ) -> None:
-    """Embed texts with a language model, texts and images with a CLIP, or sounds with a network that hears.
+    """Embed texts with a language model, texts and images with a CLIP, images with a ViT, or sounds with a network
+    that hears.
 
     The table has the columns `text`, `embedding`, `nearest` (the most similar other text), `similarity` (its cosine);
     with images also `path`, and with sounds `path` and `embedding` alone.
 
     Args:
-        checkpoint: a checkpoint of a masked or causal language model, of a CLIP, or of a network that hears, from
-            `trunkline fit`.
-        texts: a .txt file with one text per line, or a .jsonl, .csv or .parquet file.
+        checkpoint: a checkpoint of a masked or causal language model, of a CLIP, of a classifier of images, or of a
+            network that hears, from `trunkline fit`.
+        texts: a .txt file with one text per line, or a .jsonl, .csv or .parquet file; - is the standard input.
         output: a .parquet file.
-        images: a folder, `twemoji` or `openmoji`; needs a CLIP.
+        images: a folder or a file, `twemoji` or `openmoji`; needs a CLIP or a ViT, whose pooled features are written.
         audio: a folder with audio files, or a file; needs a network that hears. An embedding is what the head of a
             classifier reads, or the mean of the encoder's states; of a long recording, the mean of its windows.
         text_column: column of the texts in a table.
@@ -95,6 +105,12 @@ def embed(
         clip = clip_network(trained, place)
         rows = [] if texts is None else read_texts(Path(texts), text_column)
         found = embed_clip(clip, batch_size, place, num_workers, rows, images, skip_corrupt, shown)
+    elif issubclass(trained.network_class, ViT):
+        if images is None or texts is not None or tokenizer is not None or pool != "mean":
+            raise TrunklineError(f"the network of {checkpoint} sees, and embeds only images; give --images alone")
+        found_network = image_network(trained, place)
+        seen = found_network.preprocessing, pooled(found_network.trunk)
+        found = [embed_pictures(*seen, images, batch_size, place, num_workers, skip_corrupt, shown)]
     elif texts is None or images is not None:
         raise TrunklineError(
             f"{checkpoint} is of a language model, which embeds only texts; give --texts, or a checkpoint of a CLIP"
@@ -173,12 +189,27 @@ def embed_clip(
     if texts:
         found.append(Embedded("texts", texts, embed_texts(network, encoder, texts, batch_size, device)))
     if images is not None:
-        rows, length = open_pictures(images)
-        pictures = Pictures(rows, length, preprocessing, skip_corrupt)
-        vectors, kept = embed_images(network.encode_image, pictures, batch_size, device, num_workers)
-        shown = [thumbnail(rows.image(row)) for row in kept[:thumbnails]]
-        found.append(Embedded("images", [rows.name(row) for row in kept], vectors, shown))
+        seen = preprocessing, network.encode_image
+        found.append(embed_pictures(*seen, images, batch_size, device, num_workers, skip_corrupt, thumbnails))
     return found
+
+
+def embed_pictures(
+    preprocessing: Preprocessing,
+    encode: Callable[[Tensor], Tensor],
+    images: str,
+    batch_size: int,
+    device: torch.device,
+    num_workers: int,
+    skip_corrupt: bool,
+    thumbnails: int,
+) -> Embedded:
+    """Embed pictures by `encode`, (B, C, height, width) -> (B, E); the other arguments as for `embed_clip`."""
+    rows, length = open_pictures(images)
+    pictures = Pictures(rows, length, preprocessing, skip_corrupt)
+    vectors, kept = embed_images(encode, pictures, batch_size, device, num_workers)
+    shown = [thumbnail(rows.image(row)) for row in kept[:thumbnails]]
+    return Embedded("images", [rows.name(row) for row in kept], vectors, shown)
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
@@ -207,11 +238,18 @@ def read_texts(file: Path, column: str) -> list[str]:
     Raises:
         TrunklineError: if the file cannot be read or holds no text.
     """
+    if str(file) == STANDARD:
+        rows = [cells[column] for _, cells in read_lines(file, column)]
+        return some_texts([row for row in rows if row.strip()], file)
     try:
         rows = list(read_column([file], column)) if reader_of(file) else file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise TrunklineError(f"cannot read --texts {file}: {error}; give a text file or a table") from error
-    rows = [row for row in rows if row.strip()]
+    return some_texts([row for row in rows if row.strip()], file)
+
+
+def some_texts(rows: list[str], file: Path) -> list[str]:
+    """The texts; an error if there are none."""
     if not rows:
         raise TrunklineError(f"--texts {file} holds no text; give one text per line or row")
     return rows

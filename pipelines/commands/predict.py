@@ -1,6 +1,5 @@
 """`trunkline predict`: classify images, sounds or texts, tag words, answer questions."""
 
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from trunkline import TrunklineError
 from trunkline.datamodules.images.image_data import ImageFiles
-from trunkline.datamodules.images.image_sources import image_files
+from trunkline.datamodules.images.image_sources import given_images
 from trunkline.datamodules.samplers import SampleKey, plain_errors
+from trunkline.datamodules.skipping import first_names
 from trunkline.files import atomic_write
 from trunkline.pipelines.commands.output import check_output
 from trunkline.pipelines.commands.predict_audio import predict_audio
@@ -45,13 +45,13 @@ def predict(
 
     Args:
         checkpoint: a checkpoint of a classifier, a tagger or a model that answers questions, from `trunkline fit`.
-        images: a folder; every image file below it is classified.
+        images: an image file, or a folder; every image file below it is classified.
         output: a .csv or .parquet file, in the order of the input; tags can also go to a .conll file.
         audio: a folder or file; every audio file below a folder is classified. Of a recording that is longer than the
             clips of training, the probabilities are the mean of its windows.
-        texts: to classify, a .txt file with one text per line or a table (.jsonl, .csv, .parquet); to tag, a .txt file
-            with one sentence per line or a .conll file with one word per line; to answer, a .json file as SQuAD's, or a
-            table with the columns question, context and optionally id.
+        texts: to classify, a .txt file with one text per line (- is the standard input) or a table (.jsonl, .csv,
+            .parquet); to tag, a .txt file with one sentence per line or a .conll file with one word per line; to
+            answer, a .json file as SQuAD's, or a table with the columns question, context and optionally id.
         text_column: column of the texts in a table; default: the column of training.
         pair_column: column of the second text of a pair; default: the column of training.
         threshold: for sounds with several labels: smallest probability of a label that is written; None is 0.5.
@@ -125,8 +125,7 @@ class ReadableImages(ImageFiles):
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         try:
             return super().__getitem__(key)
-        except TrunklineError as error:
-            warnings.warn(f"skipped: {error}", stacklevel=2)
+        except TrunklineError:  # the file is named when all are read
             image = torch.zeros(self.preprocessing.channels, *self.preprocessing.size)
             return {"image": image, "index": key.index, "valid": False}
 
@@ -141,11 +140,12 @@ def predict_images(trained: Trained, folder: str, skip_corrupt: bool, run: Run) 
         trained.require(PREDICT_IMAGES, "give --texts instead of --images")
     trained.require(PREDICT_IMAGES)
     model, preprocessing, class_names = trained.module(), trained.preprocessing, trained.class_names
-    files = image_files(folder)
+    files = given_images(folder)
     batches = run(model, (ReadableImages if skip_corrupt else ImageFiles)(files, preprocessing))
     best, label = torch.cat([b["probability"] for b in batches]).max(dim=1)
     rows = [int(i) for b in batches for i in b["index"]]
     found = pd.DataFrame({"label": [class_names[n] for n in label.tolist()], "probability": best.tolist()}, index=rows)
     if len(rows) < len(files):
-        print(f"{len(files) - len(rows)} images cannot be read; their labels are empty")
+        unread = [str(files[n]) for n in sorted(set(range(len(files))) - set(rows))]
+        print(f"{len(unread)} images cannot be read; their labels are empty: {first_names(unread)}")
     return pd.concat([pd.Series(map(str, files), name="path"), found], axis=1)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
-from trunkline.datamodules.tables import TABLES, read_lines, read_table, reader_of
+from trunkline.datamodules.tables import STANDARD, TABLES, read_lines, read_table, reader_of
 from trunkline.datamodules.text_tasks.labelled_text import LabelledTextData
 from trunkline.datamodules.text_tasks.squad import SquadData, numbered, questions_of, read_squad
 from trunkline.datamodules.text_tasks.tagged_text import CONLL, TaggedTextData, read_conll
@@ -42,7 +42,7 @@ def predict_texts(trained: Trained, texts: str, columns: dict[str, str | None], 
     if given and task.table is not class_table:
         raise TrunklineError(f"--{next(iter(given))} is for classes of texts, but {trained.file} is of {task.name}")
     file = Path(texts)
-    if not file.is_file():
+    if texts != STANDARD and not file.is_file():
         raise TrunklineError(f"--texts {texts}: there is no such file; fix the path")
     data = data_of(trained, file, given)
     return task.table(trained.module(), data, file, trained.data or {}, run)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from trunkline import TrunklineError
-from trunkline.datamodules.tables import read_lines
+from trunkline.datamodules.tables import STANDARD, read_lines
 from trunkline.files import atomic_write
 from trunkline.modules.generation.decoding import GenerationConfig
 from trunkline.pipelines.commands.output import check_folder
@@ -14,9 +14,6 @@ from trunkline.pipelines.devices import find_device
 from trunkline.pipelines.generating import NumberFormat, readers_may_leave, write
 from trunkline.pipelines.trained import Trained
 from trunkline.pipelines.translating import Translator, check_batch, generation_of
-
-STANDARD = "-"
-"""The name of a file that stands for the standard input."""
 
 
 class Source(NamedTuple):
@@ -118,7 +115,7 @@ def check_sources(text: list[str] | str | None, texts: str | None, output: str |
     if texts is not None:
         if texts != STANDARD and not Path(texts).is_file():
             raise TrunklineError(f"--texts {texts}: there is no such file; fix the path")
-        return lines_of(texts)
+        return (Source(place, cells["text"]) for place, cells in read_lines(Path(texts), "text"))
     given = [text] if isinstance(text, str) else text or []
     if not given:
         raise TrunklineError("there is nothing to translate; give a text, or --texts with a file (- is standard input)")
@@ -126,24 +123,6 @@ def check_sources(text: list[str] | str | None, texts: str | None, output: str |
         if not own.strip():
             raise TrunklineError(f"text {number} is empty; give a text, or leave it out")
     return (Source(f"text {number}", own) for number, own in enumerate(given, start=1))
-
-
-def lines_of(texts: str) -> Iterator[Source]:
-    """The lines of a file or of the standard input.
-
-    Raises:
-        TrunklineError: if they are not UTF-8 text.
-    """
-    if texts != STANDARD:
-        for place, cells in read_lines(Path(texts), "text"):
-            yield Source(place, cells["text"])
-        return
-    for number, line in enumerate(sys.stdin.buffer, start=1):
-        name = f"standard input:{number}"
-        try:
-            yield Source(name, line.decode("utf-8-sig").rstrip("\r\n"))
-        except UnicodeDecodeError as error:
-            raise TrunklineError(f"{name} is not UTF-8 ({error.reason}); convert it, such as with iconv") from error
 
 
 def translations(

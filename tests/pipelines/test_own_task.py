@@ -1,6 +1,7 @@
 """A task of one's own runs by its class path, without a change to the package (its resume: tests/modules/training)."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def test_it_learns(folder: Path) -> None:
     assert events.Scalars("val/acc")[-1].value > 0.95
     assert events.Scalars("clouds_seen")[-1].value == 4 * 1200
     assert events.Scalars("throughput/clouds_per_sec")[-1].value > 0
+    assert events.Scalars("throughput/flops_per_sec")[-1].value > 0  # counted, although it has no method for it
 
 
 def test_its_callback_shows_in_tensorboard(folder: Path) -> None:
@@ -72,6 +74,48 @@ def test_its_module_is_found_beside_the_config(folder: Path) -> None:
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
     assert "class_path: own_task.CloudClassifier" in done.stdout, done.stderr
+
+
+MODULES = {
+    "needs": "import not_there_at_all",
+    "fails": "\nraise RuntimeError('the file is missing')",
+    "cut": "def f(:",
+    "fine": "class Cloud: pass",
+}
+FAULTS = [
+    ("needs.Cloud", r"importing needs failed at \S*needs\.py, line 1: ModuleNotFoundError: .*'not_there_at_all'"),
+    ("fails.Cloud", r"importing fails failed at \S*fails\.py, line 2: RuntimeError: the file is missing"),
+    ("cut.Cloud", r"importing cut failed: SyntaxError: .*\(cut\.py, line 1\)"),
+    ("fine.Clod", r"the module fine has no class 'Clod'; did you mean 'Cloud'\?"),
+    ("nowhere.Cloud", r"there is no module nowhere in this folder"),
+]
+
+
+@pytest.mark.parametrize("place", ["--model", "--trainer.callbacks+", "mine.yaml, line 2"])
+@pytest.mark.parametrize(("path", "message"), FAULTS)
+def test_what_is_wrong_with_a_module(
+    path: str,
+    message: str,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setenv("COLUMNS", "500")
+    for name, text in MODULES.items():
+        (tmp_path / f"{name}.py").write_text(text + "\n")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "mine.yaml").write_text(f"model:\n  class_path: {path}\n")
+    given = [place, path] if place.startswith("--") else ["--config", "mine.yaml"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "vit/digits", *given])
+    assert stop.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(f"error: {re.escape(place.removesuffix('+'))}: {message}", said), said
+    for name in MODULES:
+        sys.modules.pop(name, None)
 
 
 def test_it_stays_a_page() -> None:

@@ -209,7 +209,9 @@ def test_fit_tests_the_averaged_best_weights_and_test_agrees(capsys: pytest.Capt
     assert fitted["look at it"] == "tensorboard --logdir runs"
     assert {"config.yaml", "checkpoints"} <= {p.name for p in Path("runs/vit/digits/test").iterdir()}
     main(["test", "--ckpt_path", str(best)])
-    tested = table(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert printed.count("test/loss") == 1  # in the table alone
+    tested = table(printed)
     for name in ("test/acc", "test/acc_top5", "test/loss"):
         assert tested[name] == fitted[name]
     main(["validate", "--ckpt_path", str(best)])

@@ -1,6 +1,9 @@
 """Freezing, and starting from trained weights."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +170,52 @@ def test_a_foreign_class_is_not_taken_for_another() -> None:
     content = {"classes": {"network": "mine.Net"}, "objective": "CausalLM"}
     assert network_class_of(content) is None
     assert network_class_of({"objective": "CausalLM"}) is GPT
+
+
+# --- a plain network
+
+
+def test_a_network_from_a_checkpoint(tmp_path: Path) -> None:
+    model = classifier()
+    fit(model, tmp_path, batches(2)).save_checkpoint(tmp_path / "a.ckpt")
+    network = ViT.from_checkpoint(tmp_path / "a.ckpt")
+    assert network.config == model.network.config
+    torch.testing.assert_close(network.state_dict(), model.network.state_dict(), rtol=0, atol=0)
+    with pytest.raises(TrunklineError, match=r"a\.ckpt holds a ViT, not a GPT; load it with ViT\.from_checkpoint$"):
+        GPT.from_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(TrunklineError, match="there is no checkpoint"):
+        ViT.from_checkpoint(tmp_path / "b.ckpt")
+    with pytest.raises(TrunklineError, match=r"a\.ckpt is a file, .* with ViT\.from_checkpoint$"):
+        ViT.from_pretrained(tmp_path / "a.ckpt")
+
+
+KINDS = {
+    "AudioClassifier": "AST",
+    "CausalLM": "GPT",
+    "ContrastiveImageText": "CLIP",
+    "ImageClassifier": "ViT",
+    "MaskedLM": "BERT",
+    "Seq2Seq": "EncoderDecoder",
+    "SpeechRecognizer": "SpeechEncoder",
+    "SpeechToText": "Whisper",
+    "TextClassifier": "TextHead",
+}
+"""Objective -> network, of checkpoints of older versions."""
+FIXTURES = Path(__file__).parents[2] / "fixtures/checkpoints"
+
+
+def test_every_network_loads_without_lightning() -> None:
+    """From a checkpoint, in a process in which nothing but torch may be imported."""
+    code = f"""
+import sys
+for name in ("lightning", "pandas", "datasets", "torchvision", "torchmetrics", "tokenizers"):
+    sys.modules[name] = None
+from trunkline.modules import networks
+kinds = {KINDS!r}
+for objective, kind in kinds.items():
+    network = getattr(networks, kind).from_checkpoint(f"{FIXTURES}/{{objective}}.ckpt")
+    print(type(network).__name__, sum(p.numel() for p in network.parameters()) > 0)
+"""
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [f"{kind} True" for kind in KINDS.values()], done.stderr

@@ -17,6 +17,7 @@ from trunkline import TrunklineError
 from trunkline.datamodules import Augmentation, ImageData
 from trunkline.modules.networks import ViT
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
+from trunkline.pipelines.commands.embed import embed
 from trunkline.pipelines.commands.predict import predict
 
 CLASSES = ["ant", "bee", "cat", "dog"]
@@ -144,6 +145,37 @@ def test_folder_of_a_run(grey_checkpoint: Path, images: Path, tmp_path: Path, ca
     assert f"reading {grey_checkpoint}\n" in capsys.readouterr().err
 
 
+def test_one_image(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    table = run(checkpoint, images / NAMES[1], tmp_path / "out.csv")
+    (label,), (probability,) = by_hand(checkpoint, [images / NAMES[1]])
+    assert table.path.tolist() == [str(images / NAMES[1])]
+    assert table.label.tolist() == [label]
+    assert table.probability.tolist() == pytest.approx([probability], abs=1e-5)
+    with pytest.raises(TrunklineError, match=r"images=.*notes\.txt is not a folder"):
+        run(checkpoint, images / "notes.txt", tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_a_classifier_embeds_images(checkpoint: Path, images: Path, tmp_path: Path, one: bool) -> None:
+    files = [images / name for name in (NAMES[:1] if one else NAMES)]
+    given, output = str(files[0] if one else images), tmp_path / "out.parquet"
+    embed(str(checkpoint), images=given, output=str(output), normalise=False, device="cpu", batch_size=3)
+    table = pd.read_parquet(output)
+    assert table.path.tolist() == [str(file) for file in files]
+    network = ViT.from_checkpoint(checkpoint).eval()
+    logits = torch.from_numpy(np.stack(table.embedding.to_list())) @ network.head.weight.T + network.head.bias
+    best = [CLASSES[n] for n in logits.argmax(dim=1).tolist()]
+    assert best == by_hand(checkpoint, files)[0]  # what the head reads
+
+
+@pytest.mark.parametrize(
+    "given", [{"texts": "a.txt"}, {"texts": "a.txt", "images": "."}, {"images": ".", "pool": "cls"}]
+)
+def test_a_classifier_embeds_only_images(grey_checkpoint: Path, tmp_path: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(TrunklineError, match="sees, and embeds only images; give --images alone"):
+        embed(str(grey_checkpoint), output=str(tmp_path / "out.parquet"), device="cpu", **given)
+
+
 def test_worker_processes_change_nothing(checkpoint: Path, images: Path, tmp_path: Path) -> None:
     alone = run(checkpoint, images, tmp_path / "1.csv", batch_size=2)
     pd.testing.assert_frame_equal(run(checkpoint, images, tmp_path / "2.csv", batch_size=2, num_workers=1), alone)
@@ -197,11 +229,15 @@ def test_corrupt_image_is_named(workers: int, grey_checkpoint: Path, images: Pat
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
-def test_corrupt_images_are_skipped(grey_checkpoint: Path, images: Path, tmp_path: Path, ending: str) -> None:
+def test_corrupt_images_are_skipped(
+    grey_checkpoint: Path, images: Path, tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     want = run(grey_checkpoint, images, tmp_path / f"all.{ending}")
     (images / "a/2.png").write_bytes(b"no image")
-    with pytest.warns(UserWarning, match=r"skipped: cannot read the image .*a/2\.png"):
-        found = run(grey_checkpoint, images, tmp_path / f"out.{ending}", skip_corrupt=True, batch_size=3)
+    found = run(grey_checkpoint, images, tmp_path / f"out.{ending}", skip_corrupt=True, batch_size=3)
+    said = capsys.readouterr()
+    assert f"\n1 images cannot be read; their labels are empty: {images / 'a/2.png'}\n" in f"\n{said.out}"
+    assert "skip_corrupt" not in said.out + said.err
     broken = NAMES.index("a/2.png")
     assert found.path.tolist() == want.path.tolist()
     assert found.isna().to_numpy().tolist() == [[False] + [n == broken] * 2 for n in range(len(NAMES))]
@@ -211,8 +247,7 @@ def test_corrupt_images_are_skipped(grey_checkpoint: Path, images: Path, tmp_pat
 def test_nothing_but_corrupt_images(grey_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"no image")
-    with pytest.warns(UserWarning, match="skipped"):
-        found = run(grey_checkpoint, tmp_path / "in", tmp_path / "out.csv", skip_corrupt=True)
+    found = run(grey_checkpoint, tmp_path / "in", tmp_path / "out.csv", skip_corrupt=True)
     assert found.isna().to_numpy().tolist() == [[False, True, True]]
 
 

@@ -7,17 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from small_data import MASKING
-from task_files import LENGTH, WORDS, asked, labelled, pretrained, tagged
+from task_files import asked, labelled, pretrained, tagged
 
 from trunkline.modules.metrics.squad import squad_scores
 
-PREFIX = "--model.network.bert"
-SIZES = (
-    f"{PREFIX}.vocab_size {len(MASKING + WORDS)} {PREFIX}.max_length {LENGTH} {PREFIX}.backbone.dim 32 "
-    f"{PREFIX}.backbone.depth 2 {PREFIX}.backbone.num_heads 2 {PREFIX}.backbone.norm_eps 1e-6 "
-    f"{PREFIX}.backbone.dropout 0 --model.network.dropout 0"
-)
+RATES = "--model.network.bert.backbone.dropout 0 --model.network.dropout 0"
 SMALL = (
     "--trainer.accelerator cpu --trainer.check_val_every_n_epoch 10 --data.batch_size 4 --data.max_length 24 "
     "--model.optimizer.lr 3e-3"
@@ -48,12 +42,12 @@ def test_fit_and_predict(task: str, tmp_path: Path) -> None:
     path = {"classify": labelled, "tagging": tagged, "squad": asked}[task](tmp_path)
     own = {
         "classify": "--trainer.max_epochs 30",
-        "tagging": "--trainer.max_epochs 30 --model.network.num_outputs 3",
+        "tagging": "--trainer.max_epochs 30",
         "squad": "--trainer.max_epochs 60 --model.optimizer.name muon --model.optimizer.lr 0.02 "
         "--data.max_question_length 8 --data.doc_stride 8",
     }
     fit = f"fit --config bert/{task} --data.source {path} --data.val_source {path} --model.init_from {start}"
-    printed = trunkline(tmp_path, f"{fit} --data.tokenizer {start} {SIZES} {SMALL} {own[task]}")
+    printed = trunkline(tmp_path, f"{fit} --data.tokenizer {start} {RATES} {SMALL} {own[task]}")
     metric = {"classify": "val/acc", "tagging": "val/f1", "squad": "val/exact"}[task]
     assert any(metric in line and "1.0000" in line for line in printed.splitlines()), printed[-3000:]
     (checkpoint,) = tmp_path.glob(f"runs/bert/{task}/*/checkpoints/last.ckpt")

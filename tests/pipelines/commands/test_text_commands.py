@@ -1,5 +1,6 @@
 """`trunkline fill-mask` and `trunkline embed`."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,19 @@ def test_a_language_model_knows_no_images(checkpoint: str, tmp_path: Path) -> No
         TrunklineError, match="is of a language model, which embeds only texts; give --texts, or a checkpoint of a CLIP"
     ):
         embed(checkpoint, images=str(tmp_path), output=str(tmp_path / "out.parquet"), device="cpu")
+
+
+def test_embed_reads_the_standard_input(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "the cat\n\nparis\n"
+    (tmp_path / "lines.txt").write_text(lines)
+    want, got = tmp_path / "want.parquet", tmp_path / "got.parquet"
+    embed(checkpoint, str(tmp_path / "lines.txt"), str(want), device="cpu")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    embed(checkpoint, "-", str(got), device="cpu")
+    pd.testing.assert_frame_equal(pd.read_parquet(got), pd.read_parquet(want))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    with pytest.raises(TrunklineError, match="--texts - holds no text"):
+        embed(checkpoint, "-", str(got), device="cpu")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the sea\n\xff\n")))
+    with pytest.raises(TrunklineError, match=r"^standard input:2 is not UTF-8"):
+        embed(checkpoint, "-", str(got), device="cpu")

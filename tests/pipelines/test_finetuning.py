@@ -1,0 +1,103 @@
+"""`fit --model.init_from FILE`: sizes come from the checkpoint, classes from the data, conflicts are told together."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from task_files import LENGTH, WORDS, labelled, pretrained, tagged
+
+from trunkline.files import load_checkpoint
+from trunkline.pipelines.cli import main
+
+BODY = "--model.network.bert"
+SHORT = "--trainer.accelerator cpu --trainer.max_epochs 1 --data.batch_size 4"
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return pretrained(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "500")
+    for variable in ("TRUNKLINE_RUN", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(variable, "")  # so that it is restored
+        monkeypatch.delenv(variable)
+
+
+def command(recipe: str, source: str, bert: str) -> list[str]:
+    """The documented one."""
+    given = f"fit --config bert/{recipe} --data.source {source} --model.init_from {bert} --data.tokenizer {bert}"
+    return given.split()
+
+
+def csv_of(folder: Path) -> str:
+    (folder / "cls.csv").write_text("text,label\n" + "the film was good,a\na bad film,b\nwho saw anna,c\n" * 20)
+    return str(folder / "cls.csv")
+
+
+def test_the_documented_command_needs_no_other_flag(bert: str, tmp_path: Path) -> None:
+    main([*command("classify", csv_of(tmp_path), bert), "--trainer.accelerator", "cpu"])
+    (run,) = tmp_path.glob("runs/bert/classify/*")
+    trained, start = load_checkpoint(run / "checkpoints/last.ckpt"), load_checkpoint(bert)
+    network, body = trained["hyper_parameters"]["network"], start["hyper_parameters"]["network"]
+    assert network["num_outputs"] == 3
+    assert trained["LabelledTextData"]["class_names"] == ["a", "b", "c"]
+    assert trained["LabelledTextData"]["settings"]["max_length"] == LENGTH  # not 128, which the network cannot see
+    rates = {"dropout": 0.1}  # of the recipe's network: they are no size
+    assert network["bert"] == body | {"backbone": body["backbone"] | rates}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["network"]["bert"] == network["bert"]  # the same network without the file
+
+
+def test_tags_too(bert: str, tmp_path: Path) -> None:
+    main([*command("tagging", tagged(tmp_path), bert), *SHORT.split()])
+    (run,) = tmp_path.glob("runs/bert/tagging/*")
+    content = load_checkpoint(run / "checkpoints/last.ckpt")
+    assert content["hyper_parameters"]["network"]["num_outputs"] == 3
+    assert content["TaggedTextData"]["settings"]["max_length"] == LENGTH
+
+
+def test_what_is_stated_and_differs_is_told_once_and_together(
+    bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the stated value is the default, as 768 is."""
+    stated = f"{BODY}.backbone.dim 768 {BODY}.backbone.depth 3 {BODY}.backbone.mlp relu {BODY}.num_segments 0"
+    with pytest.raises(SystemExit) as stop:
+        main([*command("classify", labelled(tmp_path), bert), *stated.split()])
+    assert stop.value.code == 2
+    message = " ".join(capsys.readouterr().err.partition("error:")[2].split())
+    place = "network.bert"
+    assert message == (
+        f"init_from {bert} was trained with num_segments=2, dim=32, depth=2 and mlp=gelu, but the network has 0, 768, "
+        f"3 and relu; set {place}.num_segments to 2, {place}.backbone.dim to 32, {place}.backbone.depth to 2 and "
+        f"{place}.backbone.mlp to gelu (--model.network.bert.num_segments)"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_row_that_is_stated_and_too_long_is_told(
+    bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*command("classify", labelled(tmp_path), bert), "--data.max_length", "64"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"have max_length={LENGTH}, but the data needs at least 64; set the data's max_length to at most" in said
+    assert "(--data.max_length)" in said
+
+
+def test_a_mapping_in_a_flag_states_its_keys(bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*command("classify", labelled(tmp_path), bert), BODY, "{backbone: {depth: 12}}"])
+    assert "was trained with depth=2, but the network has 12" in " ".join(capsys.readouterr().err.split())
+
+
+def test_stated_rates_are_kept(bert: str, tmp_path: Path) -> None:
+    flags = f"{SHORT} {BODY}.backbone.dropout 0.3 --model.network.dropout 0"
+    main([*command("classify", labelled(tmp_path), bert), *flags.split()])
+    (run,) = tmp_path.glob("runs/bert/classify/*")
+    network = load_checkpoint(run / "checkpoints/last.ckpt")["hyper_parameters"]["network"]
+    assert (network["bert"]["backbone"]["dropout"], network["dropout"]) == (0.3, 0)
+    assert (network["bert"]["backbone"]["dim"], network["bert"]["vocab_size"]) == (32, len(WORDS) + 5)
