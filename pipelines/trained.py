@@ -13,6 +13,7 @@ from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.tokenizers import load_tokenizer, size_of, tokenizer_of_checkpoint
 from trunkline.files import load_checkpoint
 from trunkline.modules.networks import Network
+from trunkline.modules.networks.base import refuse_nan
 from trunkline.modules.training.warm_start import network_of
 from trunkline.pipelines.objectives import KINDS, Kind, able, known_class, short
 
@@ -137,11 +138,15 @@ class Trained:
         """
         from trunkline.modules.objectives.base import TrunklineModule
 
-        given = self.content["hyper_parameters"]
+        given = self.content.get("hyper_parameters")
+        if given is None or "state_dict" not in self.content:
+            lacking = "hyper_parameters" if given is None else "state_dict"
+            raise TrunklineError(f"{self.file} is not a checkpoint of a Trunkline run: it has no {lacking}")
         # The weights to start from are no longer needed, and may be gone.
         arguments = {name: None if name.startswith("init_") else value for name, value in given.items()}
         model = self._class("objective", TrunklineModule)(**arguments)
         model.load_state_dict(self.content["state_dict"])
+        refuse_nan(model, self.file)
         return model
 
     @property

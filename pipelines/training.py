@@ -28,6 +28,7 @@ from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
+from trunkline.pipelines.run_checks import check_run, check_seed, trainer_error
 from trunkline.pipelines.runs import choose_run, forgotten_run, newest_config, unused_config
 from trunkline.pipelines.sizes import facts_left_out, write_sizes
 
@@ -109,9 +110,15 @@ class TrainingCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let a checkpoint's hyperparameters override the flags."""
 
+    def _set_seed(self) -> None:
+        """Refuse what is no seed before Lightning sets it."""
+        check_seed(self._get(self.config, "seed_everything"))
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
-        """Choose the run's folder; for an evaluation, check the checkpoint."""
+        """Check what is declared elsewhere and choose the run's folder; for an evaluation, check the checkpoint."""
         config = self.config[self.subcommand]
+        check_run(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         if self.subcommand != "fit":
@@ -143,8 +150,8 @@ class TrainingCLI(LightningCLI):
             kwargs["callbacks"] = without(trainer.get("callbacks") or [], ModelCheckpoint, WeightAveraging)
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError) as error:
-            raise TrunklineError(f"--trainer: {error}") from error
+        except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
+            raise trainer_error(error, "trainer.") from error
 
     def after_instantiate_classes(self) -> None:
         """Compile the network in place, which keeps the names of the weights."""

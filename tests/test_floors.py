@@ -31,7 +31,14 @@ def strangers(folder: str, allowed: set[str]) -> list[str]:
     return [f"{file}: {name}" for file, name in sorted(names) if not f"{name}.".startswith(prefixes)]
 
 
-LIBRARIES = {*sys.stdlib_module_names, "torch", "safetensors", "huggingface_hub", "trunkline.TrunklineError"}
+LIBRARIES = {
+    *sys.stdlib_module_names,
+    "torch",
+    "safetensors",
+    "huggingface_hub",
+    "trunkline.TrunklineError",
+    "trunkline.ranges",
+}
 FLOOR_1 = LIBRARIES | {"trunkline.modules.backbone"}
 FLOOR_2 = FLOOR_1 | {"trunkline.contract", "trunkline.modules.networks", "trunkline.modules.generation"}
 PURE = ("modules/networks", "modules/generation", "modules/losses.py", "modules/training/optim.py")

@@ -14,7 +14,7 @@ from trunkline.files import load_checkpoint
 from trunkline.modules import networks
 from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.networks import BERT, TextHead
-from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, pretrained_folder
+from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, pretrained_folder, refuse_nan
 from trunkline.modules.networks.text_head import without_heads
 
 N = TypeVar("N", bound=Network)
@@ -61,8 +61,9 @@ def network_of(network_class: type[N], content: Mapping[str, Any], path: str | P
         TrunklineError: if the checkpoint names no network, or its weights do not fit the configuration.
     """
     config = content.get("hyper_parameters", {}).get("network")
-    if config is None:
-        raise TrunklineError(f"{path} is not a checkpoint of a Trunkline run: it names no network")
+    if config is None or "state_dict" not in content:
+        lacking = "it names no network" if config is None else "it has no weights (state_dict)"
+        raise TrunklineError(f"{path} is not a checkpoint of a Trunkline run: {lacking}")
     network = network_class(config_from_dict(network_class.config_class, config))
     prefix = "network."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
@@ -71,6 +72,7 @@ def network_of(network_class: type[N], content: Mapping[str, Any], path: str | P
     except RuntimeError as error:
         first = str(error).split("\n")[1:2] or [str(error)]
         raise TrunklineError(f"the weights in {path} do not fit its configuration: {first[0].strip()}") from error
+    refuse_nan(network, path)
     return network
 
 
@@ -111,6 +113,8 @@ class TrainedWeights:
                 own = {kind.__name__: kind for kind in accepted}
                 name_of_class = config.pop("network")
                 kind = own.get(name_of_class) or getattr(networks, name_of_class, None)
+            except TrunklineError as error:
+                raise TrunklineError(f"{argument}={name}: {error}", f"model.{argument}") from error
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 accepted[0].from_pretrained(name)  # says what is wrong
                 raise

@@ -22,6 +22,7 @@ from trunkline.pipelines.embedding import (
     open_pictures,
 )
 from trunkline.pipelines.trained import Trained
+from trunkline.pipelines.translating import check_batch
 
 TILE, COLUMNS = 160, 5
 """Contact sheet: side of a picture in pixels, and pictures per row."""
@@ -59,6 +60,7 @@ def search(
     check_output(output, (".png", ".jpg"))
     if not query.strip():
         raise TrunklineError("--query is empty; say what to look for")
+    check_batch(batch_size, num_workers)
     if count < 1:
         raise TrunklineError(f"--count must be at least 1, not {count}")
     if images is None and embeddings is None:
