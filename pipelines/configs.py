@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -23,6 +24,19 @@ def config_names() -> list[str]:
     return sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml") if p != DEFAULTS)
 
 
+class StrictLoader(yaml.SafeLoader):
+    """Reads plain YAML, and refuses a key that stands twice in a section: one of its values would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1 and key.value != "<<":
+                raise yaml.constructor.ConstructorError(
+                    problem=f"'{key.value}' stands here twice; remove one of them", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def find_config(name: str) -> Path:
     """The config file for a path or a short name; an existing path comes first.
 
@@ -34,7 +48,7 @@ def find_config(name: str) -> Path:
     for path in (Path(name), CONFIGS / f"{name}.yaml"):
         if path.is_file():
             try:
-                content = yaml.safe_load(path.read_text(encoding="utf-8"))
+                content = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise TrunklineError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
             if not isinstance(content, dict):

@@ -88,6 +88,7 @@ def trainer_error(error: Exception, place: str = "") -> TrunklineError:
         place: what stands before an option's name in a flag.
     """
     reason = str(error).partition("\n")[0].strip() or type(error).__name__
-    named = re.search("precision|accelerator|devices|strategy|backend|num_nodes", reason)
-    option = {"backend": "accelerator"}.get(named[0], named[0]) if named else None
+    named = re.search("precision|accelerator|devices|strategy|num_nodes|backend|torch_xla|duration", reason)
+    others = {"backend": "accelerator", "torch_xla": "accelerator", "duration": "max_time"}
+    option = others.get(named[0], named[0]) if named else None
     return TrunklineError(f"--trainer: {reason}" if place else reason, f"{place}{option}" if option else None)

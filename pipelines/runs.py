@@ -1,6 +1,7 @@
 """Run folders: `runs/<recipe>/<time>/` with the resolved config, checkpoints and event files."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -24,6 +25,21 @@ def forgotten_run() -> Iterator[None]:
     finally:
         if not inherited:
             os.environ.pop(RUN, None)
+
+
+@contextmanager
+def removed_if_unused(folder: Path, root: Path) -> Iterator[None]:
+    """After an error in the block, remove a run's folder that holds no checkpoint yet, and parents below `root`."""
+    try:
+        yield
+    except BaseException:
+        if os.environ.get("LOCAL_RANK", "0") == "0" and folder.is_dir() and not next(folder.rglob("*.ckpt"), None):
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in takewhile(lambda parent: parent.is_relative_to(root), folder.parents):
+                if any(parent.iterdir()):
+                    break
+                parent.rmdir()
+        raise
 
 
 def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path | None, list[str]]:

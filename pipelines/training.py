@@ -29,7 +29,7 @@ from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
 from trunkline.pipelines.run_checks import check_run, check_seed, trainer_error
-from trunkline.pipelines.runs import choose_run, forgotten_run, newest_config, unused_config
+from trunkline.pipelines.runs import choose_run, forgotten_run, newest_config, removed_if_unused, unused_config
 from trunkline.pipelines.sizes import facts_left_out, write_sizes
 
 
@@ -160,7 +160,8 @@ class TrainingCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train, test, and print the results and where they are."""
-        self.trainer.fit(**kwargs, ckpt_path=self.checkpoint, weights_only=True)
+        with removed_if_unused(self.run_dir, Path(self._get(self.config, "run_dir"))):
+            self.trainer.fit(**kwargs, ckpt_path=self.checkpoint, weights_only=True)
         best = self.best_checkpoint()
         metrics: dict[str, Any] = {k: v for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         test_with = self._get(self.config, "test_with")

@@ -39,7 +39,7 @@ LIBRARIES = {
     "trunkline.TrunklineError",
     "trunkline.ranges",
 }
-FLOOR_1 = LIBRARIES | {"trunkline.modules.backbone"}
+FLOOR_1 = LIBRARIES | {"trunkline.modules.backbone", "trunkline.names", "trunkline.ranges"}
 FLOOR_2 = FLOOR_1 | {"trunkline.contract", "trunkline.modules.networks", "trunkline.modules.generation"}
 PURE = ("modules/networks", "modules/generation", "modules/losses.py", "modules/training/optim.py")
 MEASURES = FLOOR_2 | {"torchmetrics", "sacrebleu", "numpy", "sklearn", "trunkline.modules.metrics"}

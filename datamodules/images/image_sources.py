@@ -182,8 +182,8 @@ def load_image_table(
         for field, column, usual in (("image_column", image_column, "image"), ("label_column", label_column, "label")):
             if column != usual:
                 raise TrunklineError(
-                    f"{field}={column} is of no use: {source} is a folder of pictures, whose sub-folders are the classes; "
-                    "leave it out",
+                    f"{field}={column} is of no use: {source} is a folder of pictures, whose sub-folders are the "
+                    "classes; leave it out",
                     f"data.{field}",
                 )
         return _read_folders(chosen)
@@ -244,8 +244,8 @@ def open_tables(
     check_regular(path, "data.source")
     if not path.exists() and looks_like_path(source):
         raise TrunklineError(
-            f"source={source}: there is no such file or folder; fix the path, or give {offline} or the name of a hub "
-            "dataset (`owner/name`)",
+            f"cannot read source={source}: there is no such file or folder here; give {offline}, a local path that "
+            "holds images or tables, or a hub name (`owner/name`)",
             "data.source",
         )
     literal = glob.escape(source)  # `datasets` reads a path as a pattern

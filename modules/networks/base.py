@@ -160,7 +160,7 @@ def pretrained_folder(source: str | Path) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if looks_like_path(str(source)):
-        raise TrunklineError(f"there is no folder {source}; fix the path, or give the name of a hub repository")
+        raise TrunklineError(f"'{source}' is no folder; fix the path, or give the name of a hub repository")
     try:
         from huggingface_hub import snapshot_download
 

@@ -48,7 +48,7 @@ class ViTConfig:
     """The trunk."""
 
     def __post_init__(self) -> None:
-        sizes = dict.fromkeys(("image_size", "patch_size", "in_chans"), "[1, inf)")
+        sizes = dict.fromkeys(("patch_size", "in_chans"), "[1, inf)")
         check_ranges("model.network*", self, **sizes, num_classes="[0, inf)", num_registers="[0, inf)")
         if self.backbone.causal:
             raise TrunklineError(
