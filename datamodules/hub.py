@@ -8,7 +8,7 @@ from typing import Any
 
 from trunkline import TrunklineError
 from trunkline.datamodules.splits import Splits
-from trunkline.names import hub_access, looks_like_path
+from trunkline.names import check_regular, hub_access, looks_like_path
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
@@ -43,7 +43,7 @@ class NamedSource:
         revision: commit or branch of a hub dataset.
 
     Raises:
-        TrunklineError: if the name ends with another split than `split`.
+        TrunklineError: if the name ends with another split than `split`, or if it is that of a pipe or a device.
     """
 
     name: str
@@ -54,6 +54,7 @@ class NamedSource:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        check_regular(self.name, f"data.{self.field}")
         named = split_in_name(self.name)[1]
         if named and self.split not in (None, named):
             raise TrunklineError(

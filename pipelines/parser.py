@@ -102,8 +102,10 @@ def explain(message: str, names: Collection[str]) -> str:
         return f"{subject} must be {kinds}, not '{wrong[4]}'"
     if "are required: fit.data" in message:
         return "trunkline fit needs a recipe, such as --config vit/digits"
-    if "are required: data" in message:
+    if message.endswith("are required: data"):
         return "there is no data; say which, such as --data.source openmoji"
+    if lacking := re.search(r"following arguments are required: (.+)", message):
+        return f"this command needs {' and '.join(f'--{name}' for name in lacking[1].split(', '))}"
     return message
 
 

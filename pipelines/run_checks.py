@@ -1,12 +1,15 @@
-"""Checks of a recipe before anything is made of it: settings of the trainer, seed, objective and data."""
+"""Checks of a recipe before its first step: settings of the trainer, seed, objective and data, monitored metrics."""
 
 import re
 from typing import Any
 
+import lightning as L
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback
 
 from trunkline import TrunklineError
-from trunkline.pipelines.objectives import KINDS, short
+from trunkline.pipelines.errors import flags, plain
+from trunkline.pipelines.objectives import KINDS, PROBES, short
 from trunkline.ranges import check_ranges
 
 TRAINER = {
@@ -34,6 +37,9 @@ def check_run(config: Namespace) -> None:
     Raises:
         TrunklineError: for a value out of its range, or an objective and data that do not fit each other.
     """
+    for flag, _ in flags():
+        if plain(flag) in ("data.seed", "model.seed"):
+            raise TrunklineError(f"{plain(flag)} is always that of the run; set seed_everything", plain(flag))
     check_ranges("", config, threads="[1, inf)")
     trainer = config.trainer.as_dict()
     given = {name: value for name in TRAINER if isinstance(value := trainer.get(name), int | float)}
@@ -67,6 +73,32 @@ def check_partners(objective: str, data: str) -> None:
         "from a recipe of the one that you want",
         "data",
     )
+
+
+class KnownMetrics(Callback):
+    """Refuses a callback that waits for a metric of the validation that is never logged, before the first step."""
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare with what Lightning's trial validation has logged.
+
+        Raises:
+            TrunklineError: naming callback, metric, and the metrics that there are.
+        """
+        known = {name for name in trainer.callback_metrics if name.startswith("val/")}
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        # A score of generated texts, and a callback's own metric, are not there in the trial.
+        paths = [f"{type(callback).__module__}.{type(callback).__name__}" for callback in callbacks]
+        own = all(path.startswith(("trunkline.", "lightning.")) and path != PROBES for path in paths)
+        if getattr(pl_module, "scores", None) or not own:
+            return
+        for callback in callbacks:
+            monitor = getattr(callback, "monitor", None) or ""
+            if monitor.startswith("val/") and monitor not in known:
+                raise TrunklineError(
+                    f"{type(callback).__name__} waits for {monitor}, but there is no such metric; choose among "
+                    f"{', '.join(sorted(known))}",
+                    "trainer.callbacks.monitor",
+                )
 
 
 def check_seed(seed: Any) -> None:

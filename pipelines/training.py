@@ -28,7 +28,7 @@ from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
-from trunkline.pipelines.run_checks import check_run, check_seed, trainer_error
+from trunkline.pipelines.run_checks import KnownMetrics, check_run, check_seed, trainer_error
 from trunkline.pipelines.runs import choose_run, forgotten_run, newest_config, removed_if_unused, unused_config
 from trunkline.pipelines.sizes import facts_left_out, write_sizes
 
@@ -143,6 +143,7 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             self.save_config_kwargs = {"overwrite": True, "config_filename": unused_config(self.run_dir)}
             kwargs["default_root_dir"] = str(self.run_dir)
+            kwargs["callbacks"] = [*(trainer.get("callbacks") or []), KnownMetrics()]
             if trainer.get("logger") is None:
                 kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="", default_hp_metric=False)
         else:

@@ -21,7 +21,7 @@ from trunkline.datamodules.hub import NamedSource
 from trunkline.datamodules.images.image_sources import SPLIT_NAMES
 from trunkline.datamodules.tables import read_table
 from trunkline.datamodules.text_tasks.task_text import Row
-from trunkline.names import check_regular, hub_access
+from trunkline.names import hub_access
 
 SPOKEN_DIGITS = "spoken_digits"
 MANIFESTS = (".jsonl", ".json", ".csv", ".gz")
@@ -77,7 +77,6 @@ def list_audio(source: NamedSource, columns: AudioColumns, audio_folder: Path | 
         TrunklineError: if the source is missing, broken or of another kind.
     """
     path, at = Path(source.name), f"data.{source.field}"
-    check_regular(path, at)
     if not path.exists():
         if source.is_hub_name((*MANIFESTS, *ARROW, *AUDIO_SUFFIXES)):
             title = f"{source.hub_name} ({source.hub_split})"

@@ -1,5 +1,6 @@
 """How a picture becomes a network's input: augmentation in training, resizing and normalising."""
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ Transform = Callable[[Any], Tensor]
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
 
 
+POLICY_PART = re.compile(r"(m|n|w|p|d|b|inc|mstd|mmax)\d[\d.]*|mstdinf|t\w*")
+"""A setting in timm's policy strings."""
 AUGMENTATION = "data.augmentation"
 """Where a recipe has the augmentation, for messages."""
 
@@ -76,8 +79,11 @@ def check_policy(policy: str) -> None:
 
     kind = policy.partition("-")[0]
     known = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    unread = [part for part in policy.split("-")[1:] if kind in known and not POLICY_PART.fullmatch(part)]
     try:
         known.get(kind, auto_augment_transform)(policy, {})
+        if unread:  # timm passes over what it does not know
+            raise ValueError(f"'{unread[0]}' is no setting")
     except Exception as error:  # a policy is read with assertions, conversions to numbers and look-ups in tables
         reason = f": {error}" if str(error) else ""
         raise TrunklineError(
