@@ -83,7 +83,7 @@ def place_of(field: str, options: Collection[str] | None = None) -> str | None:
         options: as in `report`.
     """
     name = plain(field)
-    ends = list(tails(name))
+    ends = [name] if "*" in name else list(tails(name))
     given = [plain(flag) for flag, _ in flags()]
     for end in ends:
         found = [flag for flag in given if fnmatchcase(flag, end)]

@@ -44,10 +44,10 @@ def check_run(config: Namespace) -> None:
     trainer = config.trainer.as_dict()
     given = {name: value for name in TRAINER if isinstance(value := trainer.get(name), int | float)}
     check_ranges("trainer", given, **{name: TRAINER[name] for name in given})
-    check_partners(class_of(config.get("model")), class_of(config.get("data")))
+    check_partners(class_path_of(config.get("model")), class_path_of(config.get("data")))
 
 
-def class_of(part: Any) -> str:
+def class_path_of(part: Any) -> str:
     """Class path of a part of a config; empty if it has none."""
     return str(part.get("class_path") or "") if part else ""
 
