@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from trunkline.contract import DataFacts
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader
 from trunkline.datamodules.token_batches import TokenBatches
+from trunkline.ranges import check_ranges
 
 
 def seed_generators(*parts: int) -> None:
@@ -75,6 +76,8 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
     """
 
     def __post_init__(self) -> None:
+        check_ranges("data", self, batch_size="[1, inf)", eval_batch_size="[1, inf)", num_workers="[0, inf)")
+        check_ranges("data", self, seed="[0, inf)")
         L.LightningDataModule.__init__(self)
         self.datasets: dict[str, Dataset[Any]] = {}
         """Map-style datasets by split (train, val, test), indexed with `SampleKey`s. If a dataset has a method `order`,

@@ -1,13 +1,14 @@
 """Finds files below a folder."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from trunkline import TrunklineError
 
 
 def files_below(folder: str | Path, suffixes: tuple[str, ...], kind: str, field: str) -> list[Path]:
-    """All files below a folder that end with one of the suffixes, sorted; hidden files and folders are left out.
+    """All files below a folder that end with one of the suffixes, sorted, as `walk` finds them.
 
     Args:
         folder: the folder.
@@ -21,10 +22,40 @@ def files_below(folder: str | Path, suffixes: tuple[str, ...], kind: str, field:
     folder, name = Path(folder), field.rpartition(".")[2]
     if not folder.is_dir():
         raise TrunklineError(f"{name}={folder} is not a folder; give one that holds {kind}s", field)
-    files = []
-    for parent, subfolders, names in os.walk(folder, followlinks=True):
-        subfolders[:] = [n for n in subfolders if not n.startswith(".")]
-        files += [Path(parent, n) for n in names if n.lower().endswith(suffixes) and not n.startswith(".")]
+    files = [path for path in walk(folder) if path.name.lower().endswith(suffixes)]
     if not files:
         raise TrunklineError(f"{name}={folder} holds no {kind} file ({' '.join(suffixes)}); give one that does", field)
     return sorted(files)
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """All files below a folder, each real file once: links to folders are followed, but not in circles.
+
+    Hidden files and folders are left out, and so are pipes, devices, and links to a file that stands here itself.
+    """
+    root, known, waiting = folder.resolve(), set(), [folder]
+    while waiting:
+        place = waiting.pop()
+        state = place.stat()
+        if (state.st_dev, state.st_ino) in known:
+            continue
+        known.add((state.st_dev, state.st_ino))
+        links: list[Path] = []  # a folder that stands here itself comes before its links
+        with os.scandir(place) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                path = place / entry.name
+                if entry.name.startswith(".") or not path.exists():  # a link may lead nowhere
+                    continue
+                if entry.is_dir():
+                    (links if entry.is_symlink() else waiting).append(path)
+                elif entry.is_file() and not (entry.is_symlink() and _stands_in(root, path)):
+                    yield path
+        waiting[:0] = links
+
+
+def _stands_in(root: Path, link: Path) -> bool:
+    """Whether the file that a link leads to is found below `root` without the link."""
+    target = link.resolve()
+    if not target.is_relative_to(root) or target.suffix.lower() != link.suffix.lower():
+        return False
+    return not any(part.startswith(".") for part in target.relative_to(root).parts)

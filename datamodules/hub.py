@@ -8,6 +8,7 @@ from typing import Any
 
 from trunkline import TrunklineError
 from trunkline.datamodules.splits import Splits
+from trunkline.names import check_regular, hub_access, looks_like_path
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
@@ -42,7 +43,7 @@ class NamedSource:
         revision: commit or branch of a hub dataset.
 
     Raises:
-        TrunklineError: if the name ends with another split than `split`.
+        TrunklineError: if the name ends with another split than `split`, or if it is that of a pipe or a device.
     """
 
     name: str
@@ -53,6 +54,7 @@ class NamedSource:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        check_regular(self.name, f"data.{self.field}")
         named = split_in_name(self.name)[1]
         if named and self.split not in (None, named):
             raise TrunklineError(
@@ -74,7 +76,12 @@ class NamedSource:
     def is_hub_name(self, suffixes: Sequence[str]) -> bool:
         """Whether the name can be a hub name: it is no existing path, and does not end with one of `suffixes`."""
         path = Path(self.name)
-        return not path.exists() and path.suffix not in suffixes and bool(HUB_NAME.fullmatch(self.hub_name))
+        return (
+            not path.exists()
+            and path.suffix not in suffixes
+            and bool(HUB_NAME.fullmatch(self.hub_name))
+            and not looks_like_path(self.hub_name)
+        )
 
     def refuse_split(self) -> None:
         """Check that no split was given, for a source that is not on the hub.
@@ -102,7 +109,9 @@ class NamedSource:
         try:
             import datasets
 
-            data = datasets.load_dataset(name, self.hub_config, split=split, revision=self.revision, streaming=True)
+            with hub_access():
+                options = {"split": split, "revision": self.revision, "streaming": True}
+                data = datasets.load_dataset(name, self.hub_config, **options)
             features = getattr(data, "features", None) or {}
             for number, row in enumerate(data):
                 place = f"{name} ({split}), row {number}"

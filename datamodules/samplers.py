@@ -1,5 +1,6 @@
 """The order of samples: a pure function of (seed, epoch), resumable at any batch on any number of processes."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from trunkline import TrunklineError
 from trunkline.datamodules.token_batches import TokenBatches
 
+LOST_WORKER = re.compile(r"DataLoader worker \(pid.*\) (exited unexpectedly|is killed by signal)")
 FIELD_NOTE = "field: "
 """Prefix of the note on a worker's error that names the field at fault."""
 
@@ -181,9 +183,20 @@ class ResumableLoader(DataLoader[Any]):
 
 @contextmanager
 def plain_errors(num_workers: int) -> Iterator[None]:
-    """Raise a worker's `TrunklineError` as the dataset raised it: torch replaces its message by the traceback."""
+    """Raise a worker's `TrunklineError` as the dataset raised it: torch replaces its message by the traceback.
+
+    Raises:
+        TrunklineError: also if a worker was killed.
+    """
     try:
         yield
+    except RuntimeError as error:
+        if not LOST_WORKER.search(str(error)):
+            raise
+        raise TrunklineError(
+            "a process that loads data was killed, most likely because memory ran out; lower num_workers or batch_size",
+            "data.num_workers",
+        ) from error
     except TrunklineError as error:
         if not num_workers:
             raise

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trunkline import TrunklineError
+from trunkline.names import check_regular
 
 PIECE = 1 << 16
 """Bytes of a text file that are read at once."""
@@ -102,8 +103,9 @@ def opened(file: Path) -> Any:
     """Open a file as a stream of bytes, unpacked if it is a .gz file.
 
     Raises:
-        TrunklineError: if it cannot be opened.
+        TrunklineError: if it cannot be opened, or is no regular file.
     """
+    check_regular(file)
     try:
         return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
     except OSError as error:
@@ -162,17 +164,34 @@ def json_object(file: Path, number: int, line: bytes) -> dict[str, Any]:
     return cells
 
 
+EXTRA: Any = object()
+"""Key of the cells of a CSV row that have no column."""
+LACKING: Any = object()
+"""Value of the columns for which a CSV row has no cell."""
+
+
 def read_csv(file: Path, column: str | None = None) -> PlacedRows:
     """The rows of a CSV file; `read_table` says more."""
     csv.field_size_limit(LONGEST_LINE)
     opened(file).close()
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        table = csv.DictReader(stream)
+        table = csv.DictReader(stream, restkey=EXTRA, restval=LACKING, strict=True)
         try:
+            names = table.fieldnames or []
+            double = next((name for name in names if names.count(name) > 1), None)
+            if double is not None:
+                raise TrunklineError(f"{file} has two columns named '{double}'; rename or remove one of them")
             if column is not None and column not in (table.fieldnames or []):
                 raise no_column(file, column, table.fieldnames or [])
             for cells in table:
-                yield f"{file}:{table.line_num}", cells
+                place = f"{file}:{table.line_num}"
+                count = len(names) + len(cells.get(EXTRA, ())) - sum(cell is LACKING for cell in cells.values())
+                if count != len(names):
+                    raise TrunklineError(
+                        f"{place} has {count} cell{'' if count == 1 else 's'}, but the header names {len(names)}; put "
+                        "texts that hold commas between quotes, or complete the row"
+                    )
+                yield place, cells
         except UnicodeDecodeError as error:
             raise broken_text(file) from error
         except csv.Error as error:

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.files import load_checkpoint
+from trunkline.names import check_regular, hub_access, looks_like_path
 from trunkline.run_folders import find_checkpoint
 
 # A forked process (a loader's worker) does not have the threads of the library and would wait for them for ever.
@@ -27,6 +28,8 @@ END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<|unk|>"
 END_TOKENS = (END_OF_TEXT, "[SEP]", "</s>", "<eos>")
 """Names of the token that ends a document; the first one that a tokenizer has is used."""
 DEFAULT_VOCAB_SIZE = 8192
+LARGEST_TOKENIZER = 100_000_000
+"""Bytes of a tokenizer.json; reading a larger one takes minutes, and the largest of well-known models has 35 MB."""
 TRAINING_BYTES = 100_000_000
 """Bytes of text that BPE and WordPiece learn from, at most: more text changes little and takes memory."""
 WORD = re.compile(r"(?s:.)[^ ]*(?: (?!\S)[^ ]*)*")
@@ -279,8 +282,15 @@ def load_tokenizer(name: str, field: str = "data.tokenizer") -> Tokenizer:
     path = find_checkpoint(name, field, other="tokenizer.json")
     if path.is_dir():
         path /= "tokenizer.json"
-    if not path.exists() and (path.suffix in (".json", ".ckpt") or name.startswith((".", "/", "~"))):
+    check_regular(path, field)
+    if not path.exists() and (looks_like_path(name) or path.name == "tokenizer.json"):
         raise TrunklineError(f"{given}={name}: there is no file {path}; fix the path", field)
+    if path.suffix != ".ckpt" and path.exists() and path.stat().st_size > LARGEST_TOKENIZER:
+        raise TrunklineError(
+            f"{given}={name} has {path.stat().st_size / 1e6:,.0f} MB, but even a tokenizer of a million tokens has "
+            f"less than {LARGEST_TOKENIZER / 1e6:.0f} MB; give another file",
+            field,
+        )
     try:
         if path.suffix == ".ckpt":
             content = load_checkpoint(path, mmap=True, field=field)
@@ -291,7 +301,7 @@ def load_tokenizer(name: str, field: str = "data.tokenizer") -> Tokenizer:
                 )
             tokenizer = Tokenizer.from_str(text)
         else:
-            tokenizer = Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(name)
+            tokenizer = Tokenizer.from_file(str(path)) if path.exists() else tokenizer_of_hub(name)
     except TrunklineError:
         raise
     except Exception as error:  # the library raises bare `Exception`s
@@ -305,6 +315,12 @@ def load_tokenizer(name: str, field: str = "data.tokenizer") -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def tokenizer_of_hub(name: str) -> Tokenizer:
+    """The tokenizer of a hub model; raises what the libraries raise."""
+    with hub_access():
+        return Tokenizer.from_pretrained(name)
 
 
 def tokenizer_of_checkpoint(content: Any, role: str = "tokenizer") -> str | None:

@@ -12,7 +12,7 @@ from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 from trunkline import TrunklineError, __version__
-from trunkline.pipelines.errors import options_given, own_error, report
+from trunkline.pipelines.errors import from_outside, options_given, own_error, report
 from trunkline.pipelines.objectives import import_class
 from trunkline.pipelines.quick_imports import import_torchmetrics
 
@@ -58,12 +58,14 @@ FUNCTIONS = {
 
 POSITIONAL = {"fill-mask": "--sentence", "search": "--query", "transcribe": "--audio", "translate": "--text"}
 """Flag of each command whose value may follow the command without the flag."""
-SEVERAL = ("transcribe", "translate")
+DEFECT = "If no code of your own is at fault, this is a defect of Trunkline: please report it with these lines."
+"""The line below the traceback of an error that is not about the input."""
+SEVERAL = ("fill-mask", "transcribe", "translate")
 """Commands of which several values may follow."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Bad input prints one message and exits with code 2."""
+    """Entry point. Bad input prints one message and exits with code 2; only a defect of ours prints a traceback."""
     if arguments is None:
         # At its end Python looks for cycles among all objects of all libraries, which would take a second or two.
         atexit.register(gc.freeze)
@@ -91,8 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
-        own = own_error(error)
+        own = own_error(error) or from_outside(error)
         if own is None:
+            error.add_note(DEFECT)
             raise
         report(own, options)
         raise SystemExit(2) from None

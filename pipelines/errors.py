@@ -1,5 +1,6 @@
 """Prints an error for the user: the message, and the flag or the line of a config that caused it."""
 
+import errno
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Collection, Iterator
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,30 @@ def own_error(error: BaseException | None) -> TrunklineError | None:
     while error is not None and not isinstance(error, TrunklineError):
         error = error.__cause__
     return error
+
+
+NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|bad_alloc|Storage size calculation overf"
+)
+
+
+def from_outside(error: BaseException) -> TrunklineError | None:
+    """A message for an error that is no defect of ours although a library raised it; None for any other error."""
+    reason = " ".join(str(error).split())
+    name = type(error).__name__
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or NO_MEMORY.search(reason):
+        asked = f" ({found[0]})" if (found := re.search(r"[Tt]ried to allocate [\d,.]+ \w+", reason)) else ""
+        return TrunklineError(
+            f"there is not enough memory{asked}; make the network (dim, depth), its inputs or batch_size smaller"
+        )
+    if name == "MisconfigurationException":  # Lightning's word for asking too much
+        return TrunklineError(reason)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        place = f" {error.filename}" if error.filename else ""
+        return TrunklineError(f"cannot use{place}: {error.strerror}; free some space, or mend its permissions")
+    if reason.startswith("Early stopping conditioned on metric"):
+        return TrunklineError(reason)
+    return None
 
 
 def report(error: TrunklineError, options: Collection[str] | None = None) -> None:
@@ -53,18 +79,22 @@ def place_of(field: str, options: Collection[str] | None = None) -> str | None:
     If it was not given at all, the flag that would set it; None if the command has no such flag.
 
     Args:
-        field: as in `TrunklineError`.
+        field: as in `TrunklineError`; a * stands for any parts of the name.
         options: as in `report`.
     """
     name = plain(field)
-    ends = [name] if options is None else list(tails(name))
-    given = [flag for flag, _ in flags() if plain(flag) in ends]
-    if given:
-        return f"--{plain(given[-1])}"
+    ends = [name] if "*" in name else list(tails(name))
+    given = [plain(flag) for flag, _ in flags()]
+    for end in ends:
+        found = [flag for flag in given if fnmatchcase(flag, end)]
+        if found:
+            return f"--{found[-1]}"
     for config in reversed(config_files()):
-        lines = [entry.line for entry in read_entries(config) if entry.key == name]
+        lines = [entry.line for entry in read_entries(config) if fnmatchcase(entry.key, name)]
         if lines:
             return f"{config}, line {lines[-1]}"
+    if "*" in name:
+        return None
     if options is None:
         return f"--{name}"
     return next((f"--{end}" for end in ends if end in options), None)

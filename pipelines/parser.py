@@ -89,6 +89,12 @@ def explain(message: str, names: Collection[str]) -> str:
     unknown = re.search(r"Option '(\S+)' is not|not accept option '(\S+)'|unrecognized arguments: ([^\s=]+)", message)
     if unknown:
         return explain_option(next(group for group in unknown.groups() if group).lstrip("-"), names)
+    other = re.search(r"Subclasses are disabled for (\w+), thus '(?:\w+\.)*(\w+)' is not accepted", message)
+    if other:
+        return (
+            f"the recipe's network is a {other[2].removesuffix('Config')}, but this model needs a "
+            f"{other[1].removesuffix('Config')}; start from a recipe of this model"
+        )
     path = re.search(r"import path string: (\S+)|given class_path '(\S+)'", message)
     if path:
         return explain_class(path[1] or path[2])
@@ -103,8 +109,10 @@ def explain(message: str, names: Collection[str]) -> str:
         return f"{subject} must be {kinds}, not '{wrong[4]}'"
     if "are required: fit.data" in message:
         return "trunkline fit needs a recipe, such as --config vit/digits"
-    if "are required: data" in message:
+    if message.endswith("are required: data"):
         return "there is no data; say which, such as --data.source openmoji"
+    if lacking := re.search(r"following arguments are required: (.+)", message):
+        return f"this command needs {' and '.join(f'--{name}' for name in lacking[1].split(', '))}"
     return message
 
 

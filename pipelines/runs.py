@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -50,6 +51,21 @@ def claim_run(stack: ExitStack, root: Path, recipe: str, resume: str | None) -> 
             os.environ.pop(RUN, None)
             continue
         return folder, checkpoint, faults
+
+
+def holds_nothing(folder: Path) -> bool:
+    """Whether a run's folder has no files but those that hold it."""
+    return {file.name for file in folder.iterdir()} <= {LOCK, HOLDER} if folder.is_dir() else True
+
+
+def remove_run(folder: Path, root: Path) -> None:
+    """Remove the folder of a run that failed before its first step, and parents below `root` that hold nothing else."""
+    if not is_first_process() or next(folder.rglob("*.ckpt"), None):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in takewhile(lambda parent: parent.is_relative_to(root), folder.parents):
+        with suppress(OSError):  # it holds other runs
+            parent.rmdir()
 
 
 def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path | None, list[str]]:

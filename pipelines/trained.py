@@ -15,7 +15,7 @@ from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.tokenizers import load_tokenizer, size_of, tokenizer_of_checkpoint
 from trunkline.files import check_parts, load_checkpoint
 from trunkline.modules.networks import Network
-from trunkline.modules.networks.base import network_of
+from trunkline.modules.networks.base import network_of, refuse_nan
 from trunkline.pipelines.objectives import KINDS, Kind, able, known_class, short
 from trunkline.run_folders import find_checkpoint
 
@@ -151,6 +151,7 @@ class Trained:
         arguments = {name: None if name.startswith("init_") else value for name, value in given.items()}
         model = self._class("objective", TrunklineModule)(**arguments)
         model.load_state_dict(self.content["state_dict"])
+        refuse_nan(model, self.file)
         return model
 
     @property

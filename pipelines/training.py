@@ -34,7 +34,8 @@ from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files, flags
 from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
-from trunkline.pipelines.runs import claim_run, forgotten_run, newest_config, unused_config
+from trunkline.pipelines.run_checks import KnownMetrics, check_run, check_seed, trainer_error
+from trunkline.pipelines.runs import claim_run, forgotten_run, holds_nothing, newest_config, remove_run, unused_config
 from trunkline.pipelines.sizes import with_stated, write_sizes
 from trunkline.run_folders import find_checkpoint, read_lazily, step_in
 
@@ -70,6 +71,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, arguments: list[str], recipe: str | None) -> None:
         self.recipe, self.run_dir = recipe, Path()
         self.checkpoint: Path | None = None
+        self.is_new_run = False
         self.claims = ExitStack()
         self.placed: list[Any] = []
         make_save_dir_optional()
@@ -131,9 +133,15 @@ class TrainingCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let a checkpoint's hyperparameters override the flags."""
 
+    def _set_seed(self) -> None:
+        """Refuse what is no seed before Lightning sets it."""
+        check_seed(self._get(self.config, "seed_everything"))
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
-        """Choose the run's folder; for an evaluation, check the checkpoint."""
+        """Check what is declared elsewhere and choose the run's folder; for an evaluation, check the checkpoint."""
         config = self.config[self.subcommand]
+        check_run(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         if self.subcommand != "fit":
@@ -144,6 +152,7 @@ class TrainingCLI(LightningCLI):
         config.name = config.name or self.recipe or "run"
         root = Path(config.run_dir)
         self.run_dir, self.checkpoint, faults = claim_run(self.claims, root, config.name, config.resume)
+        self.is_new_run = holds_nothing(self.run_dir)
         if self.checkpoint:
             content = read_lazily(self.checkpoint) or load_checkpoint(self.checkpoint)  # which says what is wrong
             check_parts(content, self.checkpoint, RESUMED)
@@ -174,7 +183,7 @@ class TrainingCLI(LightningCLI):
         switches = {"enable_checkpointing": (ModelCheckpoint, LastCheckpoint), "enable_progress_bar": (ProgressBar,)}
         off = [kind for switch, kinds in switches.items() if trainer.get(switch) is False for kind in kinds]
         if self.subcommand == "fit":
-            kwargs["callbacks"] = without(callbacks, *off)
+            kwargs["callbacks"] = [*without(callbacks, *off), KnownMetrics()]
             for callback in kwargs["callbacks"]:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # otherwise a logger's choice
                     callback.dirpath = str(self.run_dir / "checkpoints")
@@ -189,8 +198,8 @@ class TrainingCLI(LightningCLI):
             kwargs["callbacks"] = without(callbacks, ModelCheckpoint, WeightAveraging, *off)
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError) as error:
-            raise TrunklineError(f"--trainer: {error}") from error
+        except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
+            raise trainer_error(error, "trainer.") from error
 
     def after_instantiate_classes(self) -> None:
         """Compile the network in place, which keeps the names of the weights."""
@@ -199,7 +208,12 @@ class TrainingCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train, test, and print the results and where they are."""
-        self.trainer.fit(**kwargs, ckpt_path=self.checkpoint, weights_only=True)
+        try:
+            self.trainer.fit(**kwargs, ckpt_path=self.checkpoint, weights_only=True)
+        except BaseException:
+            if self.is_new_run and self.trainer.global_step == 0:
+                remove_run(self.run_dir, Path(self._get(self.config, "run_dir")))
+            raise
         metrics: dict[str, Any] = {k: v for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         test_with = self._get(self.config, "test_with")
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from trunkline.modules.generation.sampling import generate
 from trunkline.modules.networks import EncoderDecoder
 from trunkline.pipelines.generating import NumberFormat, prepared
 from trunkline.pipelines.trained import Trained
+from trunkline.ranges import check_ranges
 
 
 class Translator(NamedTuple):
@@ -132,10 +133,10 @@ def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return tokens, torch.arange(width, device=device) < lengths[:, None]
 
 
-def check_batch(batch_size: int) -> None:
-    """Refuse a batch without rows."""
-    if batch_size < 1:
-        raise TrunklineError(f"batch_size must be at least 1, not {batch_size}", "batch_size")
+def check_batch(batch_size: int, num_workers: int = 0) -> None:
+    """Refuse a batch without rows, and fewer than no processes that read."""
+    given = {"batch_size": batch_size, "num_workers": num_workers}
+    check_ranges("", given, batch_size="[1, inf)", num_workers="[0, inf)")
 
 
 def generation_of(trained: Trained, longest: int, **given: Any) -> GenerationConfig:

@@ -31,8 +31,15 @@ def strangers(folder: str, allowed: set[str]) -> list[str]:
     return [f"{file}: {name}" for file, name in sorted(names) if not f"{name}.".startswith(prefixes)]
 
 
-LIBRARIES = {*sys.stdlib_module_names, "torch", "safetensors", "huggingface_hub", "trunkline.TrunklineError"}
-FLOOR_1 = LIBRARIES | {"trunkline.modules.backbone"}
+LIBRARIES = {
+    *sys.stdlib_module_names,
+    "torch",
+    "safetensors",
+    "huggingface_hub",
+    "trunkline.TrunklineError",
+    "trunkline.ranges",
+}
+FLOOR_1 = LIBRARIES | {"trunkline.modules.backbone", "trunkline.names", "trunkline.ranges"}
 FLOOR_2 = FLOOR_1 | {f"trunkline.{name}" for name in ("contract", "files", "modules.networks", "modules.generation")}
 PURE = ("modules/networks", "modules/generation", "modules/losses.py", "modules/training/optim.py")
 MEASURES = FLOOR_2 | {"torchmetrics", "sacrebleu", "numpy", "sklearn", "trunkline.modules.metrics"}

@@ -21,6 +21,7 @@ from trunkline.datamodules.hub import NamedSource
 from trunkline.datamodules.images.image_sources import SPLIT_NAMES
 from trunkline.datamodules.tables import read_table
 from trunkline.datamodules.text_tasks.task_text import Row
+from trunkline.names import hub_access
 
 SPOKEN_DIGITS = "spoken_digits"
 MANIFESTS = (".jsonl", ".json", ".csv", ".gz")
@@ -188,7 +189,8 @@ def hub_table(source: NamedSource) -> Any:
 
     options = {"split": source.hub_split, "revision": source.revision}
     missing = "there is no such file or folder here, and as a hub name: "
-    return loaded(source, missing, partial(datasets.load_dataset, source.hub_name, source.hub_config, **options))
+    with hub_access():
+        return loaded(source, missing, partial(datasets.load_dataset, source.hub_name, source.hub_config, **options))
 
 
 def local_table(source: NamedSource) -> Any:

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trunkline import TrunklineError
 from trunkline.datamodules.folders import files_below
+from trunkline.names import check_regular, hub_access, looks_like_path
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")
@@ -178,6 +179,13 @@ def load_image_table(
         return load_digits_table()
     chosen = choose_splits(open_tables(source, split_names, cache_dir, hub_config, revision), source, split_names)
     if isinstance(chosen["train"], Path):
+        for field, column, usual in (("image_column", image_column, "image"), ("label_column", label_column, "label")):
+            if column != usual:
+                raise TrunklineError(
+                    f"{field}={column} is of no use: {source} is a folder of pictures, whose sub-folders are the "
+                    "classes; leave it out",
+                    f"data.{field}",
+                )
         return _read_folders(chosen)
     return _read_tables(chosen, source, image_column, label_column)
 
@@ -239,6 +247,13 @@ def open_tables(
 
     datasets.disable_progress_bars()
     path = Path(source)
+    check_regular(path, "data.source")
+    if not path.exists() and looks_like_path(source):
+        raise TrunklineError(
+            f"cannot read source={source}: there is no such file or folder here; give {offline}, a local path that "
+            "holds images or tables, or a hub name (`owner/name`)",
+            "data.source",
+        )
     literal = glob.escape(source)  # `datasets` reads a path as a pattern
     try:
         if (path / "dataset_dict.json").exists():
@@ -255,7 +270,8 @@ def open_tables(
             return {f.name: f for f in _subfolders(path) if f.name in known} or {"train": path}
         if path.exists():
             raise TrunklineError(f"{source} is not a folder, or a Parquet (.parquet) or Arrow (.arrow) file")
-        return dict(datasets.load_dataset(source, hub_config, revision=revision, cache_dir=cache_dir))
+        with hub_access():
+            return dict(datasets.load_dataset(source, hub_config, revision=revision, cache_dir=cache_dir))
     except TrunklineError:
         raise
     except Exception as error:  # `datasets` raises many kinds for missing, broken and unreachable data

@@ -1,5 +1,6 @@
 """How a picture becomes a network's input: augmentation in training, resizing and normalising."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +18,25 @@ from trunkline.contract import DataFacts
 from trunkline.datamodules.base import preserved_generators, seed_generators
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.skipping import Skipped
+from trunkline.ranges import check_ranges, check_rising
 
 Transform = Callable[[Any], Tensor]
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
+
+
+POLICY_PART = re.compile(r"(m|n|w|p|d|b|inc|mstd|mmax)\d[\d.]*|mstdinf|t\w*")
+"""A setting in timm's policy strings."""
+AUGMENTATION = "data.augmentation"
+"""Where a recipe has the augmentation, for messages."""
 
 
 @dataclass
 class Augmentation:
-    """Random changes to a training image, in this order; by default only the random crop is on."""
+    """Random changes to a training image, in this order; by default only the random crop is on.
+
+    Raises:
+        TrunklineError: if a value is out of its range.
+    """
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the area that a random crop ("Inception crop") keeps; (1, 1) resizes the whole
@@ -47,6 +60,37 @@ class Augmentation:
     erasing: float = 0.0
     """Probability of erasing a random rectangle (arXiv:1708.04896), after normalisation."""
 
+    def __post_init__(self) -> None:
+        shares = dict.fromkeys(("hflip", "translate", "fill", "colour", "erasing"), "[0, 1]")
+        check_ranges(AUGMENTATION, self, crop_scale="(0, 1]", crop_ratio="(0, inf)", **shares)
+        check_ranges(AUGMENTATION, self, rotate="[0, 180]", zoom="[0, 1)")
+        check_rising(AUGMENTATION, self, "crop_scale", "crop_ratio")
+        if self.rand_augment is not None:
+            check_policy(self.rand_augment)
+
+
+def check_policy(policy: str) -> None:
+    """Check that timm knows a policy of RandAugment, AugMix or AutoAugment.
+
+    Raises:
+        TrunklineError: if not.
+    """
+    from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+
+    kind = policy.partition("-")[0]
+    known = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    unread = [part for part in policy.split("-")[1:] if kind in known and not POLICY_PART.fullmatch(part)]
+    try:
+        known.get(kind, auto_augment_transform)(policy, {})
+        if unread:  # timm passes over what it does not know
+            raise ValueError(f"'{unread[0]}' is no setting")
+    except Exception as error:  # a policy is read with assertions, conversions to numbers and look-ups in tables
+        reason = f": {error}" if str(error) else ""
+        raise TrunklineError(
+            f"rand_augment={policy} is no policy that timm knows{reason}; give one such as rand-m9-mstd0.5",
+            f"{AUGMENTATION}.rand_augment",
+        ) from error
+
 
 @dataclass
 class Preprocessing:
@@ -55,7 +99,7 @@ class Preprocessing:
     `mean` and `std` have one value for each channel, or one value for all channels.
 
     Raises:
-        TrunklineError: if `channels` is not 1 or 3, or if `mean` or `std` has a wrong number of values.
+        TrunklineError: if a value is out of its range, or if `mean` or `std` has a wrong number of values.
     """
 
     image_size: int | tuple[int, int]
@@ -66,6 +110,11 @@ class Preprocessing:
     crop_pct: float
 
     def __post_init__(self) -> None:
+        check_ranges("data", self, image_size="[1, inf)", std="(0, inf)", crop_pct="(0, 1]")
+        if self.interpolation not in INTERPOLATIONS:
+            raise TrunklineError(
+                f"interpolation={self.interpolation} is none of {', '.join(INTERPOLATIONS)}", field="data.interpolation"
+            )
         if self.channels not in (1, 3):
             raise TrunklineError(f"channels must be 1 (grey) or 3 (RGB), not {self.channels}", field="data.channels")
         for name, values in (("mean", self.mean), ("std", self.std)):

@@ -25,6 +25,7 @@ from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI, EmojiP
 from trunkline.datamodules.pairs.tar_shards import TarPairs
 from trunkline.datamodules.tables import kind, read_table
 from trunkline.files import file_state
+from trunkline.names import check_regular
 
 LISTS = (".jsonl", ".csv", ".jsonl.gz")
 """Suffixes of tables that list paths of images with captions."""
@@ -218,6 +219,7 @@ def local_files(source: str) -> tuple[Path, list[Path]]:
         TrunklineError: if there is no such file, or no file that matches the pattern.
     """
     path = Path(source)
+    check_regular(path, "data.source")
     if path.is_dir():
         kinds = (".tar", ".parquet", ".arrow", *LISTS)
         files = sorted(f for f in path.rglob("*") if f.name.endswith(kinds) and not f.name.startswith("."))

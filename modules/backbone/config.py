@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trunkline import TrunklineError
+from trunkline.ranges import check_ranges
 
 MLPKind = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2", "swiglu", "geglu"]
 GATED = ("swiglu", "geglu")
@@ -62,12 +63,9 @@ class TransformerConfig:
     """Factor of the attention scores (T5: 1, muP: 1 / E); None means 1 / sqrt(E)."""
 
     def __post_init__(self) -> None:
-        if min(self.dim, self.depth, self.num_heads, self.kv_heads, self.head_dim or 1) < 1:
-            raise TrunklineError("dim, depth, num_heads, num_kv_heads and head_dim must each be at least 1")
-        if not (0 <= self.dropout < 1 and 0 <= self.drop_path < 1):
-            raise TrunklineError(
-                f"dropout={self.dropout} and drop_path={self.drop_path} are probabilities: at least 0, below 1"
-            )
+        sizes = dict.fromkeys(("dim", "depth", "num_heads", "num_kv_heads", "mlp_dim", "head_dim"), "[1, inf)")
+        check_ranges("model.network.*", self, **sizes, dropout="[0, 1)", drop_path="[0, 1)")
+        check_ranges("model.network.*", self, norm_eps="[0, inf)", rope_theta="(0, inf)", attn_scale="(-inf, inf)")
         if self.head_dim is None and self.dim % self.num_heads:
             fits = [h for h in range(1, self.dim + 1) if self.dim % h == 0]
             raise TrunklineError(

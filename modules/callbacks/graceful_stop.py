@@ -31,6 +31,16 @@ def save_last(trainer: L.Trainer) -> Path:
     return path
 
 
+def between_steps(trainer: L.Trainer) -> bool:
+    """Whether a single process has finished a step of training and not begun another.
+
+    Other processes may have begun one, and would wait for ever in the saving.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    finished = trainer.global_step > 0 and progress.ready == progress.completed
+    return trainer.training and trainer.world_size == 1 and finished and not accumulates(trainer)
+
+
 class Stopped(SystemExit):
     """A signal has ended training, after the last step was saved.
 
@@ -96,4 +106,13 @@ class GracefulStop(Callback):
         self._stop_listening()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save the last step if the error came between two steps, such as from a file that cannot be read."""
         self._stop_listening()
+        if not isinstance(exception, Exception) or not between_steps(trainer):
+            return
+        try:
+            path = save_last(trainer)
+        except Exception as error:  # such as a full disk; the first error is the one to report
+            rank_zero_info(f"the last step cannot be saved: {error}")
+        else:
+            rank_zero_info(f"stopped after step {trainer.global_step}; saved {path}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
+from trunkline.ranges import check_ranges
 
 
 @runtime_checkable
@@ -88,25 +89,20 @@ class GenerationConfig:
     """Seed of sampling; the random numbers of row b depend only on (seed, b), not on other rows."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams", "top_k", "no_repeat_ngram"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TrunklineError(f"{name} must be at least 1, not {value}" + _OFF.get(name, ""))
-        for name, low in (("top_p", 0.0), ("min_p", -1e-12)):
-            value = getattr(self, name)
-            if value is not None and not low < value <= 1:
-                above = "above 0" if low == 0 else "at least 0"
-                raise TrunklineError(f"{name} must be {above} and at most 1, not {value}" + _OFF[name])
-        if self.first_token is not None and self.first_token < 0:
-            raise TrunklineError(
-                f"first_token must be a token id, 0 or more, not {self.first_token}; leave it out to choose it freely"
-            )
-        if not 0 <= self.temperature < math.inf:
-            raise TrunklineError(f"temperature must be at least 0, not {self.temperature}; 0 is greedy")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise TrunklineError(f"repetition_penalty must be above 0, not {self.repetition_penalty}; 1 is none")
-        if not math.isfinite(self.length_penalty):
-            raise TrunklineError(f"length_penalty must be a finite number, not {self.length_penalty}; 1 is the mean")
+        check_ranges(
+            "model.generation",
+            self,
+            max_new_tokens="[1, inf)",
+            num_beams="[1, inf)",
+            top_k="[1, inf); leave it out to take all tokens",
+            no_repeat_ngram="[1, inf); leave it out to allow repetitions",
+            top_p="(0, 1]; leave it out to take all tokens",
+            min_p="[0, 1]; leave it out to take all tokens",
+            first_token="[0, inf); leave it out to choose it freely",
+            temperature="[0, inf); 0 is greedy",
+            repetition_penalty="(0, inf); 1 is none",
+            length_penalty="[-10, 10]; 1 is the mean",
+        )
         if not 0 <= self.seed < 2**63:
             raise TrunklineError(f"seed must be at least 0 and below 2 ** 63, not {self.seed}")
         drawn = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
@@ -116,12 +112,6 @@ class GenerationConfig:
                 f"num_beams={self.num_beams} is beam search, which does not sample: leave out {' and '.join(drawn)}, "
                 "or set num_beams=1"
             )
-
-
-_OFF = {
-    **dict.fromkeys(("top_k", "top_p", "min_p"), "; leave it out to take all tokens"),
-    "no_repeat_ngram": "; leave it out to allow repetitions",
-}
 
 
 class Window:

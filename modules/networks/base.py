@@ -11,6 +11,7 @@ from torch import nn
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer, TransformerConfig
+from trunkline.names import hub_access, looks_like_path
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -72,6 +73,24 @@ def trunk_for(config: TransformerConfig, trunk: Transformer | None, name: str = 
     return trunk
 
 
+def refuse_nan(network: nn.Module, source: str | Path) -> None:
+    """Check that all weights are finite numbers: others give results that look like real ones.
+
+    Args:
+        network: a network whose weights were just read.
+        source: where they were read from, for the message.
+
+    Raises:
+        TrunklineError: if one is not; names the first.
+    """
+    wrong = next((name for name, weight in network.named_parameters() if not weight.isfinite().all()), None)
+    if wrong is not None:
+        raise TrunklineError(
+            f"the weights in {source} are not finite, first in {wrong}: its training has diverged; take an earlier "
+            "checkpoint"
+        )
+
+
 class Network(nn.Module):
     """A plain torch network that can be rebuilt from its configuration, and that is saved as two standard files.
 
@@ -129,6 +148,7 @@ class Network(nn.Module):
                 )
             network = cls(config_from_dict(cls.config_class, content))
             load_model(network, str(folder / WEIGHTS_FILE))
+            refuse_nan(network, folder)
         except (OSError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
             raise TrunklineError(
                 f"cannot load a {cls.__name__} from {folder}: {error}; the folder needs the "
@@ -189,6 +209,7 @@ def network_of(network_class: type[NetworkT], content: Mapping[str, Any], path: 
     except RuntimeError as error:
         first = str(error).split("\n")[1:2] or [str(error)]
         raise TrunklineError(f"the weights in {path} do not fit its configuration: {first[0].strip()}") from error
+    refuse_nan(network, path)
     return network
 
 
@@ -200,9 +221,12 @@ def pretrained_folder(source: str | Path) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
+    if looks_like_path(str(source)):
+        raise TrunklineError(f"'{source}' is no folder; fix the path, or give the name of a hub repository")
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        with hub_access():
+            return Path(snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except Exception as error:  # the hub's client raises many kinds, offline or for a bad name
         raise TrunklineError(f"'{source}' is no folder, and the hub gave no such repository: {error}") from error

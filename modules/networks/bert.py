@@ -12,6 +12,7 @@ from trunkline.modules.backbone import Transformer, TransformerConfig, Transform
 from trunkline.modules.backbone.attention import Keep, make_norm
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import Network, trunk_for
+from trunkline.ranges import check_ranges
 
 
 def bert_trunk() -> TransformerConfig:
@@ -43,6 +44,7 @@ class BERTConfig:
     """The trunk."""
 
     def __post_init__(self) -> None:
+        check_ranges("model.network*", self, vocab_size="[1, inf)", max_length="[1, inf)", num_segments="[0, inf)")
         if self.backbone.causal:
             raise TrunklineError(
                 "the trunk of a BERT cannot be causal, because tokens see both sides; leave causal out, or train a GPT"

@@ -16,6 +16,7 @@ from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import trunk_for
 from trunkline.modules.networks.conditional import ConditionalNetwork, check_length, check_widths
 from trunkline.modules.networks.positions import RelativeBias, absolute_positions, real_positions
+from trunkline.ranges import check_ranges
 
 
 def transformer_base() -> TransformerConfig:
@@ -72,6 +73,8 @@ class EncoderDecoderConfig:
     """Trunk over the target; `causal` and `cross_attention` are always set to true."""
 
     def __post_init__(self) -> None:
+        names = ("vocab_size", "target_vocab_size", "max_length", "max_target_length")
+        check_ranges("model.network", self, **dict.fromkeys(names, "[1, inf)"))
         self.encoder = replace(self.encoder, causal=False, cross_attention=False)
         self.decoder = replace(self.decoder, causal=True, cross_attention=True)
         check_widths(self.encoder, self.decoder)

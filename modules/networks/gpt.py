@@ -12,6 +12,7 @@ from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, 
 from trunkline.modules.backbone.attention import Keep
 from trunkline.modules.backbone.transformer import four_dimensional, restrict
 from trunkline.modules.networks.base import Network, trunk_for
+from trunkline.ranges import check_ranges
 
 
 def gpt2_trunk() -> TransformerConfig:
@@ -35,6 +36,7 @@ class GPTConfig:
     """The trunk; `causal` is always set to true."""
 
     def __post_init__(self) -> None:
+        check_ranges("model.network*", self, vocab_size="[1, inf)", max_length="[1, inf)")
         if not self.backbone.causal:
             self.backbone = replace(self.backbone, causal=True)
 

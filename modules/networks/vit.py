@@ -17,6 +17,7 @@ from trunkline.modules.backbone import (
 from trunkline.modules.backbone.attention import make_norm
 from trunkline.modules.networks.attention_pool import AttentionPool
 from trunkline.modules.networks.base import Network, trunk_for
+from trunkline.ranges import check_ranges
 
 
 @dataclass
@@ -24,7 +25,7 @@ class ViTConfig:
     """Shape of a Vision Transformer; the defaults are ViT-Ti/16 at 224 pixels.
 
     Raises:
-        TrunklineError: for a causal trunk.
+        TrunklineError: for a causal trunk, or a size out of its range.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -47,6 +48,8 @@ class ViTConfig:
     """The trunk."""
 
     def __post_init__(self) -> None:
+        sizes = dict.fromkeys(("patch_size", "in_chans"), "[1, inf)")
+        check_ranges("model.network*", self, **sizes, num_classes="[0, inf)", num_registers="[0, inf)")
         if self.backbone.causal:
             raise TrunklineError(
                 "the trunk of a ViT cannot be causal, because every patch sees every other; leave causal out"

@@ -37,6 +37,7 @@ from trunkline.modules.training.exact_resume import (
 from trunkline.modules.training.flops import counted_flops, training_flops
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze, load_matching
+from trunkline.ranges import check_ranges
 
 DIVERGED = (
     "Lower optimizer.lr, lengthen optimizer.warmup, set trainer.gradient_clip_val to 1, or with 16-mixed precision use "
@@ -86,6 +87,7 @@ class TrunklineModule(L.LightningModule):
         facts: DataFacts | None = None,
     ) -> None:
         super().__init__()
+        check_ranges("model", {"freeze_blocks": freeze_blocks, "seed": seed}, freeze_blocks="[0, inf)", seed="[0, inf)")
         self.optimizer_config: OptimizerConfig = as_config(OptimizerConfig, optimizer)
         self.init_from, self.freeze_blocks, self.seed = init_from, freeze_blocks, seed
         self.beginning = Beginning(facts or DataFacts(), self.read_weights(init_from))

@@ -12,6 +12,7 @@ from trunkline.contract import ImageBatch, Loss
 from trunkline.modules.networks import ViT, ViTConfig
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.objectives.checks import check_loss_options
+from trunkline.ranges import check_ranges
 
 
 class ImageClassifier(TrunklineModule):
@@ -46,6 +47,8 @@ class ImageClassifier(TrunklineModule):
     ) -> None:
         super().__init__(**shared)
         check_loss_options(label_smoothing)
+        mixing = {"mixup": mixup, "cutmix": cutmix, "mix_prob": mix_prob}
+        check_ranges("model", mixing, mixup="[0, inf)", cutmix="[0, inf)", mix_prob="[0, 1]")
         config = self.configured(ViTConfig, network)
         self.keep_hyperparameters(
             network=config, label_smoothing=label_smoothing, mixup=mixup, cutmix=cutmix, mix_prob=mix_prob

@@ -15,6 +15,7 @@ from trunkline.modules.backbone import Transformer
 from trunkline.modules.backbone.attention import Attention
 from trunkline.modules.backbone.transformer import MLP
 from trunkline.modules.networks.base import Network
+from trunkline.ranges import check_ranges
 
 SMALLEST_SCALE = 1e-3
 """Lower limit of the factor of `ScaledAdamW`, so that weights that start at zero can learn."""
@@ -25,7 +26,7 @@ class OptimizerConfig:
     """Optimiser and learning-rate schedule. Every schedule counts optimiser steps, never epochs.
 
     Raises:
-        TrunklineError: if two fields contradict each other; the message names them.
+        TrunklineError: if a value is out of its range, or if two fields contradict each other; the message names them.
     """
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
@@ -56,6 +57,19 @@ class OptimizerConfig:
     Adafactor does (arXiv:1804.04235). `lr` is then relative to the weights; nanoT5 uses 0.02 (arXiv:2309.02373)."""
 
     def __post_init__(self) -> None:
+        check_ranges(
+            "model.optimizer",
+            self,
+            lr="[0, inf)",
+            weight_decay="[0, inf)",
+            betas="[0, 1)",
+            eps="[0, inf)",
+            momentum="[0, 1)",
+            layer_decay="(0, inf)",
+            warmup="[0, inf)",
+            decay_fraction="[0, 1]",
+            final_lr="[0, inf)",
+        )
         if self.rms_scaled and self.name != "adamw":
             raise TrunklineError(
                 f"rms_scaled works only with adamw, not with {self.name}; set name to adamw, or rms_scaled to false",

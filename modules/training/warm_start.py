@@ -103,6 +103,8 @@ class TrainedWeights:
                 own = {kind.__name__: kind for kind in accepted}
                 name_of_class = config.pop("network")
                 kind = own.get(name_of_class) or getattr(networks, name_of_class, None)
+            except TrunklineError as error:
+                raise TrunklineError(f"{argument}={name}: {error}", f"model.{argument}") from error
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 accepted[0].from_pretrained(name)  # says what is wrong
                 raise

@@ -31,6 +31,7 @@ from trunkline.pipelines.benchmarks.text_cases import (
     gpt_eager,
     tokenization,
 )
+from trunkline.ranges import check_ranges
 
 CASES = {
     "vit": vit_eager,
@@ -108,6 +109,7 @@ def benchmark(
             pairs, 1 in generation, 8 with beams.
         output: a JSON file for the results.
     """
+    check_ranges("", {"rounds": rounds, "batch_size": batch_size}, rounds="[1, inf)", batch_size="[1, inf)")
     if output is not None and not Path(output).absolute().parent.is_dir():
         raise TrunklineError(f"--output {output}: there is no folder {Path(output).absolute().parent}; make it first")
     if what in ("all", "svm"):

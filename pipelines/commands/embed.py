@@ -21,6 +21,7 @@ from trunkline.files import atomic_write
 from trunkline.modules.callbacks.retrieval import sprites
 from trunkline.modules.networks import BERT, CLIP, GPT, TextHead, TextHeadConfig, ViT
 from trunkline.modules.networks.clip import unit
+from trunkline.names import check_regular
 from trunkline.pipelines.commands.embed_audio import LISTENERS, embed_audio
 from trunkline.pipelines.commands.output import check_output
 from trunkline.pipelines.devices import find_device
@@ -35,6 +36,7 @@ from trunkline.pipelines.embedding import (
     progress_bar,
 )
 from trunkline.pipelines.trained import Trained, language_model_of
+from trunkline.pipelines.translating import check_batch
 
 PROJECTED = 10_000
 """Largest number of images in the projector: browsers cannot show more."""
@@ -84,6 +86,7 @@ def embed(
         TrunklineError: for a missing file, a text that is too long, or a checkpoint that cannot be used.
     """
     check_output(output, (".parquet",))
+    check_batch(batch_size, num_workers)
     if texts is None and images is None and audio is None:
         raise TrunklineError("there is nothing to embed; give --texts, --images or both, or --audio")
     place, trained = find_device(device), Trained.read(checkpoint, "embed")
@@ -241,6 +244,7 @@ def read_texts(file: Path, column: str) -> list[str]:
     if str(file) == STANDARD:
         rows = [cells[column] for _, cells in read_lines(file, column)]
         return some_texts([row for row in rows if row.strip()], file)
+    check_regular(file, "texts")
     try:
         rows = list(read_column([file], column)) if reader_of(file) else file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -14,7 +14,6 @@ from trunkline.modules.networks import AST, SpeechEncoder, Whisper
 from trunkline.pipelines.recordings import AudioWindows, Windowing, open_recordings
 from trunkline.pipelines.sounds import pooled_states, vectors_of
 from trunkline.pipelines.trained import Trained
-from trunkline.pipelines.translating import check_batch
 
 LISTENERS = (AST, SpeechEncoder, Whisper)
 """Classes of the networks that hear."""
@@ -48,7 +47,6 @@ def embed_audio(
     Raises:
         TrunklineError: if the checkpoint cannot be used, or a recording cannot be read.
     """
-    check_batch(batch_size)
     log_mel, network = trained.log_mel, trained.network.to(device)
     config: Any = network.config
     recordings, paths = open_recordings([audio], "audio", skip_corrupt)

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
 
 from trunkline import TrunklineError
@@ -19,7 +20,9 @@ from trunkline.pipelines.commands.output import check_output
 from trunkline.pipelines.commands.predict_audio import predict_audio
 from trunkline.pipelines.commands.predict_text import Run, conll, predict_texts
 from trunkline.pipelines.objectives import PREDICT_IMAGES, PREDICT_TEXTS
+from trunkline.pipelines.run_checks import trainer_error
 from trunkline.pipelines.trained import Trained
+from trunkline.pipelines.translating import check_batch
 
 
 def predict(
@@ -71,6 +74,7 @@ def predict(
     if threshold is not None and audio is None:
         raise TrunklineError(f"--threshold {threshold:g} is for --audio; leave it out")
     content = table_writer(output)
+    check_batch(batch_size, num_workers)
     trained = Trained.read(checkpoint)
     run = partial(run_batches, batch_size, num_workers, accelerator, precision)
     if content is conll and trained.objective != "TokenClassifier":
@@ -96,14 +100,17 @@ def run_batches(
     keys = [SampleKey(0, n) for n in range(len(dataset))]  # type: ignore[arg-type]
     # Keyword arguments only: Lightning records them to build the loader again, which an earlier error can disturb.
     loader = DataLoader(dataset=dataset, batch_size=batch_size, sampler=keys, num_workers=num_workers)
-    trainer = L.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        precision=precision,
-        logger=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-    )
+    try:
+        trainer = L.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            precision=precision,
+            logger=False,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+        )
+    except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
+        raise trainer_error(error) from error
     with plain_errors(num_workers):
         batches: Any = trainer.predict(model, loader)
     return batches

@@ -17,6 +17,7 @@ from trunkline.datamodules.text_tasks.squad import SquadData, numbered, question
 from trunkline.datamodules.text_tasks.tagged_text import CONLL, TaggedTextData, read_conll
 from trunkline.datamodules.text_tasks.task_text import Row
 from trunkline.modules.metrics.squad import merge_windows
+from trunkline.names import check_regular
 from trunkline.pipelines.objectives import PREDICT_TEXTS
 from trunkline.pipelines.trained import Trained
 
@@ -42,6 +43,8 @@ def predict_texts(trained: Trained, texts: str, columns: dict[str, str | None], 
     if given and task.table is not class_table:
         raise TrunklineError(f"--{next(iter(given))} is for classes of texts, but {trained.file} is of {task.name}")
     file = Path(texts)
+    if texts != STANDARD:
+        check_regular(file, "texts")
     if texts != STANDARD and not file.is_file():
         raise TrunklineError(f"--texts {texts}: there is no such file; fix the path")
     data = data_of(trained, file, given)

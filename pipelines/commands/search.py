@@ -24,6 +24,7 @@ from trunkline.pipelines.embedding import (
     open_pictures,
 )
 from trunkline.pipelines.trained import Trained
+from trunkline.pipelines.translating import check_batch
 
 TILE, COLUMNS = 160, 5
 """Contact sheet: side of a picture in pixels, and pictures per row."""
@@ -63,6 +64,7 @@ def search(
     suffix = check_output(output, tuple(PICTURE_FORMATS))
     if not query.strip():
         raise TrunklineError("--query is empty; say what to look for")
+    check_batch(batch_size, num_workers)
     if count < 1:
         raise TrunklineError(f"--count must be at least 1, not {count}")
     if images is None and embeddings is None:

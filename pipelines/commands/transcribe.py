@@ -73,7 +73,7 @@ def transcribe(
         raise TrunklineError("there is nothing to transcribe; give audio files or folders", "audio")
     if output is not None:
         check_output(output, TRANSCRIPT_SUFFIXES)
-    check_batch(batch_size)
+    check_batch(batch_size, num_workers)
     place, trained = find_device(device), Trained.read(checkpoint, "transcribe")
     options = SpeechOptions(window, num_beams, language_model, lm_weight, length_bonus, timestamps)
     transcriber = transcriber_of(trained, place, dtype, options)

@@ -9,6 +9,7 @@ from trunkline import TrunklineError
 from trunkline.datamodules.tables import STANDARD, read_lines
 from trunkline.files import atomic_write
 from trunkline.modules.generation.decoding import GenerationConfig
+from trunkline.names import check_regular
 from trunkline.pipelines.commands.output import check_folder
 from trunkline.pipelines.devices import find_device
 from trunkline.pipelines.generating import NumberFormat, readers_may_leave, write
@@ -113,6 +114,8 @@ def check_sources(text: list[str] | str | None, texts: str | None, output: str |
     if output is not None:
         check_folder(output)
     if texts is not None:
+        if texts != STANDARD:
+            check_regular(texts, "texts")
         if texts != STANDARD and not Path(texts).is_file():
             raise TrunklineError(f"--texts {texts}: there is no such file; fix the path")
         return (Source(place, cells["text"]) for place, cells in read_lines(Path(texts), "text"))

@@ -116,7 +116,7 @@ def refuse_other_preparation(data: TrunklineDataModule, trained: Mapping[str, An
         trained: fields of the training, which may be repeated.
 
     Raises:
-        TrunklineError: if `data` sets another field that prepares images or texts, or a batch size below 1.
+        TrunklineError: if `data` sets another field that prepares images or texts.
     """
     known, trained = by_name(type(data)), trained or {}
     for name, what in FROM_TRAINING.items():
@@ -129,9 +129,6 @@ def refuse_other_preparation(data: TrunklineDataModule, trained: Mapping[str, An
             raise TrunklineError(
                 f"{place}={given} does not apply: {what} as in the network's training; leave it out", f"data.{place}"
             )
-    for name in ("batch_size", "eval_batch_size"):
-        if getattr(data, name) is not None and getattr(data, name) < 1:
-            raise TrunklineError(f"{name} must be 1 or more, not {getattr(data, name)}", f"data.{name}")
 
 
 def differing(name: str, value: Any, allowed: Sequence[Any]) -> Iterator[tuple[str, Any]]:

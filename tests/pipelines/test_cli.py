@@ -235,8 +235,11 @@ def test_interrupt_and_bugs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     with pytest.raises(SystemExit) as stop:
         run(KeyboardInterrupt())
     assert stop.value.code == 130
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(RuntimeError, match="a bug") as bug:
         run(RuntimeError("a bug"))
+    (note,) = bug.value.__notes__  # Python prints it below the traceback
+    assert "a defect of Trunkline: please report it" in note
+    assert "\n" not in note
     wrapped = ValueError("Does not validate")
     wrapped.__cause__ = TrunklineError("what we said")
     capsys.readouterr()

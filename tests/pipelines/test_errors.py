@@ -1,5 +1,6 @@
 """Which flag or line of a config a message names, and what it says of names that older versions had."""
 
+import errno
 import re
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from trunkline.datamodules import ImageData, ImageTextData
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.pipelines import renamed
 from trunkline.pipelines.cli import main
-from trunkline.pipelines.errors import locate, place_of, read_entries, report
+from trunkline.pipelines.errors import from_outside, locate, place_of, read_entries, report
 from trunkline.pipelines.objectives import objective_classes
 from trunkline.pipelines.parser import dotted
 
@@ -255,3 +256,39 @@ def test_names_of_arguments_that_are_handed_on() -> None:
     assert not {"model.rest", "model.shared", "model.return"} & found
     assert list(dotted(Closed, "model")) == ["model.other"]
     assert set(dotted(objective_classes()[0], "model")) >= {"model.optimizer.lr", "model.network.backbone.dim"}
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), "there is not enough memory; make the network"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 192 bytes. Error code 12"),
+            "there is not enough memory (tried to allocate 192 bytes); make the network",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "a.csv"), "cannot use a.csv: No space left on device; free"),
+        (RuntimeError("Early stopping conditioned on metric `x` which is not available."), "Early stopping"),
+        (RuntimeError("a bug"), None),
+        (KeyError("a bug"), None),
+        (OSError(errno.EINVAL, "Invalid argument"), None),
+    ],
+)
+def test_errors_of_libraries_that_are_no_defects(error: Exception, expected: str | None) -> None:
+    found = from_outside(error)
+    assert (found is None) == (expected is None)
+    assert expected is None or str(found).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "expected"),
+    [
+        ("fit --model.network.image.patch_size 0", "model.network*.patch_size", "--model.network.image.patch_size"),
+        ("fit --model.network.dim 3", "model.network.*.dim", None),
+        ("evaluate --num_beams 0", "model.generation.num_beams", "--num_beams"),
+    ],
+)
+def test_fields_whose_place_is_not_known(
+    line: str, field: str, expected: str | None, command_line: Callable[..., None]
+) -> None:
+    command_line(line)
+    assert place_of(field) == expected

@@ -114,5 +114,5 @@ def test_context_against_the_configuration(cross: bool, state: str) -> None:
 
 @pytest.mark.parametrize("rate", [{"dropout": 1.0}, {"drop_path": 1.0}, {"dropout": -0.1}])
 def test_rates_are_probabilities_below_one(rate: dict[str, float]) -> None:
-    with pytest.raises(TrunklineError, match="at least 0, below 1"):
+    with pytest.raises(TrunklineError, match="must be from 0 up to below 1, not"):
         TransformerConfig(dim=16, depth=1, num_heads=2, **rate)  # type: ignore[arg-type]

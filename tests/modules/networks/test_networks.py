@@ -352,7 +352,7 @@ def test_damaged_folders(damage: Callable[[Path], None], message: str, tmp_path:
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    with pytest.raises(TrunklineError, match="nowhere' is no folder, and the hub gave no such repository"):
+    with pytest.raises(TrunklineError, match="nowhere' is no folder; fix the path"):
         ViT.from_pretrained(tmp_path / "nowhere")
 
 

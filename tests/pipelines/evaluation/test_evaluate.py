@@ -328,8 +328,8 @@ class TestFeatures:
             ({"std": (0.4,)}, "std=.*0.4.* does not apply: images are"),
             ({"interpolation": "bilinear"}, "interpolation=bilinear does not apply: images are"),
             ({"crop_pct": 0.9}, "crop_pct=0.9 does not apply: images are"),
-            ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
-            ({"eval_batch_size": -1}, "eval_batch_size must be 1 or more, not -1"),
+            ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+            ({"eval_batch_size": -1}, "eval_batch_size must be at least 1, not -1"),
         ],
     )
     def test_bad_input(self, checkpoint: str, options: dict[str, Any], message: str) -> None:

@@ -235,7 +235,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         (["--data.tokenizer=bpe"], "tokenizer=bpe does not apply: texts are prepared as", "--data.tokenizer"),
         (["--lm_weight=0.5"], "lm_weight is the weight of a language model", "--lm_weight"),
         (["--split=test"], "has no test split, only train, val", "--split"),
-        (["--data.batch_size=0"], "batch_size must be 1 or more, not 0", "--data.batch_size"),
+        (["--data.batch_size=0"], "batch_size must be at least 1, not 0", "--data.batch_size"),
         (["--data.text_column=words"], "words", "--data.text_column"),
     ):
         with pytest.raises(SystemExit):
@@ -255,7 +255,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         ({"what": "knn"}, "--what knn is for ImageData, but .* is read as SpeechData, which is measured by transc"),
         ({"k": 3}, "--k is for knn, but .* is measured by transcription; leave it out"),
         ({"length_penalty": 0.5}, "--length_penalty is for translation, but"),
-        ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_messages_name_the_commands_own_flags(
         (["--split=test"], "has no test split, only train; ", "--data.source"),
         (["--data.image_size=8"], "image_size=8 does not apply", "--data.image_size"),
         (["--data.channels=2"], "channels must be 1 .grey. or 3 .RGB., not 2", "--data.channels"),
-        (["--split=test", "--data.batch_size=0"], "batch_size must be 1 or more, not 0", "--data.batch_size"),
+        (["--split=test", "--data.batch_size=0"], "batch_size must be at least 1, not 0", "--data.batch_size"),
     ):
         with pytest.raises(SystemExit):
             main([*given, *options])

@@ -289,7 +289,7 @@ def test_from_the_command_line(
         (["--max_new_tokens=99"], "max_new_tokens=99 is more than the 11 tokens", "--max_new_tokens"),
         (["--split=test"], "has no test split, only train, val", "--split"),
         (["--tokenize=klingon"], "tokenize=klingon: sacreBLEU has no such tokenizer", "--tokenize"),
-        (["--data.batch_size=0"], "batch_size must be 1 or more, not 0", "--data.batch_size"),
+        (["--data.batch_size=0"], "batch_size must be at least 1, not 0", "--data.batch_size"),
         (["--data.source=nowhere.jsonl"], "there is no such file or folder here", "--data.source"),
     ):
         with pytest.raises(SystemExit):
@@ -319,7 +319,7 @@ def test_from_the_command_line(
         ({"captions": "all"}, "--captions is for retrieval, but"),
         ({"num_beams": 0}, "num_beams must be at least 1"),
         ({"source_column": "text"}, "a.jsonl:1 has no 'text'; it has source, target"),
-        ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""A data worker that is killed: one message, and the last step is saved and resumed exactly."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import classifier, trainer, vit, weights
+
+from trunkline import TrunklineError
+from trunkline.datamodules import Augmentation, ImageData
+from trunkline.datamodules.samplers import SampleKey
+from trunkline.modules.callbacks import GracefulStop
+from trunkline.modules.training.checkpoints import SafeCheckpointIO
+
+
+class Deadly(torch.utils.data.Dataset[Any]):
+    """Digits that kill the process that reads a row of the second epoch, as the kernel does when memory runs out."""
+
+    def __init__(self, rows: Any, deadly: bool) -> None:
+        self.rows, self.deadly = rows, deadly
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, key: SampleKey) -> Any:
+        if self.deadly and key.epoch == 1 and key.index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.rows[key]
+
+
+class DeadlyDigits(ImageData):
+    deadly = False
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if not isinstance(self.datasets["train"], Deadly):
+            self.datasets = {"train": Deadly(self.datasets["train"], self.deadly)}
+
+
+def run(folder: Path, deadly: bool = False, checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
+    data = DeadlyDigits(
+        image_size=8, channels=1, batch_size=8, num_workers=1, augmentation=Augmentation((1.0, 1.0)), val_fraction=0
+    )
+    data.deadly = deadly
+    model = classifier(vit())
+    fitted = trainer(folder, max_epochs=2, callbacks=[GracefulStop()], plugins=[SafeCheckpointIO()])
+    fitted.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    assert fitted.global_step == 16
+    return weights(model)
+
+
+def test_a_killed_worker_loses_no_step(tmp_path: Path) -> None:
+    with pytest.raises(TrunklineError, match="a process that loads data was killed") as caught:
+        run(tmp_path, deadly=True)
+    assert caught.value.field == "data.num_workers"
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert 8 <= torch.load(last, weights_only=True)["global_step"] < 16
+    resumed, whole = run(tmp_path, checkpoint=last), run(tmp_path)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
