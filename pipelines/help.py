@@ -99,9 +99,8 @@ def function_page(command: str, title: str, module: str, function: str, position
     lines = [f"trunkline {command}: {title}", "", *textwrap.wrap(usage, WIDTH, subsequent_indent="       "), ""]
     lines += [*described, ""]
     rows = {f"--{option.name}": with_type(option) for option in found}
-    lines += columns(
-        rows | {"--config": "a YAML file with values of these flags", "--print_config": "print all values"}
-    )
+    rows |= {"--config": "a YAML file with values of these flags", "--print_config": "print all values, and stop"}
+    lines += columns(rows)
     return "\n".join(lines)
 
 

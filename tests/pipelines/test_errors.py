@@ -134,7 +134,8 @@ def message(capsys: pytest.CaptureFixture[str], command_line: Callable[..., None
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
-        return " ".join(capsys.readouterr().err.split())
+        said = " ".join(capsys.readouterr().err.split())
+        return said.removeprefix(f"trunkline {arguments[0]}: starting ")
 
     return run
 

@@ -168,8 +168,7 @@ def test_command_line(checkpoint: str, capsys: pytest.CaptureFixture[str], monke
     main(["generate", *flags, "--prompt", '["the", "cat"]', "--stop", "x", "--top_p", "0.9"])
     assert "\n---\ncat" in capsys.readouterr().out
     for name in ("--top_p", "--stop", "--num_samples", "--dtype"):
-        with pytest.raises(SystemExit):
-            main(["generate", "--help"])
+        main(["generate", "--help"])
         assert name in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["generate", *flags, "--temperature", "-1"])

@@ -103,8 +103,7 @@ def test_command_line(
         assert capsys.readouterr().out.split("\t")[2] == "fa\n"
     main(["transcribe", "--audio", str(folder / "3.wav"), "--timestamps", "false", *given])
     assert capsys.readouterr().out == "fa\n"
-    with pytest.raises(SystemExit):
-        main(["transcribe", "--help"])
+    main(["transcribe", "--help"])
     assert "--language_model" in capsys.readouterr().out
 
 

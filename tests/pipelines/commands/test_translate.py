@@ -94,8 +94,7 @@ def test_command_line(checkpoint: str, capsys: pytest.CaptureFixture[str], monke
     assert capsys.readouterr().out.splitlines() == [by_hand(network, text) for text in odd]
     main(["translate", "--checkpoint", checkpoint, "--device=cpu", "--text", "fed cab", "--max_new_tokens", "2"])
     assert capsys.readouterr().out == by_hand(network, "fed cab", longest=2) + "\n"
-    with pytest.raises(SystemExit):
-        main(["translate", "--help"])
+    main(["translate", "--help"])
     assert "--no_repeat_ngram" in capsys.readouterr().out
 
 
