@@ -22,6 +22,7 @@ from trunkline.pipelines.benchmarks.image_cases import (
 )
 from trunkline.pipelines.benchmarks.ngrams import date_matches, ngram_accuracy
 from trunkline.pipelines.benchmarks.seq2seq_cases import seq2seq
+from trunkline.pipelines.benchmarks.start import start_times
 from trunkline.pipelines.benchmarks.text_cases import (
     bert_compiled,
     bert_eager,
@@ -77,6 +78,7 @@ def benchmark(
         "ngram",
         "dates",
         "dtw",
+        "start",
     ] = "all",
     rounds: int = 10,
     batch_size: int | None = None,
@@ -103,7 +105,8 @@ def benchmark(
             accuracy of a logistic regression on character n-grams on the splits of bert/classify_demo. `dates`: dates
             that logistic regressions on character n-grams read right in the test sets of seq2seq/dates, in about 80
             seconds of CPU time. `dtw`: digit errors of time warping with recorded templates on test sets of
-            audio/digits.
+            audio/digits. `start`: what a user waits for, in seconds and in times `import torch`: the first line, help
+            pages, `--print_config`, a first step, the end after the last line.
         rounds: number of measurements of each side.
         batch_size: images or rows per step; default: 16 images or sounds, 8 rows of a GPT, 32 rows of BERT or T5, 64
             pairs, 1 in generation, 8 with beams.
@@ -123,6 +126,10 @@ def benchmark(
     if what in ("all", "dtw"):
         for name, share in dtw_errors().items():
             print(f"dynamic time warping on {name}: digit error {share:.4f}")
+    if what in ("all", "start"):
+        for row in start_times(rounds):
+            times = "first line {first:.2f} s, whole {whole:.2f} s, end {end:.2f} s; {ratio:.2f} times import torch"
+            print(f"{row['command']}: {times.format(**row)}")
     if what in ("all", "bert_memory"):
         ours, theirs = bert_memory(batch_size)
         print(f"BERT-mini fp32 eager, peak memory of a training step: {ours:.0f} MiB; transformers: {theirs:.0f} MiB")
