@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torchaudio.functional import resample
 
 from trunkline import TrunklineError
 from trunkline.datamodules.audio.espeak import (
@@ -241,7 +240,11 @@ class SpokenDigits:
         if self.settings.noise is not None:
             clip = mixed_at(clip, self._noise(row, len(clip)), SNR)
         clip = clip[round(start * ESPEAK_RATE) : None if end is None else round(end * ESPEAK_RATE)]
-        return clip if rate == ESPEAK_RATE else resample(torch.from_numpy(clip), ESPEAK_RATE, rate).numpy()
+        if rate == ESPEAK_RATE:
+            return clip
+        from torchaudio.functional import resample  # here, because commands without sound start sooner
+
+        return resample(torch.from_numpy(clip), ESPEAK_RATE, rate).numpy()
 
     def clean(self, row: int) -> np.ndarray:
         """(S,) float32 at `ESPEAK_RATE`: the clip without noise, from -1 to 1."""

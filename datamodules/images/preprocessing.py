@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose, v2
 
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts
@@ -131,7 +130,8 @@ class Preprocessing:
 
     def evaluation(self) -> Transform:
         """Transform for evaluation: resize, centre crop, normalise."""
-        from timm.data import create_transform
+        from timm.data import create_transform  # here, because timm and torchvision take a second to import
+        from torchvision.transforms import Compose
 
         resize_and_crop = create_transform(**self._common(), is_training=False, crop_pct=self.crop_pct).transforms[:-2]
         return Compose([*resize_and_crop, self.normalise])
@@ -139,6 +139,7 @@ class Preprocessing:
     def training(self, augmentation: Augmentation) -> Transform:
         """Transform for training: random crop, the other augmentations, normalise."""
         from timm.data import create_transform
+        from torchvision.transforms import Compose, v2
 
         crop_and_flip, policy, (_, _, *erasing) = (
             stage.transforms
