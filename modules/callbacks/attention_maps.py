@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from trunkline.modules.callbacks.classification import SOUND, ClassificationReport, leading_rows
-from trunkline.modules.callbacks.drawing import grid, tensorboard, to_pictures
+from trunkline.modules.callbacks.drawing import LINE, grid, tensorboard, to_pictures, written
 from trunkline.modules.callbacks.spectrograms import spectrogram
 from trunkline.modules.callbacks.text import check_network
 from trunkline.modules.networks import AST, ASTConfig, ViT
@@ -22,8 +22,8 @@ from trunkline.modules.networks import AST, ASTConfig, ViT
 class AttentionMaps(Callback):
     """After each validation, draws the attention over some images or sounds (`val/attention`).
 
-    Each has a row: the image or spectrogram itself, the attention rollout, and the heads of the last block. They come
-    from a `ClassificationReport`; without one among the callbacks nothing is drawn.
+    Each has a row: the image or spectrogram itself, the attention rollout, and the heads of the last block, as the line
+    above says. They come from a `ClassificationReport`; without one among the callbacks nothing is drawn.
 
     Args:
         images: number of images or sounds.
@@ -50,7 +50,10 @@ class AttentionMaps(Callback):
                 tiles += [picture, *(overlay(picture, weights) for weights in maps)]
                 columns = 1 + len(maps)
         if tiles:
-            writer.add_image("val/attention", grid(tiles, columns), trainer.global_step, dataformats="HWC")
+            names = ["input", "rollout", *(f"head {head}" for head in range(columns - 2))]
+            titles = grid([written(name, (tiles[0].width, LINE)) for name in names], columns)
+            picture = np.vstack([titles, grid(tiles, columns)])
+            writer.add_image("val/attention", picture, trainer.global_step, dataformats="HWC")
 
     def _looked_at(
         self, batch: dict[str, Tensor], network: Any, trainer: L.Trainer
