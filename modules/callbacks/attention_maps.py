@@ -52,8 +52,8 @@ class AttentionMaps(Callback):
         if tiles:
             names = ["input", "rollout", *(f"head {head}" for head in range(columns - 2))]
             titles = grid([written(name, (tiles[0].width, LINE)) for name in names], columns)
-            picture = np.vstack([titles, grid(tiles, columns)])
-            writer.add_image("val/attention", picture, trainer.global_step, dataformats="HWC")
+            sheet = np.vstack([titles, grid(tiles, columns)])
+            writer.add_image("val/attention", sheet, trainer.global_step, dataformats="HWC")
 
     def _looked_at(
         self, batch: dict[str, Tensor], network: Any, trainer: L.Trainer
