@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from trunkline.modules.callbacks.classification import SOUND, ClassificationReport, leading_rows
@@ -17,6 +17,9 @@ from trunkline.modules.callbacks.drawing import LINE, grid, tensorboard, to_pict
 from trunkline.modules.callbacks.spectrograms import spectrogram
 from trunkline.modules.callbacks.text import check_network
 from trunkline.modules.networks import AST, ASTConfig, ViT
+
+GAP = 4
+"""Pixels between pictures."""
 
 
 class AttentionMaps(Callback):
@@ -47,7 +50,8 @@ class AttentionMaps(Callback):
         for batch in leading_rows(report.kept, self.images):
             seen = {name: value.to(pl_module.device) for name, value in batch.items()}
             for picture, maps in self._looked_at(seen, pl_module.network, trainer):
-                tiles += [picture, *(overlay(picture, weights) for weights in maps)]
+                row = [picture, *(overlay(picture, weights) for weights in maps)]
+                tiles += [ImageOps.expand(tile, (0, 0, GAP, GAP), "white") for tile in row]
                 columns = 1 + len(maps)
         if tiles:
             names = ["input", "rollout", *(f"head {head}" for head in range(columns - 2))]

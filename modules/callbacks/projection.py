@@ -1,19 +1,22 @@
 """What TensorBoard's projector shows, as a picture: embeddings in a plane, where like ones stand together."""
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from trunkline.modules.callbacks.drawing import LINE
 from trunkline.modules.callbacks.spectrograms import BLACK, COLUMN, letter_font
 
-SIDE, MARGIN, DOT, FRAME = 900, 24, 8, 3
+SIDE, MARGIN, DOT, FRAME = 900, 24, 8, 2
 """Pixels: side of the picture, its margin, side of a point without a thumbnail, and width of a thumbnail's frame."""
+FULL = 0.35
+"""Share of the picture that thumbnails cover."""
 MOST_COLOURS = 20
 """With more labels than this, labels have no colours."""
 CONFIG = "projector_config.pbtxt"
@@ -69,8 +72,23 @@ def in_plane(vectors: np.ndarray) -> np.ndarray:
     return found
 
 
+def to_cells(places: np.ndarray, side: int) -> np.ndarray:
+    """The cells (N, 2) of a board of `side` by `side` that are next to the places (N, 2) from 0 to 1.
+
+    Each cell is used once, so that no thumbnail hides another one: whoever comes later gets the nearest that is free.
+    """
+    cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)
+    free, found = np.ones(len(cells), bool), []
+    for place in places * (side - 1):
+        distances = np.where(free, ((cells - place) ** 2).sum(axis=1), np.inf)
+        found.append(int(distances.argmin()))
+        free[found[-1]] = False
+    chosen: np.ndarray = cells[found]
+    return chosen
+
+
 def draw_projection(places: np.ndarray, labels: Sequence[str], thumbnails: Sequence[Image.Image]) -> Image.Image:
-    """Draw thumbnails, or points, at their places; a few labels have colours, and are listed below.
+    """Draw thumbnails near their places, or points; a few labels have colours, and are listed below.
 
     Args:
         places: (N, 2) from 0 to 1.
@@ -83,20 +101,25 @@ def draw_projection(places: np.ndarray, labels: Sequence[str], thumbnails: Seque
         shades = matplotlib.colormaps["tab20" if len(kinds) > 10 else "tab10"](range(len(kinds)), bytes=True)
         colours = {kind: (int(r), int(g), int(b)) for kind, (r, g, b, _) in zip(kinds, shades, strict=True)}
     legend = list(colours.items()) if 1 < len(kinds) <= MOST_COLOURS else []
-    cell = COLUMN * (3 + max((len(kind) for kind, _ in legend), default=0))
-    across = max(1, (SIDE - 2 * MARGIN) // cell)
+    width = COLUMN * (3 + max((len(kind) for kind, _ in legend), default=0))
+    across = max(1, (SIDE - 2 * MARGIN) // width)
     picture = Image.new("RGB", (SIDE, SIDE + (LINE + 4) * -(-len(legend) // across)), "white")
     draw = ImageDraw.Draw(picture)
-    for number, (x, y) in enumerate((MARGIN + places * (SIDE - 2 * MARGIN)).round().astype(int).tolist()):
-        colour = colours[labels[number]] if labels else BLACK
-        tile = thumbnails[number] if thumbnails else Image.new("RGB", (DOT, DOT), colour)
-        left, top = x - tile.width // 2, y - tile.height // 2
-        if thumbnails and legend:
-            box = (left - FRAME, top - FRAME, left + tile.width + FRAME - 1, top + tile.height + FRAME - 1)
-            draw.rectangle(box, fill=colour)
-        picture.paste(tile, (left, top))
+    own = [colours[label] for label in labels] or [BLACK] * len(places)
+    if thumbnails:
+        side = math.ceil(math.sqrt(len(thumbnails) / FULL))
+        cell = SIDE // side
+        for (column, row), tile, colour in zip(to_cells(places, side).tolist(), thumbnails, own, strict=True):
+            left, top = column * cell, row * cell
+            if legend:
+                draw.rectangle((left, top, left + cell - 1, top + cell - 1), fill=colour)
+            inside = ImageOps.contain(tile, (cell - 2 * FRAME, cell - 2 * FRAME))
+            picture.paste(inside, (left + (cell - inside.width) // 2, top + (cell - inside.height) // 2))
+    else:
+        for (x, y), colour in zip((MARGIN + places * (SIDE - 2 * MARGIN)).tolist(), own, strict=True):
+            draw.rectangle((x - DOT // 2, y - DOT // 2, x + DOT // 2 - 1, y + DOT // 2 - 1), fill=colour)
     for number, (kind, colour) in enumerate(legend):
-        left, top = MARGIN + number % across * cell, SIDE + (LINE + 4) * (number // across)
+        left, top = MARGIN + number % across * width, SIDE + (LINE + 4) * (number // across)
         draw.rectangle((left, top + 2, left + LINE - 4, top + LINE - 2), fill=colour)
         draw.text((left + LINE, top), kind, fill=BLACK, font=letter_font())
     return picture

@@ -18,6 +18,7 @@ from trunkline.modules.callbacks.projection import (
     draw_projection,
     in_plane,
     read_projections,
+    to_cells,
 )
 
 LABELS = [name for name in CLASSES for _ in range(EACH)]
@@ -78,18 +79,41 @@ def colours_of(count: int) -> list[tuple[int, ...]]:
 
 
 def test_what_is_drawn() -> None:
-    """Thumbnails at their places, in frames of their label's colour, and a line with the labels."""
+    """Thumbnails in the cells next to their places, in frames of their label's colour, and a line with the labels."""
     places = np.array([[0, 0], [1, 0], [0.5, 1]])
     tiles = [Image.new("RGB", (20, 20), (n, n, n)) for n in (10, 60, 110)]
     picture = np.asarray(draw_projection(places, ["b", "a", "b"], tiles))
     assert picture.shape == (SIDE + 18, SIDE, 3)
+    cell = SIDE // 3  # 3 thumbnails on 9 cells
     shades = dict(zip("ab", colours_of(2), strict=True))
-    for place, label, grey in zip(places, "bab", (10, 60, 110), strict=True):
-        assert at(picture, tuple(place)) == (grey,) * 3
-        assert at(picture, tuple(place), 9) == (grey,) * 3
-        assert at(picture, tuple(place), 10) == at(picture, tuple(place), 10 + FRAME - 1) == shades[label]
-        assert at(picture, tuple(place), 10 + FRAME) == (255, 255, 255)
+    want = {(0, 0): ("b", 10), (0, 2): ("a", 60), (2, 1): ("b", 110)}
+    for row, column in np.ndindex(3, 3):
+        shown = picture[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+        if (row, column) not in want:
+            assert (shown == 255).all()
+            continue
+        label, grey = want[row, column]
+        assert (shown[FRAME:-FRAME, FRAME:-FRAME] == grey).all()
+        assert colours_in(np.ascontiguousarray(shown[:FRAME])) == {shades[label]}
+        assert colours_in(np.ascontiguousarray(shown[:, -FRAME:])) == {shades[label]}
     assert set(shades.values()) <= colours_in(picture[SIDE:])
+
+
+def test_thumbnails_without_labels_keep_their_shape() -> None:
+    picture = np.asarray(draw_projection(np.array([[0.0, 0.0]]), [], [Image.new("RGB", (40, 20), (9, 9, 9))]))
+    assert picture.shape == (SIDE, SIDE, 3)
+    inside = SIDE // 2 - 2 * FRAME  # of a quarter
+    assert (picture == 9).all(axis=2).sum() == inside * (inside // 2)
+
+
+def test_no_cell_is_used_twice() -> None:
+    """Those at the same place stand around it, the first one nearest."""
+    cells = to_cells(np.array([[0.5, 0.5]] * 9 + [[0.0, 0.0], [1.0, 1.0]]), 5)
+    assert cells[0].tolist() == [2, 2]
+    assert sorted(map(tuple, cells[1:5].tolist())) == [(1, 2), (2, 1), (2, 3), (3, 2)]
+    assert sorted(map(tuple, cells[5:9].tolist())) == [(1, 1), (1, 3), (3, 1), (3, 3)]
+    assert cells[9:].tolist() == [[0, 0], [4, 4]]
+    assert len(np.unique(cells, axis=0)) == 11
 
 
 def test_points() -> None:
