@@ -62,8 +62,7 @@ gallery: $(READY) ## draw what the demos learnt, for docs/gallery.md: about a mi
 	$(DRAW) runs/gpt/demo --only val/samples --output docs/images/gpt_samples.md
 	$(DRAW) runs/bert/classify_demo runs/bert/from_scratch --output docs/images/bert_curves.png
 	$(DRAW) runs/clip/emoji --only val/pictures --output docs/images/emoji_map.png
-	@last=$$(ls -t runs/clip/emoji/*/checkpoints/last.ckpt | head -1) && set -x && \
-	$(BIN)/trunkline search "a red fruit" --images openmoji --count 5 --checkpoint $$last --output docs/images/emoji_red_fruit.png
+	$(BIN)/trunkline search "a red fruit" --images openmoji --count 5 --checkpoint runs/clip/emoji --output docs/images/emoji_red_fruit.png
 	$(DRAW) runs/seq2seq/dates --only val/alignment --output docs/images/dates_alignment.png
 	$(DRAW) runs/audio/digits --only val/transcripts --output docs/images/speech_transcripts.png
 
