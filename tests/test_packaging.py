@@ -221,15 +221,11 @@ def test_training_commands_of_the_pages(
 
 def test_other_commands_of_the_pages() -> None:
     found = [c for c in commands("trunkline") if c[0] not in (*TRAINING, "prepare")]
-<<<<<<< HEAD
     assert all(c[1:] == [] for c in found if c[0] in LISTINGS)
     found = [c for c in found if c[0] not in LISTINGS]
-    assert {"predict", "generate", "fill-mask", "embed", "evaluate", "search", "transcribe"} <= {c[0] for c in found}
-=======
     assert {"predict", "generate", "fill-mask", "embed", "evaluate", "search", "transcribe", "draw"} <= {
         c[0] for c in found
     }
->>>>>>> 501ee77 (make gallery draws what the demos learnt; docs: the gallery, and a page from own data to a deployed network for images, text, pairs, translations and sound)
     for name, *options in found:
         if name in POSITIONAL and not options[0].startswith("-"):
             options.insert(0, POSITIONAL[name])

@@ -15,7 +15,7 @@ from trunkline.modules.callbacks.spectrograms import BLACK, COLUMN, letter_font
 
 SIDE, MARGIN, DOT, FRAME = 900, 24, 8, 2
 """Pixels: side of the picture, its margin, side of a point without a thumbnail, and width of a thumbnail's frame."""
-FULL = 0.35
+COVERED = 0.35
 """Share of the picture that thumbnails cover."""
 MOST_COLOURS = 20
 """With more labels than this, labels have no colours."""
@@ -107,7 +107,7 @@ def draw_projection(places: np.ndarray, labels: Sequence[str], thumbnails: Seque
     draw = ImageDraw.Draw(picture)
     own = [colours[label] for label in labels] or [BLACK] * len(places)
     if thumbnails:
-        side = math.ceil(math.sqrt(len(thumbnails) / FULL))
+        side = math.ceil(math.sqrt(len(thumbnails) / COVERED))
         cell = SIDE // side
         for (column, row), tile, colour in zip(to_cells(places, side).tolist(), thumbnails, own, strict=True):
             left, top = column * cell, row * cell
