@@ -16,7 +16,7 @@ from trunkline import TrunklineError
 from trunkline.files import atomic_write
 from trunkline.modules.callbacks.drawing import tensorboard
 
-FILE = "curves.png"
+CURVES_FILE = "curves.png"
 NEITHER = ("lr", "grad_norm")
 """Values that are no losses and no scores."""
 COLUMNS = 3
@@ -53,7 +53,8 @@ class Curves(Callback):
         if not recorded.values:
             return
         try:
-            atomic_write(Path(trainer.default_root_dir) / FILE, [png_of(draw_curves({"": recorded}))], field="run_dir")
+            file = Path(trainer.default_root_dir) / CURVES_FILE
+            atomic_write(file, [png_of(draw_curves({"": recorded}))], field="run_dir")
         except TrunklineError as error:  # a picture is not worth the run's test
             rank_zero_info(str(error))
 

@@ -14,17 +14,21 @@ EACH = 8
 """Embeddings of each class."""
 
 
-def write_scalars(folder: Path, curves: Mapping[str, Mapping[int, float]], suffix: str = "") -> None:
-    """Write values by tag and step into a file of events of its own, after those with smaller suffixes."""
-    with SummaryWriter(str(folder), filename_suffix=suffix) as writer:
+def write_scalars(folder: Path, curves: Mapping[str, Mapping[int, float]], started: int = 1) -> None:
+    """Write values by tag and step into a file of events of its own, whose name tells when it was started."""
+    with SummaryWriter(str(folder), filename_suffix=".new") as writer:
         for tag, line in curves.items():
             for step, value in line.items():
                 writer.add_scalar(tag, value, step)
+    (file,) = folder.glob("*.new")
+    file.rename(folder / f"events.out.tfevents.{started:010d}.host")
 
 
-def write_picture(folder: Path, tag: str, colour: tuple[int, int, int], step: int = 0) -> None:
-    with SummaryWriter(str(folder), filename_suffix=f".{step}") as writer:
-        writer.add_image(tag, np.full((4, 6, 3), colour, np.uint8), step, dataformats="HWC")
+def write_pictures(folder: Path, tag: str, *colours: tuple[int, int, int]) -> None:
+    """Pictures of one colour each, at the steps 0, 1 and so on."""
+    with SummaryWriter(str(folder)) as writer:
+        for step, colour in enumerate(colours):
+            writer.add_image(tag, np.full((4, 6, 3), colour, np.uint8), step, dataformats="HWC")
 
 
 def class_vectors(seed: int = 0) -> torch.Tensor:

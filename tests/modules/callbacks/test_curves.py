@@ -40,8 +40,8 @@ def test_what_is_read(tmp_path: Path) -> None:
 
 
 def test_steps_that_a_resume_repeats(tmp_path: Path) -> None:
-    write_scalars(tmp_path, {"by_tokens/train/loss": {10: 4.0, 20: 3.0, 30: 2.5}}, ".1")
-    write_scalars(tmp_path, {"by_tokens/train/loss": {20: 3.25, 25: 2.75}}, ".2")
+    write_scalars(tmp_path, {"by_tokens/train/loss": {10: 4.0, 20: 3.0, 30: 2.5}}, started=1)
+    write_scalars(tmp_path, {"by_tokens/train/loss": {20: 3.25, 25: 2.75}}, started=2)
     found = read(tmp_path)
     assert list(found.values["loss"]["train"].items()) == [(10, 4.0), (20, 3.25), (25, 2.75), (30, 2.5)]
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tensorboard_run import logged_picture
 from torch.utils.tensorboard import SummaryWriter
-from written_run import CLASSES, add_embeddings, opened, write_picture, write_scalars
+from written_run import CLASSES, add_embeddings, opened, write_pictures, write_scalars
 
 from trunkline.modules.callbacks.curves import draw_curves, png_of, read_curves, read_events
 from trunkline.pipelines.cli import main
@@ -18,9 +18,8 @@ from trunkline.pipelines.cli import main
 def run(tmp_path: Path) -> Path:
     """A run with one thing of each kind."""
     folder = tmp_path / "runs/vit/digits/2026-01-02"
-    write_scalars(folder, {"by_images/train/loss": {8: 3.0}, "by_images/val/loss": {8: 2.0}}, ".scalars")
-    for step, colour in enumerate([(9, 9, 9), (90, 0, 0)]):
-        write_picture(folder, "val/attention", colour, step)
+    write_scalars(folder, {"by_images/train/loss": {8: 3.0}, "by_images/val/loss": {8: 2.0}})
+    write_pictures(folder, "val/attention", (9, 9, 9), (90, 0, 0))
     with SummaryWriter(str(folder)) as writer:
         writer.add_text("val/samples", "In the beginning", 1)
         writer.add_text("val/samples", "In the end: ö", 2)
@@ -55,7 +54,7 @@ def test_everything_that_a_run_shows(run: Path, tmp_path: Path, capsys: pytest.C
 def test_one_of_them(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a folder with several runs, the one that was started last, whatever their names and dates of change."""
     for number, name in ((1, "zzz"), (2, "aaa")):
-        write_picture(run.parent / name, "val/attention", (number, 0, 0))
+        write_pictures(run.parent / name, "val/attention", (number, 0, 0))
         (file,) = (run.parent / name).iterdir()
         file.rename(file.with_name(f"events.out.tfevents.999999999{number}.host"))
     (run.parent / "zzz/note").write_text("changed later")
@@ -97,6 +96,10 @@ def test_what_cannot_be_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureF
         write_scalars(empty, {"epoch": {1: 1.0}})
     for runs in ([str(folder)], [str(folder), str(tmp_path / "other"), "--output", png]):
         assert f"{folder} has nothing to draw yet" in failure(capsys, *runs)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "events.out.tfevents.1.host").write_bytes(b"no events at all, but some bytes")
+    assert f"{broken} has nothing to draw yet" in failure(capsys, str(broken))
     (tmp_path / "full").write_text("a file")
     message = failure(capsys, str(run), "--output", str(tmp_path / "full"))
     assert f"cannot write {tmp_path / 'full/curves.png'}" in message
