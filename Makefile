@@ -9,7 +9,7 @@ BFLOAT16 = from trunkline.modules.training.optim import multiplies_bfloat16
 PRECISION = $$($(BIN)/python -c 'import torch; $(BFLOAT16); multiplies_bfloat16(torch.device("cpu")) or print("--trainer.precision 32-true")')
 
 .DEFAULT_GOAL := help
-.PHONY: help train-vit train-gpt train-bert finetune-bert train-clip train-translate train-audio test test-all test-everywhere lint tensorboard benchmark clean
+.PHONY: help train-vit train-gpt train-bert finetune-bert train-clip train-translate train-audio gallery test test-all test-everywhere lint tensorboard benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,24 @@ train-audio: $(READY) ## train a recogniser of spoken digits, offline, in five m
 	$(BIN)/trunkline evaluate --checkpoint $$last --data.source spoken_digits:accent && \
 	$(BIN)/trunkline evaluate --checkpoint $$last --data.source spoken_digits:white && \
 	$(BIN)/trunkline evaluate --checkpoint $$last --data.source spoken_digits:babble
+
+# Demo that a folder of runs comes from, for `make gallery`.
+DEMOS = vit/digits:train-vit gpt/demo:train-gpt clip/emoji:train-clip seq2seq/dates:train-translate \
+	audio/digits:train-audio bert/from_scratch:finetune-bert
+DRAW = $(BIN)/trunkline draw
+
+gallery: $(READY) ## draw what the demos learnt, for docs/gallery.md: about a minute; trains those without a run, 25 minutes for all
+	@for demo in $(DEMOS); do ls runs/$${demo%:*}/*/checkpoints/last.ckpt >/dev/null 2>&1 || $(MAKE) $${demo#*:} || exit 1; done
+	$(DRAW) runs/vit/digits --only val/attention --output docs/images/digits_attention.png
+	$(DRAW) runs/vit/digits --only val/features --output docs/images/digits_map.png
+	$(DRAW) runs/gpt/demo --only curves --output docs/images/gpt_curves.png
+	$(DRAW) runs/gpt/demo --only val/attention --output docs/images/gpt_attention.png
+	$(DRAW) runs/gpt/demo --only val/samples --output docs/images/gpt_samples.md
+	$(DRAW) runs/bert/classify_demo runs/bert/from_scratch --output docs/images/bert_curves.png
+	$(DRAW) runs/clip/emoji --only val/pictures --output docs/images/emoji_map.png
+	$(BIN)/trunkline search "a red fruit" --images openmoji --count 5 --checkpoint runs/clip/emoji --output docs/images/emoji_red_fruit.png
+	$(DRAW) runs/seq2seq/dates --only val/alignment --output docs/images/dates_alignment.png
+	$(DRAW) runs/audio/digits --only val/transcripts --output docs/images/speech_transcripts.png
 
 test: $(READY) ## the fast tests, without a network; two files side by side
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)

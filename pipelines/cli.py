@@ -37,6 +37,9 @@ class Function(NamedTuple):
 
 
 FUNCTIONS = {
+    "draw": Function(
+        "commands.draw", "draw_runs", "write what TensorBoard shows of runs as files: curves, pictures, texts"
+    ),
     "embed": Function("commands.embed", "embed", "write embeddings of texts, images or sounds with a checkpoint"),
     "evaluate": Function(
         "evaluation.evaluate",
@@ -56,11 +59,17 @@ FUNCTIONS = {
 }
 """Commands that are functions, by name; their modules are below `trunkline.pipelines`."""
 
-POSITIONAL = {"fill-mask": "--sentence", "search": "--query", "transcribe": "--audio", "translate": "--text"}
+POSITIONAL = {
+    "draw": "--runs",
+    "fill-mask": "--sentence",
+    "search": "--query",
+    "transcribe": "--audio",
+    "translate": "--text",
+}
 """Flag of each command whose value may follow the command without the flag."""
 DEFECT = "If no code of your own is at fault, this is a defect of Trunkline: please report it with these lines."
 """The line below the traceback of an error that is not about the input."""
-SEVERAL = ("fill-mask", "transcribe", "translate")
+SEVERAL = ("draw", "fill-mask", "transcribe", "translate")
 """Commands of which several values may follow."""
 
 

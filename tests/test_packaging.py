@@ -23,6 +23,8 @@ from trunkline.pipelines.objectives import import_class
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {file: file.read_text(encoding="utf-8") for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+"""What a user reads."""
 
 
 # --- the wheel
@@ -114,7 +116,7 @@ def test_installed_command(python: Callable[..., str]) -> None:
     assert "trunkline.modules.callbacks.Throughput" in printed  # of defaults.yaml
 
 
-# --- the Makefile and the README
+# --- the Makefile, the README and the pages in docs/
 
 
 def make_targets() -> dict[str, str]:
@@ -131,9 +133,9 @@ def test_make_help_lists_every_target() -> None:
 
 
 def commands(program: str) -> list[list[str]]:
-    """Arguments of the commands of a program in the README's shell blocks and inline code."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
-    spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", README)
+    """Arguments of the commands of a program in the pages' shell blocks and inline code."""
+    blocks = [block for text in PAGES.values() for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)]
+    spans = [span for text in PAGES.values() for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
     lines = [line for block in blocks for line in block.splitlines()] + spans
     words = [shlex.split(line, comments=True) for line in lines if line.split()[:1] == [program]]
     return [w[1:] for w in words if w[1:]]
@@ -150,7 +152,7 @@ WRITTEN = {
 }
 
 
-def test_make_commands_of_the_readme() -> None:
+def test_make_commands_of_the_pages() -> None:
     found = commands("make")
     assert {
         "train-vit",
@@ -189,7 +191,7 @@ def training_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", training_commands())
-def test_training_commands_of_the_readme(
+def test_training_commands_of_the_pages(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Configs, flags and values are known: jsonargparse takes all of them before it prints."""
@@ -217,11 +219,13 @@ def test_training_commands_of_the_readme(
     assert {path for path in tmp_path.iterdir() if path.name != "__pycache__"} == before
 
 
-def test_other_commands_of_the_readme() -> None:
+def test_other_commands_of_the_pages() -> None:
     found = [c for c in commands("trunkline") if c[0] not in (*TRAINING, "prepare")]
     assert all(c[1:] == [] for c in found if c[0] in LISTINGS)
     found = [c for c in found if c[0] not in LISTINGS]
-    assert {"predict", "generate", "fill-mask", "embed", "evaluate", "search", "transcribe"} <= {c[0] for c in found}
+    assert {"predict", "generate", "fill-mask", "embed", "evaluate", "search", "transcribe", "draw"} <= {
+        c[0] for c in found
+    }
     for name, *options in found:
         if name in POSITIONAL and not options[0].startswith("-"):
             options.insert(0, POSITIONAL[name])
@@ -246,7 +250,10 @@ def test_flags_named_in_the_readme() -> None:
     assert {"init_from", "freeze_blocks", "init_image_from", "init_text_from"} <= set(named) <= known
 
 
-def test_files_named_in_the_readme() -> None:
+def test_files_named_in_the_pages() -> None:
     for folder, names in re.findall(r"`configs/(\w+)/` holds (.+?)[;.]", README, re.S):
         assert set(re.findall(r"`(\w+)`", names)) == {file.stem for file in (ROOT / "configs" / folder).glob("*.yaml")}
-    assert all((ROOT / link).exists() for link in re.findall(r"\]\((?!http)([^)#]+)\)", README))
+    for file, text in PAGES.items():
+        links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+        assert links or file.parent != ROOT
+        assert [link for link in links if not (file.parent / link).exists()] == []

@@ -2,6 +2,7 @@
 
 from trunkline.modules.callbacks.attention_maps import AttentionMaps
 from trunkline.modules.callbacks.classification import ClassificationReport
+from trunkline.modules.callbacks.curves import Curves
 from trunkline.modules.callbacks.graceful_stop import GracefulStop, LastCheckpoint
 from trunkline.modules.callbacks.progress import Overview, ProgressBar
 from trunkline.modules.callbacks.retrieval import RetrievalReport
@@ -14,6 +15,7 @@ __all__ = [
     "AttentionHeads",
     "AttentionMaps",
     "ClassificationReport",
+    "Curves",
     "FilledMasks",
     "GracefulStop",
     "LastCheckpoint",

@@ -9,21 +9,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from trunkline.modules.callbacks.classification import SOUND, ClassificationReport, leading_rows
-from trunkline.modules.callbacks.drawing import grid, tensorboard, to_pictures
+from trunkline.modules.callbacks.drawing import LINE, grid, tensorboard, to_pictures, written
 from trunkline.modules.callbacks.spectrograms import spectrogram
 from trunkline.modules.callbacks.text import check_network
 from trunkline.modules.networks import AST, ASTConfig, ViT
+
+GAP = 4
+"""Pixels between pictures."""
 
 
 class AttentionMaps(Callback):
     """After each validation, draws the attention over some images or sounds (`val/attention`).
 
-    Each has a row: the image or spectrogram itself, the attention rollout, and the heads of the last block. They come
-    from a `ClassificationReport`; without one among the callbacks nothing is drawn.
+    Each has a row: the image or spectrogram itself, the attention rollout, and the heads of the last block, as the line
+    above says. They come from a `ClassificationReport`; without one among the callbacks nothing is drawn.
 
     Args:
         images: number of images or sounds.
@@ -47,10 +50,14 @@ class AttentionMaps(Callback):
         for batch in leading_rows(report.kept, self.images):
             seen = {name: value.to(pl_module.device) for name, value in batch.items()}
             for picture, maps in self._looked_at(seen, pl_module.network, trainer):
-                tiles += [picture, *(overlay(picture, weights) for weights in maps)]
+                row = [picture, *(overlay(picture, weights) for weights in maps)]
+                tiles += [ImageOps.expand(tile, (0, 0, GAP, GAP), "white") for tile in row]
                 columns = 1 + len(maps)
         if tiles:
-            writer.add_image("val/attention", grid(tiles, columns), trainer.global_step, dataformats="HWC")
+            names = ["input", "rollout", *(f"head {head}" for head in range(columns - 2))]
+            titles = grid([written(name, (tiles[0].width, LINE)) for name in names], columns)
+            sheet = np.vstack([titles, grid(tiles, columns)])
+            writer.add_image("val/attention", sheet, trainer.global_step, dataformats="HWC")
 
     def _looked_at(
         self, batch: dict[str, Tensor], network: Any, trainer: L.Trainer

@@ -76,7 +76,8 @@ def test_null_takes_away_every_optional_value(command: str) -> None:
     assert optional
     parser = CommandParser()
     parser.add_function_arguments(function, as_positional=False, skip={"data"})
-    given = ["--checkpoint", "x", "--query", "x", "--sentence", "x", "--text", "x", "--audio", "x", "--images", "x"]
+    needed_by_some = ("checkpoint", "query", "sentence", "text", "audio", "images", "runs")
+    given = [word for name in needed_by_some for word in (f"--{name}", "x")]
     names = set(inspect.signature(function).parameters)
     pairs = zip(given[::2], given[1::2], strict=True)
     needed = [word for flag, value in pairs if flag[2:] in names and flag[2:] not in optional for word in (flag, value)]

@@ -10,8 +10,10 @@ from pathlib import Path
 import own_task
 import pytest
 import torch
+from PIL import Image, ImageChops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from trunkline.modules.callbacks.curves import read_curves, read_events
 from trunkline.pipelines.cli import main
 
 SUPPORT = Path(own_task.__file__).parent
@@ -46,6 +48,17 @@ def test_it_learns(folder: Path) -> None:
 def test_its_callback_shows_in_tensorboard(folder: Path) -> None:
     events = EventAccumulator(str(run_of(folder)), size_guidance={"images": 0}).Reload()
     assert [image.step for image in events.Images("val/clouds")] == [20, 40, 60, 80]
+
+
+def test_its_curves_are_in_the_run_folder(folder: Path, tmp_path: Path) -> None:
+    """Those that `trunkline draw` makes of the finished run, over the clouds seen."""
+    recorded = read_curves(read_events(run_of(folder)))
+    assert recorded.unit == "clouds"
+    assert list(recorded.values) == ["loss", "acc"]
+    assert list(recorded.values["acc"]["val"]) == [1200, 2400, 3600, 4800]
+    main(["draw", str(folder / "runs/own_task"), "--only", "curves", "--output", str(tmp_path / "again.png")])
+    again = Image.open(tmp_path / "again.png")
+    assert ImageChops.difference(Image.open(run_of(folder) / "curves.png"), again).getbbox() is None
 
 
 def test_its_checkpoint_names_its_classes(folder: Path) -> None:

@@ -157,8 +157,10 @@ class TestRun:
         for tag in fitted.found.Tags()["images"]:
             assert [event.step for event in fitted.found.Images(tag)] == VALIDATIONS
         assert logged_picture(fitted.found, "val/confusion").shape == (400, 400, 3)
-        # 3 images; beside each the rollout and one head
-        assert logged_picture(fitted.found, "val/attention").shape == (3 * 96, 3 * 96, 3)
+        # a line of titles and 3 images with a gap after each; beside each the rollout and one head
+        shown = logged_picture(fitted.found, "val/attention")
+        assert shown.shape == (14 + 3 * (96 + 4), 3 * (96 + 4), 3)
+        assert all((shown[:14, left : left + 100] < 100).any() for left in (0, 100, 200))
         shown, height, width = logged_picture(fitted.found, "val/images"), 96 + 6 + 14, 96 + 6
         assert shown.shape == (3 * height, 8 * width, 3)  # 20 images, 8 a row
         seen = fitted.witness.seen(2)

@@ -21,6 +21,7 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.callbacks import AttentionMaps, ClassificationReport
 from trunkline.modules.callbacks.attention_maps import (
+    GAP,
     attention_maps,
     attention_rollout,
     over_frames,
@@ -28,7 +29,7 @@ from trunkline.modules.callbacks.attention_maps import (
     to_patches,
 )
 from trunkline.modules.callbacks.classification import SOUND, leading_rows, verdicts
-from trunkline.modules.callbacks.drawing import GREEN, LINE, RED
+from trunkline.modules.callbacks.drawing import GREEN, LINE, RED, written
 from trunkline.modules.callbacks.spectrograms import sound_picture, spectrogram
 from trunkline.modules.networks import AST, ASTConfig
 from trunkline.modules.objectives.audio_classifier import AudioClassifier
@@ -121,13 +122,20 @@ class TestOneLabel:
 
     def test_attention(self, done: SimpleNamespace) -> None:
         shown = logged_picture(done.found, "val/attention")
-        assert shown.shape == (5 * SOUND[1], 3 * SOUND[0], 3)  # spectrogram, rollout and one head
+        # a line of titles, then spectrogram, rollout and one head, with a gap after each
+        width, height = SOUND[0] + GAP, SOUND[1] + GAP
+        assert shown.shape == (LINE + 5 * height, 3 * width, 3)
+        titles = [written(name, (width, LINE)) for name in ("input", "rollout", "head 0")]
+        np.testing.assert_allclose(shown[:LINE], np.hstack([np.asarray(t).astype(int) for t in titles]), atol=2)
         clip, network = done.clips[4], done.model.network  # of the second batch
         plain = spectrogram(clip).resize(SOUND, Image.Resampling.BOX)
         with torch.no_grad():
             maps = over_frames(attention_maps(network, clip[None], 1)[0], network.config, len(clip))
-        want = np.hstack([np.asarray(p).astype(int) for p in (plain, *(overlay(plain, m) for m in maps))])
-        np.testing.assert_allclose(shown[4 * SOUND[1] :], want, atol=2)
+        for number, want in enumerate([plain, *(overlay(plain, weights) for weights in maps)]):
+            tile = shown[LINE + 4 * height :, number * width : (number + 1) * width].astype(int)
+            np.testing.assert_allclose(tile[:-GAP, :-GAP], np.asarray(want).astype(int), atol=2)
+            assert (tile[-GAP:] == 255).all()
+            assert (tile[:, -GAP:] == 255).all()
 
 
 def test_several_labels(tmp_path: Path) -> None:
