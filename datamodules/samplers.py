@@ -190,8 +190,9 @@ def plain_errors(num_workers: int) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if not LOST_WORKER.search(str(error)):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two if it died while it sent a batch
+        lost = num_workers > 0 if isinstance(error, ConnectionError | EOFError) else LOST_WORKER.search(str(error))
+        if not lost:
             raise
         raise TrunklineError(
             "a process that loads data was killed, most likely because memory ran out; lower num_workers or batch_size",

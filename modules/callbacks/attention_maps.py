@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from trunkline.modules.callbacks.classification import SOUND, ClassificationReport, leading_rows
-from trunkline.modules.callbacks.drawing import LINE, grid, tensorboard, to_pictures, written
+from trunkline.modules.callbacks.drawing import LINE, colour_map, grid, tensorboard, to_pictures, written
 from trunkline.modules.callbacks.spectrograms import spectrogram
 from trunkline.modules.callbacks.text import check_network
 from trunkline.modules.networks import AST, ASTConfig, ViT
@@ -139,5 +138,5 @@ def overlay(picture: Image.Image, weights: Tensor) -> Image.Image:
     size = (picture.height, picture.width)
     smooth = F.interpolate(weights[None, None].cpu(), size=size, mode="bilinear", align_corners=False)[0, 0]
     smooth = (smooth - smooth.min()) / (smooth.max() - smooth.min()).clamp(min=1e-8)
-    colours = matplotlib.colormaps["inferno"](smooth.numpy())[..., :3]
+    colours = colour_map("inferno")(smooth.numpy())[..., :3]
     return Image.blend(picture, Image.fromarray((colours * 255).astype(np.uint8)), alpha=0.6)

@@ -1,15 +1,13 @@
 """A classifier in TensorBoard: confusion matrix, images or sounds with their predictions, and features."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from trunkline import TrunklineError
@@ -18,6 +16,7 @@ from trunkline.modules.callbacks.drawing import (
     RED,
     captioned,
     grid,
+    new_figure,
     play,
     tensorboard,
     to_pictures,
@@ -26,6 +25,10 @@ from trunkline.modules.callbacks.drawing import (
 )
 from trunkline.modules.callbacks.spectrograms import sound_picture
 from trunkline.modules.objectives.checks import facts_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 SOUND = (192, 96)
 """Pixels: width and height of a spectrogram; the latter is also the longer side of an image."""
@@ -102,7 +105,7 @@ class ClassificationReport(Callback):
         if counts is not None:
             writer.add_figure("val/confusion", draw_confusion(counts.cpu(), names), trainer.global_step)
 
-    def _draw_rows(self, names: list[str], trainer: L.Trainer, writer: SummaryWriter) -> None:
+    def _draw_rows(self, names: list[str], trainer: L.Trainer, writer: "SummaryWriter") -> None:
         tiles = []
         for batch in leading_rows(self.kept, self.images):
             for picture, (caption, right) in zip(
@@ -197,10 +200,10 @@ def names_of_classes(trainer: L.Trainer, module: L.LightningModule) -> list[str]
     return facts_of(trainer).class_names or [str(n) for n in range(module.num_classes)]  # type: ignore[arg-type]
 
 
-def draw_confusion(counts: Tensor, names: list[str]) -> Figure:
+def draw_confusion(counts: Tensor, names: list[str]) -> "Figure":
     """Draw a matrix of counts (true class, predicted class); a cell's colour shows its share of the row."""
     side = max(4.0, 0.4 * len(names))
-    figure = Figure(figsize=(side, side), layout="constrained")
+    figure = new_figure(side, side)
     axes = figure.subplots()
     axes.imshow(counts / counts.sum(dim=1, keepdim=True).clamp(min=1), cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true", xticks=range(len(names)), yticks=range(len(names)))

@@ -4,17 +4,18 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from trunkline import TrunklineError
 from trunkline.files import atomic_write
-from trunkline.modules.callbacks.drawing import tensorboard
+from trunkline.modules.callbacks.drawing import new_figure, tensorboard
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CURVES_FILE = "curves.png"
 NEITHER = ("lr", "grad_norm")
@@ -84,17 +85,19 @@ def read_curves(events: Any) -> RunCurves:
     return RunCurves(unit, {name: kept[name] for name in sorted(kept, key=lambda name: (name != "loss", name))})
 
 
-def draw_curves(runs: Mapping[str, RunCurves]) -> Figure:
+def draw_curves(runs: Mapping[str, RunCurves]) -> "Figure":
     """Draw a panel for each loss and score, with the lines of all runs.
 
     Args:
         runs: name of the run -> what it has logged; each has a colour. A single run needs no name: its stages have
             colours instead.
     """
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     names = list(dict.fromkeys(name for recorded in runs.values() for name in recorded.values))
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(1 + 3.2 * columns, 0.4 + 2.4 * rows), layout="constrained")
+    figure = new_figure(1 + 3.2 * columns, 0.4 + 2.4 * rows)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for place, name in zip(panels, names, strict=False):
         for number, (run, recorded) in enumerate(runs.items()):
@@ -116,7 +119,7 @@ def draw_curves(runs: Mapping[str, RunCurves]) -> Figure:
     return figure
 
 
-def png_of(figure: Figure) -> bytes:
+def png_of(figure: "Figure") -> bytes:
     """The content of a picture."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=100)

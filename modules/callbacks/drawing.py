@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
@@ -10,23 +10,41 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.modules.objectives.checks import facts_of
+
+if TYPE_CHECKING:  # these take most of a second to import, and a run that draws nothing yet starts without them
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 GREEN, RED, GREY = (0, 150, 60), (220, 30, 30), (90, 90, 90)
 LINE, LETTER = 14, 6
 """Pixels: height of a line, and average width of a letter."""
 
 
-def tensorboard(trainer: L.Trainer) -> SummaryWriter | None:
+def tensorboard(trainer: L.Trainer) -> "SummaryWriter | None":
     """TensorBoard's writer; None if TensorBoard is off, or in all processes but the first."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             return logger.experiment
     return None
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of matplotlib's, in inches; it belongs to no window."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def colour_map(name: str) -> "Colormap":
+    """A map of matplotlib's from numbers between 0 and 1 to colours."""
+    import matplotlib
+
+    return matplotlib.colormaps[name]
 
 
 def tokenizer_of(trainer: L.Trainer, callback: Callback) -> Any:
@@ -89,7 +107,7 @@ def grid(tiles: Sequence[Image.Image], columns: int) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def play(writer: SummaryWriter, rows: Sequence[int], facts: DataFacts, step: int) -> None:
+def play(writer: "SummaryWriter", rows: Sequence[int], facts: DataFacts, step: int) -> None:
     """Write the sound of some rows of the validation split (`val/audio/<row>`), if the data tells it."""
     if facts.waveform is None or facts.sample_rate is None:
         return

@@ -110,9 +110,15 @@ class GracefulStop(Callback):
         self._stop_listening()
         if not isinstance(exception, Exception) or not between_steps(trainer):
             return
-        try:
-            path = save_last(trainer)
-        except Exception as error:  # such as a full disk; the first error is the one to report
-            rank_zero_info(f"the last step cannot be saved: {error}")
-        else:
-            rank_zero_info(f"stopped after step {trainer.global_step}; saved {path}")
+        for final in (
+            False,
+            True,
+        ):  # torch raises the loss of a worker anywhere, also in the first save
+            try:
+                path = save_last(trainer)
+            except Exception as error:  # such as a full disk; the first error is the one to report
+                if final:
+                    rank_zero_info(f"the last step cannot be saved: {error}")
+            else:
+                rank_zero_info(f"stopped after step {trainer.global_step}; saved {path}")
+                return

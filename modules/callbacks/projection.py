@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from trunkline.modules.callbacks.drawing import LINE
+from trunkline.modules.callbacks.drawing import LINE, colour_map
 from trunkline.modules.callbacks.spectrograms import BLACK, COLUMN, letter_font
 
 SIDE, MARGIN, DOT, FRAME = 900, 24, 8, 2
@@ -98,7 +97,7 @@ def draw_projection(places: np.ndarray, labels: Sequence[str], thumbnails: Seque
     kinds = sorted(set(labels))
     colours = dict.fromkeys(kinds, BLACK)
     if len(kinds) <= MOST_COLOURS:
-        shades = matplotlib.colormaps["tab20" if len(kinds) > 10 else "tab10"](range(len(kinds)), bytes=True)
+        shades = colour_map("tab20" if len(kinds) > 10 else "tab10")(range(len(kinds)), bytes=True)
         colours = {kind: (int(r), int(g), int(b)) for kind, (r, g, b, _) in zip(kinds, shades, strict=True)}
     legend = list(colours.items()) if 1 < len(kinds) <= MOST_COLOURS else []
     width = COLUMN * (3 + max((len(kind) for kind, _ in legend), default=0))

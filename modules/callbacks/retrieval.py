@@ -1,12 +1,11 @@
 """A CLIP in TensorBoard: similarities of fixed pairs, pictures that texts find, and embeddings of pictures."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from trunkline.modules.callbacks.drawing import (
     RED,
     captioned,
     grid,
+    new_figure,
     tensorboard,
     to_pictures,
     wrapped,
@@ -23,6 +23,9 @@ from trunkline.modules.callbacks.drawing import (
 )
 from trunkline.modules.metrics.retrieval import retrieval_ranks
 from trunkline.modules.objectives.checks import facts_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIDE = 80
 """Longer side of a stored picture, in pixels."""
@@ -115,10 +118,10 @@ def sprites(pictures: list[Image.Image], side: int = 32) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 
-def draw_similarity(cosines: Tensor, captions: list[str]) -> Figure:
+def draw_similarity(cosines: Tensor, captions: list[str]) -> "Figure":
     """Draw a matrix of cosines (N, N), texts by pictures; the right pairs are on the diagonal."""
     side = 2.5 + 0.2 * len(captions)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    figure = new_figure(side + 1, side)
     axes = figure.subplots()
     shown = axes.imshow(cosines, cmap="viridis")
     names = [caption if len(caption) <= 20 else caption[:19] + "…" for caption in captions]

@@ -9,12 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from trunkline.modules.callbacks.drawing import GREY, LINE, RED
+from trunkline.modules.callbacks.drawing import GREY, LINE, RED, colour_map
 
 BLACK, PALE, PINK = (0, 0, 0), (225, 230, 235), (255, 205, 205)
 COLUMN = 7
@@ -39,6 +38,8 @@ class Mark(NamedTuple):
 @cache
 def letter_font() -> ImageFont.FreeTypeFont:
     """A font for transcripts, which comes with matplotlib and has the European alphabets."""
+    import matplotlib
+
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSansMono.ttf", 11)
 
 
@@ -57,7 +58,7 @@ def heard_frames(features: Tensor, mask: Tensor | None) -> Tensor:
 
 def coloured(values: Tensor, size: tuple[int, int], colours: str = "magma") -> Image.Image:
     """Draw a table (rows, columns) of numbers from 0 to 1, (width, height) pixels large, in a map of matplotlib's."""
-    pixels = matplotlib.colormaps[colours](values.numpy(), bytes=True)[..., :3]
+    pixels = colour_map(colours)(values.numpy(), bytes=True)[..., :3]
     return Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.NEAREST)
 
 

@@ -1,21 +1,23 @@
 """A language model in TensorBoard: generated texts, filled masks, and attention of the heads."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from trunkline import TrunklineError
-from trunkline.modules.callbacks.drawing import tensorboard, tokenizer_of
+from trunkline.modules.callbacks.drawing import new_figure, tensorboard, tokenizer_of
 from trunkline.modules.generation.decoding import Decoder
 from trunkline.modules.generation.filling import fill_masks
 from trunkline.modules.generation.sampling import GenerationConfig, generate
 from trunkline.modules.networks import BERT, GPT, TextHead
 from trunkline.modules.objectives.checks import facts_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class TextSamples(Callback):
@@ -163,11 +165,11 @@ def check_network(callback: Callback, network: Any, *kinds: type) -> Any:
     return network
 
 
-def draw_heads(maps: dict[int, Tensor], labels: list[str]) -> Figure:
+def draw_heads(maps: dict[int, Tensor], labels: list[str]) -> "Figure":
     """Draw a row of maps (H, T, T) for each block; a map has a row for each query and a column for each key."""
     heads = len(next(iter(maps.values())))
     side = max(1.6, 0.14 * len(labels))
-    figure = Figure(figsize=(side * heads + 1, side * len(maps) + 1), layout="constrained")
+    figure = new_figure(side * heads + 1, side * len(maps) + 1)
     axes = figure.subplots(len(maps), heads, squeeze=False)
     for row, (block, weights) in zip(axes, maps.items(), strict=True):
         for head, (place, picture) in enumerate(zip(row, weights, strict=True)):

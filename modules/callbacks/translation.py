@@ -1,23 +1,25 @@
 """An encoder-decoder in TensorBoard: translations of fixed sentences, their alignment with the source, lengths."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts
-from trunkline.modules.callbacks.drawing import tensorboard
+from trunkline.modules.callbacks.drawing import new_figure, tensorboard
 from trunkline.modules.callbacks.text import check_network
 from trunkline.modules.generation.decoding import GenerationConfig, evaluating
 from trunkline.modules.generation.sampling import generate
 from trunkline.modules.networks import EncoderDecoder
 from trunkline.modules.networks.conditional import ConditionalNetwork
 from trunkline.modules.objectives.checks import facts_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LONGEST_CELL, LONGEST_SIDE = 400, 64
 """Characters of a text in the table, and tokens on a side of the picture; what is longer is cut off."""
@@ -285,12 +287,12 @@ def table_cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def draw_alignment(maps: dict[int, Tensor], source: Sequence[str], target: Sequence[str]) -> Figure:
+def draw_alignment(maps: dict[int, Tensor], source: Sequence[str], target: Sequence[str]) -> "Figure":
     """Draw the weights (T, S) of each block, tokens of the target down, those of the source across."""
     source, target = source[:LONGEST_SIDE], target[:LONGEST_SIDE]
     width, height = max(2.0, 0.16 * len(source)) + 0.5, max(2.0, 0.16 * len(target)) + 0.7
     rows, columns = (len(maps), 1) if width > height else (1, len(maps))
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure = new_figure(width * columns, height * rows)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for place, (block, weights) in zip(axes, maps.items(), strict=True):
         shown = weights[: len(target), : len(source)]

@@ -270,7 +270,7 @@ def test_facts(make: Make) -> None:
     assert facts.waveform is not None
     assert facts.row_name("val", 0).startswith(data.source)
     torch.testing.assert_close(facts.waveform("val", 0).numpy(), data.splits["val"].waveform(0, RATE), rtol=0, atol=0)
-    known = {name for name, value in vars(facts).items() if value not in (None, {})}
+    known = {name for name, value in vars(facts).items() if value not in (None, {}, ())}
     assert known == {
         *("class_names", "multi_label", "sample_rate", "num_mels", "max_frames", "frame_seconds"),
         *("row_name", "waveform"),

@@ -45,8 +45,8 @@ GOOD = '{"source": "a", "target": "b"}'
         ("a.jsonl", "\n", {}, "a.jsonl has no row", None),
         ("a.jsonl.gz", "no gzip", {}, "a.jsonl.gz is not a gzip file", None),
         ("a.csv.gz", "no gzip", {}, "a.csv.gz is compressed", None),
-        ("a.csv", "source,target\na,b\nc\n", {}, "a.csv:3: 'target' is not a text but null", "target_column"),
-        ("a.csv", "source,target\na,b\nc, d,e\n", {}, "a.csv:3 has more cells than there are columns; put texts", None),
+        ("a.csv", "source,target\na,b\nc\n", {}, "a.csv:3 has 1 cell, but the header names 2; put texts", None),
+        ("a.csv", "source,target\na,b\nc, d,e\n", {}, "a.csv:3 has 3 cells, but the header names 2; put texts", None),
         ("a.parquet", "PAR1", {}, "a.parquet is not a Parquet file", None),
     ],
 )

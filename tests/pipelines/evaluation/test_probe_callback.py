@@ -267,7 +267,7 @@ class Bare(L.LightningDataModule):
         ({"class_names": ["red"]}, r"^ImageProbes: class_names has 1 names, but the source has 10 classes"),
         ({"every": 0}, r"^ImageProbes: every must be 1 or more, not 0"),
         ({"max_val": 0}, r"^ImageProbes: max_val must be 1 or more, not 0"),
-        ({"batch_size": 0}, r"^ImageProbes: batch_size must be 1 or more, not 0"),
+        ({"batch_size": 0}, r"^batch_size must be at least 1, not 0"),
         ({"image_size": 8}, r"^ImageProbes: image_size=8 does not apply: images are prepared as in the network's tra"),
     ],
 )
