@@ -8,9 +8,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
-STEP = (
-    "fit --config vit/digits --trainer.max_steps 1 --trainer.limit_val_batches 0 --test_with none --data.num_workers 0"
-)
+STEP = "--trainer.max_steps 1 --trainer.limit_val_batches 0 --test_with none --data.num_workers 0"
 COMMANDS = {
     "fit --help": "fit --help",
     "generate --help": "generate --help",
