@@ -1,7 +1,5 @@
 """The `trunkline` command."""
 
-import atexit
-import gc
 import inspect
 import json
 import os
@@ -14,7 +12,7 @@ from typing import Any, NamedTuple
 from trunkline import TrunklineError, __version__
 from trunkline.pipelines.errors import from_outside, options_given, own_error, report
 from trunkline.pipelines.objectives import import_class
-from trunkline.pipelines.quick_imports import import_torchmetrics
+from trunkline.pipelines.quick_imports import import_torchmetrics, put_off_collection, resume_collection
 
 TRAINING = {
     "fit": "train a model, then test it",
@@ -76,9 +74,8 @@ SEVERAL = ("draw", "fill-mask", "transcribe", "translate")
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Bad input prints one message and exits with code 2; only a defect of ours prints a traceback."""
     if arguments is None:
-        # At its end Python looks for cycles among all objects of all libraries, which would take a second or two.
-        atexit.register(gc.freeze)
         arguments = sys.argv[1:]
+        put_off_collection()
     command = arguments[0] if arguments else "--help"
     options: Collection[str] | None = None
     try:
@@ -89,13 +86,16 @@ def main(arguments: list[str] | None = None) -> None:
         if command in TRAINING:
             from trunkline.pipelines.training import run_training
 
+            resume_collection()
             run_training(arguments)
         elif command in PREPARATION:
             from trunkline.pipelines.commands.prepare import run_prepare
 
+            resume_collection()
             run_prepare(arguments)
         else:
             function = load(FUNCTIONS[command])
+            resume_collection()
             parameters = inspect.signature(function).parameters
             options = None if "data" in parameters else parameters  # data's flags are those of a config
             run_function(function, command, arguments)

@@ -65,6 +65,26 @@ def test_flags_and_broken_configs() -> None:
     assert not names_foreign_class(["fit", "--trainer.callbacks+=lightning.pytorch.callbacks.Timer"])
 
 
+def test_collection_is_put_off_and_resumed() -> None:
+    """In a process of its own: garbage of the imports is not looked for; that of a run is found again."""
+    code = """
+import gc
+from trunkline.pipelines.quick_imports import put_off_collection, resume_collection
+resume_collection()
+assert gc.isenabled() and gc.get_freeze_count() == 0
+put_off_collection()
+assert not gc.isenabled()
+resume_collection()
+assert gc.isenabled() and gc.get_freeze_count() > 1000
+cycle = []
+cycle.append(cycle)
+del cycle
+assert gc.collect() >= 1
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_once_imported_nothing_is_changed() -> None:
     import lightning_utilities.core.imports as imports
     import torchmetrics  # noqa: F401
