@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Collection, Iterator, Sequence
 from importlib import import_module
@@ -233,3 +234,19 @@ def line_of(error: Exception, module: str) -> str:
     folder = Path((spec and spec.origin) or "").parent
     lines = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(folder)]
     return f" at {lines[-1].filename}, line {lines[-1].lineno}" if spec and lines else ""
+
+
+def of_own_constructor(error: BaseException) -> TrunklineError | None:
+    """The error that a class of the user's own raised when it was made, which jsonargparse hides; None if none did."""
+    cause = error.__cause__
+    while cause is not None and cause.__cause__ is not None:
+        cause = cause.__cause__
+    frames = traceback.extract_tb(cause.__traceback__) if cause else []
+    libraries = (
+        str(Path(__file__).resolve().parent.parent),
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("stdlib"),
+    )
+    if cause is None or not frames or str(Path(frames[-1].filename).resolve()).startswith(libraries):
+        return None
+    return TrunklineError(f"{frames[-1].filename}, line {frames[-1].lineno}: {type(cause).__name__}: {cause}")

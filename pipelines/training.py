@@ -33,7 +33,7 @@ from trunkline.modules.training.checkpoints import RESUMED, SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files, flags
 from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
-from trunkline.pipelines.parser import RecipeParser, import_recipe_classes
+from trunkline.pipelines.parser import RecipeParser, import_recipe_classes, of_own_constructor
 from trunkline.pipelines.run_checks import KnownMetrics, check_run, check_seed, trainer_error
 from trunkline.pipelines.runs import claim_run, forgotten_run, holds_nothing, newest_config, remove_run, unused_config
 from trunkline.pipelines.sizes import with_stated, write_sizes
@@ -168,10 +168,10 @@ class TrainingCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            missing = missing_package(error)
-            if missing is None:
+            own = missing_package(error) or of_own_constructor(error)
+            if own is None:
                 raise
-            raise missing from error
+            raise own from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make a Trainer that writes into the run's folder."""

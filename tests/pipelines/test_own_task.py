@@ -131,5 +131,27 @@ def test_what_is_wrong_with_a_module(
         sys.modules.pop(name, None)
 
 
+def test_a_callback_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own error with file and line, where the parser would list the types that do not fit."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setenv("COLUMNS", "500")
+    lines = (
+        "from lightning import Callback",
+        "class Fussy(Callback):",
+        "  def __init__(self): raise ValueError('not today')",
+    )
+    (tmp_path / "fussy.py").write_text("\n".join(lines) + "\n")
+    monkeypatch.delitem(sys.modules, "fussy", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "vit/digits", "--trainer.callbacks+=fussy.Fussy"])
+    assert stop.value.code == 2
+    assert re.search(r"error: \S*fussy\.py, line 3: ValueError: not today$", " ".join(capsys.readouterr().err.split()))
+    assert not (tmp_path / "runs").exists()
+    sys.modules.pop("fussy", None)
+
+
 def test_it_stays_a_page() -> None:
     assert len(Path(own_task.__file__).read_text().splitlines()) <= 120
