@@ -1,7 +1,6 @@
 """Recordings for trained networks: files or rows of data, of any length, heard in windows of bounded length."""
 
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from trunkline.datamodules.audio.audio_files import audio_header, audio_paths, r
 from trunkline.datamodules.audio.audio_rows import AudioRows
 from trunkline.datamodules.audio.log_mel import LogMel
 from trunkline.datamodules.samplers import SampleKey, plain_errors
-from trunkline.datamodules.skipping import ADVICE
+from trunkline.datamodules.skipping import Skipped
 
 CONTEXT_SHARE = 1 / 6
 """Share of a window at each of its ends that the next window hears too, and better."""
@@ -171,6 +170,7 @@ class AudioWindows(Dataset[dict[str, Any]]):
         self, recordings: AudioRows, log_mel: LogMel, windowing: Windowing, skip_corrupt: bool = False
     ) -> None:
         self.recordings, self.log_mel, self.skip_corrupt = recordings, log_mel, skip_corrupt
+        self.skipped = Skipped()
         self.unpadded = replace(log_mel, padding="batch")
         lengths = np.rint(recordings.seconds * log_mel.sample_rate).astype(int)
         order = np.argsort(-lengths, kind="stable").tolist()
@@ -212,7 +212,7 @@ class AudioWindows(Dataset[dict[str, Any]]):
         except TrunklineError as error:
             if not self.skip_corrupt:
                 raise
-            warnings.warn(f"skipped: {str(error).removesuffix(ADVICE)}", stacklevel=2)
+            self.skipped.add(error)
             return np.zeros(0, np.float32)
 
     def batches(self, batch_size: int, num_workers: int, doing: str) -> Iterator[dict[str, Tensor]]:

@@ -25,6 +25,7 @@ from trunkline.datamodules.audio.log_mel import LogMel
 from trunkline.datamodules.audio.waveform_cache import CachedAudio
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.hub import TextSplits
+from trunkline.datamodules.skipping import MOST_NAMES
 from trunkline.datamodules.splits import check_fractions, rows_by_number, shares_of
 from trunkline.datamodules.text.preparation import default_cache
 from trunkline.datamodules.token_batches import TokenBatches
@@ -112,7 +113,8 @@ class RecordingData(TextSplits, TrunklineDataModule):
             splits |= found if split == "train" else {split: found["train"]}
             if faults:
                 self.left_out.setdefault(split, {})["unreadable"] = len(faults)
-                rank_zero_warn(f"{len(faults)} recordings of source={source.name} are left out; the first: {faults[0]}")
+                what = f"{len(faults)} recordings of source={source.name} are left out"
+                rank_zero_warn(f"{what}; the first: {'; '.join(map(str, faults[:MOST_NAMES]))}")
         missing = {split: share for split, share in self.fractions.items() if share and split not in splits}
         if missing:
             splits |= self.set_aside(splits["train"], missing)
