@@ -1,14 +1,9 @@
 """`trunkline fit | validate | test`: a LightningCLI that combines recipes with configs of machines."""
 
-import errno
-import logging
 import re
 import shlex
 import sys
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -34,13 +29,12 @@ from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files, flags
 from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes, of_own_constructor
+from trunkline.pipelines.quiet import FULL, quieten, silent_writers
 from trunkline.pipelines.run_checks import KnownMetrics, check_run, check_seed, trainer_error
 from trunkline.pipelines.runs import claim_run, forgotten_run, holds_nothing, newest_config, remove_run, unused_config
 from trunkline.pipelines.sizes import with_stated, write_sizes
 from trunkline.run_folders import find_checkpoint, read_lazily, step_in
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Numbers of the errors of a disk that takes no more."""
 AVERAGE = "averaging_state"
 """Key of a checkpoint whose weights are averaged."""
 MANY_COLUMNS = 10_000
@@ -337,22 +331,6 @@ def run_training(arguments: list[str]) -> None:
         raise TrunklineError(str(error)) from error
 
 
-@contextmanager
-def silent_writers() -> Iterator[None]:
-    """Let no thread print that the disk is full: TensorBoard's writer raises the same error for the main thread."""
-    before = threading.excepthook
-
-    def hook(arguments: threading.ExceptHookArgs) -> None:
-        if getattr(arguments.exc_value, "errno", None) not in FULL:
-            before(arguments)
-
-    threading.excepthook = hook
-    try:
-        yield
-    finally:
-        threading.excepthook = before
-
-
 def use_run_config(arguments: list[str]) -> list[str]:
     """Add the config that the checkpoint's run saved, for an evaluation without `--config`."""
     values = [a.partition("=")[2] or b for a, b in pairwise([*arguments, ""]) if a.partition("=")[0] == "--ckpt_path"]
@@ -365,42 +343,3 @@ def use_run_config(arguments: list[str]) -> list[str]:
     if config.name != "config.yaml":
         rank_zero_info(f"evaluating with {config}, of the last resume")
     return [arguments[0], "--config", str(config), *arguments[1:]]
-
-
-UNSAID = (
-    "💡",
-    "GPU available: ",
-    "TPU available: ",
-    "Seed set to ",
-    "Loading `train_dataloader` to estimate",
-    "Restoring states from",
-    "Restored all states from",
-    "Loaded model weights from",
-    "`Trainer.fit` stopped: `max_",
-)
-"""Beginnings of Lightning's messages that nobody acts on, or that Trunkline says itself."""
-
-
-def quieten() -> None:
-    """Hide advertisements, what is said twice, and warnings about things that are intended."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(is_said)
-    warnings.formatwarning = lambda message, *where: f"warning: {message}\n"  # without a line of our source
-    for pattern in (
-        ".*args parameter is intended to run from within Python.*",  # the list with short names replaced
-        ".*does not have many workers.*",  # data in memory needs none
-        ".*dataloader is not resumable.*",  # it is, by its own position
-        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run writes into its old folder
-        ".*smaller than the logging interval.*",
-        ".*callbacks used to create the checkpoint need to be provided.*",  # the weight average is no longer needed
-        ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts
-        ".*srun.* command is available on your system.*",
-    ):
-        warnings.filterwarnings("ignore", pattern)
-    for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):  # between libraries
-        warnings.simplefilter("ignore", category)
-
-
-def is_said(record: logging.LogRecord) -> bool:
-    """Whether a message of Lightning is printed."""
-    return not record.getMessage().startswith(UNSAID)

@@ -11,6 +11,7 @@ import pytest
 from rich.table import Table
 
 from trunkline.pipelines import training
+from trunkline.pipelines.quiet import quieten
 
 LINES_BEFORE = [
     "trunkline fit: starting",
@@ -57,7 +58,7 @@ def test_a_table_is_as_wide_as_its_longest_row(
 def test_a_warning_has_no_line_of_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # so that it is restored
     with warnings.catch_warnings():
-        training.quieten()
+        quieten()
         assert (
             warnings.formatwarning("skipped: a.png", UserWarning, __file__, 3, "source") == "warning: skipped: a.png\n"
         )
