@@ -196,6 +196,8 @@ def import_recipe_classes(texts: Collection[str]) -> None:
         import_class(PROBES)
 
 
+ROOMS = [str(Path(__file__).resolve().parents[1] / name) for name in ("pipelines", "modules", "datamodules")]
+"""Folders of our own code; in a clone, the user's own may stand beside them."""
 CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
@@ -241,12 +243,12 @@ def of_own_constructor(error: BaseException) -> TrunklineError | None:
     cause = error.__cause__
     while cause is not None and cause.__cause__ is not None:
         cause = cause.__cause__
-    frames = traceback.extract_tb(cause.__traceback__) if cause else []
-    libraries = (
-        str(Path(__file__).resolve().parent.parent),
-        sysconfig.get_path("purelib"),
-        sysconfig.get_path("stdlib"),
+    libraries = *ROOMS, sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")
+    own = [
+        frame
+        for frame in (traceback.extract_tb(cause.__traceback__) if cause else [])
+        if Path(frame.filename).is_file() and not str(Path(frame.filename).resolve()).startswith(libraries)
+    ]
+    return (
+        TrunklineError(f"{own[-1].filename}, line {own[-1].lineno}: {type(cause).__name__}: {cause}") if own else None
     )
-    if cause is None or not frames or str(Path(frames[-1].filename).resolve()).startswith(libraries):
-        return None
-    return TrunklineError(f"{frames[-1].filename}, line {frames[-1].lineno}: {type(cause).__name__}: {cause}")

@@ -161,6 +161,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
+        except TrunklineError:
+            raise
         except ValueError as error:
             own = missing_package(error) or of_own_constructor(error)
             if own is None:
