@@ -13,6 +13,7 @@ from trunkline import TrunklineError, __version__
 from trunkline.pipelines.errors import from_outside, options_given, own_error, report
 from trunkline.pipelines.objectives import import_class
 from trunkline.pipelines.quick_imports import import_torchmetrics, put_off_collection, resume_collection
+from trunkline.pipelines.quiet import quieten
 
 TRAINING = {
     "fit": "train a model, then test it",
@@ -185,6 +186,7 @@ def run_function(function: Callable[..., None], command: str, arguments: list[st
 
     from trunkline.pipelines.parser import CommandParser
 
+    quieten()
     sys.argv[1:] = arguments  # error messages look for flags here
     given = arguments[1:]
     completion = FUNCTIONS[command].completion

@@ -57,6 +57,15 @@ EVALUATION_FLAGS = {
 }
 
 
+PREPARATION_FLAGS = {
+    "--config NAME": "the recipe whose text is tokenised; other flags of fit may follow, and are not read",
+    "--data.source SOURCE": "other text: a file, a folder or a hub name",
+    "--data.tokenizer NAME": "other tokens",
+    "--data.vocab_size N": "size of a vocabulary that is learnt",
+    "--data.cache_dir FOLDER": "where the tokens are kept",
+}
+
+
 class Option(NamedTuple):
     """An option of a command, as its function declares it."""
 
@@ -68,15 +77,16 @@ class Option(NamedTuple):
 
 
 def training_page(command: str, title: str) -> str:
-    """Help of `fit`, `validate` or `test` on one screen."""
-    usage = f"usage: trunkline {command} {'--config RECIPE' if command == 'fit' else '--ckpt_path FILE'} [options]"
+    """Help of `fit`, `validate`, `test` or `prepare` on one screen."""
+    evaluates = command in ("validate", "test")
+    usage = f"usage: trunkline {command} {'--ckpt_path FILE' if evaluates else '--config RECIPE'} [options]"
     lines = [f"trunkline {command}: {title}", "", usage, ""]
     if command == "fit":
         done = [recipe for recipe in recipes() if recipe.result != NOT_RUN]
         lines += ["recipes that train on two CPU cores; `trunkline list` has all:"]
         lines += columns({recipe.name: f"{recipe.result}; {recipe.time.partition(',')[0]}" for recipe in done})
         lines += ["", "flags that people use:"]
-    lines += columns(FLAGS if command == "fit" else EVALUATION_FLAGS)
+    lines += columns(FLAGS if command == "fit" else EVALUATION_FLAGS if evaluates else PREPARATION_FLAGS)
     lines += ["", f"all flags: trunkline {command} --help all"]
     lines += ["flags of a recipe's data or model: trunkline fit --config vit/digits --help data (or: --help model)"]
     return "\n".join(lines)
@@ -94,7 +104,11 @@ def function_page(command: str, title: str, module: str, function: str, position
     """
     file = ROOT / "pipelines" / f"{module.replace('.', '/')}.py"
     described, found = options(file, function)
-    required = "".join(f" --{option.name} {option.name.upper()}" for option in found if option.default is None)
+    required = "".join(
+        f" --{option.name} {option.name.upper()}"
+        for option in found
+        if option.default is None and f"--{option.name}" != positional
+    )
     usage = f"usage: trunkline {command}{' [' + positional[2:].upper() + ']' if positional else ''}{required} [options]"
     lines = [f"trunkline {command}: {title}", "", *textwrap.wrap(usage, WIDTH, subsequent_indent="       "), ""]
     lines += [*described, ""]

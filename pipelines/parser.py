@@ -124,6 +124,10 @@ def explain_option(key: str, names: Collection[str]) -> str:
         new = new_flag(place.key)
         if new is not None:
             return f"there is no option {place.text} any more; it is --{new} now"
+        if place.key in names:  # of another recipe's class
+            others = [name for name in sorted(names) if name != place.key and same_end(name, place.key)]
+            where = f"; its network may have it as --{' or --'.join(others)}" if others else ""
+            return f"this recipe has no option {place.text}{where}; `--help model` after its --config lists its options"
         ours = familiar(place.key, names)
         hint = closest(place.key, names, "--") if ours is None else f"; did you mean '--{ours}'?"
         return f"there is no option {place.text}{hint}"
@@ -136,6 +140,11 @@ def explain_option(key: str, names: Collection[str]) -> str:
         )
         return f"'{key}' follows no option; {mend}"
     return of_older_version(place) or f"{place.text}: there is no '{key}'{closest(key, names)}"
+
+
+def same_end(name: str, other: str) -> bool:
+    """Whether the last two parts of dotted names are the same."""
+    return name.split(".")[-2:] == other.split(".")[-2:]
 
 
 def closest(name: str, names: Collection[str], dashes: str = "") -> str:

@@ -37,6 +37,9 @@ UNSAID = (
     "Restored all states from",
     "Loaded model weights from",
     "`Trainer.fit` stopped: `max_",
+    "`Trainer(limit_",
+    "Running in `fast_dev_run` mode",
+    "Found current_model_state in the checkpoint",
 )
 """Beginnings of Lightning's messages that nobody acts on, or that Trunkline says itself."""
 
@@ -54,6 +57,7 @@ def quieten() -> None:
         ".*smaller than the logging interval.*",
         ".*callbacks used to create the checkpoint need to be provided.*",  # the weight average is no longer needed
         ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts
+        ".*Embedding dir exists.*",  # the map of a resumed run's last step is written once more
         ".*srun.* command is available on your system.*",
     ):
         warnings.filterwarnings("ignore", pattern)

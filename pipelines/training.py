@@ -21,6 +21,7 @@ from rich.table import Table
 from trunkline import TrunklineError
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.files import cannot_write, check_parts, find_fault, load_checkpoint
+from trunkline.modules.callbacks.drawing import tensorboard
 from trunkline.modules.callbacks.graceful_stop import LastCheckpoint, Stopped
 from trunkline.modules.callbacks.progress import ProgressBar, shortest
 from trunkline.modules.objectives.base import TrunklineModule
@@ -100,7 +101,7 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--name", type=str | None, default=None, help="Name of the recipe; default: the name of its config."
         )
-        parser.add_argument("--run_dir", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument("--run_dir", type=str | None, default="runs", help="Folder of all runs; default: runs.")
         parser.add_argument(
             "--resume",
             type=str | None,
@@ -146,6 +147,7 @@ class TrainingCLI(LightningCLI):
             config.ckpt_path = checked_checkpoint(config.ckpt_path)
             return
         config.name = config.name or self.recipe or "run"
+        config.run_dir = config.run_dir or "runs"
         root = Path(config.run_dir)
         self.run_dir, self.checkpoint, faults = claim_run(self.claims, root, config.name, config.resume)
         self.is_new_run = holds_nothing(self.run_dir)
@@ -269,7 +271,7 @@ class TrainingCLI(LightningCLI):
         table.add_row("weights", f"{kind}, of step {step}" + ("" if checkpoint else ", not saved"))
         if checkpoint:
             table.add_row("checkpoint", str(shortest(Path(checkpoint))))
-        if self.subcommand == "fit":
+        if tensorboard(self.trainer) is not None:
             table.add_row("look at it", f"tensorboard --logdir {self._get(self.config, 'run_dir')}")
         print_whole(table)
 

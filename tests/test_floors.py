@@ -40,7 +40,9 @@ LIBRARIES = {
     "trunkline.ranges",
 }
 FLOOR_1 = LIBRARIES | {"trunkline.modules.backbone", "trunkline.names", "trunkline.ranges"}
-FLOOR_2 = FLOOR_1 | {f"trunkline.{name}" for name in ("contract", "files", "modules.networks", "modules.generation")}
+FLOOR_2 = FLOOR_1 | {
+    f"trunkline.{name}" for name in ("contract", "files", "run_folders", "modules.networks", "modules.generation")
+}
 PURE = ("modules/networks", "modules/generation", "modules/losses.py", "modules/training/optim.py")
 MEASURES = FLOOR_2 | {"torchmetrics", "sacrebleu", "numpy", "sklearn", "trunkline.modules.metrics"}
 

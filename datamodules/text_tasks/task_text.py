@@ -19,6 +19,7 @@ from trunkline.datamodules.tables import TABLES, kind, read_table
 from trunkline.datamodules.text.masking import NAMES
 from trunkline.datamodules.tokenizers import TRAINED, Vocabulary, check_room, end_of_text_id, load_tokenizer
 from trunkline.files import load_checkpoint
+from trunkline.run_folders import find_checkpoint
 
 
 class Row(NamedTuple):
@@ -160,9 +161,10 @@ def padded(values: Any, length: int, fill: int) -> np.ndarray:
 
 def row_length_of_checkpoint(name: str) -> int | None:
     """Tokens that the network of a training checkpoint sees at most; None for anything else that has a tokenizer."""
-    if Path(name).suffix == ".json" or not Path(name).is_file():
+    file = find_checkpoint(name, "data.tokenizer", other="tokenizer.json")
+    if file.suffix == ".json" or not file.is_file():
         return None
-    network = load_checkpoint(name, mmap=True, field="data.tokenizer").get("hyper_parameters", {}).get("network") or {}
+    network = load_checkpoint(file, mmap=True, field="data.tokenizer").get("hyper_parameters", {}).get("network") or {}
     for config in (network, network.get("bert"), network.get("gpt")):
         if config and config.get("max_length"):
             return int(config["max_length"])

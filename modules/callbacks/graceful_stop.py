@@ -32,13 +32,14 @@ def save_last(trainer: L.Trainer) -> Path:
 
 
 def between_steps(trainer: L.Trainer) -> bool:
-    """Whether a single process has finished a step of training and not begun another.
+    """Whether a single process has finished a step of training and not begun another; it may be in a validation.
 
     Other processes may have begun one, and would wait for ever in the saving.
     """
     progress = trainer.fit_loop.epoch_loop.batch_progress.current
     finished = trainer.global_step > 0 and progress.ready == progress.completed
-    return trainer.training and trainer.world_size == 1 and finished and not accumulates(trainer)
+    stage = trainer.training or trainer.validating
+    return stage and trainer.world_size == 1 and finished and not accumulates(trainer)
 
 
 class Stopped(SystemExit):

@@ -41,7 +41,9 @@ def overview(trainer: L.Trainer, module: L.LightningModule) -> list[tuple[str, s
     sizes = [f"{len(splits[split]):,} {split}" for split in ("train", "val", "test") if split in splits]
     if sizes:
         lines.append(("data", f"{getattr(data, 'source', type(data).__name__)}: {', '.join(sizes)}"))
-    return [*lines, ("run", str(shortest(Path(trainer.default_root_dir))))]
+    if not getattr(trainer, "fast_dev_run", False):  # which keeps nothing
+        lines.append(("run", str(shortest(Path(trainer.default_root_dir)))))
+    return lines
 
 
 def shortest(path: Path) -> Path:

@@ -164,13 +164,15 @@ class Network(nn.Module):
         using it.
 
         Args:
-            file: the checkpoint.
+            file: the checkpoint, or the folder of a run.
 
         Raises:
             TrunklineError: if it is missing, damaged, or holds another network.
         """
         from trunkline.files import load_checkpoint  # here, so that importing a network stays light
+        from trunkline.run_folders import find_checkpoint
 
+        file = find_checkpoint(file)
         content = load_checkpoint(file)
         name = content.get("classes", {}).get("network", "").rpartition(".")[2]
         if name and name != cls.__name__:

@@ -51,6 +51,17 @@ def test_flags_of_other_tools(typed: str, ours: str, known: set[str], monkeypatc
     assert explain_option(typed, known) == f"there is no option --{typed}; did you mean '--{ours}'?"
 
 
+def test_a_flag_of_another_network(known: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It exists, but not in this recipe: the message does not offer it again."""
+    monkeypatch.setattr("sys.argv", ["trunkline", "fit", "--config", "x.yaml", "--model.network.backbone.dim", "3"])
+    said = explain_option("model.network.backbone.dim", known)
+    assert said.startswith(
+        "this recipe has no option --model.network.backbone.dim; its network may have it as --model."
+    )
+    assert "--model.network.bert.backbone.dim" in said
+    assert "did you mean" not in said
+
+
 def test_every_flag_that_is_named_exists(known: set[str]) -> None:
     """In `fit` or in another command; and no familiar name stands for two things."""
     of_commands = {name for f in FUNCTIONS.values() for name in inspect.signature(load(f)).parameters}

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from task_files import LENGTH, WORDS, labelled, pretrained, tagged
 
 from trunkline.files import load_checkpoint
 from trunkline.pipelines.cli import main
+from trunkline.seal import seal
 
 BODY = "--model.network.bert"
 SHORT = "--trainer.accelerator cpu --trainer.max_epochs 1 --data.batch_size 4"
@@ -50,6 +52,17 @@ def test_the_documented_command_needs_no_other_flag(bert: str, tmp_path: Path) -
     assert network["bert"] == body | {"backbone": body["backbone"] | rates}
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["init_args"]["network"]["bert"] == network["bert"]  # the same network without the file
+
+
+def test_the_folder_of_a_run_serves_too(bert: str, tmp_path: Path) -> None:
+    """For the weights, and for the tokenizer, whose network limits the rows."""
+    (tmp_path / "pretrained/checkpoints").mkdir(parents=True)
+    torch.save(load_checkpoint(bert) | {"global_step": 1}, last := tmp_path / "pretrained/checkpoints/last.ckpt")
+    seal(last)
+    main([*command("classify", csv_of(tmp_path), "pretrained"), *SHORT.split()])
+    (run,) = tmp_path.glob("runs/bert/classify/*")
+    content = load_checkpoint(run / "checkpoints/last.ckpt")
+    assert content["LabelledTextData"]["settings"]["max_length"] == LENGTH
 
 
 def test_tags_too(bert: str, tmp_path: Path) -> None:

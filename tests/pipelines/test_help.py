@@ -13,7 +13,7 @@ from trunkline import TrunklineError
 from trunkline.pipelines import cli
 from trunkline.pipelines.cli import FUNCTIONS, POSITIONAL, PREPARATION, TRAINING, load, main
 from trunkline.pipelines.configs import config_names
-from trunkline.pipelines.help import EVALUATION_FLAGS, FLAGS, class_of, function_page, options
+from trunkline.pipelines.help import EVALUATION_FLAGS, FLAGS, PREPARATION_FLAGS, class_of, function_page, options
 from trunkline.pipelines.recipes import NOT_RUN, Recipe, machines, recipes
 from trunkline.pipelines.training import TrainingCLI
 
@@ -63,6 +63,9 @@ def test_choices_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--num_samples " in (text := page(["generate", "-h"], capsys))
     assert "(whole number; default: 1)" in text  # not `true`, to which 1 is equal
     assert "usage: trunkline translate [TEXT] --checkpoint CHECKPOINT [options]" in page(["translate", "-h"], capsys)
+    assert "usage: trunkline search [QUERY] --checkpoint CHECKPOINT [options]" in page(["search", "-h"], capsys)
+    assert "usage: trunkline prepare --config RECIPE [options]" in (text := page(["prepare", "-h"], capsys))
+    assert "--ckpt_path" not in text
 
 
 def test_fit_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +90,7 @@ def test_flags_on_the_page_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Parsed(self.parser.known_names())  # type: ignore[attr-defined]
 
     monkeypatch.setattr(TrainingCLI, "parse_arguments", names)
-    for command, shown in (("fit", FLAGS), ("test", EVALUATION_FLAGS)):
+    for command, shown in (("fit", FLAGS | PREPARATION_FLAGS), ("test", EVALUATION_FLAGS)):
         with pytest.raises(Parsed) as stop:
             TrainingCLI([command], None)
         known = stop.value.args[0] | {"config", "print_config", "model.network.backbone.depth"}

@@ -128,6 +128,7 @@ def test_loggers_write_into_the_folder_of_the_run(named: str, rows: Callable[...
     """Without a word about where; the config and the checkpoints stay where they are without them."""
     table = rows(*FIT, "--trainer.logger", named)
     assert table["checkpoint"] == str(RUN / "checkpoints/best.ckpt")
+    assert ("look at it" in table) == ("TensorBoardLogger" in named)
     assert {path.name for path in Path().iterdir()} == {"small.yaml", "runs"}
     assert {path.name for path in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     logs = {path.parent.name for path in RUN.rglob("metrics.csv")} | {p.parent.name for p in RUN.rglob("events.*")}
@@ -136,6 +137,11 @@ def test_loggers_write_into_the_folder_of_the_run(named: str, rows: Callable[...
     entries = saved if isinstance(saved, list) else [saved] if saved else []
     assert [entry["init_args"]["save_dir"] for entry in entries] == [""] * len(entries)  # the config runs again
     assert scores(rows("test", "--ckpt_path", str(RUN))) == scores(table)
+
+
+def test_no_folder_of_runs_is_the_usual_one(rows: Callable[..., dict[str, str]]) -> None:
+    assert rows(*FIT, "--run_dir", "null")["look at it"] == "tensorboard --logdir runs"
+    assert {path.name for path in Path().iterdir()} == {"small.yaml", "runs"}
 
 
 def test_a_logger_whose_package_is_missing(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:

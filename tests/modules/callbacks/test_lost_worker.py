@@ -5,8 +5,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from tiny import classifier, trainer, vit, weights
 
 from trunkline import TrunklineError
@@ -50,6 +52,26 @@ def run(folder: Path, deadly: bool = False, checkpoint: Path | None = None) -> d
     fitted.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     assert fitted.global_step == 16
     return weights(model)
+
+
+class Broken(Callback):
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == 6:
+            raise RuntimeError("no such metric")
+
+
+def test_an_error_of_a_validation_loses_no_step(tmp_path: Path) -> None:
+    """Such as of a callback that waits for a metric that is never logged."""
+    data = ImageData(image_size=8, channels=1, batch_size=200, num_workers=0, val_fraction=0.2)
+    callbacks = [Broken(), GracefulStop()]
+    fitted = trainer(tmp_path, max_epochs=9, callbacks=callbacks, plugins=[SafeCheckpointIO()], limit_train_batches=3)
+    model = classifier(vit())
+    with pytest.raises(RuntimeError, match="no such metric"):
+        fitted.fit(model, datamodule=data)
+    content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 6
+    saved = {name.removeprefix("network."): value for name, value in content["state_dict"].items()}
+    assert all(torch.equal(saved[name], value) for name, value in weights(model).items() if name in saved)
 
 
 def test_a_killed_worker_loses_no_step(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from trunkline.modules.networks import GPT, GPTConfig, ViT
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.modules.training.warm_start import TrainedWeights, network_class_of
+from trunkline.seal import seal
 
 BLOCKS_1_2 = ("backbone.blocks.1.", "backbone.blocks.2.", "backbone.norm.")
 
@@ -181,6 +182,10 @@ def test_a_network_from_a_checkpoint(tmp_path: Path) -> None:
     network = ViT.from_checkpoint(tmp_path / "a.ckpt")
     assert network.config == model.network.config
     torch.testing.assert_close(network.state_dict(), model.network.state_dict(), rtol=0, atol=0)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/last.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes())
+    seal(tmp_path / "run/checkpoints/last.ckpt")
+    assert ViT.from_checkpoint(tmp_path / "run").config == network.config
     with pytest.raises(TrunklineError, match=r"a\.ckpt holds a ViT, not a GPT; load it with ViT\.from_checkpoint$"):
         GPT.from_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(TrunklineError, match="there is no checkpoint"):

@@ -17,6 +17,7 @@ from trunkline import TrunklineError
 from trunkline.datamodules import Augmentation, ImageData
 from trunkline.modules.networks import ViT
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
+from trunkline.pipelines.cli import main
 from trunkline.pipelines.commands.embed import embed
 from trunkline.pipelines.commands.predict import predict
 
@@ -105,6 +106,18 @@ def test_table(checkpoint: Path, images: Path, tmp_path: Path, ending: str, batc
     assert table.path.tolist() == [str(file) for file in files]
     assert table.label.tolist() == labels
     assert table.probability.tolist() == pytest.approx(probabilities, abs=1e-5)
+
+
+def test_nothing_of_lightnings_is_said(
+    checkpoint: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `fit` does: no devices that are not there, no advertisement."""
+    monkeypatch.setattr("sys.argv", ["trunkline"])
+    given = ["--checkpoint", str(checkpoint), "--images", str(images), "--output", str(tmp_path / "out.csv")]
+    main(["predict", *given, "--accelerator", "cpu"])
+    assert len(pd.read_csv(tmp_path / "out.csv")) == len(NAMES)
+    said = [record.getMessage() for record in caplog.records]
+    assert [text for text in said if "available" in text or "Tip" in text] == []
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
