@@ -131,6 +131,9 @@ def explain_option(key: str, names: Collection[str]) -> str:
         ours = familiar(place.key, names)
         hint = closest(place.key, names, "--") if ours is None else f"; did you mean '--{ours}'?"
         return f"there is no option {place.text}{hint}"
+    if place.config is None and f"-{key}" in sys.argv:
+        ours = familiar(key, names)
+        return f"there is no option -{key}" + ("" if ours is None else f"; did you mean '--{ours}'?")
     if place.config is None:
         text = next((name for name in ("text", "query", "sentence") if name in names), None)
         mend = (

@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 
 from trunkline import TrunklineError
+from trunkline.modules.networks.base import refuse_nan
 from trunkline.pipelines.errors import flags, plain
 from trunkline.pipelines.objectives import KINDS, PROBES, short
 from trunkline.ranges import check_ranges
@@ -99,6 +100,20 @@ class KnownMetrics(Callback):
                     f"{', '.join(sorted(known))}",
                     "trainer.callbacks.monitor",
                 )
+
+
+class FiniteWeights(Callback):
+    """Refuses to evaluate weights that are not finite numbers."""
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look at the weights, which are those of the checkpoint now.
+
+        Raises:
+            TrunklineError: as `refuse_nan`.
+        """
+        refuse_nan(pl_module, trainer.ckpt_path or "this network")
+
+    on_validation_start = on_test_start
 
 
 def check_seed(seed: Any) -> None:

@@ -31,7 +31,7 @@ from trunkline.pipelines.errors import config_files, flags
 from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes, of_own_constructor
 from trunkline.pipelines.quiet import FULL, quieten, silent_writers
-from trunkline.pipelines.run_checks import KnownMetrics, check_run, check_seed, trainer_error
+from trunkline.pipelines.run_checks import FiniteWeights, KnownMetrics, check_run, check_seed, trainer_error
 from trunkline.pipelines.runs import claim_run, forgotten_run, holds_nothing, newest_config, remove_run, unused_config
 from trunkline.pipelines.sizes import with_stated, write_sizes
 from trunkline.run_folders import find_checkpoint, read_lazily, step_in
@@ -195,7 +195,7 @@ class TrainingCLI(LightningCLI):
                 kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="", default_hp_metric=False)
         else:
             kwargs["logger"], self.save_config_callback = False, None
-            kwargs["callbacks"] = without(callbacks, ModelCheckpoint, WeightAveraging, *off)
+            kwargs["callbacks"] = [*without(callbacks, ModelCheckpoint, WeightAveraging, *off), FiniteWeights()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:

@@ -51,6 +51,11 @@ def test_flags_of_other_tools(typed: str, ours: str, known: set[str], monkeypatc
     assert explain_option(typed, known) == f"there is no option --{typed}; did you mean '--{ours}'?"
 
 
+def test_a_short_flag(known: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["trunkline", "fit", "--config", "x.yaml", "-b", "3"])
+    assert explain_option("b", known) == "there is no option -b; did you mean '--data.batch_size'?"
+
+
 def test_a_flag_of_another_network(known: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It exists, but not in this recipe: the message does not offer it again."""
     monkeypatch.setattr("sys.argv", ["trunkline", "fit", "--config", "x.yaml", "--model.network.backbone.dim", "3"])

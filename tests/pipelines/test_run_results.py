@@ -196,6 +196,20 @@ def test_a_disk_that_fills_while_training(
     assert "Traceback" not in text
 
 
+def test_weights_that_are_not_finite_are_not_evaluated(
+    rows: Callable[..., dict[str, str]], elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows(*FIT, "--trainer.max_epochs", "1")
+    content = load_checkpoint(RUN / "checkpoints/last.ckpt")
+    content["state_dict"]["network.head.bias"][0] = torch.nan
+    SafeCheckpointIO().save_checkpoint(content, RUN / "checkpoints/nan.ckpt")
+    for command in ("test", "validate"):
+        with pytest.raises(SystemExit):
+            main([command, "--ckpt_path", str(RUN / "checkpoints/nan.ckpt")])
+        said = " ".join(capsys.readouterr().err.split())
+        assert re.search(r"error: the weights in \S*nan\.ckpt are not finite, first in network\.head\.bias", said)
+
+
 def test_checkpoints_without_their_keys(rows: Callable[..., dict[str, str]], elsewhere: Path) -> None:
     """Each is refused where it is needed, by name, and nothing else is."""
     rows(*FIT, "--trainer.max_epochs", "1")
