@@ -208,7 +208,9 @@ def import_recipe_classes(texts: Collection[str]) -> None:
         import_class(PROBES)
 
 
-ROOMS = [str(Path(__file__).resolve().parents[1] / name) for name in ("pipelines", "modules", "datamodules")]
+ROOMS = [
+    str(Path(__file__).resolve().parents[1] / name) for name in ("pipelines", "modules", "datamodules", "trunkline")
+]
 """Folders of our own code; in a clone, the user's own may stand beside them."""
 CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 

@@ -27,7 +27,7 @@ from trunkline.modules.callbacks.progress import ProgressBar, shortest
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.checkpoints import RESUMED, SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
-from trunkline.pipelines.errors import config_files, flags
+from trunkline.pipelines.errors import config_files, flags, own_error
 from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes, of_own_constructor
 from trunkline.pipelines.quiet import FULL, quieten, silent_writers
@@ -163,13 +163,11 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except TrunklineError:
-            raise
         except ValueError as error:
-            own = missing_package(error) or of_own_constructor(error)
-            if own is None:
+            other = None if own_error(error) else missing_package(error) or of_own_constructor(error)
+            if other is None:
                 raise
-            raise own from error
+            raise other from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make a Trainer that writes into the run's folder."""
