@@ -52,7 +52,7 @@ def test_like_ones_stand_together() -> None:
     apart = np.linalg.norm(places[:, None] - places, axis=2)
     np.fill_diagonal(apart, np.inf)
     classes = np.arange(3).repeat(EACH)
-    # t-SNE leaves a stray now and then, and rounding decides which; by chance a third would have a neighbour of its kind.
+    # t-SNE leaves a stray now and then, and rounding decides which; by chance a third would stand beside their kind.
     assert (classes[apart.argmin(axis=1)] == classes).mean() > 0.8
     np.testing.assert_array_equal(places, in_plane(class_vectors().numpy()))
 
