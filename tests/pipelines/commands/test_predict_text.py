@@ -1,5 +1,6 @@
 """`trunkline predict --texts`: the tables equal forward passes without padding, and what evaluation counted."""
 
+import io
 import json
 from functools import partial
 from pathlib import Path
@@ -122,6 +123,18 @@ def test_classes(classifier: SimpleNamespace, suffix: str, tmp_path: Path) -> No
         assert probability == pytest.approx(want.max().item(), abs=1e-5)
     right = sum(("good" in text) == (label == "good") for text, label in zip(texts, found.label, strict=True))
     assert right / len(texts) == pytest.approx(classifier.metrics["val/acc"])
+
+
+def test_lines_on_the_standard_input(
+    classifier: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same table as of a file with these lines."""
+    lines = "who saw anna\na bad film\n"
+    (tmp_path / "in.txt").write_text(lines)
+    of_file = run(classifier, tmp_path / "in.txt", tmp_path / "a.csv")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    pd.testing.assert_frame_equal(run(classifier, "-", tmp_path / "b.csv"), of_file)
+    assert of_file.text.tolist() == lines.splitlines()
 
 
 def test_pairs(of_pairs: SimpleNamespace, tmp_path: Path) -> None:
