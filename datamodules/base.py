@@ -1,11 +1,14 @@
 """What every datamodule shares: loaders that resume the order of samples exactly."""
 
+import hashlib
+import json
 import os
 import random
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -40,6 +43,23 @@ def preserved_generators() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+ONLY_SPEED = {"batch_size", "eval_batch_size", "num_workers", "cache_dir"}
+"""Fields of datamodules that do not change the samples."""
+
+
+def plain_value(value: Any) -> Any:
+    """A field's value as plain data without the place of local files, which is another one on another machine."""
+    if isinstance(value, str | Path) and os.path.exists(value):
+        return ["folder"] if os.path.isdir(value) else ["file", os.path.getsize(value)]
+    if isinstance(value, dict):
+        return {str(key): plain_value(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(part) for part in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain_value(asdict(value))
+    return value if value is None or isinstance(value, str | int | float) else type(value).__qualname__
 
 
 def outlive_signals(worker: int) -> None:
@@ -87,6 +107,27 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
     def facts(self) -> DataFacts:
         """What a network, an objective or a callback may need to know about this data."""
         return DataFacts()
+
+    def digest(self) -> str | None:
+        """Short hexadecimal digest of what training reads, after `setup`; no sample is read for it.
+
+        It is the same in all processes, and on all machines that have the same data, wherever the files are. It is made
+        of the fields that change samples or their order, `data_key`, and the number of samples in each split. None if
+        a datamodule has neither `datasets` nor a `data_key`.
+        """
+        key = self.data_key()
+        if not self.datasets and not key:
+            return None
+        settings = {part.name: plain_value(getattr(self, part.name)) for part in fields(self)}
+        sizes = {split: len(rows) for split, rows in self.datasets.items()}  # type: ignore[arg-type]
+        content = [{name: settings[name] for name in settings.keys() - ONLY_SPEED}, sizes, key]
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def data_key(self) -> list[Any]:
+        """What else tells this data from other data, as plain values that are found without reading all of it, such as
+        names and sizes of files, or the digest of a tokenizer; without the folder in which the data is.
+        """
+        return []
 
     @property
     def in_memory(self) -> bool:
