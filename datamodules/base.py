@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader
 from trunkline.datamodules.token_batches import TokenBatches
@@ -47,6 +48,12 @@ def preserved_generators() -> Iterator[None]:
 
 ONLY_SPEED = {"batch_size", "eval_batch_size", "num_workers", "cache_dir"}
 """Fields of datamodules that do not change the samples."""
+
+
+def short_digest(content: str | bytes | memoryview) -> str:
+    """16 hexadecimal digits that tell a content from others."""
+    content = content.encode() if isinstance(content, str) else content
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def plain_value(value: Any) -> Any:
@@ -112,22 +119,49 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         """Short hexadecimal digest of what training reads, after `setup`; no sample is read for it.
 
         It is the same in all processes, and on all machines that have the same data, wherever the files are. It is made
-        of the fields that change samples or their order, `data_key`, and the number of samples in each split. None if
-        a datamodule has neither `datasets` nor a `data_key`.
+        of the fields that change samples or their order, the tokenizers, `data_key`, and the number of samples in each
+        split. None if a datamodule has neither `datasets` nor a `data_key`.
         """
         key = self.data_key()
         if not self.datasets and not key:
             return None
+        key = [key, *self._tokenizers()]
         settings = {part.name: plain_value(getattr(self, part.name)) for part in fields(self)}
         sizes = {split: len(rows) for split, rows in self.datasets.items()}  # type: ignore[arg-type]
         content = [{name: settings[name] for name in settings.keys() - ONLY_SPEED}, sizes, key]
-        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return short_digest(json.dumps(content, sort_keys=True))
 
     def data_key(self) -> list[Any]:
         """What else tells this data from other data, as plain values that are found without reading all of it, such as
         names and sizes of files, or the digest of a tokenizer; without the folder in which the data is.
         """
         return []
+
+    def compare_tokenizers(self) -> None:
+        """Check that all processes of a training have the same tokenizers. All of them must call this, in `setup`.
+
+        Each machine with a cache folder of its own learns its own tokenizer, perhaps from other texts.
+
+        Raises:
+            TrunklineError: in all processes, if one differs; names it.
+        """
+        if self.trainer is None or self.trainer.world_size == 1:
+            return
+        own = list(short_digest("".join(self._tokenizers())).encode())
+        strategy = self.trainer.strategy
+        everyone = strategy.all_gather(torch.tensor(own, device=strategy.root_device)).tolist()
+        other = next((rank for rank, digest in enumerate(everyone) if digest != everyone[0]), None)
+        if other is not None:
+            raise TrunklineError(
+                f"process {other} has another tokenizer than process 0, so that the same token would mean different "
+                "words; let all machines share the folder cache_dir and the data, or give all the same tokenizer.json "
+                "as tokenizer",
+                "data.tokenizer",
+            )
+
+    def _tokenizers(self) -> list[str]:
+        facts = self.facts
+        return [tokenizer.to_str() for tokenizer in (facts.tokenizer, facts.target_tokenizer) if tokenizer is not None]
 
     @property
     def in_memory(self) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -179,17 +180,49 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str | Add
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """WordPiece of lower-case text, as in BERT. Keep the result, because the library breaks ties at random."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    """WordPiece of lower-case text, as in BERT; the same texts always give the same tokenizer.
+
+    The library alone breaks ties by chance: it chooses among equally frequent characters, and numbers the tokens of
+    characters inside words (`##`) in the order of a hash map, then among equally frequent pairs it joins those with the
+    lowest numbers first. So both are settled here: a first training without any joint finds the characters that stand
+    inside words, the second gets them as special tokens, whose numbers are given.
+    """
+    pieces = [
+        text.encode() for text in first_bytes(texts)
+    ]  # read three times; as bytes, because that takes less memory
+    # Each character is two tokens: at the beginning of a word, and inside a word (with ##).
+    limit = min(1000, (vocab_size - len(MASKING_TOKENS)) // 2)
+    characters = Counter[str]()
+    for piece in pieces:
+        characters.update(empty_wordpiece().normalizer.normalize_str(piece.decode()))
+    del characters[" "]
+    alphabet = sorted(characters, key=lambda character: (-characters[character], character))[:limit]
+
+    def learn(size: int, first: list[str]) -> list[str]:
+        tokenizer = empty_wordpiece()
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size,
+            special_tokens=first,
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(map(bytes.decode, pieces), trainer)
+        vocab = tokenizer.get_vocab()
+        return sorted(vocab, key=vocab.__getitem__)
+
+    inside = sorted(set(learn(1, MASKING_TOKENS)) - {*MASKING_TOKENS, *alphabet})
+    tokenizer = empty_wordpiece(learn(vocab_size, MASKING_TOKENS + inside))
+    tokenizer.add_special_tokens(MASKING_TOKENS)
+    return tokenizer
+
+
+def empty_wordpiece(tokens: Sequence[str] = ("[UNK]",)) -> Tokenizer:
+    """A WordPiece tokenizer of lower-case text with these tokens, but no special ones."""
+    tokenizer = Tokenizer(models.WordPiece({token: n for n, token in enumerate(tokens)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    # Each character is two tokens: at the beginning of a word, and inside a word (with ##).
-    limit = (vocab_size - len(MASKING_TOKENS)) // 2
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=MASKING_TOKENS, limit_alphabet=min(1000, limit), show_progress=False
-    )
-    tokenizer.train_from_iterator(first_bytes(texts), trainer)
     return tokenizer
 
 

@@ -212,6 +212,7 @@ class RecordingData(TextSplits, TrunklineDataModule):
                 training=training,
             )
         rank_zero_info(f"training: {self.summary('train')}")
+        self.compare_tokenizers()
 
     def summary(self, split: str) -> str:
         """How many clips and hours a split has, and what is left out or cut."""

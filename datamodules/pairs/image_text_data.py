@@ -207,6 +207,7 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
         for split, rows in self.rows.items():
             options = self.image_options(split, self.seed)
             self.datasets[split] = ImageTextPairs(rows, encoder, self.first_caption, *options)
+        self.compare_tokenizers()
 
     def caption(self, split: str, row: int) -> str:
         """The main caption of a row."""

@@ -111,6 +111,10 @@ class TokenisedText(Vocabulary, TextSplits, TrunklineDataModule):
                 )
             self.datasets[split] = self.make_rows(stream, train)
             self.bytes_per_token[split] = entry["bytes"] / entry["tokens"]
+        self.compare_tokenizers()
+
+    def data_key(self) -> list[Any]:
+        return [self.preparation.folder.name]  # a hash of the text and of all that decides the tokens
 
     def shortest_stream(self, train: bool) -> int:
         """Minimum number of tokens that a split needs to make one row."""

@@ -135,6 +135,7 @@ class LabelledTextData(TaskTextData):
         for split, (rows, classes) in self.read().items():
             self.datasets[split] = self.dataset(rows, classes)
         del self.splits, self.labels  # texts take more room than tokens
+        self.compare_tokenizers()
 
     def dataset(self, rows: Sequence[Row], classes: np.ndarray) -> "LabelledRows":
         """Tokenise rows; `classes` are their (N,) class numbers."""

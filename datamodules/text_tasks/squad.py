@@ -81,6 +81,7 @@ class SquadData(TaskTextData):
             self.questions[split] = [question for row in rows for question in questions_of(row)]
             self.datasets[split] = self.dataset(self.questions[split])
         del self.splits
+        self.compare_tokenizers()
 
     def state_dict(self) -> dict[str, Any]:
         """Adds whether a question can have no answer."""

@@ -115,6 +115,7 @@ class TaggedTextData(TaskTextData):
                     )
             self.datasets[split] = self.dataset(rows, [[numbers[tag] for tag in tags] for tags in self.tags[split]])
         del self.splits, self.tags
+        self.compare_tokenizers()
 
     def dataset(self, rows: Sequence[Row], tags: Sequence[Sequence[int]]) -> "TaggedRows":
         """Tokenise rows; `tags` has a tag number for each word of each row.

@@ -259,6 +259,11 @@ class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
                 )
         return splits
 
+    def data_key(self) -> list[Any]:
+        paths = [Path(source.name) for source in self.named_sources.values()]
+        files = [file for path in paths for file in [path, *sorted(path.rglob("*"))] if file.is_file()]
+        return [[file.name, file.stat().st_size] for file in files]
+
     @cached_property
     def vocabulary(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer)

@@ -294,6 +294,10 @@ class TranslationData(Vocabulary, TextSplits, TrunklineDataModule):
             )
         if self.overlong["train"]:
             rank_zero_info(f"training: {self.summary('train')}")
+        self.compare_tokenizers()
+
+    def data_key(self) -> list[Any]:
+        return [preparation.folder.name for preparation in self.preparations]
 
     def sides(self, split: str) -> tuple[SideTokens, SideTokens]:
         """The tokens of the sources and of the targets of a prepared split."""

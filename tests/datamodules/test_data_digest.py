@@ -1,18 +1,35 @@
 """The digest of what training reads."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import pytest
+import torch
 from own_task import CloudData
+from tokenizers import Tokenizer
+from torch import Tensor
 
+from trunkline import TrunklineError
+from trunkline.contract import DataFacts
 from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.tokenizers import train_tokenizer
 
 
 @dataclass
 class Shake:
     width: float = 0.1
+
+
+class WithTokenizer(TrunklineDataModule):
+    words: Tokenizer
+
+    @property
+    def facts(self) -> DataFacts:
+        return DataFacts(tokenizer=self.words)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -48,6 +65,31 @@ def test_digest_changes_with_what_is_read_and_with_nothing_else(tmp_path: Path) 
         {"content": ["x"]},
     ]
     assert len({plain, digest(folder=tmp_path), *(digest(**fields) for fields in changed)}) == 2 + len(changed)
+
+
+@pytest.mark.parametrize("second", ["another", "the same"])
+def test_processes_with_different_tokenizers_stop(second: str) -> None:
+    """One process of two; the other's digest comes from a strategy that gathers."""
+    words = {name: train_tokenizer("chars", [text], None) for name, text in (("mine", "abc"), ("another", "abd"))}
+    words["the same"] = words["mine"]
+
+    def data(which: str, gather: Callable[[Tensor], Tensor]) -> TrunklineDataModule:
+        data = WithTokenizer()
+        data.words = words[which]
+        strategy = SimpleNamespace(root_device=torch.device("cpu"), all_gather=gather)
+        data.trainer = SimpleNamespace(world_size=2, strategy=strategy)  # type: ignore[assignment]
+        return data
+
+    given: list[Tensor] = []
+    data(second, lambda own: (given.append(own), torch.stack([own, own]))[1]).compare_tokenizers()
+    asking = data("mine", lambda own: torch.stack([own, given[0]]))
+    if second == "the same":
+        asking.compare_tokenizers()
+        return
+    with pytest.raises(
+        TrunklineError, match=r"process 1 has another tokenizer than process 0.*share the folder cache_dir"
+    ):
+        asking.compare_tokenizers()
 
 
 def test_no_digest_of_a_datamodule_that_says_nothing() -> None:

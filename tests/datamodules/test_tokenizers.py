@@ -1,7 +1,9 @@
 """Tokenizers that are trained or read, and the fast way through much text against the library's own."""
 
+import itertools
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +16,14 @@ from trunkline.datamodules import tokenizers as ours
 from trunkline.datamodules.text.text_sources import open_text
 from trunkline.datamodules.tokenizers import (
     END_OF_TEXT,
+    MASKING_TOKENS,
     UNKNOWN,
     TextEncoder,
     end_of_text_id,
     load_tokenizer,
     size_of,
     train_tokenizer,
+    train_wordpiece,
     treats_words_alone,
 )
 from trunkline.files import digest
@@ -60,6 +64,52 @@ def test_trained_sizes_and_special_tokens(trained: dict[str, Tokenizer]) -> None
     assert end_of_text_id(trained["wordpiece"]) == 3
     assert trained["wordpiece"].encode("THE words").tokens == trained["wordpiece"].encode("the  Words").tokens
     assert trained["wordpiece"].decode(trained["wordpiece"].encode("The statement").ids) == "the statement"
+
+
+def learnt_slowly(text: str, size: int) -> list[str]:
+    """The tokens of a WordPiece, joined by a plain loop: of the most frequent pairs, that with the lowest numbers."""
+    words = Counter(text.split())
+    letters = Counter(letter for word, count in words.items() for letter in word for _ in range(count))
+    limit = min(1000, (size - 5) // 2)
+    alphabet = sorted(letters, key=lambda letter: (-letters[letter], letter))[:limit]
+    split = {
+        word: [letter if n == 0 else f"##{letter}" for n, letter in enumerate(word) if letter in alphabet]
+        for word in words
+    }
+    inside = sorted({token for tokens in split.values() for token in tokens if token.startswith("##")})
+    tokens = [*MASKING_TOKENS, *inside, *sorted(alphabet)]
+    while len(tokens) < size:
+        pairs = Counter[tuple[str, str]]()
+        for word, parts in split.items():
+            for pair in itertools.pairwise(parts):
+                pairs[pair] += words[word]
+        if not pairs:
+            break
+        first, second = min(pairs, key=lambda pair: (-pairs[pair], *map(tokens.index, pair)))
+        joint = first + second.removeprefix("##")
+        tokens += [] if joint in tokens else [joint]
+        for word, parts in split.items():
+            joined: list[str] = []
+            for part in parts:
+                if joined and (joined[-1], part) == (first, second):
+                    joined[-1] = joint
+                else:
+                    joined.append(part)
+            split[word] = joined
+    return tokens
+
+
+def test_wordpiece_is_a_function_of_its_text() -> None:
+    draw = random.Random(5)  # few words of few letters, so that nearly all frequencies are tied
+    words = ["".join(draw.choices("abcdefghij", k=draw.randrange(1, 7))) for _ in range(60)]
+    names = [piece.text for piece in open_text("emoji", "text").pieces({"train": 1.0})][:8000]  # in 8 scripts
+    for texts, size in (([" ".join(words)], 90), ([" ".join(words)], 20), (names, 300)):
+        learnt = [train_wordpiece(iter(order), size) for order in (texts, texts[::-1], texts, texts)]
+        assert len({tokenizer.to_str() for tokenizer in learnt}) == 1
+        vocab = learnt[0].get_vocab()
+        if len(texts) == 1:
+            assert sorted(vocab, key=vocab.__getitem__) == learnt_slowly(texts[0], size)
+        assert learnt[0].get_added_tokens_decoder().keys() == set(range(5))
 
 
 def test_training_reads_no_more_than_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
