@@ -1,8 +1,9 @@
 """The order of samples: a pure function of (seed, epoch), resumable at any batch on any number of processes."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,9 @@ class SampleKey(NamedTuple):
     """False for a filler: it makes the shares of all processes equally long, and is never counted in a metric."""
 
 
+Order = Callable[[np.random.Generator], np.ndarray | Iterable[np.ndarray]]
+
+
 class ResumableBatchSampler:
     """Batches of `SampleKey`s for one process.
 
@@ -41,8 +45,9 @@ class ResumableBatchSampler:
         drop_last: leave out the last batch if it is not full.
         rank: number of this process.
         world_size: number of processes.
-        order: makes the order of an epoch, (length,) row numbers, from the epoch's generator. None is a random
-            permutation; large files that are read faster one after the other need another order.
+        order: makes the order of an epoch from the epoch's generator: (length,) row numbers, or an iterator over the
+            parts of it, which then need not be in memory at once. None is a random permutation; large files that are
+            read faster one after the other need another order.
         batches: batches of different sizes, instead of `batch_size`, `drop_last` and `order`.
 
     Raises:
@@ -59,7 +64,7 @@ class ResumableBatchSampler:
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        order: Callable[[np.random.Generator], np.ndarray] | None = None,
+        order: Order | None = None,
         batches: TokenBatches | None = None,
     ) -> None:
         if batches is None:
@@ -88,10 +93,10 @@ class ResumableBatchSampler:
         """Batches of this process, from batch `start` on; the iteration after this one begins at batch 0."""
         start, self.start = self.start, 0
         for indices in self._global_batches(start):
-            fillers = -len(indices) % self.world_size
-            keys = [SampleKey(self.epoch, int(i)) for i in indices]
-            keys += [SampleKey(self.epoch, int(indices[0]), valid=False)] * fillers
-            yield keys[self.rank :: self.world_size]
+            keys = [SampleKey(self.epoch, index) for index in indices[self.rank :: self.world_size].tolist()]
+            if 0 < len(indices) % self.world_size <= self.rank:  # the others have one sample more
+                keys.append(SampleKey(self.epoch, int(indices[0]), valid=False))
+            yield keys
 
     def _global_batches(self, start: int) -> Iterator[np.ndarray]:
         """The row numbers of each batch, over all processes."""
@@ -99,11 +104,36 @@ class ResumableBatchSampler:
         if self.batches is not None:
             yield from self.batches.epoch(generator, start)
             return
-        order = np.arange(self.length)
-        if generator is not None:
+        order: np.ndarray | Iterable[np.ndarray]
+        if generator is None:
+            order = np.arange(self.length)
+        else:
             order = self.order(generator) if self.order else generator.permutation(self.length)
-        for batch in range(start, len(self)):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        parts = [order] if isinstance(order, np.ndarray) else order
+        pieces = pieces_of(parts, self.batch_size, start * self.batch_size)
+        yield from islice(pieces, max(len(self) - start, 0))
+
+
+def pieces_of(parts: Iterable[np.ndarray], size: int, skip: int) -> Iterator[np.ndarray]:
+    """Cut an array that comes in parts into pieces of `size`; the last one can be shorter.
+
+    Args:
+        parts: the parts; only one of them is kept at a time.
+        size: values in a piece.
+        skip: number of values at the beginning to leave out.
+    """
+    rest = np.zeros(0, np.int64)
+    for part in parts:
+        if skip >= len(part):
+            skip -= len(part)
+            continue
+        rest = np.concatenate([rest, part[skip:]]) if len(rest) else part[skip:]
+        skip, whole = 0, len(rest) - len(rest) % size
+        for begin in range(0, whole, size):
+            yield rest[begin : begin + size]
+        rest = rest[whole:]
+    if len(rest):
+        yield rest
 
 
 def check_batch_size(length: int, batch_size: int, drop_last: bool, world_size: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
+from trunkline.datamodules import samplers
 from trunkline.datamodules.base import TrunklineDataModule, preserved_generators, seed_generators
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader, SampleKey
 from trunkline.datamodules.token_batches import TokenBatches
@@ -58,6 +59,35 @@ def test_order_is_the_one_of_every_version() -> None:
     # A changed order would silently break the resume of every run that is under way.
     assert order(seed=0, epoch=0) == [[9, 2, 7, 4], [5, 11, 0, 3], [6, 10, 8, 1]]
     assert order(seed=7, epoch=3) == [[4, 2, 5, 8], [7, 3, 11, 10], [0, 1, 9, 6]]
+
+
+def test_an_order_in_parts_is_that_order() -> None:
+    whole = np.random.default_rng(4).permutation(23)
+    for borders in ([], [1, 2, 9], [0, 4, 4, 8, 12], [22]):
+        parts = np.split(whole, borders)
+        for batch_size, drop_last in ((4, True), (4, False), (6, False), (23, True)):
+            for start in range(4):
+                options = {"length": 23, "batch_size": batch_size, "drop_last": drop_last, "start": start}
+                got, expected = (order(order=made, **options) for made in (lambda _, p=parts: iter(p), lambda _: whole))
+                assert got == expected
+                plain = [whole[n : n + batch_size].tolist() for n in range(start * batch_size, 23, batch_size)]
+                assert got == [batch for batch in plain if not drop_last or len(batch) == batch_size]
+
+
+def test_a_process_makes_the_keys_of_its_own_samples_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[SampleKey] = []
+
+    def counted(*values: Any, **options: Any) -> SampleKey:
+        made.append(SampleKey(*values, **options))
+        return made[-1]
+
+    monkeypatch.setattr(samplers, "SampleKey", counted)
+    for rank in range(3):
+        made.clear()
+        batches = list(ResumableBatchSampler(10, 6, shuffle=True, rank=rank, world_size=3))
+        assert made == [key for batch in batches for key in batch]
+        assert [len(batch) for batch in batches] == [2, 2]  # 6 samples, then 4 and two fillers
+        assert [key.valid for key in batches[1]] == [True, rank == 0]
 
 
 def test_order_is_a_pure_function_of_seed_and_epoch() -> None:
