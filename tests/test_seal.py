@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 
 from trunkline import TrunklineError
 from trunkline.files import digest, digest_file, find_fault, load_checkpoint
-from trunkline.seal import SEAL_LENGTH, proves_itself, seal, sealed_at
+from trunkline.seal import MANIFEST, SEAL_LENGTH, proves_itself, seal, seal_folder, sealed_at
 
 
 @pytest.fixture
@@ -118,6 +120,54 @@ def test_only_a_fresh_archive_is_sealed(sealed: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is no archive without a comment"):
             seal(path)
         assert path.read_bytes() == before
+
+
+@pytest.fixture
+def sealed_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "step=3.ckpt"
+    (folder / "inner").mkdir(parents=True)
+    for number, name in enumerate((".metadata", "__0_0.distcp", "inner/with two  blanks é")):
+        (folder / name).write_bytes(bytes(range(64)) * number)
+    seal_folder(folder)
+    return folder
+
+
+def test_a_sealed_folder(sealed_folder: Path, tmp_path: Path) -> None:
+    assert proves_itself(sealed_folder)
+    assert find_fault(sealed_folder, unchecked=False) is None
+    at = sealed_at(sealed_folder)
+    assert at is not None
+    copy = shutil.copytree(sealed_folder, tmp_path / "copy")
+    (copy / "added later").write_text("by somebody else")
+    assert proves_itself(copy)
+    assert sealed_at(copy) == at
+    seal_folder(copy)  # again: the old manifest is no part of the new one
+    assert proves_itself(copy)
+    assert subprocess.run(["sha256sum", "--check", "--status", MANIFEST], cwd=copy, check=False).returncode == 0
+
+
+def test_any_flipped_bit_of_a_folder_is_refused(sealed_folder: Path) -> None:
+    for path in [path for path in sealed_folder.rglob("*") if path.is_file()]:
+        for bit in range(0, 8 * path.stat().st_size, 1 if path.name == MANIFEST else 97):
+            flip(path, bit)
+            assert proves_itself(sealed_folder) is False, (path, bit)
+            flip(path, bit)
+    flip(sealed_folder / "__0_0.distcp", 5)
+    assert find_fault(sealed_folder) == f"the checkpoint {sealed_folder} is damaged: it is not as it was saved"
+
+
+def test_a_folder_without_all_its_files(sealed_folder: Path) -> None:
+    manifest = (sealed_folder / MANIFEST).read_bytes()
+    for length in range(0, len(manifest), 7):
+        (sealed_folder / MANIFEST).write_bytes(manifest[:length])
+        assert not proves_itself(sealed_folder), length
+    (sealed_folder / MANIFEST).write_bytes(manifest)
+    (sealed_folder / ".metadata").unlink()  # an empty one
+    assert proves_itself(sealed_folder) is False
+    (sealed_folder / MANIFEST).unlink()
+    assert proves_itself(sealed_folder) is None
+    assert sealed_at(sealed_folder) is None
+    assert find_fault(sealed_folder) == f"there is no checkpoint {sealed_folder}"
 
 
 @pytest.mark.slow

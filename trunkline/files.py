@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 from trunkline import TrunklineError
-from trunkline.seal import proves_itself
+from trunkline.seal import MANIFEST, proves_itself
 
 CACHE_FIELD = "data.cache_dir"
 """The field that set the folder of a file, unless the caller names another field."""
@@ -207,10 +207,11 @@ def find_fault(checkpoint: Path, unchecked: bool = True) -> str | None:
     """What is wrong with a checkpoint file; None if nothing is.
 
     Args:
-        checkpoint: the file. Its seal is checked, or for older ones the digest beside it.
+        checkpoint: the file, or the folder that `seal_folder` sealed. Its seal is checked, or for older files the
+            digest beside it.
         unchecked: whether a file that has neither passes; those of other projects have neither.
     """
-    if not checkpoint.is_file():
+    if not checkpoint.is_file() and not (checkpoint / MANIFEST).is_file():
         return f"there is no checkpoint {checkpoint}"
     if checkpoint.stat().st_size == 0:
         return f"the checkpoint {checkpoint} is empty"

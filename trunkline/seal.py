@@ -2,6 +2,8 @@
 
 A file of `torch.save` is a zip archive, and an archive may end with a comment that its readers skip. The comment says
 when the file was sealed, and ends with the SHA-256 of everything before that digest. One rename replaces both at once.
+
+A checkpoint that is a folder of files is sealed by one more file, which is written last and ends in the same way.
 """
 
 import hashlib
@@ -20,6 +22,8 @@ ARCHIVE_START, ARCHIVE_END = b"PK\x03\x04", b"PK\x05\x06"
 """What an archive begins with, and what its last record begins with."""
 END_LENGTH = 22
 """Bytes of the last record, whose last two are the length of the comment behind it."""
+MANIFEST = "SHA256SUMS"
+"""The file that seals a folder. `sha256sum --check` reads it too, and warns of its last line, which is the seal."""
 
 
 def seal(file: Path) -> None:
@@ -42,12 +46,37 @@ def seal(file: Path) -> None:
         stream.write(value)
 
 
+def seal_folder(folder: Path) -> None:
+    """Write `MANIFEST` into a folder: the SHA-256 of each file in it, folders below included.
+
+    Each file is flushed to the disk before the manifest is, so that a manifest never vouches for more than is there.
+
+    Raises:
+        OSError: if a file cannot be read or the manifest not be written.
+    """
+    lines = []
+    for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()):
+        if name == MANIFEST:
+            continue
+        with (folder / name).open("rb") as stream:
+            os.fsync(stream.fileno())
+        lines.append(_digest(folder / name).decode() + f"  {name}\n")
+    text = ("".join(lines) + f"trunkline saved={time.time():017.6f} sha256=").encode()
+    with (folder / MANIFEST).open("wb") as stream:
+        stream.write(text + hashlib.sha256(text).hexdigest().encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def proves_itself(file: Path) -> bool | None:
     """Whether a file is as `seal` left it: False if it is damaged, None if it carries no seal.
 
     One flipped bit is noticed wherever it is, in the comment and in its length too. An archive that was cut short is
-    damaged, whether it had a seal or not.
+    damaged, whether it had a seal or not. The same holds for a folder that `seal_folder` sealed; files that were added
+    to it later do not matter.
     """
+    if file.is_dir():
+        return _folder_proves_itself(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(len(ARCHIVE_START))
@@ -68,16 +97,34 @@ def proves_itself(file: Path) -> bool | None:
 
 
 def sealed_at(file: Path) -> float | None:
-    """When a file was sealed, in seconds since 1970; None if it carries no seal. Copying does not change it."""
+    """When a file or folder was sealed, in seconds since 1970; None if it carries no seal. Copying keeps it."""
+    if file.is_dir():
+        return sealed_at(file / MANIFEST) if (file / MANIFEST).is_file() else None
     with file.open("rb") as stream:
         stream.seek(max(0, file.stat().st_size - SEAL_LENGTH))
         found = SEAL_PATTERN.fullmatch(stream.read())
     return None if found is None else float(found[1])
 
 
-def _digest(file: Path, size: int) -> bytes:
-    """SHA-256 of a file's first `size` bytes, in hexadecimal digits."""
+def _folder_proves_itself(folder: Path) -> bool | None:
+    """As `proves_itself`."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    text = (folder / MANIFEST).read_bytes()
+    body, found = text[:-SEAL_LENGTH], SEAL_PATTERN.fullmatch(text[-SEAL_LENGTH:])
+    if found is None or found[2] != hashlib.sha256(text[:-SHA_DIGITS]).hexdigest().encode():
+        return False
+    for line in body.decode().split("\n")[:-1]:
+        value, _, name = line.partition("  ")
+        if not (folder / name).is_file() or _digest(folder / name) != value.encode():
+            return False
+    return True
+
+
+def _digest(file: Path, size: int | None = None) -> bytes:
+    """SHA-256 of a file's first `size` bytes, or of all of it, in hexadecimal digits."""
     value = hashlib.sha256()
+    size = file.stat().st_size if size is None else size
     with file.open("rb") as stream:
         while size > 0 and (part := stream.read(min(size, 1 << 20))):
             value.update(part)
