@@ -25,6 +25,7 @@ from trunkline.modules.callbacks.drawing import tensorboard
 from trunkline.modules.callbacks.graceful_stop import LastCheckpoint, Stopped
 from trunkline.modules.callbacks.progress import ProgressBar, shortest
 from trunkline.modules.objectives.base import TrunklineModule
+from trunkline.modules.training.background_saves import BackgroundCheckpointIO, FailedSaves
 from trunkline.modules.training.checkpoints import RESUMED, SafeCheckpointIO
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files, flags, own_error
@@ -175,13 +176,15 @@ class TrainingCLI(LightningCLI):
         write_sizes(self.config[self.subcommand], self.model.hparams)
         kwargs["use_distributed_sampler"] = False  # our sampler distributes the samples itself
         plugins = trainer.get("plugins") or []
-        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        safe = any(isinstance(plugin, SafeCheckpointIO) for plugin in plugins)  # one without a thread, or of one's own
+        kwargs["plugins"] = plugins if safe else [*plugins, BackgroundCheckpointIO()]
         callbacks = trainer.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         switches = {"enable_checkpointing": (ModelCheckpoint, LastCheckpoint), "enable_progress_bar": (ProgressBar,)}
         off = [kind for switch, kinds in switches.items() if trainer.get(switch) is False for kind in kinds]
         if self.subcommand == "fit":
-            kwargs["callbacks"] = [*without(callbacks, *off), KnownMetrics()]
+            kwargs["callbacks"] = [*without(callbacks, *off), KnownMetrics(), FailedSaves()]
             for callback in kwargs["callbacks"]:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # otherwise a logger's choice
                     callback.dirpath = str(self.run_dir / "checkpoints")

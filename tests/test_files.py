@@ -1,11 +1,13 @@
 """Files appear whole or not at all, in order, and are known again; what is wrong with a checkpoint is said."""
 
 import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,12 @@ from trunkline.files import (
     digest_file,
     digests,
     find_fault,
+    in_use,
     known_digests,
     load_checkpoint,
     lock,
     read_json,
+    remove_unused,
     replacing,
     write_json,
 )
@@ -179,6 +183,63 @@ def test_lock_between_processes(tmp_path: Path) -> None:
     assert ask() == "free"
     with lock(path):  # the process that had it has ended
         assert ask() == "taken"
+
+
+def keep_in_use(path: str, ready: Any, go_on: Any) -> None:
+    with in_use(Path(path)):
+        ready.set()
+        go_on.wait(60)
+
+
+def test_a_file_in_use_is_not_removed(tmp_path: Path) -> None:
+    """Neither by this process nor by another; once its writer has been killed, it is."""
+    context = multiprocessing.get_context("fork")
+    ready, go_on, path = context.Event(), context.Event(), tmp_path / "a.tmp"
+    process = context.Process(target=keep_in_use, args=(str(path), ready, go_on))
+    process.start()
+    assert ready.wait(60)
+    remove_unused([path, tmp_path / "not there"])
+    assert files(tmp_path) == {"a.tmp": b""}
+    process.kill()
+    process.join()
+    (tmp_path / "folder.tmp").mkdir()
+    with in_use(tmp_path / "mine.tmp"):
+        remove_unused(sorted(tmp_path.iterdir()))
+        assert {path.name for path in tmp_path.iterdir()} == {"folder.tmp", "mine.tmp"}
+    remove_unused([tmp_path / "mine.tmp"])
+    assert {path.name for path in tmp_path.iterdir()} == {"folder.tmp"}
+
+
+def test_a_file_that_vanished_before_it_was_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, path, lock_file = [], tmp_path / "a.tmp", fcntl.flock
+
+    def late(stream: Any, how: int) -> None:
+        if not calls:
+            path.unlink()  # as another process does that finds it not yet locked
+        calls.append(how)
+        lock_file(stream, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with in_use(path):
+        assert path.exists()
+    assert len(calls) == 2
+
+
+def test_without_locks_only_old_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(stream: Any, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with in_use(tmp_path / "new"):
+        pass
+    for hours in (23, 25):
+        (tmp_path / f"{hours} hours").touch()
+        then = time.time() - hours * 3600
+        os.utime(tmp_path / f"{hours} hours", (then, then))
+    remove_unused(list(tmp_path.iterdir()))
+    assert set(files(tmp_path)) == {"new", "23 hours"}
 
 
 # --- knowing a file again

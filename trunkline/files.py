@@ -12,9 +12,9 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock
 
@@ -25,6 +25,9 @@ CACHE_FIELD = "data.cache_dir"
 """The field that set the folder of a file, unless the caller names another field."""
 DIGEST_SUFFIX = ".sha256"
 """Appended to the name of a checkpoint: the name of the file with its digest, which older versions wrote."""
+
+DAY = 24 * 60 * 60
+"""In seconds."""
 
 
 # --- writing
@@ -57,6 +60,45 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def in_use(file: Path) -> Iterator[None]:
+    """Create a file, and keep it from `remove_unused` of other processes while the block writes it.
+
+    The kernel frees the lock when this process ends, however that happens.
+    """
+    while True:
+        with file.open("ab") as stream:
+            _lock_file(stream, wait=True)
+            if file.exists():  # otherwise it was removed before it was locked
+                yield
+                return
+
+
+def remove_unused(files: Iterable[Path]) -> None:
+    """Remove temporary files that no process is writing, see `in_use`; folders stay.
+
+    Where the file system knows no locks, a file counts as unused a day after its last change.
+    """
+    for file in files:
+        with suppress(OSError), file.open("r+b") as stream:  # another process may have removed it, or own it
+            locked = _lock_file(stream, wait=False)
+            if locked or (locked is None and time.time() - file.stat().st_mtime > DAY):
+                file.unlink()
+
+
+def _lock_file(stream: IO[bytes], wait: bool) -> bool | None:
+    """Lock an open file; False if another process has locked it, None if that cannot be known."""
+    try:
+        import fcntl  # here, because Windows has none
+
+        fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, ImportError):
+        return None
+    return True
 
 
 def fsync(path: Path) -> None:

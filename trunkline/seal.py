@@ -23,7 +23,7 @@ ARCHIVE_START, ARCHIVE_END = b"PK\x03\x04", b"PK\x05\x06"
 END_LENGTH = 22
 """Bytes of the last record, whose last two are the length of the comment behind it."""
 MANIFEST = "SHA256SUMS"
-"""The file that seals a folder. `sha256sum --check` reads it too, and warns of its last line, which is the seal."""
+"""The file that seals a folder. The program sha256sum checks it too, and warns of its last line, which is the seal."""
 
 
 def seal(file: Path) -> None:

@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from trunkline.modules.training.background_saves import save_and_wait
 from trunkline.modules.training.exact_resume import accumulates
 
 
@@ -25,9 +26,9 @@ class LastCheckpoint(Callback):
 
 
 def save_last(trainer: L.Trainer) -> Path:
-    """Save the trainer's state as `checkpoints/last.ckpt`, and return the path."""
+    """Save the trainer's state as `checkpoints/last.ckpt`, and return the path when the file is on the disk."""
     path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-    trainer.save_checkpoint(path, weights_only=False)
+    save_and_wait(trainer, path)
     return path
 
 

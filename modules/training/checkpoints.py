@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from trunkline.files import cannot_write, check_parts, digest_file, load_checkpoint, replacing
+from trunkline.files import cannot_write, check_parts, digest_file, in_use, load_checkpoint, remove_unused, replacing
 from trunkline.seal import seal
 
 CHECKPOINT_PARTS = {
@@ -40,9 +41,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         try:
-            for left_over in path.parent.glob(".*.ckpt.*"):  # of a save that was killed
-                left_over.unlink(missing_ok=True)
-            with replacing(path) as (content,):
+            remove_unused(path.parent.glob(".*.ckpt.*"))  # what killed saves left
+            with ExitStack() as held, replacing(path) as (content,):
+                held.enter_context(in_use(content))  # until it is renamed
                 torch.save(checkpoint, content)
                 seal(content)
             digest_file(path).unlink(missing_ok=True)  # of an older version's file
