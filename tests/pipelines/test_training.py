@@ -14,6 +14,8 @@ from lightning.pytorch.cli import LightningCLI
 from trunkline import TrunklineError, datamodules
 from trunkline.contract import DataFacts
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.training.background_saves import BackgroundCheckpointIO
+from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines import training
 from trunkline.pipelines.cli import main
 from trunkline.pipelines.configs import CONFIGS, config_names, find_config, resolve_configs
@@ -21,6 +23,7 @@ from trunkline.pipelines.recipes import recipes
 from trunkline.pipelines.runs import choose_run
 from trunkline.pipelines.training import TrainingCLI
 
+SYNCHRONOUS = "trunkline.modules.training.checkpoints.SafeCheckpointIO"
 RECIPES = [name for name in config_names() if not name.startswith("trainer/")]
 MACHINES = [name for name in config_names() if name.startswith("trainer/")]
 
@@ -157,9 +160,18 @@ def test_recipe_instantiates(recipe: str, monkeypatch: pytest.MonkeyPatch) -> No
     defaults = yaml.safe_load((CONFIGS / "defaults.yaml").read_text())["trainer"]["callbacks"]
     for callback in [*defaults, *own["trainer"].get("callbacks+", [])]:  # appended, not replaced
         assert callback["class_path"].rpartition(".")[2] in kinds
+    assert type(cli.trainer.strategy.checkpoint_io) is BackgroundCheckpointIO
+    assert "FailedSaves" in kinds
     millions = sum(parameter.numel() for parameter in cli.model.network.parameters()) / 1e6
     stated_size = next(row.parameters for row in recipes() if row.name == recipe)
     assert stated_size == (f"{millions:.0f} M" if millions >= 10 else f"{millions:.1f} M")
+
+
+def test_saves_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is short; the files are as safe."""
+    resolved, name = resolve_configs(["fit", "--config", "vit/digits", "--trainer.plugins", f"[{SYNCHRONOUS}]"])
+    monkeypatch.setattr("sys.argv", ["trunkline", *resolved])
+    assert type(Dry(resolved, name).trainer.strategy.checkpoint_io) is SafeCheckpointIO
 
 
 @pytest.mark.parametrize("inherited", [None, "there"])

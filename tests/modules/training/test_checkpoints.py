@@ -4,12 +4,8 @@ import copy
 import errno
 import os
 import pickle
-import random
 import re
-import resource
-import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,6 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from recorded_run import CONTEXT
 
 from trunkline import TrunklineError
 from trunkline.datamodules import ImageData
@@ -28,7 +23,6 @@ from trunkline.modules.training.checkpoints import SafeCheckpointIO, follow_fold
 from trunkline.modules.training.warm_start import network_from_checkpoint
 from trunkline.pipelines.runs import choose_run
 from trunkline.run_folders import newest_valid
-from trunkline.seal import proves_itself
 
 IO = SafeCheckpointIO()
 
@@ -160,58 +154,6 @@ def test_crash_between_any_two_disk_calls(tmp_path: Path) -> None:
     save(path, 1000)
     assert number_in(path) == 1000
     assert names(tmp_path) == {"a.ckpt"}
-
-
-def save_until_killed(path: Path, numbers: list[int], size: int) -> None:
-    """Save these; the kernel kills the process when the last one's file grows beyond `size`."""
-    for number in numbers[:-1]:
-        save(path, number)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
-    save(path, numbers[-1])
-
-
-def test_kill_while_saving(tmp_path: Path) -> None:
-    """A kill at any byte of a file that is being written never leaves a torn checkpoint."""
-    chance, path, last = random.Random(0), tmp_path / "last.ckpt", 0
-    size = save(path, 0).stat().st_size
-    for _ in range(8):
-        numbers = list(range(last + 1, last + 2 + chance.randrange(3)))
-        process = CONTEXT.Process(target=save_until_killed, args=(path, numbers, chance.randrange(1, size)))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGXFSZ
-        last = numbers[-1] - 1
-        assert number_in(path) == last
-        assert proves_itself(path)
-        assert len(names(tmp_path) - {"last.ckpt"}) == 1  # what the kill left
-    save(tmp_path / "other.ckpt")
-    assert names(tmp_path) == {"last.ckpt", "other.ckpt"}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one checkpoint."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("may not mount a small disk")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def test_full_disk(small_disk: Path) -> None:
-    path = save(small_disk / "a.ckpt", 1)
-    for _ in range(2):
-        with pytest.raises(
-            TrunklineError, match=rf"cannot write .*{path} \(\d MB free there\).*free some space"
-        ) as caught:
-            save(path, 2)
-        assert caught.value.field == "run_dir"
-        assert number_in(path) == 1
-        assert names(small_disk) == {"a.ckpt"}
 
 
 @pytest.mark.parametrize("function", ["torch.save", "os.fsync", "os.replace"])
