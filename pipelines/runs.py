@@ -3,64 +3,116 @@
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from itertools import count, takewhile
 from pathlib import Path, PurePath
-
-from filelock import FileLock, Timeout
+from typing import Any
 
 from trunkline import TrunklineError
-from trunkline.files import cannot_write, find_fault, read_json
-from trunkline.run_folders import DEPTH, TIME_FORMAT, is_run, newest_first, newest_valid
+from trunkline.files import find_fault
+from trunkline.pipelines.launch import agree, attempt_mark, find_peers, is_first_process, may_be_restarted
+from trunkline.pipelines.run_lock import MARK, held
+from trunkline.run_folders import (
+    DEPTH,
+    TIME_FORMAT,
+    checkpoints_in,
+    is_checkpoint,
+    is_run,
+    last_saved,
+    newest_first,
+    newest_valid,
+)
 
 RUN = "TRUNKLINE_RUN"
 """Environment variable with the name of a new run's folder."""
-LOCK, HOLDER = ".lock", ".running.json"
-"""Files in a run's folder: the lock of the process that trains it, and who that is."""
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK")
-"""Environment variables that number the processes of a run, by whoever starts them."""
+CHOSEN = "TRUNKLINE_CHOSEN"
+"""Environment variable with what a process has chosen, for the processes that Lightning starts from it."""
 
 
 @contextmanager
 def forgotten_run() -> Iterator[None]:
-    """Remove a new run's name from the environment when the run ends; its processes inherit it from there."""
-    inherited = RUN in os.environ
+    """Remove the choice of a run from the environment when the run ends; its processes inherit it from there."""
+    inherited = {name: os.environ[name] for name in (RUN, CHOSEN) if name in os.environ}
     try:
         yield
     finally:
-        if not inherited:
-            os.environ.pop(RUN, None)
+        for name in (RUN, CHOSEN):
+            os.environ.pop(name, None)
+        os.environ.update(inherited)
 
 
-def claim_run(stack: ExitStack, root: Path, recipe: str, resume: str | None) -> tuple[Path, Path | None, list[str]]:
+def claim_run(
+    stack: ExitStack, root: Path, recipe: str, resume: str | None, nodes: int = 1, devices: Any = 1
+) -> tuple[Path, Path | None, list[str]]:
     """Choose a run as `choose_run` does, and hold its folder until `stack` is closed.
+
+    The first process of a launch does this, and tells the others what it chose, or what stands in the way.
+
+    Args:
+        stack: holds the folder, and what connects the processes.
+        root: folder of all runs.
+        recipe: name of the recipe.
+        resume: see `choose_run`.
+        nodes: see `find_peers`.
+        devices: see there.
 
     Raises:
         TrunklineError: also if another process trains that run, or if the folder cannot be made.
     """
     check_name(recipe)
+
+    def choose() -> list[Any]:
+        folder, checkpoint, faults = _choose_and_hold(stack, root, recipe, resume)
+        return [str(folder), checkpoint and str(checkpoint), faults]
+
+    inherited = None if is_first_process() else json.loads(os.environ.get(CHOSEN, "null"))
+    if inherited and inherited["process"] in (os.getppid(), os.getpid()):  # whose process Lightning has started
+        found = inherited["found"]
+    elif peers := find_peers(nodes, devices):
+        found = agree(stack, peers, choose)
+    elif is_first_process():
+        found = choose()
+    else:
+        return _unled(root, recipe, resume)
+    os.environ[CHOSEN] = json.dumps({"process": os.getpid(), "found": found})
+    folder, checkpoint, faults = found
+    return Path(folder), checkpoint and Path(checkpoint), faults
+
+
+def _choose_and_hold(
+    stack: ExitStack, root: Path, recipe: str, resume: str | None
+) -> tuple[Path, Path | None, list[str]]:
     while True:
-        named = RUN in os.environ or _job() is not None
+        named = RUN in os.environ
         folder, checkpoint, faults = choose_run(root, recipe, resume)
+        # A folder without a checkpoint may be there only if it has this name already, or is of an earlier attempt.
+        unused = checkpoint is None and not named and os.environ.get(RUN) == folder.name
         try:
-            stack.enter_context(_held(folder, unused=checkpoint is None and not named))
+            stack.enter_context(held(folder, unused, attempt_mark()))
         except FileExistsError:  # another run took the name in this very second
             os.environ.pop(RUN, None)
             continue
         return folder, checkpoint, faults
 
 
-def holds_nothing(folder: Path) -> bool:
-    """Whether a run's folder has no files but those that hold it."""
-    return {file.name for file in folder.iterdir()} <= {LOCK, HOLDER} if folder.is_dir() else True
+def _unled(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path | None, list[str]]:
+    """What a process finds whose first process is not known: a run that is there already."""
+    named = RUN in os.environ
+    found = choose_run(root, recipe, resume)
+    if found[1] is None and not named:
+        raise TrunklineError(
+            "the environment says that this is not the first process of the run, but not where that one is; set "
+            "MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE for each process, or start them with torchrun or srun",
+            "trainer.num_nodes",
+        )
+    return found
 
 
 def remove_run(folder: Path, root: Path) -> None:
     """Remove the folder of a run that failed before its first step, and parents below `root` that hold nothing else."""
-    if not is_first_process() or next(folder.rglob("*.ckpt"), None):
+    if not is_first_process() or next(checkpoints_in(folder), None):
         return
     shutil.rmtree(folder, ignore_errors=True)
     for parent in takewhile(lambda parent: parent.is_relative_to(root), folder.parents):
@@ -74,8 +126,9 @@ def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path 
     Args:
         root: folder of all runs.
         recipe: name of the recipe.
-        resume: None starts a new run; `auto` resumes the newest run of the recipe with a valid checkpoint, or starts a
-            new one; a run's folder or a checkpoint file resumes that run; a folder of runs means the newest of them.
+        resume: None starts a new run; `auto` resumes the run of an earlier attempt of the same job (see
+            `attempt_mark`), else the newest run of the recipe with a valid checkpoint, or starts a new one; a run's
+            folder or a checkpoint resumes that run; a folder of runs means the newest of them.
 
     Returns:
         The run's folder, the checkpoint or None, and what is wrong with newer checkpoints.
@@ -86,10 +139,13 @@ def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path 
     if resume is None:
         return _new_run(root / recipe), None, []
     if resume == "auto":
-        found = _newest(root / recipe)
+        own = _own_attempt(root / recipe)
+        found = _newest(root / recipe) if own is None else (own, *newest_valid(own))
+        if own is not None and found[1] is None and not found[2]:
+            return found  # it ended before it saved
         return found if found[1] is not None else (_new_run(root / recipe), None, found[2])
     path = Path(resume)
-    if path.is_dir():
+    if path.is_dir() and not is_checkpoint(path):
         path = path.parent if path.name == "checkpoints" else path
         single = is_run(path) or next(path.glob("*.ckpt"), None) is not None
         found = (path, *newest_valid(path)) if single else _newest(path, DEPTH)
@@ -131,84 +187,6 @@ def newest_config(folder: Path) -> Path | None:
     return files[-1] if files else None
 
 
-def is_first_process() -> bool:
-    """Whether this is the process of a run that writes its files, before Lightning knows the processes."""
-    return all(os.environ.get(name, "0") in ("", "0") for name in RANKS)
-
-
-@contextmanager
-def _held(folder: Path, unused: bool) -> Iterator[None]:
-    """Hold a run's folder, so that no other run writes into it; the other processes of this run hold nothing.
-
-    The kernel frees the lock when the process ends, however that happens. A folder that this made and that holds
-    nothing in the end is removed again, so that bad input leaves nothing behind.
-
-    Args:
-        folder: of the run; it is made.
-        unused: whether it must not exist yet.
-
-    Raises:
-        FileExistsError: if it does.
-        TrunklineError: if another process holds the folder, or if nothing can be written there.
-    """
-    if not is_first_process():
-        yield
-        return
-    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if unused and not made:
-            raise FileExistsError(folder)
-        folder.mkdir(exist_ok=not unused)
-        lock.acquire()
-        holder = {
-            "process": os.getpid(),
-            "host": socket.gethostname(),
-            "since": datetime.now().isoformat(" ", "seconds"),
-        }
-        (folder / HOLDER).write_text(json.dumps(holder), encoding="utf-8")
-    except Timeout:
-        raise _in_use(folder) from None
-    except (FileExistsError, NotADirectoryError):
-        if unused and folder.is_dir():
-            raise
-        raise _no_folder(folder) from None
-    except OSError as error:
-        _clear(folder, lock, made)
-        raise cannot_write(folder, error, "run_dir") from error
-    try:
-        yield
-    finally:
-        _clear(folder, lock, made)
-
-
-def _clear(folder: Path, lock: FileLock, made: list[Path]) -> None:
-    """Release a run's folder, and remove what `_held` made if the run left nothing in it."""
-    with suppress(OSError):  # the disk may have become read-only
-        (folder / HOLDER).unlink(missing_ok=True)
-        if folder in made and {file.name for file in folder.iterdir()} <= {LOCK}:
-            (folder / LOCK).unlink(missing_ok=True)
-    lock.release()
-    with suppress(OSError):  # one is not empty, or was never made
-        for path in made:
-            path.rmdir()
-
-
-def _in_use(folder: Path) -> TrunklineError:
-    holder = read_json(folder / HOLDER) or {}
-    who = f"process {holder['process']} on {holder['host']}, since {holder['since']}" if holder else "another process"
-    return TrunklineError(
-        f"{folder} is being trained by {who}; wait for its end or stop it, or start a new run with resume=null",
-        "resume",
-    )
-
-
-def _no_folder(folder: Path) -> TrunklineError:
-    file = next(path for path in (folder, *folder.parents) if path.exists() and not path.is_dir())
-    return TrunklineError(f"{file} is a file, so that no run can be saved below it; choose another run_dir", "run_dir")
-
-
 def _newest(folder: Path, depth: int = 1) -> tuple[Path, Path | None, list[str]]:
     """The newest run up to `depth` folders below one that has a valid checkpoint, and what is wrong with newer ones."""
     faults: list[str] = []
@@ -220,19 +198,31 @@ def _newest(folder: Path, depth: int = 1) -> tuple[Path, Path | None, list[str]]
     return folder, None, faults
 
 
-def _job() -> str | None:
-    """Id of the job whose processes a cluster starts; None for a process that was started alone."""
-    multiple = int(os.environ.get("SLURM_NTASKS", os.environ.get("WORLD_SIZE", "1"))) > 1
-    return (os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")) if multiple else None
+def _own_attempt(folder: Path) -> Path | None:
+    """The run that an earlier attempt of this job has trained, whatever others are newer; None if there is none."""
+    mark = attempt_mark()
+    if mark is None or not may_be_restarted():
+        return None
+    found = [file.parent for file in folder.glob(f"*/{MARK}{mark}")]
+    return max(found, key=last_saved, default=None)
 
 
 def _new_run(folder: Path) -> Path:
-    """Path of a new run's folder, the same in all processes of the run."""
+    """Path of a new run's folder.
+
+    Raises:
+        TrunklineError: if the environment names one that holds checkpoints.
+    """
     if RUN not in os.environ:
-        # Processes that Lightning starts inherit the variable; processes that a cluster starts share the job's id.
-        job = _job()
-        os.environ[RUN] = f"job-{job}" if job else _unused(folder, datetime.now().strftime(TIME_FORMAT))
-    return folder / os.environ[RUN]
+        os.environ[RUN] = _unused(folder, datetime.now().strftime(TIME_FORMAT))
+    run = folder / os.environ[RUN]
+    if next(checkpoints_in(run), None) is not None:
+        raise TrunklineError(
+            f"{run} holds checkpoints, which a new run would overwrite; go on from them with resume={run}, or choose "
+            f"another name in the environment variable {RUN}",
+            "resume",
+        )
+    return run
 
 
 def _unused(folder: Path, name: str) -> str:

@@ -33,7 +33,8 @@ from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, m
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes, of_own_constructor
 from trunkline.pipelines.quiet import FULL, quieten, silent_writers
 from trunkline.pipelines.run_checks import FiniteWeights, KnownMetrics, check_run, check_seed, trainer_error
-from trunkline.pipelines.runs import claim_run, forgotten_run, holds_nothing, newest_config, remove_run, unused_config
+from trunkline.pipelines.run_lock import holds_nothing
+from trunkline.pipelines.runs import claim_run, forgotten_run, newest_config, remove_run, unused_config
 from trunkline.pipelines.sizes import with_stated, write_sizes
 from trunkline.run_folders import find_checkpoint, read_lazily, step_in
 
@@ -149,12 +150,12 @@ class TrainingCLI(LightningCLI):
             return
         config.name = config.name or self.recipe or "run"
         config.run_dir = config.run_dir or "runs"
-        root = Path(config.run_dir)
-        self.run_dir, self.checkpoint, faults = claim_run(self.claims, root, config.name, config.resume)
+        root, machine = Path(config.run_dir), (config.trainer.num_nodes, config.trainer.devices)
+        self.run_dir, self.checkpoint, faults = claim_run(self.claims, root, config.name, config.resume, *machine)
         self.is_new_run = holds_nothing(self.run_dir)
         if self.checkpoint:
             content = read_lazily(self.checkpoint) or load_checkpoint(self.checkpoint)  # which says what is wrong
-            check_parts(content, self.checkpoint, RESUMED)
+            check_parts(content, self.checkpoint, RESUMED if self.checkpoint.is_file() else {})
         self.placed = place_loggers(config.trainer.get("logger"), self.run_dir)
         for fault in faults:
             rank_zero_info(f"skipped: {fault}")

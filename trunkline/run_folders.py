@@ -5,6 +5,7 @@ What is newest is decided by what is inside the files, not by their times, which
 
 import math
 import re
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,18 @@ TIME_FORMAT = "%Y-%m-%d_%H-%M-%S"
 NAMED_BY_TIME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 DEPTH = 3
 """How far below a given folder runs are looked for: `runs` holds `<group>/<recipe>/<time>`."""
+PARTS_CONTENT = "meta.pt"
+"""The file in a checkpoint's folder with all but the weights and the state of the optimiser."""
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is that of a checkpoint: a file, or the folder of one that several processes wrote in parts."""
+    return path.suffix == ".ckpt" and path.exists()
+
+
+def checkpoints_in(folder: Path) -> Iterator[Path]:
+    """All checkpoints below a folder, whole or not, in no order."""
+    return (path for path in folder.rglob("*.ckpt") if path.parent.suffix != ".ckpt")
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
@@ -27,7 +40,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     is not valid, because it cannot be checked.
     """
     faults: list[str] = []
-    steps = {path: step_in(path) for path in folder.rglob("*.ckpt")}
+    steps = {path: step_in(path) for path in checkpoints_in(folder)}
     for path in sorted(steps, key=lambda p: (math.inf if steps[p] is None else steps[p], _saved_at(p)), reverse=True):
         fault = find_fault(path, unchecked=False)
         if fault is None and steps[path] is not None:
@@ -39,14 +52,14 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 def newest_first(folder: Path, depth: int = 1) -> list[Path]:
     """The runs that lie up to `depth` folders below a folder, the one that saved last first."""
     found = [run for level in range(1, depth + 1) for run in folder.glob("/".join("*" * level)) if is_run(run)]
-    return sorted(found, key=_last_saved, reverse=True)
+    return sorted(found, key=last_saved, reverse=True)
 
 
 def find_checkpoint(name: str | Path, field: str | None = None, other: str | None = None) -> Path:
     """The checkpoint that a name stands for.
 
-    A file stands for itself. A run's folder, or its `checkpoints` folder, stands for its best checkpoint by the metric
-    that the run monitored, or without one for its last; any folder above for that of the newest run below it.
+    A checkpoint stands for itself. A run's folder, or its `checkpoints` folder, stands for its best checkpoint by the
+    metric that the run monitored, or without one for its last; any folder above for that of the newest run below it.
 
     Args:
         name: a file or a folder.
@@ -61,10 +74,10 @@ def find_checkpoint(name: str | Path, field: str | None = None, other: str | Non
         TrunklineError: if a folder holds no run, or its newest run no valid checkpoint.
     """
     folder = Path(name)
-    if not folder.is_dir() or (other is not None and (folder / other).is_file()):
+    if not folder.is_dir() or is_checkpoint(folder) or (other is not None and (folder / other).is_file()):
         return folder
     if next(folder.glob("*.ckpt"), None) is None and not is_run(folder):
-        runs = [run for run in newest_first(folder, DEPTH) if next(run.rglob("*.ckpt"), None) is not None]
+        runs = [run for run in newest_first(folder, DEPTH) if next(checkpoints_in(run), None) is not None]
         if not runs and other is not None:
             return folder
         if not runs:
@@ -82,7 +95,7 @@ def _best_beside(checkpoint: Path) -> Path | None:
         best = state.get("best_model_path") if isinstance(state, dict) else None
         if best and state.get("monitor") not in (None, "step"):
             beside = checkpoint.with_name(Path(best).name)  # the run may have been moved
-            return beside if beside.is_file() else None
+            return beside if beside.exists() else None
     return None
 
 
@@ -91,12 +104,12 @@ def is_run(folder: Path) -> bool:
     return (folder / "checkpoints").is_dir() or (folder / "config.yaml").is_file()
 
 
-def _last_saved(run: Path) -> tuple[bool, float]:
+def last_saved(run: Path) -> tuple[bool, float]:
     """Whether copying the run keeps what follows, and when it saved last, in seconds since 1970.
 
     For a run of an older version it is when the run began, by its name; without that, only its files' times are left.
     """
-    files = list(run.rglob("*.ckpt"))
+    files = list(checkpoints_in(run))
     sealed = [time for file in files if (time := sealed_at(file)) is not None]
     named = NAMED_BY_TIME.match(run.name)
     if sealed:
@@ -116,7 +129,8 @@ def read_lazily(path: Path) -> dict[str, Any]:
     import torch  # here, so that importing this file stays fast
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        file = path / PARTS_CONTENT if path.is_dir() else path
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # torch raises many kinds of errors; `find_fault` says what is wrong
         return {}
     return content if isinstance(content, dict) else {}

@@ -15,17 +15,20 @@ from typing import Any
 import pytest
 
 from trunkline import TrunklineError
+from trunkline.files import read_json
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
-from trunkline.pipelines import runs
-from trunkline.pipelines.runs import RANKS, RUN, claim_run
+from trunkline.pipelines import run_lock, runs
+from trunkline.pipelines.launch import RANKS
+from trunkline.pipelines.runs import CHOSEN, RUN, claim_run
 
+LAUNCHERS = ("SLURM_NTASKS", "SLURM_JOB_ID", "SLURM_STEP_ID", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_ADDR")
 CONTEXT = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for variable in (RUN, *RANKS, "SLURM_NTASKS", "SLURM_JOB_ID", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+    for variable in (RUN, CHOSEN, *RANKS, *LAUNCHERS):
         monkeypatch.setenv(variable, "")  # so that it is restored
         monkeypatch.delenv(variable)
 
@@ -84,17 +87,10 @@ def test_other_processes_of_a_run_hold_nothing(monkeypatch: pytest.MonkeyPatch) 
                 patch.setenv(rank, "1")
                 assert claim(other) == folder  # which the variable of the first one names
                 patch.delenv(RUN)
+                assert claim(other) == folder
+                patch.delenv(CHOSEN)
                 assert claim(other, "auto") == folder
         assert (folder / ".running.json").exists()
-
-
-def test_processes_of_a_job_share_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    with ExitStack() as first, ExitStack() as second:
-        assert claim(first) == Path("runs/vit/mine/job-77")
-        monkeypatch.setenv("SLURM_PROCID", "1")
-        assert claim(second) == Path("runs/vit/mine/job-77")
 
 
 def test_two_new_runs_that_choose_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +107,87 @@ def test_two_new_runs_that_choose_one_name(monkeypatch: pytest.MonkeyPatch) -> N
         folder = claim(stack)
         assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder.name)
         assert list(Path("runs/vit/mine/taken").iterdir()) == []
+
+
+def test_a_named_folder_with_checkpoints_is_entered_only_by_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RUN, "mine")
+    with ExitStack() as stack:
+        save(claim(stack))
+    with ExitStack() as stack, pytest.raises(TrunklineError, match=r"mine holds checkpoints.*go on.*resume=") as caught:
+        claim(stack)
+    assert caught.value.field == "resume"
+    with ExitStack() as stack:
+        assert claim(stack, "auto") == Path("runs/vit/mine/mine")
+
+
+def elsewhere_held(folder: Path, **changed: Any) -> Path:
+    """As a process on another machine leaves a folder that it holds, when it is cut off."""
+    save(folder)
+    holder = {"process": 1, "host": "node7", "machine": "another", "since": "2026-01-01 00:00:00", **changed}
+    (folder / ".running.json").write_text(json.dumps(holder))
+    return folder
+
+
+@pytest.mark.parametrize("alive", [True, False])
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_holder_on_another_machine(
+    alive: bool, locks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the file system does not share locks, it counts whether the holder still writes."""
+    monkeypatch.setattr(run_lock, "BEAT", 0.2)
+    folder = elsewhere_held(Path("runs/vit/mine/one"), **({} if locks else {"machine": run_lock.machine()}))
+    if not locks:
+
+        def flock(*_: int) -> None:
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr("fcntl.flock", flock)
+        (folder / ".lock").touch()  # as a killed process leaves it there
+    with ExitStack() as stack:
+        if alive:
+            stopping = run_lock.threading.Event()
+            holder = json.loads((folder / ".running.json").read_text())
+            beating = run_lock.threading.Thread(
+                target=run_lock._beat, args=(folder / ".running.json", holder, stopping)
+            )
+            beating.start()
+            try:
+                with pytest.raises(TrunklineError, match="trained by process 1 on node7, since 2026-01-01"):
+                    claim(stack, "auto")
+            finally:
+                stopping.set()
+                beating.join()
+        else:
+            assert claim(stack, "auto") == folder
+            assert json.loads((folder / ".running.json").read_text())["process"] == os.getpid()
+    assert "waiting 1 s to see that node7 no longer trains runs/vit/mine/one" in capsys.readouterr().err
+    assert (folder / ".running.json").exists() == alive
+
+
+def test_a_holder_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "BEAT", 0.02)
+    with ExitStack() as stack:
+        file = claim(stack) / ".running.json"
+        seen = set()
+        while len(seen) < 3:  # a test that hangs here fails
+            seen.add((read_json(file) or {}).get("beat"))
+    assert not file.exists()
+
+
+def test_two_resumes_in_one_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On machines that do not share locks, the one that makes the file has the folder."""
+    folder = Path("runs/vit/mine/one")
+    save(folder)
+    touch = Path.touch
+
+    def late(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name == ".running.json":
+            elsewhere_held(folder)
+        touch(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "touch", late)
+    with ExitStack() as stack, pytest.raises(TrunklineError, match="trained by process 1 on node7"):
+        claim(stack, "auto")
 
 
 def test_an_attempt_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_choose_new_run(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_new_run(runs: Path) -> None:
     folder, checkpoint, faults = choose_run(runs, "vit/digits", None)
     assert (checkpoint, faults) == (None, [])
     assert folder.parent == runs / "vit/digits"
@@ -263,11 +263,6 @@ def test_choose_new_run(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Processes that this one starts inherit the choice.
     assert choose_run(runs, "vit/digits", None)[0] == folder
     assert choose_run(runs, "vit/new", "auto") == (runs / "vit/new" / folder.name, None, [])
-    # Processes of a cluster's job share its number.
-    monkeypatch.delenv("TRUNKLINE_RUN")
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    assert choose_run(runs, "vit/digits", None)[0] == runs / "vit/digits/job-77"
 
 
 def test_two_runs_in_one_second_differ(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
