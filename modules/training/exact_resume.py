@@ -38,7 +38,8 @@ def settle_progress(trainer: L.Trainer, saved: dict[str, Any]) -> None:
     """Correct saved counters where Lightning 2.6 would resume from another point than the saved one.
 
     Without this it would lose the gradients of an unfinished accumulation, skip a validation that was due but not done,
-    and count wrongly after the last batch of an epoch.
+    count wrongly after the last batch of an epoch, and leave out the rest of an epoch in which `max_steps`, `max_time`
+    or a callback ended the run.
 
     Args:
         trainer: the trainer that is saving.
@@ -47,6 +48,9 @@ def settle_progress(trainer: L.Trainer, saved: dict[str, Any]) -> None:
     loop = trainer.fit_loop.epoch_loop
     epochs, batches = saved["epoch_progress"], saved["epoch_loop.batch_progress"]
     ready = batches["current"]["ready"]
+    if epochs["current"]["processed"] == epochs["current"]["ready"] and not loop._num_ready_batches_reached():
+        for count in (epochs["current"], epochs["total"]):  # the run ended, but not the epoch
+            count.update(processed=count["ready"] - 1, completed=count["ready"] - 1)
     if epochs["current"]["processed"] == epochs["current"]["ready"]:  # the epoch is done: resume with the next
         for count in (epochs["current"], epochs["total"]):
             count["completed"] = count["processed"]

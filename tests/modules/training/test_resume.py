@@ -300,6 +300,33 @@ def test_save_points(
 
 
 @pytest.mark.parametrize(
+    ("steps", "interval", "validated"),
+    [
+        (5, 5, [5, 10, 18]),  # within an epoch, with its validation
+        pytest.param(13, 1.0, [13], marks=pytest.mark.slow),  # at its end
+    ],
+)
+def test_a_run_that_max_steps_ended_goes_on_with_more(
+    steps: int,
+    interval: float,
+    validated: list[int],
+    kept: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+) -> None:
+    """No sample of the epoch is left out, none comes twice, and neither does a validation."""
+    options = {**BY_STEPS, "val_check_interval": interval}
+    for most, tail in ((steps, []), (20, ["--resume", "auto"])):
+        config = write_config(tmp_path, **{**options, "max_steps": most})
+        run = Run(["fit", "--config", str(config), *tail], tmp_path)
+        assert run.wait() == [0], run.output()
+    trained = [line for line in lines(tmp_path) if "index" in line]
+    whole = [line for line in lines(kept(BY_STEPS)) if "index" in line]
+    names = ("epoch", "batch", "step", "index", "content")
+    assert [[line[name] for name in names] for line in trained] == [[line[name] for name in names] for line in whole]
+    assert [line["validated_at"] + 1 for line in lines(tmp_path) if "validated_at" in line] == validated
+
+
+@pytest.mark.parametrize(
     ("processes", "number", "point"),
     [(1, signal.SIGINT, "batch end"), (1, signal.SIGTERM, "validation"), (2, signal.SIGINT, "backward")],
     ids=str,
