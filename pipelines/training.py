@@ -3,7 +3,9 @@
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trunkline import TrunklineError
+from trunkline.contract import DataFacts
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.files import cannot_write, check_parts, find_fault, load_checkpoint
 from trunkline.modules.callbacks.drawing import tensorboard
@@ -32,6 +35,7 @@ from trunkline.pipelines.errors import config_files, flags, own_error
 from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes, of_own_constructor
 from trunkline.pipelines.quiet import FULL, quieten, silent_writers
+from trunkline.pipelines.resumed import network_instead, replace_missing_tokenizers
 from trunkline.pipelines.run_checks import FiniteWeights, KnownMetrics, check_run, check_seed, trainer_error
 from trunkline.pipelines.run_lock import holds_nothing
 from trunkline.pipelines.runs import claim_run, forgotten_run, newest_config, remove_run, unused_config
@@ -69,6 +73,7 @@ class TrainingCLI(LightningCLI):
         self.command, self.recipe, self.run_dir = arguments[0], recipe, Path()
         self.checkpoint: Path | None = None
         self.is_new_run = False
+        self.network_instead: Any = None
         self.claims = ExitStack()
         self.placed: list[Any] = []
         make_save_dir_optional()
@@ -127,7 +132,11 @@ class TrainingCLI(LightningCLI):
             parser.link_arguments("seed_everything", f"{group}.init_args.seed", compute_fn=int)
         # A recipe states image size, classes, vocabulary and row length once, in its data.
         facts = "model.init_args.facts"
-        parser.link_arguments("data.facts", facts, compute_fn=with_stated, apply_on="instantiate")
+        parser.link_arguments("data.facts", facts, compute_fn=self.facts_for, apply_on="instantiate")
+
+    def facts_for(self, facts: DataFacts) -> DataFacts:
+        """What the objective needs to know besides the data: see `with_stated` and `network_instead`."""
+        return replace(with_stated(facts), network_instead=self.network_instead)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let a checkpoint's hyperparameters override the flags."""
@@ -147,6 +156,7 @@ class TrainingCLI(LightningCLI):
             if not config.ckpt_path:
                 raise TrunklineError("--ckpt_path: nothing to evaluate; name a checkpoint")
             config.ckpt_path = checked_checkpoint(config.ckpt_path)
+            self.replace_beginnings(config, Path(config.ckpt_path), read_lazily(Path(config.ckpt_path)))
             return
         config.name = config.name or self.recipe or "run"
         config.run_dir = config.run_dir or "runs"
@@ -156,11 +166,18 @@ class TrainingCLI(LightningCLI):
         if self.checkpoint:
             content = read_lazily(self.checkpoint) or load_checkpoint(self.checkpoint)  # which says what is wrong
             check_parts(content, self.checkpoint, RESUMED if self.checkpoint.is_file() else {})
+            self.replace_beginnings(config, self.checkpoint, content)
         self.placed = place_loggers(config.trainer.get("logger"), self.run_dir)
         for fault in faults:
             rank_zero_info(f"skipped: {fault}")
         if config.resume:
             rank_zero_info(f"resuming from {self.checkpoint}" if self.checkpoint else "nothing to resume: a new run")
+
+    def replace_beginnings(self, config: Any, checkpoint: Path, content: Mapping[str, Any]) -> None:
+        """Do without the files that the run once started from, which may be gone: the checkpoint has it all."""
+        self.network_instead = network_instead(config.get("model"), content)
+        for text in replace_missing_tokenizers(config.get("data"), checkpoint, content):
+            rank_zero_info(text)
 
     def instantiate_classes(self) -> None:
         try:

@@ -255,6 +255,9 @@ class DataFacts:
     stated: Collection[str] = ()
     """Fields of the network that the recipe states (`model.network.patch_size`): neither data nor weights change them.
     Elsewhere a field counts as stated if it has not its default."""
+    network_instead: Mapping[str, Any] | None = None
+    """Configuration of the network in a checkpoint that will replace all weights, as plain data. The weights to start
+    from are not read then; they may be gone."""
 
 
 @runtime_checkable

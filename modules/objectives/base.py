@@ -90,7 +90,10 @@ class TrunklineModule(L.LightningModule):
         check_ranges("model", {"freeze_blocks": freeze_blocks, "seed": seed}, freeze_blocks="[0, inf)", seed="[0, inf)")
         self.optimizer_config: OptimizerConfig = as_config(OptimizerConfig, optimizer)
         self.init_from, self.freeze_blocks, self.seed = init_from, freeze_blocks, seed
-        self.beginning = Beginning(facts or DataFacts(), self.read_weights(init_from))
+        self.beginning = Beginning(facts or DataFacts())
+        self.begins = self.beginning.facts.network_instead is None
+        """Whether the weights to start from are needed: not if a checkpoint replaces all weights."""
+        self.beginning.weights = self.read_weights(init_from)
         self.frozen: list[torch.nn.Module] = []
         self.loss_sum: Tensor | float = 0.0
         self.accumulation = Accumulation()
@@ -109,8 +112,9 @@ class TrunklineModule(L.LightningModule):
     def read_weights(
         self, name: str | None, argument: str = "init_from", accepted: tuple[type[Network], ...] = ()
     ) -> TrainedWeights | None:
-        """The weights that an argument names, or None without a name; see `TrainedWeights.read`."""
-        return None if name is None else TrainedWeights.read(name, argument, accepted or self.accepted())
+        """The weights that an argument names, or None without a name or need; see `TrainedWeights.read`."""
+        needed = name is not None and self.begins
+        return TrainedWeights.read(name, argument, accepted or self.accepted()) if name and needed else None
 
     def configured(self, config_class: type[ConfigT], network: ConfigT | None, source: Any = None) -> ConfigT:
         """The network's configuration; what the recipe leaves out comes from the weights to start from and the data.
@@ -123,6 +127,8 @@ class TrunklineModule(L.LightningModule):
         if source is None and self.beginning.weights is not None:
             source = self.beginning.weights.config
         facts = self.beginning.facts
+        if facts.network_instead is not None:
+            source = as_config(config_class, facts.network_instead)
         config = with_trained_shape(as_config(config_class, network), source, facts.stated)
         return with_sizes_of_data(config, facts, source)
 
@@ -158,7 +164,7 @@ class TrunklineModule(L.LightningModule):
         """
         facts = facts_of(self.trainer)
         if stage == "fit":
-            check_tokenizer(facts, self.init_from)
+            check_tokenizer(facts, self.init_from if self.begins else None)
         check_sizes(self.network.config, facts)
 
     def train(self, mode: bool = True) -> "TrunklineModule":

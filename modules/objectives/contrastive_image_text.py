@@ -138,7 +138,7 @@ class ContrastiveImageText(TrunklineModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        check_tokenizer(facts_of(self.trainer), self.init_text_from, "init_text_from")
+        check_tokenizer(facts_of(self.trainer), self.init_text_from if self.begins else None, "init_text_from")
 
     def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Embeddings:
         """Embeddings of images and texts, as in `CLIP.forward`."""

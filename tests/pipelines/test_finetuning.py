@@ -1,10 +1,12 @@
 """`fit --model.init_from FILE`: sizes come from the checkpoint, classes from the data, conflicts are told together."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from small_data import word_tokenizer
 from task_files import LENGTH, WORDS, labelled, pretrained, tagged
 
 from trunkline.files import load_checkpoint
@@ -114,3 +116,51 @@ def test_stated_rates_are_kept(bert: str, tmp_path: Path) -> None:
     network = load_checkpoint(run / "checkpoints/last.ckpt")["hyper_parameters"]["network"]
     assert (network["bert"]["backbone"]["dropout"], network["dropout"]) == (0.3, 0)
     assert (network["bert"]["backbone"]["dim"], network["bert"]["vocab_size"]) == (32, len(WORDS) + 5)
+
+
+def test_the_weights_and_the_tokenizer_may_be_gone_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """For a resume and for `test`: the checkpoint has both, and the network's sizes."""
+    start = pretrained(tmp_path)
+    given = [*command("classify", labelled(tmp_path), start), "--trainer.accelerator", "cpu", "--data.batch_size", "4"]
+    main([*given, "--trainer.max_epochs", "1"])
+    (run,) = tmp_path.glob("runs/bert/classify/*")
+    first = load_checkpoint(run / "checkpoints/last.ckpt")
+    table = capsys.readouterr().out
+    Path(start).unlink()
+    with pytest.raises(SystemExit):
+        main([*given, "--trainer.max_epochs", "2"])  # a new run needs them
+    assert f"no file {start}" in " ".join(capsys.readouterr().err.split())
+    for arguments in (["validate"], ["validate", *given[1:]]):
+        main([*arguments, "--ckpt_path", str(run / "checkpoints/last.ckpt")])
+        assert figures(capsys.readouterr().out) == figures(table) != []
+    main([*given, "--trainer.max_epochs", "2", "--resume", "auto"])
+    assert f"there is no tokenizer {start} any more: taking that in {run.relative_to(tmp_path)}" in caplog.text
+    again = load_checkpoint(run / "checkpoints/last.ckpt")
+    assert again["global_step"] == 2 * first["global_step"] > 0
+    for part in ("hyper_parameters", "LabelledTextData"):  # with the name of the file, for the record
+        for field in ("network", "init_from", "tokenizer", "class_names"):
+            assert again[part].get(field) == first[part].get(field)
+    assert first["hyper_parameters"]["init_from"] == start
+
+
+def figures(output: str) -> list[tuple[str, str]]:
+    return re.findall(r"((?:test|val)/\S+) +│ ([\d.]+)", output)
+
+
+def test_another_tokenizer_is_refused_when_the_weights_are_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint's own is the one to compare with."""
+    start = pretrained(tmp_path)
+    given = [*command("classify", labelled(tmp_path), start), *SHORT.split()]
+    main(given)
+    Path(start).unlink()
+    word_tokenizer([*WORDS[1:], "the"]).save(str(tmp_path / "tokenizer.json"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*given, "--data.tokenizer", "./tokenizer.json", "--data.max_length", str(LENGTH), "--resume", "auto"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the checkpoint was trained with another tokenizer than" in said
+    assert "(--data.tokenizer)" in said

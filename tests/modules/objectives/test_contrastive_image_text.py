@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trunkline import TrunklineError
+from trunkline.contract import DataFacts
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.metrics.retrieval import retrieval_metrics
 from trunkline.modules.networks import BERT, GPT, BERTConfig, CLIPConfig, GPTConfig, ViT, ViTConfig
@@ -185,6 +186,24 @@ def test_towers_start_from_trained_ones(kind: str, tmp_path: Path) -> None:
     ) as caught:
         ContrastiveImageText(config, **names)
     assert caught.value.field == "model.init_image_from"
+
+
+def test_trained_towers_may_be_gone_when_a_checkpoint_replaces_them(tmp_path: Path) -> None:
+    """What the recipe leaves out then comes from that checkpoint's network."""
+    ViT(ViTConfig(16, 8, pool="mean", backbone=TRUNK)).save_pretrained(tmp_path / "image")
+    BERT(BERTConfig(50, 6, backbone=TRUNK)).save_pretrained(tmp_path / "text")
+    names = {"init_image_from": str(tmp_path / "image"), "init_text_from": str(tmp_path / "text")}
+    left_out = CLIPConfig(ViTConfig(16, 8, pool="mean"), dim=8, bert=BERTConfig(50, 6))
+    first = ContrastiveImageText(left_out, **names)
+    assert first.network.config.image.backbone == TRUNK
+    assert first.network.config.bert.backbone.dim == TRUNK.dim
+    (tmp_path / "image").rename(tmp_path / "gone")
+    (tmp_path / "text").rename(tmp_path / "gone too")
+    with pytest.raises(TrunklineError, match="init_image_from"):
+        ContrastiveImageText(left_out, **names)
+    again = ContrastiveImageText(left_out, facts=DataFacts(network_instead=first.hparams["network"]), **names)
+    assert again.network.config == first.network.config
+    assert dict(again.hparams) == dict(first.hparams)
 
 
 def test_towers_that_only_look_alike(tmp_path: Path) -> None:
