@@ -70,12 +70,14 @@ def plain_value(value: Any) -> Any:
 
 
 def outlive_signals(worker: int) -> None:
-    """Keep a worker running after a Ctrl-C or SIGTERM that was sent to all processes of the run.
+    """Keep a worker running after a Ctrl-C, SIGTERM or SIGUSR1 that was sent to all processes of the run.
 
     The training process decides when to stop, and needs its workers to finish the step. A worker still ends itself 10 s
     after a SIGTERM, because Python sends one to each worker at the end of a program and waits until it has ended.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))
 
 

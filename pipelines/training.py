@@ -25,11 +25,12 @@ from trunkline.contract import DataFacts
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.files import cannot_write, check_parts, find_fault, load_checkpoint
 from trunkline.modules.callbacks.drawing import tensorboard
-from trunkline.modules.callbacks.graceful_stop import LastCheckpoint, Stopped
+from trunkline.modules.callbacks.graceful_stop import GracefulStop, LastCheckpoint, Stopped
 from trunkline.modules.callbacks.progress import ProgressBar, shortest
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.background_saves import BackgroundCheckpointIO, FailedSaves
 from trunkline.modules.training.checkpoints import RESUMED, SafeCheckpointIO
+from trunkline.modules.training.exact_resume import take_signals
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files, flags, own_error
 from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
@@ -216,9 +217,11 @@ class TrainingCLI(LightningCLI):
             kwargs["logger"], self.save_config_callback = False, None
             kwargs["callbacks"] = [*without(callbacks, ModelCheckpoint, WeightAveraging, *off), FiniteWeights()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
             raise trainer_error(error, "trainer.") from error
+        take_signals(trainer)  # also where a recipe leaves GracefulStop out
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Compile the network in place, which keeps the names of the weights."""
@@ -228,6 +231,9 @@ class TrainingCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train, test, and print the results and where they are."""
         try:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, GracefulStop):  # data may be prepared for hours before training begins
+                    callback.listen(self.trainer)
             self.trainer.fit(**kwargs, ckpt_path=self.checkpoint, weights_only=True)
         except BaseException:
             if self.is_new_run and self.trainer.global_step == 0:
@@ -348,7 +354,8 @@ def run_training(arguments: list[str]) -> None:
         raise cannot_write(Path(root, "*"), error, "run_dir", then=", then resume the run") from error
     except Stopped as stop:
         command = re.sub(r" --resume[ =]('[^']*'|\S)+", "", shlex.join(["trunkline", *arguments]))
-        rank_zero_info(f"resume with: {command} --resume {shlex.quote(stop.folder)}")
+        if any(Path(stop.folder, "checkpoints").glob("*.ckpt")):
+            rank_zero_info(f"resume with: {command} --resume {shlex.quote(stop.folder)}")
         raise
     except MisconfigurationException as error:  # Lightning's word for asking too much
         raise TrunklineError(str(error)) from error

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 
 def accumulates(trainer: L.Trainer) -> bool:
@@ -24,6 +25,27 @@ def correct_step_count(trainer: L.Trainer) -> None:
 def drop_half_done_validation(trainer: L.Trainer) -> None:
     """Remove the begun validation that `settle_progress` may have entered into the counters."""
     trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
+
+
+class _NoRequeuedCheckpoint(_CheckpointConnector):
+    """Finds no checkpoint of Lightning's own requeue."""
+
+    _hpc_resume_path = None
+
+
+def _nothing() -> None:
+    pass
+
+
+def take_signals(trainer: L.Trainer) -> None:
+    """Take signals and SLURM's requeue out of Lightning's hands; `GracefulStop` handles them.
+
+    Lightning would save in the middle of a step, communicate inside a handler, which can hang, wait for the device in
+    every step to ask whether a signal has come, and resume from a left-over `hpc_ckpt_*.ckpt` that nobody named.
+    """
+    trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+    trainer._checkpoint_connector.__class__ = _NoRequeuedCheckpoint
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:
@@ -65,7 +87,17 @@ def settle_progress(trainer: L.Trainer, saved: dict[str, Any]) -> None:
             for count in (batches["current"], batches["total"]):
                 count["completed"] += 1
         if due:  # as if saved just after the validation began
-            validation = saved["epoch_loop.val_loop.batch_progress"]
-            validation["current"].update(ready=1, started=1, processed=0, completed=0)
-            validation["total"]["ready"] += 1
-            validation["total"]["started"] += 1
+            _begin_validation(saved, done=0)
+    elif trainer.validating:
+        validation = saved["epoch_loop.val_loop.batch_progress"]
+        done = validation["current"]["ready"]
+        if done != validation["current"]["completed"] or not validation["is_last_batch"]:  # it is repeated as a whole
+            _begin_validation(saved, done)
+
+
+def _begin_validation(saved: dict[str, Any], done: int) -> None:
+    """Set the counters as just after a validation began, of which `done` batches are counted already."""
+    counts = saved["epoch_loop.val_loop.batch_progress"]
+    before = counts["total"]["ready"] - done
+    counts["total"].update(ready=before + 1, started=before + 1, processed=before, completed=before)
+    counts["current"].update(ready=1, started=1, processed=0, completed=0)

@@ -237,5 +237,9 @@ def test_one_file_alone_uses_what_lightning_keeps_to_itself(tmp_path: Path) -> N
         "loop._should_check_val_fx",
         "loop._num_ready_batches_reached",
         "_plugin_to_compute_dtype",
+        "_CheckpointConnector",
+        "trainer._signal_connector",
+        "trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor",
+        "trainer._checkpoint_connector",
     }
     assert users == {}

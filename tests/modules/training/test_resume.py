@@ -328,7 +328,12 @@ def test_a_run_that_max_steps_ended_goes_on_with_more(
 
 @pytest.mark.parametrize(
     ("processes", "number", "point"),
-    [(1, signal.SIGINT, "batch end"), (1, signal.SIGTERM, "validation"), (2, signal.SIGINT, "backward")],
+    [
+        (1, signal.SIGINT, "batch end"),
+        (1, signal.SIGTERM, "validation"),
+        (2, signal.SIGINT, "backward"),
+        pytest.param(2, signal.SIGUSR1, "validation", marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_signal(
