@@ -30,11 +30,12 @@ from trunkline.modules.callbacks.progress import ProgressBar, shortest
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.background_saves import BackgroundCheckpointIO, FailedSaves
 from trunkline.modules.training.checkpoints import RESUMED, SafeCheckpointIO
-from trunkline.modules.training.exact_resume import take_signals
+from trunkline.modules.training.exact_resume import limit_waiting, take_signals
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files, flags, own_error
 from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes, of_own_constructor
+from trunkline.pipelines.processes import end_together
 from trunkline.pipelines.quiet import FULL, quieten, silent_writers
 from trunkline.pipelines.resumed import network_instead, replace_missing_tokenizers
 from trunkline.pipelines.run_checks import FiniteWeights, KnownMetrics, check_run, check_seed, trainer_error
@@ -221,6 +222,8 @@ class TrainingCLI(LightningCLI):
         except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
             raise trainer_error(error, "trainer.") from error
         take_signals(trainer)  # also where a recipe leaves GracefulStop out
+        limit_waiting(trainer)
+        end_together(trainer)
         return trainer
 
     def after_instantiate_classes(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from trunkline.modules.training.background_saves import save_and_wait
@@ -175,7 +176,7 @@ class GracefulStop(Callback):
         self.agreed = max(self.agreed, int((self.news.receive() or [0.0])[0]))
         self.steps = False
         if self.agreed:
-            self._leave(trainer, self.signals[self.agreed - 1])
+            self._leave_together(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.stop_listening()
@@ -223,10 +224,16 @@ class GracefulStop(Callback):
     def _save_and_leave(self, trainer: L.Trainer) -> None:
         path = self._save(trainer)
         rank_zero_info(f"stopped after step {trainer.global_step}; saved {path}")
-        self._leave(trainer, self.signals[self.agreed - 1])
+        self._leave_together(trainer)
 
-    def _leave(self, trainer: L.Trainer, number: int) -> None:
-        """End this process.
+    def _leave_together(self, trainer: L.Trainer) -> None:
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        # Lightning kills the first process, even while it requeues the job, once one that it started ends with a code.
+        quiet = trainer.local_rank > 0 and isinstance(environment, LightningEnvironment)
+        self._leave(trainer, self.signals[self.agreed - 1], quiet)
+
+    def _leave(self, trainer: L.Trainer, number: int, quiet: bool = False) -> None:
+        """End this process, `quiet` with code 0.
 
         Raises:
             Stopped: always.
@@ -236,4 +243,4 @@ class GracefulStop(Callback):
         job = slurm_job()
         if number == getattr(signal, "SIGUSR1", None) and job and trainer.is_global_zero:
             rank_zero_info(requeue(job))
-        raise Stopped(128 + number, trainer.default_root_dir)
+        raise Stopped(0 if quiet else 128 + number, trainer.default_root_dir)

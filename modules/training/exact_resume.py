@@ -4,12 +4,17 @@ Lightning may change private names in any release. So pyproject.toml allows only
 `tests/modules/training/test_exact_resume.py` fails if one of the names is missing or means something else.
 """
 
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from torch.distributed.constants import default_pg_timeout
+
+LONGEST_WAIT = timedelta(minutes=5)
+"""How long a process waits for another one, unless the strategy in the recipe has a `timeout` of its own."""
 
 
 def accumulates(trainer: L.Trainer) -> bool:
@@ -46,6 +51,16 @@ def take_signals(trainer: L.Trainer) -> None:
     trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
     trainer._checkpoint_connector.__class__ = _NoRequeuedCheckpoint
+
+
+def limit_waiting(trainer: L.Trainer) -> None:
+    """Let a process that waits for a stopped or unreachable one fail after `LONGEST_WAIT`.
+
+    Torch's own limit is half an hour, in which all other devices of a cluster stand idle.
+    """
+    strategy: Any = trainer.strategy
+    if getattr(strategy, "_timeout", None) == default_pg_timeout:
+        strategy._timeout = LONGEST_WAIT
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:
