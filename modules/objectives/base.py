@@ -1,6 +1,5 @@
-"""The base class of all objectives: optimiser, reduction of losses, evaluation, reseeding, check for divergence."""
+"""The base class of all objectives: optimiser, reduction of losses, evaluation, reseeding."""
 
-import math
 import random
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -34,15 +33,12 @@ from trunkline.modules.training.exact_resume import (
     drop_half_done_validation,
     settle_progress,
 )
+from trunkline.modules.training.finite_steps import FiniteSteps, gradient_norm, refuse_diverged, spread
 from trunkline.modules.training.flops import counted_flops, training_flops
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze, load_matching
 from trunkline.ranges import check_ranges
 
-DIVERGED = (
-    "Lower optimizer.lr, lengthen optimizer.warmup, set trainer.gradient_clip_val to 1, or with 16-mixed precision use "
-    "bf16-mixed; then resume"
-)
 STAGES = ("val", "test")
 
 
@@ -95,7 +91,7 @@ class TrunklineModule(L.LightningModule):
         """Whether the weights to start from are needed: not if a checkpoint replaces all weights."""
         self.beginning.weights = self.read_weights(init_from)
         self.frozen: list[torch.nn.Module] = []
-        self.loss_sum: Tensor | float = 0.0
+        self.finite_steps = FiniteSteps(self.optimizer_config.skip_nonfinite)
         self.accumulation = Accumulation()
         self.held: list[Any] = []
         """Batches of the current accumulation, for a joint loss."""
@@ -195,6 +191,10 @@ class TrunklineModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a step, scaled so that its gradients, averaged over processes, are those of the global mean."""
         self.count(batch, "train")
+        return spread(self.scaled_loss(batch, batch_idx))
+
+    def scaled_loss(self, batch: Any, batch_idx: int) -> Tensor:
+        """See `training_step`."""
         steps = self.trainer.accumulate_grad_batches
         first = batch_idx % steps == 0
         if self.joint and steps > 1:
@@ -308,26 +308,24 @@ class TrunklineModule(L.LightningModule):
         np.random.seed(words[1])
         torch.manual_seed(int(words[2]))
         correct_step_count(self.trainer)
+        self.finite_steps.begin(batch, batch_idx)
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Stop at a loss that is not finite, before it can reach a saved weight.
-
-        Reading every loss from an accelerator would make the host wait for it. So the losses are added up, and on an
-        accelerator the sum is read only when logging and saving: once it is not finite, it stays so.
-        """
-        self.loss_sum = self.loss_sum + loss.detach()
-        if self.device.type == "cpu" or self.is_logging_step():
-            self.check_finite()
+        self.finite_steps.add(loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Correct accumulated gradients; log the largest learning rate and the gradients' norm before clipping."""
+        """Correct accumulated gradients, stop or leave out a step that is not finite, and log learning rate and norm.
+
+        The rate is the largest one; the norm is that of the gradients before clipping.
+        """
         steps = self.trainer.accumulate_grad_batches
         if steps > 1 and not self.joint:
             self.accumulation.correct(self.network, self.trainer, steps)
+        norm = gradient_norm(self.network)
         if self.is_logging_step():
             self.log("train/lr", max(group["lr"] for group in optimizer.param_groups))
-            grads = [p.grad for p in self.network.parameters() if p.grad is not None]
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
+            self.log("train/grad_norm", norm)
+        self.finite_steps.check(self, optimizer, norm)
 
     def is_logging_step(self) -> bool:
         """Whether the trainer logs this step's metrics."""
@@ -336,28 +334,15 @@ class TrunklineModule(L.LightningModule):
 
     # --- checkpoints
 
-    def check_finite(self) -> None:
-        """Raise if any loss of this run was not finite.
-
-        Raises:
-            TrunklineError: naming the step and what to change.
-        """
-        if not math.isfinite(self.loss_sum):
-            raise TrunklineError(
-                f"the loss is not finite by step {self.trainer.global_step} (epoch {self.current_epoch}); the last "
-                f"checkpoint was saved before that. {DIVERGED}"
-            )
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save diverged weights, and store which classes the checkpoint belongs to.
 
         Raises:
             TrunklineError: if the loss or a weight is not finite.
         """
-        self.check_finite()
-        for name, p in self.network.named_parameters():
-            if not torch.isfinite(p).all():
-                raise TrunklineError(f"the weight {name} is not finite; nothing was saved. {DIVERGED}")
+        self.finite_steps.settle(self.trainer)
+        refuse_diverged(self.network)
+        checkpoint["skipped_steps"] = self.finite_steps.skipped
         checkpoint["objective"] = type(self).__name__
         data = getattr(self.trainer, "datamodule", None)
         kinds = {"objective": type(self), "network": type(self.network), "data": type(data)}
@@ -378,6 +363,7 @@ class TrunklineModule(L.LightningModule):
             if isinstance(callback, ModelCheckpoint) and state:
                 follow_folder(state, str(callback.dirpath))
         check_architecture(checkpoint["state_dict"], self.state_dict())
+        self.finite_steps.skipped = checkpoint.get("skipped_steps", 0)
 
     # --- counting
 

@@ -55,6 +55,8 @@ class OptimizerConfig:
     rms_scaled: bool = False
     """Only with `adamw`: multiply the step of each matrix by the root mean square of its entries (at least 0.001), as
     Adafactor does (arXiv:1804.04235). `lr` is then relative to the weights; nanoT5 uses 0.02 (arXiv:2309.02373)."""
+    skip_nonfinite: int = 0
+    """Steps of a run whose loss or gradient is not finite and that are left out; the one after them ends the run."""
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -69,6 +71,7 @@ class OptimizerConfig:
             warmup="[0, inf)",
             decay_fraction="[0, 1]",
             final_lr="[0, inf)",
+            skip_nonfinite="[0, inf)",
         )
         if self.rms_scaled and self.name != "adamw":
             raise TrunklineError(
@@ -90,7 +93,7 @@ class Muon(torch.optim.Optimizer):
     same shape are orthogonalised together, in as many kernel calls as a single matrix needs.
 
     Group keys: `muon`, `splits` (number of equal matrices in a fused projection), `lr`, `weight_decay`, `momentum`,
-    `betas`, `eps`.
+    `betas`, `eps`. If its attribute `found_inf`, a scalar on the device, is 1, a step changes nothing.
     """
 
     def __init__(self, params: Any, **defaults: Any) -> None:
@@ -103,6 +106,7 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        skip: Tensor | None = getattr(self, "found_inf", None)
         stacks: dict[tuple[torch.Size, torch.device], list[tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(list)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -114,6 +118,8 @@ class Muon(torch.optim.Optimizer):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(matrices)
                 momentum = self.state[p]["momentum_buffer"]
+                if skip is not None:
+                    matrices = torch.where(skip > 0, momentum, matrices)  # then the momentum stays as it is
                 momentum.lerp_(matrices, 1 - group["momentum"])
                 nesterov = matrices.lerp(momentum, group["momentum"])
                 stacks[nesterov.shape, p.device].append((p, nesterov, group))
@@ -121,8 +127,13 @@ class Muon(torch.optim.Optimizer):
             updates = orthogonalize(torch.cat([nesterov for _, nesterov, _ in rows]))
             for (p, nesterov, group), update in zip(rows, updates.split(rows[0][1].shape[0]), strict=True):
                 scale = 0.2 * math.sqrt(max(nesterov.shape[-2:]))
+                update = update.reshape(p.shape).to(p.dtype)
+                if skip is not None:
+                    p.mul_(1 - (1 - skip) * group["lr"] * group["weight_decay"])
+                    p.add_(update * ((skip - 1) * group["lr"] * scale))
+                    continue
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * scale)
+                p.add_(update, alpha=-group["lr"] * scale)
         return loss
 
     def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -147,6 +158,7 @@ class Muon(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            found_inf=getattr(self, "found_inf", None),
         )
 
 
@@ -157,7 +169,8 @@ class ScaledAdamW(torch.optim.Optimizer):
     (arXiv:2309.02373). Each matrix of a fused projection has its own factor, as if it were stored alone. The decay is
     that of AdamW, without the factor.
 
-    Group keys: `splits` (number of equal matrices in a fused projection), `lr`, `weight_decay`, `betas`, `eps`.
+    Group keys: `splits` (number of equal matrices in a fused projection), `lr`, `weight_decay`, `betas`, `eps`. If its
+    attribute `found_inf`, a scalar on the device, is 1, a step changes nothing.
     """
 
     def __init__(self, params: Any, **defaults: Any) -> None:
@@ -170,6 +183,7 @@ class ScaledAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        skip: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             matrices = [matrix for p in group["params"] if p.grad is not None for matrix in self._matrices(p, group)]
             if not matrices:
@@ -181,7 +195,8 @@ class ScaledAdamW(torch.optim.Optimizer):
             torch._foreach_clamp_min_(rates, SMALLEST_SCALE)
             torch._foreach_mul_(rates, group["lr"])
             if group["weight_decay"]:
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                decay = group["lr"] * group["weight_decay"]
+                torch._foreach_mul_(weights, 1 - decay if skip is None else 1 - (1 - skip) * decay)
             # A fused kernel for each matrix: on a CPU it takes a fifth of the time of a chain of foreach operations.
             for rate, (weight, gradient, exp_avg, exp_avg_sq, step) in zip(rates, matrices, strict=True):
                 adamw(
@@ -199,6 +214,7 @@ class ScaledAdamW(torch.optim.Optimizer):
                     weight_decay=0.0,
                     eps=group["eps"],
                     maximize=False,
+                    found_inf=skip,
                 )
         return loss
 

@@ -1,0 +1,197 @@
+"""Steps whose loss or gradient is not finite: they never reach the weights, and end the run or are left out."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trunkline import TrunklineError
+from trunkline.modules.training.distributed import gather_lists
+from trunkline.modules.training.late import LateReduction
+
+DIVERGED = (
+    "Lower optimizer.lr, lengthen optimizer.warmup, set trainer.gradient_clip_val to 1, or with 16-mixed precision use "
+    "bf16-mixed, or leave a few such steps out with optimizer.skip_nonfinite; then resume"
+)
+MOST_ROWS = 100
+"""Number of rows that a message names."""
+
+
+class Step(NamedTuple):
+    """A step whose loss and gradient are being looked at."""
+
+    number: int
+    """Optimiser steps before it."""
+    epoch: int
+    batches: list[int]
+    """Numbers in the epoch of the batches that were accumulated."""
+    rows: list[Tensor]
+    """(B,) row numbers of each of these batches in this process."""
+    loss: Tensor
+    """Scalar, the sum of this process's losses."""
+
+
+class FiniteSteps:
+    """Looks at the loss and the gradient of every step, before the optimiser uses it.
+
+    A loss that is not finite in any process becomes a gradient that is not finite in all (`spread`), so that all
+    processes see the same and act together without asking each other.
+
+    On a CPU a bad step is found at once, and its gradients are dropped. On an accelerator the host would have to wait
+    in every step: there the fused optimisers leave the step out themselves (`found_inf`, as for `GradScaler`), and the
+    host learns of it at the next step. An optimiser that cannot is waited for, if steps may be left out; otherwise a
+    bad step does reach the weights in memory, but no checkpoint, and the next step ends the run.
+
+    With 16-mixed precision gradients overflow while the right scale is looked for; `GradScaler` leaves such steps out.
+    There only the loss is looked at.
+
+    Args:
+        allowed: bad steps of a run that are left out; the one after them ends it.
+    """
+
+    def __init__(self, allowed: int = 0) -> None:
+        self.allowed, self.skipped = allowed, 0
+        """Bad steps that may be left out; those that were."""
+        self.late = LateReduction(None)
+        self.sent: Step | None = None
+        """The step of which the host does not know yet whether it was finite."""
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a new step."""
+        self.batches: list[int] = []
+        self.rows: list[Tensor] = []
+        self.loss: Tensor | None = None
+
+    def begin(self, batch: Any, number: int) -> None:
+        """Remember which rows a batch has, for the message."""
+        self.batches.append(number)
+        rows = batch.get("index") if isinstance(batch, Mapping) else None
+        if isinstance(rows, Tensor):
+            self.rows.append(rows)
+
+    def add(self, loss: Tensor) -> None:
+        """Add the loss of a batch of this step."""
+        self.loss = loss.detach() if self.loss is None else self.loss + loss.detach()
+
+    def check(self, module: L.LightningModule, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+        """Keep a bad step away from the weights.
+
+        Args:
+            module: its trainer is at the end of the step's backward pass.
+            optimizer: the one that is about to step.
+            norm: scalar, of the gradients of all processes.
+
+        Raises:
+            TrunklineError: if this step is bad, or on an accelerator the one before, and no more may be left out.
+        """
+        trainer = module.trainer
+        loss = norm if self.loss is None else self.loss
+        step = Step(trainer.global_step, trainer.current_epoch, self.batches, self.rows, loss)
+        self.forget()
+        scales = getattr(trainer.precision_plugin, "scaler", None) is not None
+        bad = (loss if scales else norm).isfinite().logical_not().float()
+        if scales and trainer.world_size > 1:  # not every process sees another one's loss in its gradients
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        able = scales or bool(optimizer.defaults.get("fused"))
+        if self.host_may_wait(bad) or (self.allowed and not able):
+            if bool(bad):
+                self.reject(trainer, step)
+                if not scales:
+                    drop_gradients(optimizer)
+            return
+        if able and not scales:
+            optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self.settle(trainer)
+        self.late.send(bad.reshape(1).clone())
+        self.sent = step
+
+    def host_may_wait(self, result: Tensor) -> bool:
+        """Whether a result is there as soon as the host can ask for it."""
+        return result.device.type == "cpu"
+
+    def settle(self, trainer: L.Trainer) -> None:
+        """Look at the step that was still on its way; before a checkpoint is saved, too.
+
+        Raises:
+            TrunklineError: if it was bad and no more may be left out.
+        """
+        found, step, self.sent = self.late.receive(), self.sent, None
+        if found is not None and found[0] and step is not None:
+            self.reject(trainer, step)
+
+    def reject(self, trainer: L.Trainer, step: Step) -> None:
+        """Count a bad step; all processes do so at the same time.
+
+        Raises:
+            TrunklineError: if no more may be left out, naming step and rows.
+        """
+        self.skipped += 1
+        what = self.describe(trainer, step)
+        if self.skipped > self.allowed:
+            left = f" {self.allowed} such steps were left out before." if self.allowed else ""
+            raise TrunklineError(
+                f"{what}; the last checkpoint was saved before that.{left} {DIVERGED}", "model.optimizer.skip_nonfinite"
+            )
+        if trainer.is_global_zero:
+            warnings.warn(f"{what}; left out, as {self.skipped} of at most {self.allowed}", stacklevel=2)
+
+    def describe(self, trainer: L.Trainer, step: Step) -> str:
+        """What was not finite, in which step, and in which rows of which process."""
+        rows = [int(row) for batch in step.rows for row in batch]
+        own = (bool(step.loss.isfinite()), rows)
+        found: list[tuple[bool, list[int]]] = gather_lists([own], trainer.world_size)
+        guilty = [rank for rank, (finite, _) in enumerate(found) if not finite]
+        named = [row for rank, (_, rows) in enumerate(found) if rank in guilty or not guilty for row in rows]
+        what = "the loss" if guilty else "a gradient"
+        text = f"{what} is not finite by step {step.number} (epoch {step.epoch})"
+        numbers = ", ".join(map(str, step.batches))
+        text += f", in batch {numbers} of the epoch"
+        if guilty and trainer.world_size > 1:
+            text += f", in process {', '.join(map(str, guilty))}"
+        if named:
+            more = f" and {len(named) - MOST_ROWS} more" if len(named) > MOST_ROWS else ""
+            text += f", which has the rows {', '.join(map(str, named[:MOST_ROWS]))}{more}"
+        return text
+
+
+def spread(loss: Tensor) -> Tensor:
+    """A loss with the same value and gradient, but all gradients are NaN if it is not finite.
+
+    An infinite loss may have a finite gradient, with which it would go unnoticed in the other processes.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+def gradient_norm(module: torch.nn.Module) -> Tensor:
+    """Scalar, the norm of all gradients; of sharded parameters, over all processes."""
+    return whole(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
+
+
+def whole(value: Tensor) -> Tensor:
+    """A value that sharded processes hold parts of."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Take the gradients away: a parameter without one, its moments and its step count stay as they are."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None
+
+
+def refuse_diverged(module: torch.nn.Module) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        TrunklineError: naming the first of them.
+    """
+    parameters = dict(module.named_parameters())
+    finite = torch.stack([whole(p.detach().isfinite().all().float()) for p in parameters.values()])
+    for name, good in zip(parameters, finite.tolist(), strict=True):
+        if not good:
+            raise TrunklineError(f"the weight {name} is not finite; nothing was saved. {DIVERGED}")
