@@ -170,6 +170,11 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         """Whether reading a sample costs less than sending it between processes."""
         return False
 
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether something else than `batch_size` limits the batches of training."""
+        return False
+
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled full batches, from the position of the trainer's counters on."""
         return self.loader("train", train=True)

@@ -25,6 +25,20 @@ def own_error(error: BaseException | None) -> TrunklineError | None:
     return error
 
 
+class FoundByAll(TrunklineError):
+    """Bad input that all processes of a run have found together, so that the first one alone prints it.
+
+    Args:
+        message: as in `TrunklineError`.
+        field: as in `TrunklineError`.
+        first: whether this is the first process.
+    """
+
+    def __init__(self, message: str, field: str | None, first: bool) -> None:
+        super().__init__(message, field)
+        self.first = first
+
+
 NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|bad_alloc|Storage size calculation overf"
 )
@@ -64,6 +78,9 @@ def report(error: TrunklineError, options: Collection[str] | None = None) -> Non
     width = min(shutil.get_terminal_size().columns, 120)
     text = textwrap.fill(f"error: {message}", width, break_long_words=False, break_on_hyphens=False)
     place = None if error.field is None else place_of(error.field, options)
+    if isinstance(error, FoundByAll) and not error.first:
+        time.sleep(1)  # the end of one process ends the others, of which the first is about to print
+        return
     rank = int(os.environ.get("LOCAL_RANK", "0")) if "MASTER_ADDR" in os.environ else 0
     if rank:
         first = os.getppid()

@@ -35,6 +35,14 @@ from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files, flags, own_error
 from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes, of_own_constructor
+from trunkline.pipelines.preflight import (
+    PreFlight,
+    allow_any_srun,
+    check_launch,
+    find_launch,
+    fitted_to_launch,
+    without_absent_slurm,
+)
 from trunkline.pipelines.processes import end_together
 from trunkline.pipelines.quiet import FULL, quieten, silent_writers
 from trunkline.pipelines.resumed import network_instead, replace_missing_tokenizers
@@ -152,6 +160,7 @@ class TrainingCLI(LightningCLI):
         """Check what is declared elsewhere and choose the run's folder; for an evaluation, check the checkpoint."""
         config = self.config[self.subcommand]
         check_run(config)
+        allow_any_srun()
         if config.threads:
             torch.set_num_threads(config.threads)
         if self.subcommand != "fit":
@@ -195,8 +204,10 @@ class TrainingCLI(LightningCLI):
         trainer = self._get(self.config_init, "trainer")
         write_sizes(self.config[self.subcommand], self.model.hparams)
         kwargs["use_distributed_sampler"] = False  # our sampler distributes the samples itself
+        kwargs |= fitted_to_launch(trainer, find_launch())
         plugins = trainer.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
+        plugins = without_absent_slurm(plugins, self.subcommand == "fit")
         safe = any(isinstance(plugin, SafeCheckpointIO) for plugin in plugins)  # one without a thread, or of one's own
         kwargs["plugins"] = plugins if safe else [*plugins, BackgroundCheckpointIO()]
         callbacks = trainer.get("callbacks") or []
@@ -204,7 +215,7 @@ class TrainingCLI(LightningCLI):
         switches = {"enable_checkpointing": (ModelCheckpoint, LastCheckpoint), "enable_progress_bar": (ProgressBar,)}
         off = [kind for switch, kinds in switches.items() if trainer.get(switch) is False for kind in kinds]
         if self.subcommand == "fit":
-            kwargs["callbacks"] = [*without(callbacks, *off), KnownMetrics(), FailedSaves()]
+            kwargs["callbacks"] = [*without(callbacks, *off), KnownMetrics(), FailedSaves(), PreFlight()]
             for callback in kwargs["callbacks"]:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # otherwise a logger's choice
                     callback.dirpath = str(self.run_dir / "checkpoints")
@@ -237,6 +248,7 @@ class TrainingCLI(LightningCLI):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, GracefulStop):  # data may be prepared for hours before training begins
                     callback.listen(self.trainer)
+            check_launch(self.trainer, self.datamodule)
             self.trainer.fit(**kwargs, ckpt_path=self.checkpoint, weights_only=True)
         except BaseException:
             if self.is_new_run and self.trainer.global_step == 0:

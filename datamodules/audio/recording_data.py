@@ -232,6 +232,10 @@ class RecordingData(TextSplits, TrunklineDataModule):
         """`batch_seconds` in frames."""
         return round((self.batch_seconds or 0) / self.log_mel.frame_seconds)
 
+    @property
+    def limits_tokens(self) -> bool:
+        return self.batch_seconds is not None
+
     def token_batches(self, split: str) -> TokenBatches | None:
         if self.batch_seconds is None or (split != "train" and self.eval_batch_size is not None):
             return None

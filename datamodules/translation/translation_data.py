@@ -312,6 +312,10 @@ class TranslationData(Vocabulary, TextSplits, TrunklineDataModule):
             SideTokens(*corpora[-1], first=step - 1, step=step, limit=self.max_target_length),
         )
 
+    @property
+    def limits_tokens(self) -> bool:
+        return self.batch_tokens is not None
+
     def token_batches(self, split: str) -> TokenBatches | None:
         if self.batch_tokens is None or (split != "train" and self.eval_batch_size is not None):
             return None

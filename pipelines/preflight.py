@@ -1,0 +1,362 @@
+"""Checks of the machines before the first step of several processes: faults that would end the run late, or never.
+
+`fitted_to_launch` and `check_launch` look at what this process sees alone, before it waits for any other. `PreFlight`
+compares the processes once they are connected; all of them then end together, and the first one says why.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from trunkline import TrunklineError, __version__
+from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.samplers import check_batch_size
+from trunkline.modules.callbacks.graceful_stop import LastCheckpoint
+from trunkline.modules.training.distributed import gather_lists
+from trunkline.pipelines.errors import FoundByAll
+
+ALIKE = (
+    *("torch", "lightning", "numpy", "torchvision", "torchaudio", "timm", "pillow", "tokenizers", "datasets"),
+    *("pandas", "pyarrow", "soundfile", "torchmetrics"),
+)
+"""Packages of which all processes need the same version: they decide what is read, or what is computed."""
+OPEN = ("auto", None, -1, "-1")
+"""Values of `trainer.devices` that leave the number open."""
+CONNECT_SECONDS = 5.0
+"""How long a host may take to answer; it answers within milliseconds, or its answer never comes."""
+START_SECONDS = 120.0
+"""How much later than another process the first one may start."""
+SHOWN_SECONDS = 60.0
+"""After how many seconds at the latest a network file system shows on one host what another one has written."""
+
+
+# --- before processes talk to each other
+
+
+class Launch(NamedTuple):
+    """Who started the processes of this run, and how many."""
+
+    by: str
+    nodes: int
+    tasks: int
+    """On each node."""
+
+    @property
+    def option(self) -> str:
+        """How to ask for another number of processes on a node."""
+        return "--ntasks-per-node" if self.by == "srun" else "--nproc-per-node"
+
+
+def find_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
+    """What srun or torchrun says about the processes of this run; None if neither started this one.
+
+    Raises:
+        TrunklineError: if the nodes have different numbers of processes.
+    """
+    if "TORCHELASTIC_RUN_ID" in environ and "WORLD_SIZE" in environ:
+        by, processes, tasks = "torchrun", int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_WORLD_SIZE", "1"))
+        nodes = processes // tasks
+    elif "SLURM_STEP_ID" in environ and "SLURM_NTASKS" in environ:
+        by, processes, nodes = "srun", int(environ["SLURM_NTASKS"]), int(environ.get("SLURM_NNODES", "1"))
+        tasks = processes // nodes
+    else:
+        return None
+    launch = Launch(by, nodes, tasks)
+    if nodes * tasks != processes:
+        raise TrunklineError(
+            f"{by} started {processes} processes, which are not equally many on each node; set {launch.option}"
+        )
+    return launch
+
+
+def fitted_to_launch(trainer: Mapping[str, Any], launch: Launch | None) -> dict[str, int]:
+    """`devices` and `num_nodes` as srun or torchrun started the processes, where a config leaves them open.
+
+    Args:
+        trainer: the options of the trainer; 1 node, the default, counts as open.
+        launch: of this process.
+
+    Raises:
+        TrunklineError: if a config asks for another number than was started, or there are too few devices.
+    """
+    if launch is None:
+        return {}
+    devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
+    asked = len(devices) if isinstance(devices, list) else devices
+    if asked not in OPEN and str(asked) != str(launch.tasks):
+        raise TrunklineError(
+            f"{launch.by} started {launch.tasks} process(es) on each node, but devices is {devices}: each device needs "
+            f"a process; set {launch.option}, or devices to auto",
+            "trainer.devices",
+        )
+    if nodes not in (1, launch.nodes):
+        raise TrunklineError(
+            f"{launch.by} started processes on {launch.nodes} node(s), but num_nodes is {nodes}; leave num_nodes out",
+            "trainer.num_nodes",
+        )
+    if trainer.get("accelerator") in ("gpu", "cuda") and 0 < (seen := torch.cuda.device_count()) < launch.tasks:
+        raise TrunklineError(
+            f"{launch.tasks} processes run on this node, but this one sees {seen} GPU(s); give the job as many GPUs as "
+            "processes on each node (--gpus-per-node), all of them visible to each process (no --gpus-per-task)",
+            "trainer.devices",
+        )
+    return {"num_nodes": launch.nodes} | ({"devices": launch.tasks} if asked in OPEN else {})
+
+
+def allow_any_srun() -> None:
+    """Let processes be started by `srun --ntasks 2`: Lightning wants to be told the number on each node too."""
+    launch = find_launch()
+    if launch is not None and launch.by == "srun":
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launch.tasks))
+
+
+def without_absent_slurm(plugins: list[Any], training: bool) -> list[Any]:
+    """The plugins without that of SLURM where there is none: an evaluation of a cluster's run on another machine.
+
+    Raises:
+        TrunklineError: for a training, which is meant to run on a cluster.
+    """
+    absent = [plugin for plugin in plugins if isinstance(plugin, SLURMEnvironment) and "SLURM_PROCID" not in os.environ]
+    if absent and training:
+        raise TrunklineError(
+            "trainer/slurm is for processes that srun starts, and none started this one; submit a job (make slurm, or "
+            "sbatch with configs/slurm/train.sbatch), or choose another config of a machine",
+            "trainer.plugins",
+        )
+    return [plugin for plugin in plugins if plugin not in absent]
+
+
+def check_launch(trainer: L.Trainer, data: L.LightningDataModule) -> None:
+    """Check that the processes can share a batch, that there are others, and that the first of them can be reached.
+
+    Raises:
+        TrunklineError: if not.
+    """
+    if trainer.world_size == 1 or not isinstance(trainer.strategy, ParallelStrategy):
+        return
+    if isinstance(data, TrunklineDataModule) and not data.limits_tokens:
+        check_batch_size(data.batch_size, data.batch_size, True, trainer.world_size)
+    environment = trainer.strategy.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and "SLURM_STEP_ID" not in os.environ:
+        raise TrunklineError(
+            f"this SLURM job has {trainer.world_size} tasks, but one process was started, which would wait for the "
+            "others; write srun before the command"
+        )
+    if environment is not None and (environment.creates_processes_externally or trainer.num_nodes > 1):
+        check_master(environment, trainer.global_rank)
+
+
+def check_master(environment: ClusterEnvironment, rank: int) -> None:
+    """Check within seconds what torch would wait minutes for: the address of the first process.
+
+    Args:
+        environment: names the address.
+        rank: of this process; the first one checks that it can listen there.
+
+    Raises:
+        TrunklineError: if the host is unknown or does not answer, or the port belongs to another program.
+    """
+    host, port, here = environment.main_address, environment.main_port, socket.gethostname()
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise TrunklineError(
+            f"{here} knows no host '{host}', where the first process is; set MASTER_ADDR to a name or address of its "
+            "that all nodes know"
+        ) from error
+    if rank > 0:
+        wait_until_reached(host, port, here)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else torchrun listens there already
+        family = addresses[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                    return
+                raise TrunklineError(
+                    f"the first process cannot listen at port {port} of {here}: {error.strerror}; set MASTER_PORT to a "
+                    "free one, the same for all processes"
+                ) from error
+
+
+def wait_until_reached(host: str, port: int, here: str) -> None:
+    """Wait until the first process listens: it may start a little later than this one.
+
+    Raises:
+        TrunklineError: if its host does not answer, or if it does not come.
+    """
+    start = time.monotonic()
+    said = False
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+            return
+        except (ConnectionRefusedError, ConnectionResetError) as error:  # the host is there
+            waited = time.monotonic() - start
+            if waited > START_SECONDS:
+                raise TrunklineError(
+                    f"no process listens at {host}:{port} after {waited:.0f} s: the first process did not start there, "
+                    "or has ended (see its output); check MASTER_ADDR and MASTER_PORT"
+                ) from error
+            if waited > 2 * CONNECT_SECONDS and not said:
+                said = True
+                rank_zero_info(f"{here} waits for the first process at {host}:{port}")
+            time.sleep(0.2)
+        except OSError as error:
+            raise TrunklineError(
+                f"{here} cannot reach {host}:{port}, where the first process is: {error.strerror or error}; check the "
+                "network and firewall between the nodes, and that MASTER_ADDR is of a network that all of them share"
+            ) from error
+
+
+# --- once they are connected
+
+
+class Survey(NamedTuple):
+    """What one process sees."""
+
+    rank: int
+    host: str
+    versions: dict[str, str]
+    data: str | None
+    """Digest of the data."""
+    folder: str | None
+    """What is wrong with the run's folder."""
+
+
+class PreFlight(Callback):
+    """Compares the processes of a run before its first step: packages, data, the run's folder; and the free disk."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Raise the same error in all processes, if there is one.
+
+        Raises:
+            FoundByAll: naming the process and its host, what differs, and what to do.
+        """
+        if stage != "fit" or trainer.world_size == 1:
+            return
+        folder, first = Path(trainer.default_root_dir), trainer.is_global_zero
+        token, *_ = gather_lists([leave_token(folder)] if first else [], trainer.world_size)
+        try:
+            everyone: list[Survey] = gather_lists([survey(trainer, folder, token)], trainer.world_size)
+            space = lacking_space(folder, files_to_come(trainer, folder), checkpoint_bytes(trainer, pl_module))
+            found = [(space, "run_dir")] if first else []
+            found = [*differences(everyone), *gather_lists(found, trainer.world_size)]
+        finally:
+            if first:
+                (folder / token).unlink(missing_ok=True)
+        for fault, field in found:
+            if fault is not None:
+                raise FoundByAll(fault, field, first)
+
+
+def survey(trainer: L.Trainer, folder: Path, token: str) -> Survey:
+    """What this process sees.
+
+    Args:
+        trainer: the trainer.
+        folder: of the run.
+        token: name of a file there, which the first process has written.
+    """
+    versions = {"Python": python_version(), "trunkline": __version__}
+    for name in ALIKE:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    data = getattr(trainer, "datamodule", None)
+    digest = data.digest() if isinstance(data, TrunklineDataModule) else None
+    return Survey(trainer.global_rank, socket.gethostname(), versions, digest, folder_fault(folder, token))
+
+
+def differences(everyone: list[Survey]) -> list[tuple[str | None, str | None]]:
+    """What is wrong with one process or differs between two, each with the field that it belongs to."""
+    first = everyone[0]
+    found: list[tuple[str | None, str | None]] = []
+    for other in everyone:
+        who = f"process {other.rank} on {other.host}"
+        if other.folder is not None:
+            found.append((f"{who} {other.folder}", "run_dir"))
+        for name in sorted(first.versions.keys() | other.versions.keys()):
+            here, there = (one.versions.get(name, "not installed") for one in (first, other))
+            if here != there:
+                text = f"{name} is {there} for {who}, but {here} for the first process on {first.host}"
+                found.append((f"{text}; install the same packages on all hosts, or one environment for all", None))
+        if other.data != first.data:
+            text = f"{who} reads other data (digest {other.data}) than the first process on {first.host} ({first.data})"
+            found.append((f"{text}; give all hosts the same files, cached ones too (cache_dir)", "data.source"))
+    return found
+
+
+def leave_token(folder: Path) -> str:
+    """Write a small file into the run's folder, by which other processes recognise it, and return its name.
+
+    Nothing is written where that is impossible: the processes find it out themselves.
+    """
+    name = f".preflight-{secrets.token_hex(8)}"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return name
+
+
+def folder_fault(folder: Path, token: str) -> str | None:
+    """Why this process cannot use the run's folder; None if it can. A network file system may show a file later."""
+    end = time.monotonic() + SHOWN_SECONDS
+    while True:
+        with suppress(OSError):
+            if token in os.listdir(folder):
+                break
+        if time.monotonic() > end:
+            return (
+                f"does not find in {folder} what the first process has written there, so that it could not resume the "
+                "run; choose a run_dir on a file system that all hosts share"
+            )
+        time.sleep(0.1)
+    return None if os.access(folder, os.W_OK) else f"cannot write into {folder}; mend its permissions"
+
+
+def checkpoint_bytes(trainer: L.Trainer, module: L.LightningModule) -> int:
+    """About how large a checkpoint will be: weights, two values of the optimiser for each that learns, and averages."""
+    parameters = list(module.parameters())
+    weights = sum(p.numel() * p.element_size() for p in [*parameters, *module.buffers()])
+    learnt = sum(2 * p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return weights + learnt + weights * any(isinstance(callback, WeightAveraging) for callback in callbacks)
+
+
+def files_to_come(trainer: L.Trainer, folder: Path) -> int:
+    """How many more checkpoints the run will keep at a time, with the one that is being written."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    kept = sum(isinstance(callback, LastCheckpoint) for callback in callbacks)
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            kept += max(callback.save_top_k, 1) + bool(callback.save_last)
+    return max(kept - len(list(folder.glob("checkpoints/*.ckpt"))), 0) + 1 if kept else 0
+
+
+def lacking_space(folder: Path, files: int, size: int) -> str | None:
+    """Why the run's checkpoints will not fit on the disk; None if they will."""
+    free = shutil.disk_usage(folder).free
+    if free >= files * size:
+        return None
+    return (
+        f"the run will write {files} checkpoints of about {size / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free at "
+        f"{folder}; free some space, choose another run_dir, or let ModelCheckpoint keep fewer (save_top_k)"
+    )
