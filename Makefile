@@ -9,7 +9,7 @@ BFLOAT16 = from trunkline.modules.training.optim import multiplies_bfloat16
 PRECISION = $$($(BIN)/python -c 'import torch; $(BFLOAT16); multiplies_bfloat16(torch.device("cpu")) or print("--trainer.precision 32-true")')
 
 .DEFAULT_GOAL := help
-.PHONY: help train-vit train-gpt train-bert finetune-bert train-clip train-translate train-audio gallery test test-all test-everywhere lint tensorboard benchmark clean
+.PHONY: help train-vit train-gpt train-bert finetune-bert train-clip train-translate train-audio slurm gallery test test-all test-everywhere test-cluster lint tensorboard benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,16 @@ train-audio: $(READY) ## train a recogniser of spoken digits, offline, in five m
 	$(BIN)/trunkline evaluate --checkpoint $$last --data.source spoken_digits:white && \
 	$(BIN)/trunkline evaluate --checkpoint $$last --data.source spoken_digits:babble
 
+# CONFIG: a recipe. NODES, and GPUS on each: 0 runs one process on a node's CPU. SBATCH: more options of sbatch.
+CONFIG ?= vit/imagenet_s16
+NODES ?= 1
+GPUS ?= 8
+SBATCH ?=
+TASKS = $(if $(filter 0,$(GPUS)),1,$(GPUS) --gpus-per-node=$(GPUS))
+
+slurm: $(READY) ## submit a recipe to SLURM: make slurm CONFIG=vit/imagenet_s16 NODES=2 GPUS=8 SBATCH="--time=1-0"
+	TRUNKLINE=$(abspath $(BIN)/trunkline) sbatch --nodes=$(NODES) --ntasks-per-node=$(TASKS) $(SBATCH) configs/slurm/train.sbatch $(CONFIG) $(ARGS)
+
 # Demo that a folder of runs comes from, for `make gallery`.
 DEMOS = vit/digits:train-vit gpt/demo:train-gpt clip/emoji:train-clip seq2seq/dates:train-translate \
 	audio/digits:train-audio bert/from_scratch:finetune-bert
@@ -74,6 +84,9 @@ test-all: $(READY) ## all tests
 
 test-everywhere: $(READY) ## tests that could differ, as on other machines: kernels, bfloat16, threads, order, busy cores
 	$(BIN)/python tests/support/everywhere.py $(ARGS)
+
+test-cluster: $(READY) ## as root: a real SLURM and two hosts with torchrun on this machine, and what can happen to them
+	$(BIN)/python -m pytest -m cluster -rs $(ARGS)
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .

@@ -258,8 +258,8 @@ class PreFlight(Callback):
         try:
             everyone: list[Survey] = gather_lists([survey(trainer, folder, token)], trainer.world_size)
             space = lacking_space(folder, files_to_come(trainer, folder), checkpoint_bytes(trainer, pl_module))
-            found = [(space, "run_dir")] if first else []
-            found = [*differences(everyone), *gather_lists(found, trainer.world_size)]
+            own: list[tuple[str | None, str | None]] = [(space, "run_dir")] if first else []
+            found = [*differences(everyone), *gather_lists(own, trainer.world_size)]
         finally:
             if first:
                 (folder / token).unlink(missing_ok=True)

@@ -45,12 +45,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     folders = ("modules", "datamodules", "pipelines", "configs")
-    files = [f for name in folders for f in (ROOT / name).rglob("*") if f.suffix in (".py", ".yaml")]
+    files = [f for name in folders for f in (ROOT / name).rglob("*") if f.suffix in (".py", ".yaml", ".sbatch")]
     want = {f"trunkline/{file.relative_to(ROOT).as_posix()}" for file in files}
     own = ("__init__.py", "contract.py", "files.py", "names.py", "py.typed", "ranges.py", "run_folders.py", "seal.py")
     shared = {f"trunkline/{name}" for name in own}
     want |= shared
     assert {"trunkline/modules/backbone/transformer.py", "trunkline/configs/vit/digits.yaml"} < want
+    assert "trunkline/configs/slurm/train.sbatch" in want
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == want
     for name in want - shared:

@@ -1,4 +1,4 @@
-"""A small recipe for tests on clusters, on two processes, and what its runs must have in common with an uninterrupted one."""
+"""A small recipe for tests on clusters, on two processes; a run must equal an uninterrupted one."""
 
 import json
 import os
@@ -16,7 +16,7 @@ STEPS, EVERY = 24, 4
 
 
 def write_extra(folder: Path) -> Path:
-    """What `vit/digits` needs to be short, to be recorded in `folder` (see `Recorder`), and to notice lost processes."""
+    """What makes `vit/digits` short, recorded in `folder` (see `Recorder`), and quick to notice a lost process."""
     checkpoint = {"filename": "{step}", "monitor": "step", "mode": "max", "every_n_train_steps": EVERY}
     config = {
         "trainer": {
