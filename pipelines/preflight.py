@@ -1,10 +1,9 @@
 """Checks of the machines before the first step of several processes: faults that would end the run late, or never.
 
-`fitted_to_launch` and `check_launch` look at what this process sees alone, before it waits for any other. `PreFlight`
-compares the processes once they are connected; all of them then end together, and the first one says why.
+The first functions look at what this process sees alone; whether it finds the others is the matter of `reachable.py`.
+`PreFlight` compares the processes once they are connected. All of them then end together, and the first one says why.
 """
 
-import errno
 import os
 import secrets
 import shutil
@@ -20,9 +19,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
-from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from trunkline import TrunklineError, __version__
 from trunkline.datamodules.base import TrunklineDataModule
@@ -38,10 +35,6 @@ ALIKE = (
 """Packages of which all processes need the same version: they decide what is read, or what is computed."""
 OPEN = ("auto", None, -1, "-1")
 """Values of `trainer.devices` that leave the number open."""
-CONNECT_SECONDS = 5.0
-"""How long a host may take to answer; it answers within milliseconds, or its answer never comes."""
-START_SECONDS = 120.0
-"""How much later than another process the first one may start."""
 SHOWN_SECONDS = 60.0
 """After how many seconds at the latest a network file system shows on one host what another one has written."""
 
@@ -142,89 +135,14 @@ def without_absent_slurm(plugins: list[Any], training: bool) -> list[Any]:
     return [plugin for plugin in plugins if plugin not in absent]
 
 
-def check_launch(trainer: L.Trainer, data: L.LightningDataModule) -> None:
-    """Check that the processes can share a batch, that there are others, and that the first of them can be reached.
+def check_share(trainer: L.Trainer, data: L.LightningDataModule) -> None:
+    """Check that the processes can share a batch, before any data is prepared.
 
     Raises:
         TrunklineError: if not.
     """
-    if trainer.world_size == 1 or not isinstance(trainer.strategy, ParallelStrategy):
-        return
     if isinstance(data, TrunklineDataModule) and not data.limits_tokens:
         check_batch_size(data.batch_size, data.batch_size, True, trainer.world_size)
-    environment = trainer.strategy.cluster_environment
-    if isinstance(environment, SLURMEnvironment) and "SLURM_STEP_ID" not in os.environ:
-        raise TrunklineError(
-            f"this SLURM job has {trainer.world_size} tasks, but one process was started, which would wait for the "
-            "others; write srun before the command"
-        )
-    if environment is not None and (environment.creates_processes_externally or trainer.num_nodes > 1):
-        check_master(environment, trainer.global_rank)
-
-
-def check_master(environment: ClusterEnvironment, rank: int) -> None:
-    """Check within seconds what torch would wait minutes for: the address of the first process.
-
-    Args:
-        environment: names the address.
-        rank: of this process; the first one checks that it can listen there.
-
-    Raises:
-        TrunklineError: if the host is unknown or does not answer, or the port belongs to another program.
-    """
-    host, port, here = environment.main_address, environment.main_port, socket.gethostname()
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        raise TrunklineError(
-            f"{here} knows no host '{host}', where the first process is; set MASTER_ADDR to a name or address of its "
-            "that all nodes know"
-        ) from error
-    if rank > 0:
-        wait_until_reached(host, port, here)
-    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else torchrun listens there already
-        family = addresses[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError as error:
-                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                    return
-                raise TrunklineError(
-                    f"the first process cannot listen at port {port} of {here}: {error.strerror}; set MASTER_PORT to a "
-                    "free one, the same for all processes"
-                ) from error
-
-
-def wait_until_reached(host: str, port: int, here: str) -> None:
-    """Wait until the first process listens: it may start a little later than this one.
-
-    Raises:
-        TrunklineError: if its host does not answer, or if it does not come.
-    """
-    start = time.monotonic()
-    said = False
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
-            return
-        except (ConnectionRefusedError, ConnectionResetError) as error:  # the host is there
-            waited = time.monotonic() - start
-            if waited > START_SECONDS:
-                raise TrunklineError(
-                    f"no process listens at {host}:{port} after {waited:.0f} s: the first process did not start there, "
-                    "or has ended (see its output); check MASTER_ADDR and MASTER_PORT"
-                ) from error
-            if waited > 2 * CONNECT_SECONDS and not said:
-                said = True
-                rank_zero_info(f"{here} waits for the first process at {host}:{port}")
-            time.sleep(0.2)
-        except OSError as error:
-            raise TrunklineError(
-                f"{here} cannot reach {host}:{port}, where the first process is: {error.strerror or error}; check the "
-                "network and firewall between the nodes, and that MASTER_ADDR is of a network that all of them share"
-            ) from error
 
 
 # --- once they are connected

@@ -13,6 +13,7 @@ from typing import Any
 from trunkline import TrunklineError
 from trunkline.files import find_fault
 from trunkline.pipelines.launch import agree, attempt_mark, find_peers, is_first_process, may_be_restarted
+from trunkline.pipelines.reachable import check_first_process
 from trunkline.pipelines.run_lock import MARK, held
 from trunkline.run_folders import (
     DEPTH,
@@ -71,6 +72,7 @@ def claim_run(
     if inherited and inherited["process"] in (os.getppid(), os.getpid()):  # whose process Lightning has started
         found = inherited["found"]
     elif peers := find_peers(nodes, devices):
+        check_first_process(peers)
         found = agree(stack, peers, choose)
     elif is_first_process():
         found = choose()

@@ -38,7 +38,7 @@ from trunkline.pipelines.parser import RecipeParser, import_recipe_classes, of_o
 from trunkline.pipelines.preflight import (
     PreFlight,
     allow_any_srun,
-    check_launch,
+    check_share,
     find_launch,
     fitted_to_launch,
     without_absent_slurm,
@@ -248,7 +248,7 @@ class TrainingCLI(LightningCLI):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, GracefulStop):  # data may be prepared for hours before training begins
                     callback.listen(self.trainer)
-            check_launch(self.trainer, self.datamodule)
+            check_share(self.trainer, self.datamodule)
             self.trainer.fit(**kwargs, ckpt_path=self.checkpoint, weights_only=True)
         except BaseException:
             if self.is_new_run and self.trainer.global_step == 0:
