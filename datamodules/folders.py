@@ -1,8 +1,9 @@
 """Finds files below a folder."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from trunkline import TrunklineError
 
@@ -26,6 +27,11 @@ def files_below(folder: str | Path, suffixes: tuple[str, ...], kind: str, field:
     if not files:
         raise TrunklineError(f"{name}={folder} holds no {kind} file ({' '.join(suffixes)}); give one that does", field)
     return sorted(files)
+
+
+def names_and_sizes(files: Iterable[Path], folder: Path) -> list[list[Any]]:
+    """[path below the folder, bytes] of each file, to tell data from other data wherever it is."""
+    return [[os.path.relpath(file, folder), file.stat().st_size] for file in files]
 
 
 def walk(folder: Path) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,8 +149,8 @@ class EmojiPictures:
     def name(self, row: int) -> str:
         return f"{self.artist}, row {row} ({self.texts[row][0]})"
 
-    def order(self, generator: np.random.Generator) -> np.ndarray:
-        return generator.permutation(len(self))
+    def order(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
+        yield generator.permutation(len(self))
 
 
 def draw_emoji(sign: str, font: ImageFont.FreeTypeFont) -> Image.Image:

@@ -13,14 +13,15 @@ from tokenizers import Tokenizer
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.folders import names_and_sizes
 from trunkline.datamodules.hub import HubSource
 from trunkline.datamodules.images.image_sources import to_channels
 from trunkline.datamodules.images.preprocessing import Augmentation, ImageInput, TransformedImages
 from trunkline.datamodules.pairs.captions import CaptionEncoder, caption_key
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI
-from trunkline.datamodules.pairs.pair_sources import PairRows, PairSubset, load_pairs
+from trunkline.datamodules.pairs.pair_sources import PairRows, PairSubset, load_pairs, local_files
 from trunkline.datamodules.samplers import SampleKey
-from trunkline.datamodules.splits import Splits, check_fractions, rows_by_number, shares_of
+from trunkline.datamodules.splits import RowsOfSplit, Splits, check_fractions, shares_of
 from trunkline.datamodules.text.preparation import Preparation, default_cache
 from trunkline.datamodules.text.text_sources import Piece
 from trunkline.datamodules.tokenizers import TRAINED, Vocabulary, check_vocab_size, load_tokenizer
@@ -62,7 +63,7 @@ class ImageTextPairs(TransformedImages):
             }
         return items
 
-    def order(self, generator: np.random.Generator) -> np.ndarray:
+    def order(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
         return self.rows.order(generator)
 
 
@@ -209,6 +210,13 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
             self.datasets[split] = ImageTextPairs(rows, encoder, self.first_caption, *options)
         self.compare_tokenizers()
 
+    def data_key(self) -> list[Any]:
+        if self.in_memory:
+            return [rows.key for rows in self.rows.values()]
+        folder, files = local_files(self.source)
+        tables = (file for suffix in ("parquet", "arrow") for file in folder.rglob(f"*.{suffix}"))
+        return names_and_sizes(files or sorted(tables), folder)
+
     def caption(self, split: str, row: int) -> str:
         """The main caption of a row."""
         return self.rows[split].captions(row)[0]
@@ -232,8 +240,8 @@ def set_aside(splits: dict[str, PairRows], fractions: dict[str, float]) -> dict[
     missing = {split: share for split, share in fractions.items() if share and split not in splits}
     if missing:
         rows = splits["train"]
-        chosen = rows_by_number(len(rows), shares_of(missing))
-        splits = splits | {split: PairSubset(rows, indices) for split, indices in chosen.items()}
+        shares = shares_of(missing)
+        splits = splits | {split: PairSubset(rows, RowsOfSplit(len(rows), shares, split)) for split in shares}
     for split, rows in splits.items():
         if not len(rows):
             share = "val" if split == "train" else split

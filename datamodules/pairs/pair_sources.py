@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from glob import glob
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from trunkline.datamodules.images.image_sources import (
 from trunkline.datamodules.pairs.captions import caption_list
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI, EmojiPictures
 from trunkline.datamodules.pairs.tar_shards import TarPairs
+from trunkline.datamodules.splits import RowsOfSplit
 from trunkline.datamodules.tables import kind, read_table
 from trunkline.files import file_state
 from trunkline.names import check_regular
@@ -37,8 +39,9 @@ BRACES = re.compile(r"\{([^{}]*)\}")
 class PairRows(Protocol):
     """Images of one split, each with one or more captions. Large sources keep neither images nor captions in memory."""
 
-    key: list[Any]
-    """Everything that decides the captions, as plain data."""
+    @property
+    def key(self) -> list[Any]:
+        """Everything that decides the captions, as plain data."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -60,34 +63,40 @@ class PairRows(Protocol):
     def name(self, row: int) -> str:
         """Name of the file or row, for messages."""
 
-    def order(self, generator: np.random.Generator) -> np.ndarray:
-        """(rows,) shuffled row numbers for an epoch."""
+    def order(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
+        """The row numbers of an epoch, shuffled; in parts, because all of them may not fit in memory."""
 
 
 class PairSubset:
-    """Some rows of another `PairRows`; `indices` are ascending row numbers."""
+    """The rows of one split of another `PairRows`."""
 
-    def __init__(self, rows: PairRows, indices: np.ndarray) -> None:
+    def __init__(self, rows: PairRows, indices: RowsOfSplit) -> None:
         self.rows, self.indices = rows, indices
-        self.key = [rows.key, hashlib.blake2b(indices.tobytes(), digest_size=12).hexdigest()]
+
+    @cached_property
+    def key(self) -> list[Any]:
+        """Everything that decides the captions, as plain data."""
+        numbers = hashlib.blake2b(digest_size=12)
+        for part in self.indices.parts():
+            numbers.update(part.tobytes())
+        return [self.rows.key, numbers.hexdigest()]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def image(self, row: int) -> Image.Image:
-        return self.rows.image(int(self.indices[row]))
+        return self.rows.image(self.indices[row])
 
     def captions(self, row: int) -> list[str]:
-        return self.rows.captions(int(self.indices[row]))
+        return self.rows.captions(self.indices[row])
 
     def name(self, row: int) -> str:
-        return self.rows.name(int(self.indices[row]))
+        return self.rows.name(self.indices[row])
 
-    def order(self, generator: np.random.Generator) -> np.ndarray:
-        places = np.full(len(self.rows), -1)
-        places[self.indices] = np.arange(len(self))
-        order = places[self.rows.order(generator)]
-        return order[order >= 0]
+    def order(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
+        for part in self.rows.order(generator):
+            places = self.indices.places(part)
+            yield places[places >= 0]
 
 
 class PairTable:
@@ -124,8 +133,8 @@ class PairTable:
     def name(self, row: int) -> str:
         return f"{self.title}, row {row}"
 
-    def order(self, generator: np.random.Generator) -> np.ndarray:
-        return generator.permutation(len(self))
+    def order(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
+        yield generator.permutation(len(self))
 
 
 class PairList:
@@ -167,8 +176,8 @@ class PairList:
     def name(self, row: int) -> str:
         return self.table["place_first"][row].as_py()
 
-    def order(self, generator: np.random.Generator) -> np.ndarray:
-        return generator.permutation(len(self))
+    def order(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
+        yield generator.permutation(len(self))
 
 
 def listed_pairs(files: list[Path], columns: dict[str, str], image_folder: Path | None) -> Iterator[dict[str, str]]:
@@ -293,7 +302,7 @@ def load_pairs(
         hub_config: configuration of a hub dataset.
         revision: commit or branch of a hub dataset.
         shard_window: as in `TarPairs`.
-        skip_corrupt: as in `read_index`.
+        skip_corrupt: as in `open_index`.
         flags: as in `EmojiPictures`.
 
     Raises:

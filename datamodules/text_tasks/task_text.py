@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.folders import names_and_sizes
 from trunkline.datamodules.hub import NamedSource, TextSplits
 from trunkline.datamodules.splits import check_fractions, shares_of, split_of
 from trunkline.datamodules.tables import TABLES, kind, read_table
@@ -261,8 +262,8 @@ class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
 
     def data_key(self) -> list[Any]:
         paths = [Path(source.name) for source in self.named_sources.values()]
-        files = [file for path in paths for file in [path, *sorted(path.rglob("*"))] if file.is_file()]
-        return [[file.name, file.stat().st_size] for file in files]
+        found = [(file, path.parent) for path in paths for file in [path, *sorted(path.rglob("*"))] if file.is_file()]
+        return [entry for file, folder in found for entry in names_and_sizes([file], folder)]
 
     @cached_property
     def vocabulary(self) -> Tokenizer:

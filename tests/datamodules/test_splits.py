@@ -9,7 +9,14 @@ import pytest
 
 from trunkline import TrunklineError
 from trunkline.datamodules import ImageData, ImageTextData, LabelledTextData, TextData
-from trunkline.datamodules.splits import check_fractions, rows_by_class, rows_by_number, shares_of, split_of
+from trunkline.datamodules.splits import (
+    RowsOfSplit,
+    check_fractions,
+    rows_by_class,
+    rows_by_number,
+    shares_of,
+    split_of,
+)
 
 
 @pytest.mark.parametrize("fractions", [{"val": 0.1, "test": 0.0}, {"val": 0.25, "test": 0.3}, {"val": 0.01}])
@@ -20,6 +27,34 @@ def test_all_rows_at_once_go_where_each_would(fractions: dict[str, float]) -> No
     assert {split: numbers.tolist() for split, numbers in found.items()} == {
         split: [n for n in range(500) if split_of(n, shares) == split] for split in shares
     }
+
+
+@pytest.mark.parametrize("length", [0, 1, 1024, 5000])
+def test_rows_of_a_split_are_found_without_keeping_them(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = shares_of({"val": 0.1, "test": 0.3})
+    for block in (3, 1024):
+        monkeypatch.setattr(RowsOfSplit, "BLOCK", block)
+        for split, expected in rows_by_number(length, shares).items():
+            rows = RowsOfSplit(length, shares, split)
+            assert len(rows) == len(expected)
+            assert [rows[n] for n in range(0, len(rows), 7)] == expected[::7].tolist()
+            assert np.concatenate([np.zeros(0, np.int64), *rows.parts()]).tolist() == expected.tolist()
+            asked = np.random.default_rng(0).permutation(length)
+            places = np.full(length, -1)
+            places[expected] = np.arange(len(expected))
+            assert rows.places(asked).tolist() == places[asked].tolist()
+            for wrong in (-1, len(rows)):
+                with pytest.raises(IndexError):
+                    rows[wrong]
+
+
+def test_large_row_numbers_are_in_the_same_split() -> None:
+    shares = shares_of({"val": 0.1})
+    rows = RowsOfSplit(0, shares, "val")
+    rows.length = 1 << 40
+    for block in (400_000_000 // 1024, (1 << 40) // 1024 - 1):
+        numbers = block * 1024 + np.arange(1024)
+        assert rows._members(np.array([block]))[0].tolist() == [split_of(int(n), shares) == "val" for n in numbers]
 
 
 def test_classes_keep_their_proportion() -> None:

@@ -353,7 +353,7 @@ def test_rows_are_set_aside_by_their_number(source: Path, tmp_path: Path) -> Non
     rows: Any = type("Rows", (), {"key": [], "__len__": lambda self: 5000})()
     parts = set_aside({"train": rows}, {"val": 0.2, "test": 0.1})
     for split in shares:
-        assert parts[split].indices.tolist() == [n for n, s in enumerate(numbers) if s == split]  # type: ignore[attr-defined]
+        assert [*parts[split].indices] == [n for n, s in enumerate(numbers) if s == split]  # type: ignore[attr-defined]
 
 
 def test_an_empty_split_is_named(source: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Where pairs come from: lists, tables, shards, their splits, captions of all kinds, and what a broken source says."""
 
 import gzip
+import hashlib
 import io
 import json
 import pickle
@@ -15,6 +16,7 @@ from PIL import Image
 
 from trunkline import TrunklineError
 from trunkline.datamodules.pairs.pair_sources import PairRows, PairSubset, expanded, load_pairs
+from trunkline.datamodules.splits import RowsOfSplit, split_of
 
 NO_SPLITS: dict[str, str | None] = {"train": None, "val": None, "test": None}
 
@@ -268,10 +270,13 @@ def test_a_subset_keeps_the_order_of_the_whole(tmp_path: Path) -> None:
     for n in range(4):
         write_shard(tmp_path / f"{n}.tar", *range(10 * n, 10 * n + 10))
     whole = load(tmp_path, tmp_path, shard_window=1)["train"]
-    chosen = np.flatnonzero(np.arange(40) % 3 == 0)
-    part = PairSubset(whole, chosen)
-    assert contents(part) == [(n, [f"a {n}"]) for n in range(0, 40, 3)]
-    assert part.name(1) == whole.name(3)
-    expected = [n for n in whole.order(np.random.default_rng(1)) if n % 3 == 0]
-    assert chosen[part.order(np.random.default_rng(1))].tolist() == expected
-    assert part.key != PairSubset(whole, chosen[1:]).key
+    shares = {"train": 0.4, "val": 0.6}
+    chosen = np.array([n for n in range(40) if split_of(n, shares) == "val"])
+    part = PairSubset(whole, RowsOfSplit(40, shares, "val"))
+    assert contents(part) == [(n, [f"a {n}"]) for n in chosen]
+    assert part.name(3) == whole.name(chosen[3])
+    expected = [n for n in np.concatenate([*whole.order(np.random.default_rng(1))]) if n in chosen]
+    assert chosen[np.concatenate([*part.order(np.random.default_rng(1))])].tolist() == expected
+    # the key of every version, so that the tokenizers that were learnt from it are still found
+    assert part.key == [whole.key, hashlib.blake2b(chosen.tobytes(), digest_size=12).hexdigest()]
+    assert part.key != PairSubset(whole, RowsOfSplit(40, shares, "train")).key

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from PIL import Image
 
 from trunkline import TrunklineError
-from trunkline.datamodules.pairs import tar_shards
+from trunkline.datamodules.pairs import tar_index, tar_shards
+from trunkline.datamodules.pairs.image_text_data import set_aside
 from trunkline.datamodules.pairs.tar_shards import TarPairs
 from trunkline.datamodules.samplers import ResumableBatchSampler
 
@@ -125,8 +127,8 @@ def test_index_is_kept_until_the_shard_changes(tmp_path: Path, monkeypatch: pyte
     shards = numbered(tmp_path, 3, 2)
     expected = contents(pairs(shards))
     scanned: list[str] = []
-    original = tar_shards.scan
-    monkeypatch.setattr(tar_shards, "scan", lambda shard: scanned.append(shard.name) or original(shard))
+    original = tar_index.scan
+    monkeypatch.setattr(tar_index, "scan", lambda shard: scanned.append(shard.name) or original(shard))
     assert contents(pairs(shards)) == expected
     assert scanned == []
     key = pairs(shards).key
@@ -136,15 +138,68 @@ def test_index_is_kept_until_the_shard_changes(tmp_path: Path, monkeypatch: pyte
     assert scanned == ["001.tar"]
     assert contents(rows) == [*expected[:3], (77, ["new"])]
     assert rows.key != key
+    assert len(list((tmp_path / "cache" / "tar").glob("*.joined"))) == 1
+
+
+def test_an_index_that_is_there_is_opened_without_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = numbered(tmp_path, 3, 2)
+    expected = contents(pairs(shards))
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_index, "lock", lambda file: pytest.fail("waits for processes that read the index too"))
+        rows = pairs(shards)
+    assert contents(rows) == expected
+    assert isinstance(rows.index.samples.base, np.memmap)
+    large = pairs(numbered(tmp_path / "large", 300))
+    assert len(pickle.dumps(large)) < len(pickle.dumps(rows)) + 50  # the index itself is not sent to workers
+
+
+def test_what_a_killed_process_left_is_used_or_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = numbered(tmp_path, 3, 2)
+    expected = contents(pairs(shards))
+    (file,) = (tmp_path / "cache" / "tar").glob("*.joined")
+    (file.parent / f".{file.name}.0123.tmp").write_bytes(b"half of it")
+    monkeypatch.setattr(tar_index, "scan", lambda shard: pytest.fail("each shard was scanned already"))
+    whole = file.read_bytes()
+    for content in (None, b"", whole[:-9], whole[: len(whole) // 2], whole[:-8] + b"\xff" * 8):
+        file.unlink() if content is None else file.write_bytes(content)
+        assert contents(pairs(shards)) == expected
+        assert file.read_bytes() == whole
+        assert not list(file.parent.glob(".*.tmp"))
+
+
+def test_memory_does_not_grow_with_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index of a million samples has 33 MB, their numbers have 8 MB."""
+    sample = np.array([(512, 30_000, 31_232, 60, False)], tar_index.SAMPLE)
+    monkeypatch.setattr(tar_index, "scan", lambda shard: (np.repeat(sample, 10_000), ""))
+    monkeypatch.setattr(tar_index, "GROUP_SHARDS", 10)
+    shards = [tmp_path / f"{n:03}.tar" for n in range(100)]
+    for shard in shards:
+        shard.touch()
+    pairs(shards)
+    tracemalloc.start()
+    rows = pairs(shards)
+    train = set_aside({"train": rows}, {"val": 0.1})["train"]
+    sampler = ResumableBatchSampler(len(train), 4096, shuffle=True, drop_last=True, world_size=8, order=train.order)
+    sampler.start = len(sampler) - 1
+    (batch,) = sampler
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len({key.index for key in batch}) == 512
+    assert peak < 16_000_000, peak  # the rows of a window of 16 shards, several times
 
 
 # --- the order
 
 
+def epoch(rows: TarPairs, *seed: int) -> np.ndarray:
+    """The row numbers of a whole epoch."""
+    return np.concatenate([*rows.order(np.random.default_rng(seed))])
+
+
 def test_an_epoch_goes_through_windows_of_shards(tmp_path: Path) -> None:
     sizes = [3, 1, 4, 1, 5, 9, 2]
     rows = pairs(numbered(tmp_path, *sizes), window=2)
-    order = rows.order(np.random.default_rng((0, 1)))
+    order = epoch(rows, 0, 1)
     assert sorted(order) == list(range(25))
     shard_of = np.repeat(np.arange(7), sizes)
     shards = np.random.default_rng((0, 1)).permutation(7)  # an independent walk through the windows
@@ -154,9 +209,9 @@ def test_an_epoch_goes_through_windows_of_shards(tmp_path: Path) -> None:
         size = sum(sizes[shard] for shard in window)
         assert set(shard_of[order[place : place + size]]) == set(window)
         place += size
-    assert order.tolist() == rows.order(np.random.default_rng((0, 1))).tolist()
-    assert order.tolist() != rows.order(np.random.default_rng((0, 2))).tolist()
-    mixed = pairs(rows.shards, window=7).order(np.random.default_rng(0))
+    assert order.tolist() == epoch(rows, 0, 1).tolist()
+    assert order.tolist() != epoch(rows, 0, 2).tolist()
+    mixed = epoch(pairs(rows.shards, window=7), 0)
     assert sorted(mixed) == list(range(25))
     assert (np.diff(shard_of[mixed]) != 0).sum() > 10  # shards take turns within a window
 
@@ -173,18 +228,25 @@ def test_an_epoch_goes_through_windows_of_shards(tmp_path: Path) -> None:
         (512 * 11 + 3, 2, "0002.txt is cut short"),
     ],
 )
-def test_a_shard_cut_short(cut: int, samples: int, message: str, tmp_path: Path) -> None:
+def test_a_shard_cut_short(
+    cut: int, samples: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanned: list[str] = []
     (whole,) = numbered(tmp_path, 1)
     (tmp_path / "short.tar").write_bytes(numbered(tmp_path / "b", 4)[0].read_bytes()[:cut])
     with pytest.raises(TrunklineError) as caught:
         pairs([whole, tmp_path / "short.tar"])
     assert str(caught.value).startswith(f"the shard {tmp_path}/short.tar of {cut} bytes is broken: {message}")
     assert str(caught.value).endswith("set skip_corrupt=true to use the samples before that")
+    monkeypatch.setattr(tar_index, "scan", lambda shard, scan=tar_index.scan: scanned.append(shard.name) or scan(shard))
     for _ in range(2):  # said in each run
         with pytest.warns(UserWarning, match=rf"short\.tar of {cut} bytes .*only the {samples} samples before"):
             rows = pairs([whole, tmp_path / "short.tar"], skip=True)
         assert len(rows) == 1 + samples
     assert contents(rows)[:3] == [(0, ["number 0"]), (0, ["number 0"]), (1, ["number 1"])]
+    assert scanned == ["short.tar"]  # once for all runs
+    with pytest.raises(TrunklineError, match=f"{message}.*skip_corrupt=true"):
+        pairs([whole, tmp_path / "short.tar"])
 
 
 def test_noise_between_members(tmp_path: Path) -> None:
