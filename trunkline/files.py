@@ -146,6 +146,28 @@ def cannot_write(path: Path, error: OSError | RuntimeError, field: str = CACHE_F
     return TrunklineError(f"cannot write {path} ({free}): {reason}; {space}choose another {setting}{then}", field)
 
 
+def facts_at_end(facts: Any) -> bytes:
+    """The end of a file that holds arrays: facts about them as JSON, then the size of that, for `read_facts`."""
+    content = json.dumps(facts).encode()
+    return content + len(content).to_bytes(8, "little")
+
+
+def read_facts(file: Path) -> Any:
+    """The facts at the end of a file, as `facts_at_end` made them; what stands before them is not read.
+
+    Raises:
+        OSError: if the file is missing, or is too short.
+        ValueError: if it is broken.
+    """
+    with file.open("rb") as stream:
+        stream.seek(-8, os.SEEK_END)
+        size = int.from_bytes(stream.read(), "little")
+        if size > stream.tell():
+            raise ValueError(f"{file} is broken")
+        stream.seek(-8 - size, os.SEEK_END)
+        return json.loads(stream.read(size))
+
+
 def write_json(path: Path, content: Any, field: str = CACHE_FIELD) -> None:
     """Write JSON with `atomic_write`."""
     atomic_write(path, [(json.dumps(content, indent=1) + "\n").encode()], field)

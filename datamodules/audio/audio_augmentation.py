@@ -1,7 +1,7 @@
 """Random changes to the sound of training clips, and masks on their features."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -174,7 +174,7 @@ def pink_noise(samples: int, generator: np.random.Generator) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def noise_files(folder: str) -> list[Path]:
+def noise_files(folder: str) -> Sequence[Path]:
     """The recordings of noises in a folder.
 
     Raises:
@@ -183,9 +183,9 @@ def noise_files(folder: str) -> list[Path]:
     return audio_paths(folder, "data.augmentation.noise_folder")
 
 
-def _recorded_noise(files: list[Path], samples: int, rate: int, generator: np.random.Generator) -> np.ndarray:
+def _recorded_noise(files: Sequence[Path], samples: int, rate: int, generator: np.random.Generator) -> np.ndarray:
     """(samples,) float32 of a file, from anywhere in it."""
-    file = files[generator.integers(len(files))]
+    file = files[int(generator.integers(len(files)))]
     seconds = samples / rate
     try:
         start = generator.uniform(0, max(audio_header(file, str(file)).seconds - seconds, 0))

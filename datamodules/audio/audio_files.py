@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from trunkline import TrunklineError
-from trunkline.datamodules.folders import files_below
+from trunkline.datamodules.folders import FileNames, files_below
 
 if TYPE_CHECKING:
     from soundfile import SoundFile
@@ -40,7 +40,7 @@ class AudioHeader(NamedTuple):
     seconds: float
 
 
-def audio_paths(folder: str | Path, field: str) -> list[Path]:
+def audio_paths(folder: str | Path, field: str) -> FileNames:
     """All audio files below a folder, sorted.
 
     Args:

@@ -1,5 +1,6 @@
 """What the datamodules of recordings share: sources, splits, batches of like length, and what a checkpoint keeps."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ from trunkline.datamodules.audio.audio_rows import AudioRows, AudioSubset, windo
 from trunkline.datamodules.audio.audio_sources import open_audio
 from trunkline.datamodules.audio.log_mel import LogMel
 from trunkline.datamodules.audio.waveform_cache import CachedAudio
-from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.base import TrunklineDataModule, short_digest
 from trunkline.datamodules.hub import TextSplits
 from trunkline.datamodules.skipping import MOST_NAMES
 from trunkline.datamodules.splits import check_fractions, rows_by_number, shares_of
@@ -213,6 +214,12 @@ class RecordingData(TextSplits, TrunklineDataModule):
             )
         rank_zero_info(f"training: {self.summary('train')}")
         self.compare_tokenizers()
+
+    def data_key(self) -> list[Any]:
+        return [
+            [split, short_digest(rows.seconds.tobytes()), short_digest(json.dumps([rows.texts, rows.labels]))]
+            for split, rows in self.splits.items()
+        ]
 
     def summary(self, split: str) -> str:
         """How many clips and hours a split has, and what is left out or cut."""

@@ -1,5 +1,6 @@
 """Labelled images for classification."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any, ClassVar
 from torch.utils.data import Dataset
 
 from trunkline.contract import DataFacts
-from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.base import TrunklineDataModule, short_digest
+from trunkline.datamodules.folders import FileNames
 from trunkline.datamodules.hub import HubSource
 from trunkline.datamodules.images.image_sources import (
+    FileRows,
     ImageRows,
     ImageTable,
     Subset,
@@ -21,6 +24,7 @@ from trunkline.datamodules.images.image_sources import (
 from trunkline.datamodules.images.preprocessing import ImageInput, Preprocessing, TransformedImages
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.splits import Splits, check_fractions, rows_by_class
+from trunkline.datamodules.text.preparation import default_cache
 
 
 class LabelledImages(TransformedImages):
@@ -38,7 +42,7 @@ class LabelledImages(TransformedImages):
 class ImageFiles(Dataset[dict[str, Any]]):
     """Image files without labels, in the given order. Items: `image`, `index`, `valid`."""
 
-    def __init__(self, files: list[Path], preprocessing: Preprocessing) -> None:
+    def __init__(self, files: Sequence[Path], preprocessing: Preprocessing) -> None:
         self.files, self.preprocessing, self.transform = files, preprocessing, preprocessing.evaluation()
 
     def __len__(self) -> int:
@@ -67,8 +71,8 @@ class ImageData(Splits, HubSource, ImageInput, TrunklineDataModule):
     split_seed: int = 0
     """Seed that decides which rows are set aside for validation and testing."""
     cache_dir: str | None = None
-    """Folder where the `datasets` library keeps what it downloads and converts; None is its own cache. Trunkline itself
-    keeps nothing of images, so that $TRUNKLINE_CACHE has no part in it."""
+    """Folder for two things: what the `datasets` library downloads and converts (None is its own cache), and the names
+    of the files in large image folders (None is $TRUNKLINE_CACHE, else ~/.cache/trunkline)."""
 
     usual_fractions: ClassVar[dict[str, float]] = {"test": 0.2, "val": 0.1}
 
@@ -92,7 +96,13 @@ class ImageData(Splits, HubSource, ImageInput, TrunklineDataModule):
         """
         columns = self.image_column, self.label_column
         return load_image_table(
-            self.source, *columns, self.split_names, self.cache_dir, hub_config=self.hub_config, revision=self.revision
+            self.source,
+            *columns,
+            self.split_names,
+            Path(self.cache_dir).expanduser() if self.cache_dir else default_cache(),
+            self.cache_dir,
+            hub_config=self.hub_config,
+            revision=self.revision,
         )
 
     @property
@@ -113,6 +123,13 @@ class ImageData(Splits, HubSource, ImageInput, TrunklineDataModule):
             return
         for split, rows in carve_splits(self.table.splits, self.fractions, self.split_seed).items():
             self.datasets[split] = LabelledImages(rows, *self.image_options(split, self.seed))
+
+    def data_key(self) -> list[Any]:
+        splits = {}
+        for split, rows in self.table.splits.items():
+            names = rows.files.digest() if isinstance(rows, FileRows) and isinstance(rows.files, FileNames) else None
+            splits[split] = [short_digest(rows.labels.tobytes()), names]
+        return [self.class_names, splits]
 
     def state_dict(self) -> dict[str, Any]:
         """What `predict` and `evaluate` need to know about the data, as plain values."""

@@ -3,6 +3,7 @@
 import glob
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,11 +12,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trunkline import TrunklineError
-from trunkline.datamodules.folders import files_below
+from trunkline.datamodules.folders import FileNames, files_below, listed_files, some_files
 from trunkline.names import check_regular, hub_access, looks_like_path
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")
+SOURCE_SUFFIXES = (*IMAGE_SUFFIXES, ".parquet", ".arrow")
+"""Of a folder that holds either images or tables, so that it is searched once for both."""
 MAX_CLASSES = 1_000_000
 """More classes than any data set has: larger class numbers mean a wrong column, such as one of dates."""
 
@@ -70,7 +73,7 @@ class Subset:
 class FileRows:
     """Image files."""
 
-    def __init__(self, files: list[Path], labels: np.ndarray) -> None:
+    def __init__(self, files: Sequence[Path], labels: np.ndarray) -> None:
         self.files, self.labels = files, labels
 
     def image(self, row: int) -> Image.Image:
@@ -155,6 +158,7 @@ def load_image_table(
     image_column: str,
     label_column: str,
     split_names: dict[str, str | None],
+    cache: Path,
     cache_dir: str | None = None,
     hub_config: str | None = None,
     revision: str | None = None,
@@ -168,6 +172,7 @@ def load_image_table(
         label_column: column of a table that holds class numbers or class names.
         split_names: our split (train, val, test) -> its name in the source (in an image folder: the sub-folder);
             None looks for the usual names.
+        cache: folder where the lists of the files of large folders are kept.
         cache_dir: folder where `datasets` keeps converted data.
         hub_config: configuration of a hub dataset.
         revision: commit or branch of a hub dataset.
@@ -177,7 +182,8 @@ def load_image_table(
     """
     if source == "digits":
         return load_digits_table()
-    chosen = choose_splits(open_tables(source, split_names, cache_dir, hub_config, revision), source, split_names)
+    available = open_tables(source, split_names, cache, cache_dir, hub_config, revision)
+    chosen = choose_splits(available, source, split_names)
     if isinstance(chosen["train"], Path):
         for field, column, usual in (("image_column", image_column, "image"), ("label_column", label_column, "label")):
             if column != usual:
@@ -186,7 +192,7 @@ def load_image_table(
                     "classes; leave it out",
                     f"data.{field}",
                 )
-        return _read_folders(chosen)
+        return _read_folders(Path(source), chosen, cache)
     return _read_tables(chosen, source, image_column, label_column)
 
 
@@ -209,20 +215,16 @@ def choose_splits(available: dict[str, Any], source: str, split_names: dict[str,
     return chosen
 
 
-def image_files(folder: str | Path, field: str = "images") -> list[Path]:
-    """All image files below a folder, sorted.
-
-    Args:
-        folder: the folder.
-        field: the field that named the folder, for messages.
+def image_files(folder: str | Path) -> Sequence[Path]:
+    """All image files below a folder, sorted, for a command.
 
     Raises:
         TrunklineError: if the folder does not exist, or holds no image file.
     """
-    return files_below(folder, IMAGE_SUFFIXES, "image", field)
+    return files_below(folder, IMAGE_SUFFIXES, "image", "images")
 
 
-def given_images(images: str | Path) -> list[Path]:
+def given_images(images: str | Path) -> Sequence[Path]:
     """One image file, or all below a folder, for a command; raises the errors of `image_files`."""
     file = Path(images)
     return [file] if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES else image_files(images)
@@ -231,6 +233,7 @@ def given_images(images: str | Path) -> list[Path]:
 def open_tables(
     source: str,
     split_names: dict[str, str | None],
+    cache: Path,
     cache_dir: str | None,
     hub_config: str | None = None,
     revision: str | None = None,
@@ -238,7 +241,7 @@ def open_tables(
 ) -> dict[str, Any]:
     """All splits of a source, under their names there: `datasets` tables, or the `Path`s of image folders.
 
-    If the source cannot be read, the message proposes the offline source `offline`.
+    If the source cannot be read, the message proposes the offline source `offline`; `load_image_table` tells the rest.
 
     Raises:
         TrunklineError: if the source is missing or broken, or cannot be reached.
@@ -260,10 +263,11 @@ def open_tables(
             return dict(datasets.load_from_disk(source))
         if (path / "state.json").exists():
             return {"train": datasets.load_from_disk(source)}
+        found = listed_files(path, SOURCE_SUFFIXES, cache).suffixes if path.is_dir() else ()
         for kind in ("parquet", "arrow"):
             if path.is_file() and path.suffix == f".{kind}":
                 return dict(datasets.load_dataset(kind, data_files={"train": literal}, cache_dir=cache_dir))
-            if path.is_dir() and next(path.rglob(f"*.{kind}"), None):
+            if f".{kind}" in found:
                 return dict(datasets.load_dataset(kind, data_dir=literal, cache_dir=cache_dir))
         if path.is_dir():
             known = {name for names in SPLIT_NAMES.values() for name in names} | set(split_names.values())
@@ -289,17 +293,20 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
-def _read_folders(folders: dict[str, Path]) -> ImageTable:
+def _read_folders(source: Path, folders: dict[str, Path], cache: Path) -> ImageTable:
     """Read image folders (our split -> folder). Each has one sub-folder per class, with images at any depth."""
     class_names = [f.name for f in _subfolders(folders["train"])]
     number = {name: n for n, name in enumerate(class_names)}
     splits: dict[str, ImageRows] = {}
     for split, folder in folders.items():
-        files = image_files(folder, "data.source")
-        classes = [file.relative_to(folder).parts[0] for file in files]
-        for file, name in zip(files, classes, strict=True):
-            if name == file.name:
-                raise TrunklineError(f"the image {file} is not in a class folder; move it into one below {folder}")
+        files = _files_of(source, folder, cache)
+        classes: dict[str, int] = {}
+        for name, begin, end in files.groups():
+            classes[name] = end - begin
+            if name == files.name(begin):
+                raise TrunklineError(
+                    f"the image {files[begin]} is not in a class folder; move it into one below {folder}"
+                )
             if name not in number:
                 raise TrunklineError(
                     f"{folder / name} is none of the {len(class_names)} class folders of the training split in "
@@ -308,8 +315,22 @@ def _read_folders(folders: dict[str, Path]) -> ImageTable:
         # An empty class folder is a mistake that would silently shift the class numbers.
         for empty in {f.name for f in _subfolders(folder)} - set(classes):
             raise TrunklineError(f"the class folder {folder / empty} holds no image; fill it or remove it")
-        splits[split] = FileRows(files, np.array([number[name] for name in classes]))
+        numbers = np.array([number[name] for name in classes])
+        splits[split] = FileRows(files, np.repeat(numbers, list(classes.values())))
     return ImageTable(class_names, splits)
+
+
+def _files_of(source: Path, folder: Path, cache: Path) -> FileNames:
+    """The images of a split, whose folder is that of the source or stands in it.
+
+    Raises:
+        TrunklineError: if there is none.
+    """
+    files = listed_files(source, SOURCE_SUFFIXES, cache)
+    if folder != source:
+        # a link from one split to a file of another is a file of both, but not of the whole source
+        files = listed_files(folder, SOURCE_SUFFIXES, cache) if files.linked else files.below(folder.name)
+    return some_files(files, IMAGE_SUFFIXES, "image", "data.source")
 
 
 def _read_tables(tables: dict[str, Any], source: str, image_column: str, label_column: str) -> ImageTable:

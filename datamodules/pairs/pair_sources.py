@@ -319,7 +319,7 @@ def load_pairs(
         if chosen["train"][0].suffix == ".tar":
             return {s: TarPairs(f, caption_column, cache, shard_window, skip_corrupt) for s, f in chosen.items()}
         return {s: PairList(files, image_column, caption_column, folder) for s, files in chosen.items()}
-    available = open_tables(source, split_names, cache_dir, hub_config, revision, f"`{TWEMOJI}`")
+    available = open_tables(source, split_names, cache, cache_dir, hub_config, revision, f"`{TWEMOJI}`")
     chosen = choose_splits(available, source, split_names)
     if isinstance(chosen["train"], Path):
         raise TrunklineError(

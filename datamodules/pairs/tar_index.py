@@ -8,7 +8,6 @@ FOLDER`): about 0.1 GiB for 400 million in 40,000, by extrapolation. Set aside b
 
 import hashlib
 import json
-import os
 import tarfile
 import warnings
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ import numpy as np
 
 from trunkline import TrunklineError
 from trunkline.datamodules.images.image_sources import IMAGE_SUFFIXES
-from trunkline.files import atomic_write, file_state, lock
+from trunkline.files import atomic_write, facts_at_end, file_state, lock, read_facts
 
 INDEX_FORMAT = 1
 """Version of the format of a shard's own index; with a new number, all shards are scanned again."""
@@ -39,7 +38,7 @@ GROUP_SHARDS = 256
 
 
 class TarIndex:
-    """The samples of all shards, in a file: their `SAMPLE`s, then facts as JSON, then the size of the facts.
+    """The samples of all shards, in a file: their `SAMPLE`s, then facts about the shards.
 
     Args:
         file: the file.
@@ -50,11 +49,7 @@ class TarIndex:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        with file.open("rb") as stream:
-            stream.seek(-8, os.SEEK_END)
-            size = int.from_bytes(stream.read(), "little")
-            stream.seek(-8 - size, os.SEEK_END)
-            facts = json.loads(stream.read(size))
+        facts = read_facts(file)
         self.states: list[list[int]] = facts["states"]
         """`file_state` of each shard when it was scanned."""
         self.faults: list[tuple[str, int]] = facts["faults"]
@@ -142,9 +137,7 @@ def joined(shards: list[Path], states: list[list[int]], cache: Path, skip_corrup
                 faults += [(fault, len(samples))] if fault else []
                 counts.append(len(samples))
                 yield samples.tobytes()
-    facts = json.dumps({"states": states, "counts": counts, "faults": faults}).encode()
-    yield facts
-    yield len(facts).to_bytes(8, "little")
+    yield facts_at_end({"states": states, "counts": counts, "faults": faults})
 
 
 def read_index(cache: Path, shard: Path, state: list[int]) -> tuple[np.ndarray, str]:

@@ -1,5 +1,6 @@
 """The digest of what training reads."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,11 +11,28 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from own_task import CloudData
+from small_data import (
+    word_tokenizer,
+    write_folders,
+    write_labelled,
+    write_shards,
+    write_text,
+    write_translations,
+)
+from sound_files import write_spoken
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts
+from trunkline.datamodules import (
+    ImageData,
+    ImageTextData,
+    LabelledTextData,
+    SpeechData,
+    TextData,
+    TranslationData,
+)
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.tokenizers import train_tokenizer
 
@@ -65,6 +83,64 @@ def test_digest_changes_with_what_is_read_and_with_nothing_else(tmp_path: Path) 
         {"content": ["x"]},
     ]
     assert len({plain, digest(folder=tmp_path), *(digest(**fields) for fields in changed)}) == 2 + len(changed)
+
+
+def words(folder: Path) -> str:
+    word_tokenizer().save(str(folder / "words.json"))
+    return str(folder / "words.json")
+
+
+def replaced(file: Path, old: str, new: str) -> None:
+    file.write_text(file.read_text().replace(old, new, 1))
+
+
+OWN: dict[str, tuple[Callable[[Path], TrunklineDataModule], Callable[[Path], object]]] = {
+    # how its files are written and read, and a change of them
+    "images": (
+        lambda folder: ImageData(write_folders(folder / "in", 40), image_size=8, channels=1),
+        lambda folder: (folder / "in" / "dark" / "000.png").rename(folder / "in" / "dark" / "0.png"),
+    ),
+    "shards": (
+        lambda folder: ImageTextData(str(Path(write_shards(folder / "in")).parent), tokenizer="chars"),
+        lambda folder: os.truncate(folder / "in" / "00.tar", (folder / "in" / "00.tar").stat().st_size + 512),
+    ),
+    "text": (
+        lambda folder: TextData(write_text(folder / "in.txt"), tokenizer="chars", max_length=16),
+        lambda folder: replaced(folder / "in.txt", "film", "fulm"),
+    ),
+    "labelled": (
+        lambda folder: LabelledTextData(
+            write_labelled(folder / "in.jsonl"), tokenizer=str(folder.parent / "words.json")
+        ),
+        lambda folder: replaced(folder / "in.jsonl", "film", "films"),
+    ),
+    "translation": (
+        lambda folder: TranslationData(write_translations(folder / "in.jsonl"), tokenizer="chars"),
+        lambda folder: replaced(folder / "in.jsonl", "good film", "goad film"),
+    ),
+    "speech": (
+        lambda folder: SpeechData(write_spoken(folder, 40)),
+        lambda folder: replaced(folder / "spoken.jsonl", '"text": "', '"text": "a'),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_digest_of_files_is_the_same_anywhere_until_they_change(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, change = OWN[kind]
+
+    def found(place: str, changed: bool = False) -> str | None:
+        monkeypatch.setenv("TRUNKLINE_CACHE", str(tmp_path / f"cache of {place}"))
+        (tmp_path / place).mkdir(exist_ok=True)
+        data = make(tmp_path / place)
+        if changed:
+            change(tmp_path / place)
+        data.setup("fit")
+        return data.digest()
+
+    assert None is not found("here") == found("there") != found("elsewhere", changed=True)
 
 
 @pytest.mark.parametrize("second", ["another", "the same"])

@@ -7,11 +7,16 @@ FOLDER is for the index. The second run in the same FOLDER is what each process 
 """
 
 import argparse
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from trunkline.datamodules import folders
+from trunkline.datamodules.folders import Visited, folder_state, listed_files
+from trunkline.datamodules.images.image_sources import IMAGE_SUFFIXES
 from trunkline.datamodules.pairs import tar_index
 from trunkline.datamodules.pairs.image_text_data import set_aside
 from trunkline.datamodules.pairs.tar_shards import TarPairs
@@ -64,10 +69,33 @@ def measure_shards(folder: Path, samples: int) -> None:
         meter.tell(f"batch {start:,} of an epoch")
 
 
+def measure_images(folder: Path, files: int) -> None:
+    """An image folder with the names of ImageNet, as a list of paths and as our list."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    os.utime(folder / "images", (1, 1))
+
+    def walk(root: Path, visited: Visited) -> Iterator[str]:
+        visited.folders.append(["", *folder_state(root)])
+        for n in range(files):
+            yield f"n{n // 1300:08}/n{n // 1300:08}_{n % 1300 * 37}.JPEG"
+
+    folders.walk = walk
+    meter = Meter()
+    names = listed_files(folder / "images", IMAGE_SUFFIXES, folder / "cache")
+    meter.tell(f"our list of {len(names):,} files")
+    total = sum(len(names.name(n)) for n in range(len(names)))
+    meter.tell(f"{total / 2**20:.1f} MiB of names read")
+    paths = sorted(folder / "images" / name for name in walk(folder, Visited()))
+    meter.tell("a list of paths")
+    assert paths[-1] == names[-1]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["shards", "images"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--millions", type=float, default=10.0)
     arguments = parser.parse_args()
-    {"shards": measure_shards}[arguments.what](arguments.folder, round(arguments.millions * 1e6))
+    {"shards": measure_shards, "images": measure_images}[arguments.what](
+        arguments.folder, round(arguments.millions * 1e6)
+    )

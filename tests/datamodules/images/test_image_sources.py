@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from trunkline import TrunklineError
+from trunkline.datamodules import folders
 from trunkline.datamodules.images.image_sources import (
     ImageTable,
     image_files,
@@ -46,7 +47,8 @@ def table(labels: list[Any], kind: Any = None, first: int = 0, names: tuple[str,
 def load(source: str | Path, image: str = "image", label: str = "label", **splits: str | None) -> ImageTable:
     """With the caches beside the source."""
     names = {"train": None, "val": None, "test": None, **splits}
-    return load_image_table(str(source), image, label, names, str(Path(source).parent / "cache"))
+    cache = Path(source).parent / "cache"
+    return load_image_table(str(source), image, label, names, cache, str(cache))
 
 
 def contents(loaded: ImageTable) -> dict[str, dict[int, str]]:
@@ -103,6 +105,32 @@ def test_folder_may_have_splits_of_any_name(tmp_path: Path) -> None:
 def test_image_files_are_sorted_and_at_any_depth(tmp_path: Path) -> None:
     write_files(tmp_path, {"b.png": 0, "a/c.jpg": 0, "a/B.JPG": 0, "a/.hidden.png": 0})
     assert [str(f.relative_to(tmp_path)) for f in image_files(tmp_path)] == ["a/B.JPG", "a/c.jpg", "b.png"]
+
+
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_a_large_folder_is_searched_once_for_all_processes(
+    split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(write_files(tmp_path / "in", {f"{split}a/1.png": 1, f"{split}b/2.png": 2, f"{split}b/3.png": 3}))
+    if split:
+        write_files(source, {"val/b/4.png": 4})
+        (source / "val" / "a").symlink_to("b")  # no list but that of the source has the links
+    searched: list[Path] = []
+    original = folders.walk
+    monkeypatch.setattr(folders, "walk", lambda folder, seen: searched.append(folder) or original(folder, seen))
+    monkeypatch.setattr(folders, "KEPT_FROM", 1)
+    monkeypatch.setattr(folders.time, "time_ns", lambda: 2 * source.stat().st_mtime_ns)
+    if split:
+        with pytest.raises(TrunklineError, match=r"val/a holds no image"):
+            load(source)
+        (source / "val" / "a").unlink()
+        searched.clear()
+    first = contents(load(source))
+    assert searched == [source, source]  # the first time for a few files, to see whether there are many
+    assert contents(load(source)) == first
+    assert first["train"] == {1: "a", 2: "b", 3: "b"}
+    assert first.get("val") == ({4: "b"} if split else None)
+    assert searched == [source, source]
 
 
 # --- tables
@@ -344,7 +372,7 @@ def test_missing_sources_fail_fast_without_a_network(source: str, monkeypatch: p
     monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address))
     monkeypatch.setattr("time.sleep", lambda seconds: asked.append(seconds))
     with pytest.raises(TrunklineError) as caught:
-        load_image_table(source, "image", "label", {"train": None})
+        load_image_table(source, "image", "label", {"train": None}, Path("cache"))
     assert asked == []  # nobody is asked or waited for
     assert f"cannot read source={source}: there is no such file or folder here" in str(caught.value)
     assert "give `digits`, a local path" in str(caught.value)
