@@ -109,9 +109,7 @@ OWN: dict[str, tuple[Callable[[Path], TrunklineDataModule], Callable[[Path], obj
         lambda folder: replaced(folder / "in.txt", "film", "fulm"),
     ),
     "labelled": (
-        lambda folder: LabelledTextData(
-            write_labelled(folder / "in.jsonl"), tokenizer=str(folder.parent / "words.json")
-        ),
+        lambda folder: LabelledTextData(write_labelled(folder / "in.jsonl"), tokenizer=words(folder.parent)),
         lambda folder: replaced(folder / "in.jsonl", "film", "films"),
     ),
     "translation": (
