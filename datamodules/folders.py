@@ -30,7 +30,8 @@ KEPT_FROM = 10_000
 
 
 class FileNames(Sequence[Path]):
-    """Sorted files below a folder: their names one after the other in one array, which worker processes share.
+    """Files below a folder, sorted if they were searched: their names one after the other in one array, which worker
+    processes share.
 
     Args:
         folder: the folder.
@@ -179,9 +180,13 @@ def searched(folder: Path, suffixes: tuple[str, ...], visited: "Visited") -> Fil
     names = [name for name in walk(folder, visited) if name.lower().endswith(suffixes)]
     names.sort(key=lambda name: name.replace("/", "\0"))
     found = sorted({os.path.splitext(name)[1] for name in names})
+    return FileNames(folder, *packed(names), linked=visited.links, suffixes=found)
+
+
+def packed(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`borders` and `content` of `FileNames`."""
     borders = np.cumsum([0, *(len(os.fsencode(name)) for name in names)])
-    content = np.frombuffer(os.fsencode("".join(names)), np.uint8)
-    return FileNames(folder, borders, content, linked=visited.links, suffixes=found)
+    return borders, np.frombuffer(os.fsencode("".join(names)), np.uint8)
 
 
 def files_below(folder: str | Path, suffixes: tuple[str, ...], kind: str, field: str) -> FileNames:

@@ -221,7 +221,7 @@ def test_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_audio_paths(tmp_path: Path) -> None:
     for name in ("b.wav", "a.FLAC", "notes.txt", "c.mp3"):
         (tmp_path / name).touch()
-    assert audio_paths(tmp_path, "data.source") == [tmp_path / name for name in ("a.FLAC", "b.wav", "c.mp3")]
+    assert list(audio_paths(tmp_path, "data.source")) == [tmp_path / name for name in ("a.FLAC", "b.wav", "c.mp3")]
     (tmp_path / "empty").mkdir()
     with pytest.raises(TrunklineError, match=r"source=.*empty holds no sound file \(\.wav .*give one that does"):
         audio_paths(tmp_path / "empty", "data.source")

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import pickle
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from sound_files import RATE, letter_tones, write_sound
 
 from trunkline import TrunklineError
+from trunkline.datamodules.audio.audio_listing import AudioListing, Listed
 from trunkline.datamodules.audio.audio_manifests import AudioColumns
 from trunkline.datamodules.audio.audio_rows import AudioRows, AudioSubset, windows
 from trunkline.datamodules.audio.audio_sources import open_audio
@@ -104,6 +107,34 @@ def test_recordings_are_parts_of_files(suffix: str, folder: Path) -> None:
     np.testing.assert_allclose(
         found.waveform(1, RATE, 0.15, 9.0), letter_tones("c")[400:], atol=1e-4
     )  # ends with its row
+
+
+def test_a_listing_is_packed_and_reads_as_it_was_given() -> None:
+    rows = [
+        Listed(0, "a/\udcff é.wav", None, ["dog", "\udcfe"], 0.0, None, 16_000),
+        Listed(1, "b.wav, row 1", "two words", None, 1.5, 2.25),
+        Listed(1, "", "", [], 0.0, 2.0),
+    ]
+    files = [Path("/a/\udcff é.wav"), Path("b.wav"), "c d.wav"]
+    listing = AudioListing(list(files), list(rows))
+    assert [*listing.rows] == rows
+    assert listing.rows[-1] == rows[-1]
+    assert listing.rows[0:2] == rows[:2]
+    assert list(map(str, listing.contents)) == list(map(str, files))
+    for packed in (pickle.loads(pickle.dumps(listing)), AudioListing(listing.contents, listing.rows)):
+        assert [*packed.rows] == rows
+        assert [*packed.contents] == [*listing.contents]
+    assert [*AudioListing([], []).rows] == []
+
+
+def test_rows_of_a_listing_take_little_memory() -> None:
+    rows = [Listed(n, f"sounds/class/{n:07}.wav", labels=["class"]) for n in range(20_000)]
+    tracemalloc.start()
+    listing = AudioListing([Path(row.name) for row in rows], rows)
+    size = tracemalloc.get_traced_memory()[0] + listing.rows.table.nbytes  # type: ignore[attr-defined]  # Arrow's own
+    tracemalloc.stop()
+    names = sum(len(row.name) for row in rows)
+    assert size < 3 * names + 70 * len(rows)  # 0.15 KB a row, of which 0.1 KB are the name, twice
 
 
 def audio_parquet(file: Path, contents: list[bytes | None]) -> Path:
