@@ -252,6 +252,9 @@ class DataFacts:
     """(split, row) -> the main caption of an image."""
     encode_masked: Callable[[str, int, str], tuple[list[int], int]] | None = None
     """(sentence with a mask, maximum number of tokens, name for messages) -> (token ids, id of the mask token)."""
+    max_skipped: float | None = None
+    """Rows of an epoch that training may replace because they cannot be read: below 1 a share, else a number. None if
+    the data stops at the first one."""
     stated: Collection[str] = ()
     """Fields of the network that the recipe states (`model.network.patch_size`): neither data nor weights change them.
     Elsewhere a field counts as stated if it has not its default."""

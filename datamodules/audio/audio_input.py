@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from trunkline import TrunklineError
 from trunkline.datamodules.audio.audio_augmentation import AudioAugmentation
 from trunkline.datamodules.audio.audio_rows import AudioRows
 from trunkline.datamodules.audio.log_mel import LogMel
@@ -91,16 +90,7 @@ class AudioClips(Dataset[dict[str, Any]]):
         Raises:
             TrunklineError: if the row cannot be read and `skip_corrupt` is off, or if no row can be read.
         """
-        skipped = 0
-        while True:
-            try:
-                return self.read((row + skipped) % len(self)), skipped
-            except TrunklineError as error:
-                if not self.skip_corrupt or skipped >= len(self):
-                    raise
-                # Take the next row instead, so that every process keeps its batch size.
-                self.skipped.add(error)
-                skipped += 1
+        return self.skipped.first_readable(self.read, row, len(self) if self.skip_corrupt else 1)
 
     def is_cut(self, row: int) -> bool:
         """Whether a row loses its end."""

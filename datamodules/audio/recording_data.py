@@ -30,6 +30,7 @@ from trunkline.datamodules.skipping import MOST_NAMES
 from trunkline.datamodules.splits import check_fractions, rows_by_number, shares_of
 from trunkline.datamodules.text.preparation import default_cache
 from trunkline.datamodules.token_batches import TokenBatches
+from trunkline.ranges import check_ranges
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -56,6 +57,9 @@ class RecordingData(TextSplits, TrunklineDataModule):
     skip_corrupt: bool = False
     """Leave out rows that cannot be used, such as broken files, and count them, instead of stopping with an error. A
     file that proves to be broken only when it is decoded is replaced by the next row."""
+    max_skipped: float = 0.1
+    """With `skip_corrupt`, rows of an epoch that training may replace before the run stops: below 1 a share of the
+    training rows, else a number."""
     batch_seconds: float | None = None
     """Maximum of clips times longest clip in a step, in seconds, over all processes; clips of like length stand
     together. It replaces `batch_size`, and in evaluation too if `eval_batch_size` is not set. None: by `batch_size`."""
@@ -68,6 +72,7 @@ class RecordingData(TextSplits, TrunklineDataModule):
         super().__post_init__()
         self.left_out: dict[str, dict[str, int]] = {}
         """Split -> reason -> number of rows that were left out, known after `setup`."""
+        check_ranges("data", self, max_skipped="[0, inf)")
         check_fractions(self.fractions)
         _ = self.named_sources  # raises its error now
         if self.batch_seconds is not None and self.batch_frames < self.log_mel.max_frames:
@@ -261,6 +266,7 @@ class RecordingData(TextSplits, TrunklineDataModule):
             frame_seconds=settings.frame_seconds,
             row_name=self.row_name,
             waveform=self.waveform,
+            max_skipped=self.max_skipped if self.skip_corrupt else None,
         )
 
     def row_name(self, split: str, row: int) -> str:

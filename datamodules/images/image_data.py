@@ -25,6 +25,7 @@ from trunkline.datamodules.images.preprocessing import ImageInput, Preprocessing
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.splits import Splits, check_fractions, rows_by_class
 from trunkline.datamodules.text.preparation import default_cache
+from trunkline.ranges import check_ranges
 
 
 class LabelledImages(TransformedImages):
@@ -78,6 +79,7 @@ class ImageData(Splits, HubSource, ImageInput, TrunklineDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_ranges("data", self, max_skipped="[0, inf)")
         # usual shares are not checked with them: a source that has the split needs none
         given = {"val": self.val_fraction, "test": self.test_fraction}
         check_fractions({split: share for split, share in given.items() if share is not None})

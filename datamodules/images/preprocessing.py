@@ -216,6 +216,9 @@ class ImageInput:
     the area, because a caption describes the whole image."""
     skip_corrupt: bool = False
     """Replace a row that cannot be read by the next one and count it, instead of stopping with an error."""
+    max_skipped: float = 0.1
+    """With `skip_corrupt`, rows of an epoch that training may replace before the run stops: below 1 a share of the
+    training rows, else a number."""
 
     usual_augmentation: ClassVar[Augmentation] = Augmentation()
     """The augmentation that is used for None."""
@@ -237,7 +240,13 @@ class ImageInput:
     def image_facts(self) -> DataFacts:
         """Size, channels, mean and deviation of the images."""
         settings = self.preprocessing
-        return DataFacts(image_size=self.image_size, channels=self.channels, mean=settings.mean, std=settings.std)
+        return DataFacts(
+            image_size=self.image_size,
+            channels=self.channels,
+            mean=settings.mean,
+            std=settings.std,
+            max_skipped=self.max_skipped if self.skip_corrupt else None,
+        )
 
 
 class TransformedImages(Dataset[dict[str, Any]]):
@@ -293,19 +302,9 @@ class TransformedImages(Dataset[dict[str, Any]]):
             return [self._item(key) for key in keys]
 
     def _item(self, key: SampleKey) -> dict[str, Any]:
-        row, skipped = key.index, 0
         if self.seed is not None:
             seed_generators(self.seed, key.epoch, key.index)
-        while True:
-            try:
-                item = self.read(row)
-                break
-            except TrunklineError as error:
-                if not self.skip_corrupt or skipped >= len(self):
-                    raise
-                # Take the next row instead, so that every process keeps its batch size.
-                self.skipped.add(error)
-                row, skipped = (row + 1) % len(self), skipped + 1
+        item, skipped = self.skipped.first_readable(self.read, key.index, len(self) if self.skip_corrupt else 1)
         return item | {
             "image": self.transform(item["image"]),
             "index": key.index,

@@ -25,6 +25,7 @@ from trunkline.datamodules.splits import RowsOfSplit, Splits, check_fractions, s
 from trunkline.datamodules.text.preparation import Preparation, default_cache
 from trunkline.datamodules.text.text_sources import Piece
 from trunkline.datamodules.tokenizers import TRAINED, Vocabulary, check_vocab_size, load_tokenizer
+from trunkline.ranges import check_ranges
 
 
 class ImageTextPairs(TransformedImages):
@@ -125,6 +126,7 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_ranges("data", self, max_skipped="[0, inf)")
         check_vocab_size(self.tokenizer, self.vocab_size)
         check_fractions(self.fractions)
         if self.first_caption is not None and not 0 <= self.first_caption < 1:

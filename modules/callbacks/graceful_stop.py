@@ -90,6 +90,8 @@ class GracefulStop(Callback):
         self.trainer: L.Trainer | None = None
         self.steps = False
         """Whether the end of a batch is still to come, after which the run can be saved."""
+        self.error: Exception | None = None
+        """With which all processes end after this step."""
         self.averaged = False
         """Whether the module holds averaged weights, for a validation."""
         self.news = LateReduction()
@@ -131,6 +133,18 @@ class GracefulStop(Callback):
 
     # --- hooks
 
+    @staticmethod
+    def end_all(trainer: L.Trainer, error: Exception) -> None:
+        """End the run with an error, after its step is saved if this callback is there.
+
+        Every process must call this at the end of the same batch.
+        """
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GracefulStop):
+                callback.error = error
+                return
+        raise error
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Move this callback to the end, so that others, such as a weight average, finish the step before it saves."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -138,14 +152,18 @@ class GracefulStop(Callback):
         self.listen(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.received = self.agreed = 0
+        self.received, self.agreed, self.error = 0, 0, None
         self.news, self.steps = LateReduction(), True
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """If a process has received a signal, save and exit in all processes together."""
         self._agree(trainer)
-        if self.agreed and not accumulates(trainer):  # a checkpoint cannot hold accumulated gradients
-            self._save_and_leave(trainer)
+        if not (self.agreed or self.error) or accumulates(trainer):  # a checkpoint cannot hold accumulated gradients
+            return
+        if self.error is not None:
+            rank_zero_info(f"stopped after step {trainer.global_step}; saved {self._save(trainer)}")
+            raise self.error
+        self._save_and_leave(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find out how many batches all processes have, because only in these they can agree."""

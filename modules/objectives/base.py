@@ -33,7 +33,7 @@ from trunkline.modules.training.exact_resume import (
     drop_half_done_validation,
     settle_progress,
 )
-from trunkline.modules.training.finite_steps import FiniteSteps, gradient_norm, refuse_diverged, spread
+from trunkline.modules.training.finite_steps import FiniteSteps, gradient_norm, refuse_diverged, spread_fault
 from trunkline.modules.training.flops import counted_flops, training_flops
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze, load_matching
@@ -191,7 +191,7 @@ class TrunklineModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a step, scaled so that its gradients, averaged over processes, are those of the global mean."""
         self.count(batch, "train")
-        return spread(self.scaled_loss(batch, batch_idx))
+        return spread_fault(self.scaled_loss(batch, batch_idx))
 
     def scaled_loss(self, batch: Any, batch_idx: int) -> Tensor:
         """See `training_step`."""

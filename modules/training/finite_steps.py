@@ -38,7 +38,7 @@ class Step(NamedTuple):
 class FiniteSteps:
     """Looks at the loss and the gradient of every step, before the optimiser uses it.
 
-    A loss that is not finite in any process becomes a gradient that is not finite in all (`spread`), so that all
+    A loss that is not finite in any process becomes a gradient that is not finite in all (`spread_fault`), so that all
     processes see the same and act together without asking each other.
 
     On a CPU a bad step is found at once, and its gradients are dropped. On an accelerator the host would have to wait
@@ -159,7 +159,7 @@ class FiniteSteps:
         return text
 
 
-def spread(loss: Tensor) -> Tensor:
+def spread_fault(loss: Tensor) -> Tensor:
     """A loss with the same value and gradient, but all gradients are NaN if it is not finite.
 
     An infinite loss may have a finite gradient, with which it would go unnoticed in the other processes.
@@ -169,10 +169,10 @@ def spread(loss: Tensor) -> Tensor:
 
 def gradient_norm(module: torch.nn.Module) -> Tensor:
     """Scalar, the norm of all gradients; of sharded parameters, over all processes."""
-    return whole(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
+    return unsharded(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
 
 
-def whole(value: Tensor) -> Tensor:
+def unsharded(value: Tensor) -> Tensor:
     """A value that sharded processes hold parts of."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
@@ -191,7 +191,7 @@ def refuse_diverged(module: torch.nn.Module) -> None:
         TrunklineError: naming the first of them.
     """
     parameters = dict(module.named_parameters())
-    finite = torch.stack([whole(p.detach().isfinite().all().float()) for p in parameters.values()])
+    finite = torch.stack([unsharded(p.detach().isfinite().all().float()) for p in parameters.values()])
     for name, good in zip(parameters, finite.tolist(), strict=True):
         if not good:
             raise TrunklineError(f"the weight {name} is not finite; nothing was saved. {DIVERGED}")

@@ -16,7 +16,7 @@ def slurm_job() -> str | None:
 def requeue(job: str) -> str:
     """Put a job back into the queue, and return what is to be said about it.
 
-    A job that may not be requeued, such as one that was submitted with `--no-requeue`, is refused by `scontrol`.
+    A job that was submitted so that it may not be requeued is refused by `scontrol`.
     """
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=SECONDS)

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
 from recorded_run import Run
 from tiny import batches, classifier, trainer, weights
 from torch import Tensor
@@ -19,7 +20,7 @@ from trunkline import TrunklineError
 from trunkline.contract import Loss
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
-from trunkline.modules.training.finite_steps import FiniteSteps, gradient_norm, spread
+from trunkline.modules.training.finite_steps import FiniteSteps, gradient_norm, spread_fault
 from trunkline.modules.training.optim import OptimizerConfig
 
 NAN, INF = float("nan"), float("inf")
@@ -80,7 +81,8 @@ def faulty(faults: dict[int, float], allowed: int = 0, quiet: bool = False, **op
 def train(model: Faulty, folder: Path, *callbacks: Callback, count: int = 4, **options: Any) -> L.Trainer:
     """A batch for each step; the rows of batch n are 10 n to 10 n + 3."""
     rows = [{**batch, "index": torch.arange(4) + 10 * n} for n, batch in enumerate(batches(count))]
-    fitted = trainer(folder, max_epochs=1, callbacks=list(callbacks), plugins=[SafeCheckpointIO()], **options)
+    settings = {"max_epochs": 1, "plugins": [SafeCheckpointIO()], **options}
+    fitted = trainer(folder, callbacks=list(callbacks), **settings)
     fitted.fit(model, DataLoader(rows, batch_size=None))  # type: ignore[arg-type]
     return fitted
 
@@ -175,17 +177,40 @@ def test_a_finite_run_is_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for watched in (True, False):
         if not watched:
             monkeypatch.setattr(FiniteSteps, "check", lambda *_: None)
-            monkeypatch.setattr("trunkline.modules.objectives.base.spread", lambda loss: loss)
+            monkeypatch.setattr("trunkline.modules.objectives.base.spread_fault", lambda loss: loss)
         model = faulty({})
         train(model, tmp_path)
         found.append(weights(model))
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 
+def half_precision() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000))
+
+
+def test_with_a_scaler_gradients_may_overflow(tmp_path: Path) -> None:
+    """It leaves such steps out by itself and lowers its scale; they are not counted."""
+    steps, model = Steps(), faulty({1: NAN}, quiet=True, name="sgd")
+    plugin = half_precision()
+    train(model, tmp_path, steps, precision=None, plugins=[SafeCheckpointIO(), plugin])
+    assert model.finite_steps.skipped == 0
+    assert plugin.scaler is not None
+    assert plugin.scaler.get_scale() == 4.0
+    assert all(torch.equal(steps.weights[0][name], value) for name, value in steps.weights[1].items())
+
+
+@pytest.mark.parametrize("fault", [NAN, INF])
+def test_with_a_scaler_a_bad_loss_ends_the_run(fault: float, tmp_path: Path) -> None:
+    steps, model = Steps(), faulty({1: fault}, name="sgd")
+    with pytest.raises(TrunklineError, match="the loss is not finite by step 1"):
+        train(model, tmp_path, steps, precision=None, plugins=[SafeCheckpointIO(), half_precision()])
+    assert all(torch.equal(steps.weights[0][name], value) for name, value in weights(model).items())
+
+
 @pytest.mark.parametrize("value", [0.5, -3.0, INF, NAN])
-def test_spread(value: float) -> None:
+def test_spread_fault(value: float) -> None:
     x = torch.tensor(value, requires_grad=True)
-    loss = spread(x * 2)
+    loss = spread_fault(x * 2)
     loss.backward()
     assert x.grad is not None
     if math.isfinite(value):
