@@ -43,6 +43,12 @@ NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|bad_alloc|Storage size calculation overf"
 )
 
+LOST_PROCESS = re.compile(
+    r"gloo.*(Connection (closed|reset) by peer|Connection refused|Broken pipe|Timed out waiting)|"
+    r"NCCL.*(remote process|timeout|timed out)|Timed out waiting \d+ms for (send|recv)"
+)
+"""What the libraries of communication say when a process is gone or does not answer."""
+
 
 def from_outside(error: BaseException) -> TrunklineError | None:
     """A message for an error that is no defect of ours although a library raised it; None for any other error."""
@@ -52,6 +58,11 @@ def from_outside(error: BaseException) -> TrunklineError | None:
         asked = f" ({found[0]})" if (found := re.search(r"[Tt]ried to allocate [\d,.]+ \w+", reason)) else ""
         return TrunklineError(
             f"there is not enough memory{asked}; make the network (dim, depth), its inputs or batch_size smaller"
+        )
+    if name in ("DistBackendError", "DistNetworkError", "DistStoreError") or LOST_PROCESS.search(reason):
+        return TrunklineError(
+            "another process of this run has ended or does not answer; its own message says why. Resume the run from "
+            "its last checkpoint"
         )
     if name == "MisconfigurationException":  # Lightning's word for asking too much
         return TrunklineError(reason)

@@ -55,7 +55,30 @@ def test_a_killed_process_ends_the_other(rank: int, tmp_path: Path) -> None:
         go_on(tmp_path)
         other = run.processes[1 - rank]
         other.join(60)
-        assert other.exitcode not in (None, 0), run.output()
+        assert other.exitcode == 2, run.output()
+        assert "error: another process of this run has ended" in run.output()
+    finally:
+        run.kill()
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_ends_all_processes(tmp_path: Path) -> None:
+    halt_at(tmp_path, "batch start", 3, [0, 1])
+    run = Run([*recipe(tmp_path), "--data.num_workers", "1"], tmp_path, 2)
+    try:
+        assert wait_until_halted(tmp_path, [0, 1], run.alive), run.output()
+        workers = set(members(run.processes[1].pid or 0)) - {run.processes[1].pid}
+        assert workers
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        go_on(tmp_path)
+        for process in run.processes:
+            process.join(60)
+        assert [process.exitcode for process in run.processes] == [2, 2], run.output()
+        text = " ".join(run.output().split())
+        assert "error: a process that loads data was killed" in text
+        assert "error: another process of this run has ended" in text
+        assert "Traceback" not in text
     finally:
         run.kill()
 

@@ -124,6 +124,14 @@ def test_a_signal_while_data_is_prepared(tmp_path: Path) -> None:
     assert all(signal.getsignal(number) is signal.default_int_handler for number in SIGNALS)
 
 
+def test_in_a_test_there_is_nothing_to_save(tmp_path: Path) -> None:
+    rows = [{**batch, "valid": torch.ones(4, dtype=torch.bool)} for batch in batches(3)]
+    fitted = trainer(tmp_path, callbacks=[GracefulStop(), Signal("on_test_batch_end", 0, signal.SIGTERM)])
+    with pytest.raises(Stopped) as stop:
+        fitted.test(classifier(), DataLoader(rows, batch_size=None), verbose=False)  # type: ignore[arg-type]
+    assert stop.value.code == 143
+
+
 class Loss(Callback):
     """The result of each validation."""
 
