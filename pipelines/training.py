@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from rich.table import Table
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.datamodules.base import TrunklineDataModule
-from trunkline.files import cannot_write, check_parts, find_fault, load_checkpoint
+from trunkline.files import cannot_write, check_parts, load_checkpoint
 from trunkline.modules.callbacks.drawing import tensorboard
 from trunkline.modules.callbacks.graceful_stop import GracefulStop, LastCheckpoint, Stopped
 from trunkline.modules.callbacks.progress import ProgressBar, shortest
@@ -48,9 +47,10 @@ from trunkline.pipelines.quiet import FULL, quieten, silent_writers
 from trunkline.pipelines.resumed import network_instead, replace_missing_tokenizers
 from trunkline.pipelines.run_checks import FiniteWeights, KnownMetrics, check_run, check_seed, trainer_error
 from trunkline.pipelines.run_lock import holds_nothing
-from trunkline.pipelines.runs import claim_run, forgotten_run, newest_config, remove_run, unused_config
+from trunkline.pipelines.runs import claim_run, forgotten_run, remove_run, unused_config
 from trunkline.pipelines.sizes import with_stated, write_sizes
-from trunkline.run_folders import find_checkpoint, read_lazily, step_in
+from trunkline.pipelines.unnamed_configs import checked_checkpoint, use_run_config
+from trunkline.run_folders import read_lazily, step_in
 
 AVERAGE = "averaging_state"
 """Key of a checkpoint whose weights are averaged."""
@@ -324,19 +324,6 @@ def print_whole(table: Table) -> None:
     Console(width=max(console.width, needed)).print(table, no_wrap=True, crop=False, soft_wrap=True)
 
 
-def checked_checkpoint(name: str) -> str:
-    """The checkpoint that the flag of an evaluation names: a file, or the best one of a run's folder.
-
-    Raises:
-        TrunklineError: if there is none, or if it is damaged.
-    """
-    path = find_checkpoint(name, "ckpt_path")
-    fault = find_fault(path)
-    if fault is not None:
-        raise TrunklineError(f"--ckpt_path: {fault}")
-    return str(path)
-
-
 def without(callbacks: list[Callback], *kinds: type[Callback]) -> list[Callback]:
     """The callbacks without those of these classes."""
     return [callback for callback in callbacks if not isinstance(callback, kinds)]
@@ -374,17 +361,3 @@ def run_training(arguments: list[str]) -> None:
         raise
     except MisconfigurationException as error:  # Lightning's word for asking too much
         raise TrunklineError(str(error)) from error
-
-
-def use_run_config(arguments: list[str]) -> list[str]:
-    """Add the config that the checkpoint's run saved, for an evaluation without `--config`."""
-    values = [a.partition("=")[2] or b for a, b in pairwise([*arguments, ""]) if a.partition("=")[0] == "--ckpt_path"]
-    if not values:
-        raise TrunklineError(f"trunkline {arguments[0]} needs --ckpt_path, the checkpoint to evaluate")
-    folder = Path(checked_checkpoint(values[-1])).parent.parent
-    config = newest_config(folder)
-    if config is None:
-        raise TrunklineError(f"there is no {folder / 'config.yaml'}, which a run saves; name one with --config")
-    if config.name != "config.yaml":
-        rank_zero_info(f"evaluating with {config}, of the last resume")
-    return [arguments[0], "--config", str(config), *arguments[1:]]

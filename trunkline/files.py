@@ -276,6 +276,9 @@ def find_fault(checkpoint: Path, unchecked: bool = True) -> str | None:
         unchecked: whether a file that has neither passes; those of other projects have neither.
     """
     if not checkpoint.is_file() and not (checkpoint / MANIFEST).is_file():
+        url = re.sub(r"^(\w{2,}):/+", r"\1://", str(checkpoint))
+        if "://" in url:
+            return f"there is no file {url}: nothing is loaded from a URL, so download the file first"
         return f"there is no checkpoint {checkpoint}"
     if checkpoint.stat().st_size == 0:
         return f"the checkpoint {checkpoint} is empty"
@@ -317,7 +320,7 @@ def load_checkpoint(
     except Exception as error:  # torch raises many kinds of errors for files that are not checkpoints
         raise TrunklineError(
             f"{path} is not a checkpoint of plain data: {_why_refused(error)}; it is refused, because loading anything "
-            "else could run code",
+            "else could run code; give a checkpoint that `trunkline fit` wrote, or weights as safetensors",
             field,
         ) from error
     if not isinstance(content, dict):

@@ -140,7 +140,7 @@ class Network(nn.Module):
         folder = pretrained_folder(source)
         try:
             content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            name = content.pop("network", None)
+            name = content.pop("network", None) if isinstance(content, dict) else None
             if name != cls.__name__:
                 raise TrunklineError(
                     f"{folder / CONFIG_FILE} describes a {name}, not a {cls.__name__}; "
@@ -149,7 +149,7 @@ class Network(nn.Module):
             network = cls(config_from_dict(cls.config_class, content))
             load_model(network, str(folder / WEIGHTS_FILE))
             refuse_nan(network, folder)
-        except (OSError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
             raise TrunklineError(
                 f"cannot load a {cls.__name__} from {folder}: {error}; the folder needs the "
                 f"{CONFIG_FILE} and {WEIGHTS_FILE} of one save_pretrained call"

@@ -71,7 +71,11 @@ def test_its_checkpoint_names_its_classes(folder: Path) -> None:
 def test_other_commands(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     last = str(run_of(folder) / "checkpoints/last.ckpt")
-    main(["validate", "--ckpt_path", last])
+    with pytest.raises(SystemExit):  # a file beside a checkpoint does not decide what code runs
+        main(["validate", "--ckpt_path", last])
+    config = f"{run_of(folder)}/config.yaml"
+    assert f"name it: --config {config}" in " ".join(capsys.readouterr().err.split())
+    main(["validate", "--ckpt_path", last, "--config", config])
     assert "val/acc" in capsys.readouterr().out
     main(
         ["fit", "--config", "own_task.yaml", "--name", "again", "--model.init_from", last, "--trainer.max_epochs", "1"]
