@@ -23,6 +23,7 @@ from trunkline.files import load_checkpoint
 from trunkline.modules.networks import ViT
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.cli import main
+from trunkline.pipelines.configs import config_names
 from trunkline.pipelines.unnamed_configs import refuse_foreign
 from trunkline.run_folders import newest_valid
 from trunkline.seal import proves_itself, seal
@@ -298,6 +299,16 @@ def test_an_unnamed_config_of_trunkline_is_obeyed(tmp_path: Path, monkeypatch: p
     for rest in ({}, {"model": {**OWN, "class_path": "ImageClassifier"}}, {"trainer": None}):
         config.write_text(yaml.safe_dump({"model": OWN, "data": DATA, "trainer": trainer, "name": "a.b", **rest}))
         refuse_foreign(config)
+
+
+@pytest.mark.parametrize("machine", [name for name in config_names() if name.startswith("trainer/")])
+def test_what_a_run_on_any_machine_saves_is_obeyed(
+    machine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "vit/digits", "--config", machine, "--print_config"])
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+    refuse_foreign(tmp_path / "config.yaml")
 
 
 EVIL = """
