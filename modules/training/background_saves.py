@@ -74,10 +74,16 @@ class BackgroundCheckpointIO(SafeCheckpointIO):
         for job in jobs:
             job.result()
 
-    def check(self) -> None:
-        """Raise the error of a save that has failed, without waiting for one that is being written."""
-        if all(job.done() for job in self._jobs):
+    def check(self) -> bool:
+        """Whether the last save is on the disk; returns at once.
+
+        Raises:
+            TrunklineError: if it could not be written.
+        """
+        done = all(job.done() for job in self._jobs)
+        if done:
             self.wait()
+        return done
 
     def teardown(self) -> None:
         self.wait()

@@ -21,6 +21,7 @@ from trunkline.pipelines.benchmarks.image_cases import (
     vit_eager,
 )
 from trunkline.pipelines.benchmarks.ngrams import date_matches, ngram_accuracy
+from trunkline.pipelines.benchmarks.saves import save_stalls
 from trunkline.pipelines.benchmarks.seq2seq_cases import seq2seq
 from trunkline.pipelines.benchmarks.start import start_times
 from trunkline.pipelines.benchmarks.text_cases import (
@@ -50,6 +51,7 @@ CASES = {
     "tokenization": tokenization,
     "muon": muon_step,
     "overhead": trainer_overhead,
+    "saves": save_stalls,
 }
 """Cases that measure times, by name."""
 DATE_TESTS = ("dates:years", "dates:locales", "dates:forms", "dates:languages")
@@ -74,6 +76,7 @@ def benchmark(
         "tokenization",
         "muon",
         "overhead",
+        "saves",
         "svm",
         "ngram",
         "dates",
@@ -101,12 +104,13 @@ def benchmark(
             size 1. `tokenization`: byte-level BPE against the bare library. `muon`: an optimiser step on the matrices
             of the digits recipe's network, against torch's Muon, which updates one matrix after the other. `overhead`:
             `trainer.fit` with progress bar, throughput, TensorBoard and signal handling, against a bare loop with the
-            same network and batch size. `svm`: test accuracy of an RBF SVM on the splits of vit/digits. `ngram`: test
-            accuracy of a logistic regression on character n-grams on the splits of bert/classify_demo. `dates`: dates
-            that logistic regressions on character n-grams read right in the test sets of seq2seq/dates, in about 80
-            seconds of CPU time. `dtw`: digit errors of time warping with recorded templates on test sets of
-            audio/digits. `start`: what a user waits for, in seconds and in times `import torch`: the first line, help
-            pages, `--print_config`, a first step, the end after the last line.
+            same network and batch size. `saves`: how long a save of 500 MB holds up training, against writing it at
+            once; and a step beside it, against a step alone. `svm`: test accuracy of an RBF SVM on the splits of
+            vit/digits. `ngram`: test accuracy of a logistic regression on character n-grams on the splits of
+            bert/classify_demo. `dates`: dates that logistic regressions on character n-grams read right in the test
+            sets of seq2seq/dates, in about 80 seconds of CPU time. `dtw`: digit errors of time warping with recorded
+            templates on test sets of audio/digits. `start`: what a user waits for, in seconds and in times `import
+            torch`: the first line, help pages, `--print_config`, a first step, the end after the last line.
         rounds: number of measurements of each side.
         batch_size: images or rows per step; default: 16 images or sounds, 8 rows of a GPT, 32 rows of BERT or T5, 64
             pairs, 1 in generation, 8 with beams.

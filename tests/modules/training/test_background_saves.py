@@ -114,12 +114,12 @@ def test_a_failed_save_is_raised_once_and_keeps_the_old_file(
     gate.full.add("new.ckpt")
     writer.save_checkpoint({}, tmp_path / "new.ckpt")
     writer.remove_checkpoint(tmp_path / "old.ckpt")
-    writer.check()  # it is still being written
+    assert not writer.check()  # it is still being written
     gate.opened.set()
     with pytest.raises(TrunklineError, match=r"cannot write .*new.ckpt \(.*No space left.*resume the run") as caught:
         writer.wait()
     assert caught.value.field == "run_dir"
-    writer.check()
+    assert writer.check()
     writer.save_checkpoint({"number": 3}, tmp_path / "last.ckpt")  # as a run does that ends because of the error
     writer.teardown()
     assert load_checkpoint(tmp_path / "last.ckpt")["number"] == 3
@@ -138,8 +138,8 @@ def test_every_call_raises_a_failed_save(call: str, gate: Gate, writer: Backgrou
     }
 
     def check() -> None:
-        while writer._thread is not None:  # it is set to None where the error is raised
-            writer.check()
+        while not writer.check():
+            pass
 
     with pytest.raises(TrunklineError, match=r"cannot write .*a.ckpt"):
         calls.get(call, check)()

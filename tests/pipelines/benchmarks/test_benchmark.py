@@ -18,9 +18,9 @@ from trunkline.modules.networks import ViT
 from trunkline.pipelines.benchmarks import benchmark as module
 from trunkline.pipelines.benchmarks import clip_cases as benchmark_clip
 from trunkline.pipelines.benchmarks import image_cases as benchmark_image
+from trunkline.pipelines.benchmarks import saves, timing
 from trunkline.pipelines.benchmarks import seq2seq_cases as benchmark_seq2seq
 from trunkline.pipelines.benchmarks import text_cases as benchmark_text
-from trunkline.pipelines.benchmarks import timing
 from trunkline.pipelines.benchmarks.benchmark import benchmark
 from trunkline.pipelines.benchmarks.timing import bare_loop, compare
 
@@ -87,6 +87,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", lambda name: ViT(config))
     monkeypatch.setattr(benchmark_image, "TransformerConfig", lambda **options: config.backbone)
     monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(saves, "SIDE", 50)
     monkeypatch.setattr(benchmark_text, "LENGTH", 8)
     monkeypatch.setattr(benchmark_text, "MASKED_LENGTH", 8)
     monkeypatch.setattr(benchmark_text, "NEW_TOKENS", 2)
@@ -132,6 +133,7 @@ CASES = {
     "tokenization": [("BPE of 4.2 MB", "tokenizers' encode_batch_fast")],
     "muon": [("Muon step", "torch.optim.Muon")],
     "overhead": [("trainer.fit", "bare loop")],
+    "saves": [("training held up by a save", "written at once"), ("a step beside a save", "a step alone")],
 }
 
 
