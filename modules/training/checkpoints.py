@@ -44,7 +44,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
             remove_unused(path.parent.glob(".*.ckpt.*"))  # what killed saves left
             with ExitStack() as held, replacing(path) as (content,):
                 held.enter_context(in_use(content))  # until it is renamed
-                torch.save(checkpoint, content)
+                try:
+                    torch.save(checkpoint, content)
+                except RuntimeError:  # it does not tell why it cannot write; the system does, if it is asked again
+                    with content.open("ab") as stream:
+                        stream.write(bytes(1 << 20))
+                    raise
                 seal(content)
             digest_file(path).unlink(missing_ok=True)  # of an older version's file
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
