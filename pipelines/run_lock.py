@@ -78,7 +78,7 @@ def held(folder: Path, unused: bool, mark: str | None = None) -> Iterator[None]:
         if mark:
             (folder / f"{MARK}{mark}").touch()
     except Timeout:
-        raise in_use(folder) from None
+        raise held_by_another(folder) from None
     except TrunklineError:
         lock.release()
         raise
@@ -123,7 +123,7 @@ def _announce(folder: Path, locked: bool, done: threading.Event) -> threading.Th
     if file.exists():
         before = read_json(file) or {}
         if not (locked and before.get("machine") == machine()) and _beats(file, before):
-            raise in_use(folder)
+            raise held_by_another(folder)
         file.unlink(missing_ok=True)
     holder = {
         "process": os.getpid(),
@@ -134,7 +134,7 @@ def _announce(folder: Path, locked: bool, done: threading.Event) -> threading.Th
     try:
         file.touch(exist_ok=False)
     except FileExistsError:  # another run resumed this one in the same moment
-        raise in_use(folder) from None
+        raise held_by_another(folder) from None
     file.write_text(json.dumps(holder), encoding="utf-8")
     thread = threading.Thread(target=_beat, args=(file, holder, done), daemon=True)
     thread.start()
@@ -182,7 +182,7 @@ def _clear(folder: Path, lock: FileLock, made: list[Path]) -> None:
             path.rmdir()
 
 
-def in_use(folder: Path) -> TrunklineError:
+def held_by_another(folder: Path) -> TrunklineError:
     """The error for a folder that another process holds."""
     holder = read_json(folder / HOLDER) or {}
     who = f"process {holder['process']} on {holder['host']}, since {holder['since']}" if holder else "another process"

@@ -183,6 +183,11 @@ def unused_config(folder: Path) -> str:
     return next(file.name for file in configs(folder) if not file.exists())
 
 
+def record_beside(config: Path) -> Path:
+    """Where the record of the same start stands: `record.json`, `record_2.json` and so on."""
+    return config.with_name(config.name.replace("config", "record", 1)).with_suffix(".json")
+
+
 def newest_config(folder: Path) -> Path | None:
     """The last config of a run; None if it has none."""
     files = list(takewhile(Path.is_file, configs(folder)))

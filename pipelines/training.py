@@ -3,7 +3,7 @@
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -44,10 +44,11 @@ from trunkline.pipelines.preflight import (
 )
 from trunkline.pipelines.processes import end_together
 from trunkline.pipelines.quiet import FULL, quieten, silent_writers
+from trunkline.pipelines.record import RunRecord
 from trunkline.pipelines.resumed import network_instead, replace_missing_tokenizers
 from trunkline.pipelines.run_checks import FiniteWeights, KnownMetrics, check_run, check_seed, trainer_error
 from trunkline.pipelines.run_lock import holds_nothing
-from trunkline.pipelines.runs import claim_run, forgotten_run, remove_run, unused_config
+from trunkline.pipelines.runs import claim_run, forgotten_run, record_beside, remove_run, unused_config
 from trunkline.pipelines.sizes import with_stated, write_sizes
 from trunkline.pipelines.unnamed_configs import checked_checkpoint, use_run_config
 from trunkline.run_folders import read_lazily, step_in
@@ -79,7 +80,8 @@ class SavedConfig(SaveConfigCallback):
 class TrainingCLI(LightningCLI):
     """LightningCLI with run folders, exact resume, crash-safe checkpoints and a test at the end."""
 
-    def __init__(self, arguments: list[str], recipe: str | None) -> None:
+    def __init__(self, arguments: list[str], recipe: str | None, typed: Sequence[str] = ()) -> None:
+        self.typed = typed
         self.command, self.recipe, self.run_dir = arguments[0], recipe, Path()
         self.checkpoint: Path | None = None
         self.is_new_run = False
@@ -215,12 +217,13 @@ class TrainingCLI(LightningCLI):
         switches = {"enable_checkpointing": (ModelCheckpoint, LastCheckpoint), "enable_progress_bar": (ProgressBar,)}
         off = [kind for switch, kinds in switches.items() if trainer.get(switch) is False for kind in kinds]
         if self.subcommand == "fit":
-            kwargs["callbacks"] = [*without(callbacks, *off), KnownMetrics(), FailedSaves(), PreFlight()]
+            name = unused_config(self.run_dir)
+            record = RunRecord(record_beside(self.run_dir / name), self.typed, self.checkpoint)
+            kwargs["callbacks"] = [*without(callbacks, *off), KnownMetrics(), FailedSaves(), PreFlight(), record]
             for callback in kwargs["callbacks"]:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # otherwise a logger's choice
                     callback.dirpath = str(self.run_dir / "checkpoints")
             forget_places(self.placed)
-            name = unused_config(self.run_dir)
             self.save_config_kwargs = {"overwrite": True, "config_filename": name, "save_to_log_dir": False}
             kwargs["default_root_dir"] = str(self.run_dir)
             if trainer.get("logger") is None:
@@ -311,6 +314,8 @@ class TrainingCLI(LightningCLI):
         table.add_row("weights", f"{kind}, of step {step}" + ("" if checkpoint else ", not saved"))
         if checkpoint:
             table.add_row("checkpoint", str(shortest(Path(checkpoint))))
+        if self.subcommand == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            table.add_row("run", str(shortest(self.run_dir)))
         if tensorboard(self.trainer) is not None:
             table.add_row("look at it", f"tensorboard --logdir {self._get(self.config, 'run_dir')}")
         print_whole(table)
@@ -339,6 +344,7 @@ def run_training(arguments: list[str]) -> None:
         TrunklineError: for bad input.
     """
     quieten()
+    typed = arguments
     arguments, recipe = resolve_configs(arguments)
     if arguments[0] != "fit" and not {"--config", "-c", "--help", "-h"} & set(arguments):
         arguments = use_run_config(arguments)
@@ -348,7 +354,7 @@ def run_training(arguments: list[str]) -> None:
         sys.path.append(str(Path.cwd()))
     try:
         with forgotten_run(), silent_writers():
-            TrainingCLI(arguments, recipe)
+            TrainingCLI(arguments, recipe, typed)
     except OSError as error:  # what Lightning or a logger could not write
         if error.errno not in FULL:
             raise

@@ -182,7 +182,7 @@ def test_a_run_leaves_no_name_behind(inherited: str | None, monkeypatch: pytest.
         monkeypatch.setenv("TRUNKLINE_RUN", inherited)
     seen = []
 
-    def choose(arguments: list[str], recipe: str) -> None:
+    def choose(arguments: list[str], recipe: str, typed: list[str]) -> None:
         choose_run(Path("runs"), recipe, None)
         seen.append(os.environ["TRUNKLINE_RUN"])
         raise TrunklineError("broken")

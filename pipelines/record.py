@@ -1,0 +1,123 @@
+"""A run's record: what is needed to say later what was run, as `record.json` beside `config.yaml`."""
+
+import os
+import platform
+import shlex
+import socket
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from trunkline import __version__
+from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.files import write_json
+from trunkline.modules.training.distributed import gather_lists
+from trunkline.modules.training.warm_start import class_path
+from trunkline.run_folders import step_in
+
+GIT_SECONDS = 10
+"""How long git may take to compare a working tree; in a home folder it might take for ever."""
+
+
+class RunRecord(Callback):
+    """Writes the record as training starts, in the first process: no environment variables, but the command line.
+
+    Args:
+        file: where to.
+        arguments: of `trunkline`, as they were typed.
+        checkpoint: that the run is resumed from; None for a new run.
+    """
+
+    def __init__(self, file: Path, arguments: Sequence[str], checkpoint: Path | None = None) -> None:
+        self.file, self.arguments, self.checkpoint = file, arguments, checkpoint
+        self.started = now()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # which keeps nothing
+            return
+        devices = gather_lists([[socket.gethostname(), device_name(trainer.strategy.root_device)]], trainer.world_size)
+        if not trainer.is_global_zero:
+            return
+        data: Any = getattr(trainer, "datamodule", None)
+        record = {
+            "started": self.started,
+            "training_started": now(),
+            "command": shlex.join(["trunkline", *self.arguments]),
+            "folder": os.getcwd(),
+            "git": git_state(Path.cwd()),
+            "resumed": None
+            if self.checkpoint is None
+            else {"checkpoint": str(self.checkpoint), "step": step_in(self.checkpoint)},
+            "processes": trainer.world_size,
+            "hosts": list(dict.fromkeys(host for host, _ in devices)),
+            "devices": [device for _, device in devices],
+            "strategy": class_path(type(trainer.strategy)),
+            "precision": trainer.precision,
+            "objective": class_path(type(pl_module)),
+            "data": {
+                "class": class_path(type(data)),
+                "digest": data.digest() if isinstance(data, TrunklineDataModule) else None,
+            },
+            "versions": {
+                "trunkline": __version__,
+                "python": platform.python_version(),
+                "system": platform.platform(),
+                "cuda": torch.version.cuda,
+            },
+            "packages": packages(),
+        }
+        write_json(self.file, record, "run_dir")
+
+
+def now() -> str:
+    """The local time with its distance from UTC, to the second."""
+    return datetime.now().astimezone().isoformat(" ", "seconds")
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called by its maker; for a CPU its model, where Linux tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def packages() -> dict[str, str]:
+    """All installed packages, also those that only code of the user's own needs: name -> version."""
+    found = {d.name: d.version for d in distributions() if d.name}
+    return {name: found[name] for name in sorted(found, key=str.lower)}
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the repository around a folder, and whether files that it tracks have changed; None outside of one.
+
+    The value of `dirty` is None where git takes too long to compare them.
+    """
+    commit = _git(folder, "rev-parse", "--verify", "HEAD")
+    if not commit:
+        return None
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else changes != ""}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What a git command prints; None if it fails or there is no git. It locks nothing."""
+    command = ["git", "--no-optional-locks", *arguments]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
