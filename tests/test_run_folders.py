@@ -12,7 +12,9 @@ import torch
 from trunkline import TrunklineError
 from trunkline.files import digest, digest_file
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
-from trunkline.run_folders import find_checkpoint, newest_first, newest_valid
+from trunkline.pipelines.runs import choose_run
+from trunkline.run_folders import checkpoints_in, find_checkpoint, is_checkpoint, newest_first, newest_valid
+from trunkline.seal import seal_folder
 
 IO = SafeCheckpointIO()
 
@@ -110,6 +112,40 @@ def test_folders_without_a_checkpoint(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(TrunklineError, match=re.escape(f"{runs / 'gpt/demo/two'} holds no valid checkpoint: ")):
         find_checkpoint(runs)
     assert find_checkpoint(str(tmp_path / "none.ckpt")) == tmp_path / "none.ckpt"
+
+
+def save_in_parts(path: Path, step: int) -> Path:
+    """A checkpoint that several processes wrote, each its part, in a folder."""
+    path.mkdir(parents=True)
+    torch.save({"global_step": step, "callbacks": {}}, path / "meta.pt")
+    for rank in range(2):
+        (path / f"__{rank}_0.distcp").write_bytes(bytes(9))
+    seal_folder(path)
+    return path
+
+
+def test_a_checkpoint_may_be_a_folder(tmp_path: Path) -> None:
+    """It is one checkpoint, stands for itself, and is valid only with all its parts as they were saved."""
+    run = tmp_path / "runs/gpt/demo/one"
+    older, newer = (save_in_parts(run / f"checkpoints/step={step}.ckpt", step) for step in (5, 9))
+    save(run / "checkpoints/step=3.ckpt", 3)
+    assert is_checkpoint(newer)
+    assert not is_checkpoint(run)
+    assert newest_valid(run) == (newer, [])
+    assert find_checkpoint(newer) == newer
+    assert find_checkpoint(tmp_path / "runs") == newer
+    assert choose_run(tmp_path / "runs", "gpt/demo", str(newer)) == (run, newer, [])
+    assert choose_run(tmp_path / "runs", "gpt/demo", "auto") == (run, newer, [])
+    (newer / "inner.ckpt").touch()  # is no checkpoint of its own
+    assert len(list(checkpoints_in(run))) == 3
+    (newer / "__1_0.distcp").write_bytes(bytes(8))
+    found, (fault,) = newest_valid(run)
+    assert found == older
+    assert f"{newer} is damaged" in fault
+    (older / "SHA256SUMS").unlink()  # as a kill leaves it before it is sealed
+    found, faults = newest_valid(run)
+    assert found == run / "checkpoints/step=3.ckpt"
+    assert len(faults) == 2
 
 
 def test_reading_steps_runs_no_code(tmp_path: Path) -> None:
