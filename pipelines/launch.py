@@ -47,7 +47,8 @@ def attempt_mark() -> str | None:
     if job:
         launcher = ["slurm", os.environ.get("SLURM_CLUSTER_NAME", ""), job]
     elif name:
-        launcher = ["torchrun", name, socket.gethostname() if name == UNNAMED else ""]
+        # Without a name, torchrun's own process must do, which starts this one again.
+        launcher = ["torchrun", name, *([socket.gethostname(), str(os.getppid())] if name == UNNAMED else [])]
     else:
         return None
     return hashlib.sha256(json.dumps([launcher, sys.argv[1:]]).encode()).hexdigest()[:12]

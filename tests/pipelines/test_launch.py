@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from trunkline import TrunklineError
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
-from trunkline.pipelines import launch
-from trunkline.pipelines.launch import RANKS, find_peers, is_first_process
+from trunkline.pipelines import launch, reachable
+from trunkline.pipelines.launch import RANKS, Peers, agree, find_peers, is_first_process
 from trunkline.pipelines.runs import CHOSEN, RUN, claim_run
 
 CONTEXT = multiprocessing.get_context("fork")
@@ -128,16 +128,16 @@ def test_launches_at_one_time_have_folders_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "restarted"),
+    ("launcher", "restarted", "saves"),
     [
-        (lambda: srun(2, 77), lambda: srun(2, 77, restarts=1)),
-        (lambda: torchrun(2, "none"), lambda: torchrun(2, "none", restarts=1)),
-        (lambda: torchrun(2, "mine"), lambda: torchrun(2, "mine")),  # a host came back, which is not counted
+        (lambda: srun(2, 77), lambda: srun(2, 77, restarts=1), True),
+        (lambda: srun(2, 77), lambda: srun(2, 77, restarts=1), False),
+        (lambda: torchrun(2, "none"), lambda: torchrun(2, "none", restarts=1), False),
+        (lambda: torchrun(2, "mine"), lambda: torchrun(2, "mine"), True),  # a host came back, which is not counted
         # torchrun in a job, whose attempts are known by the job
-        (lambda: torchrun(2, SLURM_JOB_ID=77), lambda: torchrun(1, SLURM_JOB_ID=77, SLURM_RESTART_COUNT=1)),
+        (lambda: torchrun(2, SLURM_JOB_ID=77), lambda: torchrun(1, SLURM_JOB_ID=77, SLURM_RESTART_COUNT=1), True),
     ],
 )
-@pytest.mark.parametrize("saves", [True, False])
 def test_a_restarted_job_goes_on_in_its_own_folder(
     launcher: Callable[[], Any], restarted: Callable[[], Any], saves: bool
 ) -> None:
@@ -183,16 +183,35 @@ def test_all_processes_fail_with_the_first(launcher: Callable[[int], Any], monke
         assert message.startswith(f"{folder} is being trained by process {os.getpid()}")
 
 
-@pytest.mark.parametrize(("present", "says"), [([0], "process 1 of 2 did not come"), ([1], "")])
-def test_a_process_that_does_not_come(present: list[int], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("present", "says"),
+    [
+        (0, "the 2 processes of this run do not find each other at {} within 1 s: process 0 says: process 1 of 2 did"),
+        (1, "no process listens at {} after "),
+    ],
+)
+def test_a_process_that_does_not_come(present: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "PATIENCE", timedelta(seconds=1))
-    environs = torchrun(2)
-    kind, message, _ = only(start([environs[rank] for rank in present])())
+    monkeypatch.setattr(reachable, "START_SECONDS", 1.0)
+    environ = torchrun(2)[present]
+    kind, message, _ = only(start([environ])())
     assert kind == "error"
-    port = environs[0]["MASTER_PORT"]
-    assert f"the 2 processes of this run do not find each other at 127.0.0.1:{port} within 1 s" in message
-    assert says in message
+    assert says.format(f"127.0.0.1:{environ['MASTER_PORT']}") in message
     assert not Path("runs").exists()
+
+
+def test_a_first_process_that_ends_before_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others do not wait for it."""
+    monkeypatch.setattr(launch, "PATIENCE", timedelta(seconds=1))
+    port = free_port()
+    server = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # of a process that says nothing
+    with (
+        ExitStack() as stack,
+        pytest.raises(TrunklineError, match=r"do not find each other .* process 1 says") as error,
+    ):
+        agree(stack, Peers(1, 2, "127.0.0.1", port, "launch"), lambda: None)
+    assert error.value.field == "trainer.num_nodes"
+    del server
 
 
 def test_questions_of_earlier_processes_do_not_disturb() -> None:
