@@ -8,8 +8,10 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric, Metric, SumMetric
 
 from trunkline import TrunklineError
@@ -26,7 +28,7 @@ from trunkline.modules.objectives.checks import (
 )
 from trunkline.modules.objectives.reduction import Accumulation, Terms, as_terms, mean_count, recomputed_sums
 from trunkline.modules.training.checkpoints import follow_folder
-from trunkline.modules.training.distributed import Gather
+from trunkline.modules.training.distributed import Gather, settle_buckets
 from trunkline.modules.training.exact_resume import (
     accumulates,
     correct_step_count,
@@ -300,6 +302,12 @@ class TrunklineModule(L.LightningModule):
             optimizer, lambda step: lr_multiplier(step, total, self.optimizer_config)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Make the first step of this run add up gradients as all later ones do, also after a resume."""
+        model = self.trainer.strategy.model
+        if isinstance(model, DistributedDataParallel) and not settle_buckets(model):
+            rank_zero_info("static_graph: with 3 or more processes, resumed runs may differ by rounding")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Reseed from (seed, epoch, batch, rank), so that a resumed run draws the same random numbers."""

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 def gather_lists(own: list[Any], processes: int) -> list[Any]:
@@ -26,6 +27,40 @@ def sum_over_processes(own: Tensor | int, processes: int) -> Tensor | int:
     if processes > 1:
         dist.all_reduce(own := own.clone())
     return own
+
+
+def settle_buckets(model: DistributedDataParallel) -> bool:
+    """Give DDP its final buckets before the first step, by a backward pass of zeros that is thrown away.
+
+    DDP begins with one bucket for all gradients, and after the first backward pass sorts them into new ones. The place
+    in a bucket decides in which order the processes' gradients are added: from three processes on, the first step of a
+    resumed run would be rounded otherwise than in a run that went on. The zeros reach the parameters in the opposite
+    order of their definition, which is about that of a real backward pass, so that communication overlaps with it as
+    usual. No code of the network runs, and no random number is drawn.
+
+    Returns:
+        whether each step from now on adds in the same order. Not so for a `static_graph`: DDP learns its graph from the
+        first step, so that step must be a real one.
+    """
+    if model.static_graph:
+        return False
+    if model.find_unused_parameters:
+        return True  # such buckets stay as they are
+    module, own = model.module, vars(model.module).get("forward")
+    learning = [p for p in module.parameters() if p.requires_grad]
+    without = [p for p in learning if p.grad is None]
+    # The later an operation was recorded, the earlier it goes backward.
+    module.forward = lambda: torch.stack([p.flatten()[:0].abs().sum().float() for p in learning]).sum()
+    try:
+        with torch.enable_grad():
+            model().backward()
+    finally:
+        del module.forward  # the method of the class is back
+        if own is not None:
+            module.forward = own
+    for p in without:
+        p.grad = None
+    return True
 
 
 class Gather:

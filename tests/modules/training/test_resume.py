@@ -1,9 +1,7 @@
 """A run killed at any moment resumes in the middle of its epoch to the same weights, bit for bit."""
 
 import functools
-import json
 import os
-import random
 import re
 import shlex
 import shutil
@@ -16,158 +14,28 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from recorded_run import POINTS, Run, go_on, halt_at, kill_sessions, wait_until_halted
+from recorded_run import Run, go_on, halt_at, kill_sessions
+from resumed_run import (
+    EPOCHS,
+    arguments,
+    assert_same_run,
+    checkpoint,
+    differences,
+    kill_and_resume,
+    lines,
+    record,
+    wait_for_halt,
+    write_config,
+)
 from tasks import BATCHES, TASKS
 
-EPOCHS = 3
+BY_LENGTH = ("translate", "speech", "listen")
+"""Tasks whose batches are limited by tokens or seconds, not by rows."""
 
 
-def write_config(
-    folder: Path,
-    task: str = "image",
-    data: str | None = None,
-    exact: bool = False,
-    keep: str | None = None,
-    **trainer: Any,
-) -> Path:
-    """A recipe of one of the `TASKS`.
-
-    Args:
-        folder: of the file and of the record.
-        task: what is trained.
-        data: another datamodule than the task's.
-        exact: leave dropout and mixup out, which depend on the number of processes.
-        keep: see `Recorder`.
-        **trainer: more of its options.
-    """
-    checkpoint = "lightning.pytorch.callbacks.ModelCheckpoint"
-    recorder = {"folder": str(folder), "keep": keep}
-    model, source = TASKS[task](folder, exact)
-    # With its usual eps, AdamW makes steps of full size out of rounding errors.
-    optimizer = {"name": "adamw", "lr": 0.01, "eps": 1e-3} if exact else {"name": "muon", "lr": 0.01}
-    model["init_args"]["optimizer"] = optimizer
-    source["init_args"]["batch_size"] = 20
-    source["class_path"] = data or source["class_path"]
-    config = {
-        "model": model,
-        "data": source,
-        "trainer": {
-            "accelerator": "cpu",
-            "max_epochs": EPOCHS,
-            "val_check_interval": 5,
-            "limit_val_batches": 1,
-            "num_sanity_val_steps": 0,
-            "enable_model_summary": False,
-            **trainer,
-            "callbacks+": [
-                {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}},
-                {"class_path": "recorded_run.Recorder", "init_args": recorder},
-                {"class_path": checkpoint, "init_args": {"filename": "best", "monitor": "val/loss", "mode": "min"}},
-                {
-                    "class_path": checkpoint,
-                    "init_args": {"filename": "{step}", "monitor": "step", "mode": "max", "every_n_train_steps": 2},
-                },
-            ],
-        },
-        "name": "tiny",
-        "test_with": "none",
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def arguments(config: Path, processes: int, workers: int = 0, resume: bool = False) -> list[str]:
-    distributed = ["--trainer.devices", str(processes), "--trainer.strategy", "ddp"] if processes > 1 else []
-    tail = ["--resume", "auto"] if resume else []
-    return ["fit", "--config", str(config), "--data.num_workers", str(workers), *distributed, *tail]
-
-
-def lines(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
-    file = folder / f"rank{rank}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def record(folder: Path) -> dict[tuple[int, str, int], dict[str, Any]]:
-    """(rank, what, batch) -> what was trained on, or the validation's result, when it last ran there."""
-    found = {}
-    for rank in range(len(list(folder.glob("rank*.jsonl")))):
-        for line in lines(folder, rank):
-            if "index" in line:
-                found[rank, "trained", line["epoch"] * BATCHES + line["batch"]] = line
-            elif "validated_at" in line:
-                found[rank, "validated", line["validated_at"]] = line
-    return found
-
-
-def checkpoint(folder: Path, name: str) -> dict[str, Any]:
-    (path,) = (folder / "runs/tiny").glob(f"*/checkpoints/{name}.ckpt")
-    return torch.load(path, weights_only=True)
-
-
-def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two nested states differ, at tolerance 0."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [d for key in a for d in differences(a[key], b[key], f"{path}/{key}")]
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return [d for i in range(len(a)) for d in differences(a[i], b[i], f"{path}/{i}")]
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
-    return [] if type(a) is type(b) and a == b else [path]
-
-
-def assert_same_run(folder: Path, reference: Path) -> None:
-    """The same samples and pixels at every step on every rank, and the same last and best checkpoint."""
-    assert record(folder) == record(reference)
-    for name in ("last", "best"):
-        states = []
-        for state in (checkpoint(folder, name), checkpoint(reference, name)):
-            del state["loops"]  # counts calls of zero_grad too, of steps that were begun twice
-            for data in ("AudioData", "SpeechData", "TranslationData"):
-                state.get(data, {}).pop("source", None)  # a path in the run's folder
-            callbacks = state.pop("callbacks")  # of checkpoint callbacks only the score: they hold the folder's name
-            state["kept"] = [v if "latest_update_step" in v else v.get("best_model_score") for v in callbacks.values()]
-            states.append(state)
-        assert {"state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"} <= states[
-            0
-        ].keys()
-        assert differences(*states) == [], name
-
-
-def wait_for_halt(run: Run | subprocess.Popen[bytes], folder: Path, ranks: list[int]) -> None:
-    """Until these processes of the run stand where `halt_at` told them to."""
-    alive: Callable[[], bool] = run.alive if isinstance(run, Run) else lambda: run.poll() is None
-    halted = wait_until_halted(folder, ranks, alive)
-    assert halted, run.output() if isinstance(run, Run) else run.returncode
-
-
-def draw_halt(chance: random.Random, point: str, kill: int, steps: int, processes: int) -> tuple[int, list[int]]:
-    """In the third of the run that belongs to this kill, a step and the processes that stand there."""
-    first, end = 3 + kill * steps // 3, (kill + 1) * steps // 3  # at 2 a checkpoint is saved
-    if point == "validation":  # comes a few steps later
-        end = first + 3
-    every = list(range(processes))
-    ranks = [0] if point == "writing" else chance.choice([every, [chance.choice(every)]])
-    return chance.randrange(first, end), ranks
-
-
-def kill_three_times(config: Path, processes: int, workers: int, steps: int, seed: str = "") -> None:
-    """Start, kill and resume at random steps, each time at another point of the step, then run to the end."""
-    folder, chance = config.parent, random.Random(seed)
-    for kill, point in enumerate(chance.sample(POINTS, 3)):
-        step, ranks = draw_halt(chance, point, kill, steps, processes)
-        halt_at(folder, point, step, ranks)
-        run = Run(arguments(config, processes, workers, resume=kill > 0), folder, processes)
-        wait_for_halt(run, folder, ranks)
-        run.signal(signal.SIGKILL)
-        assert run.wait() == [-signal.SIGKILL] * processes
-    go_on(folder)
-    run = Run(arguments(config, processes, workers, resume=True), folder, processes)
-    assert run.wait() == [0] * processes, run.output()
-    starts = [line["started_at"] for line in lines(folder) if "started_at" in line]
-    assert starts[0] == 0
-    assert 0 < starts[1] < starts[2] < starts[3] < steps
+def batch_for(processes: int) -> int:
+    """A batch size that the processes can share."""
+    return 24 if 20 % processes else 20
 
 
 @pytest.fixture(scope="module")
@@ -175,32 +43,42 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
     """Folder of an uninterrupted run; each kind runs once."""
 
     @functools.cache
-    def train(processes: int, accumulate: int = 1, task: str = "image") -> Path:
-        folder = tmp_path_factory.mktemp(f"uninterrupted{processes}")
-        config = write_config(folder, task, accumulate_grad_batches=accumulate)
+    def train(processes: int, accumulate: int = 1, task: str = "image", epochs: int = EPOCHS) -> Path:
+        folder, size = tmp_path_factory.mktemp(f"uninterrupted{processes}"), batch_for(processes)
+        config = write_config(folder, task, batch_size=size, accumulate_grad_batches=accumulate, max_epochs=epochs)
         run = Run(arguments(config, processes), folder, processes)
         assert run.wait() == [0] * processes, run.output()
-        assert sum(what == "trained" for _, what, _ in record(folder)) == EPOCHS * BATCHES * processes
+        trained = [key for key in record(folder) if key[1] == "trained"]
+        batches = BATCHES if size == 20 or task in BY_LENGTH else BATCHES * 20 // size + 1
+        assert len(trained) == epochs * batches * processes
         return folder
 
     return train
+
+
+def step_count(folder: Path) -> int:
+    """Optimiser steps of a whole run."""
+    return max(line.get("step", 0) for line in lines(folder))
 
 
 @pytest.mark.parametrize(
     ("task", "processes", "workers", "accumulate"),
     [
         ("image", 1, 2, 1),
-        ("image", 2, 0, 2),
+        ("image", 3, 0, 3),
         ("classify", 1, 0, 1),
         ("documents", 2, 0, 1),
         ("masked_pairs", 2, 0, 1),
-        ("pairs", 2, 0, 2),
+        ("pairs", 2, 0, 3),
         ("translate", 1, 0, 1),
         ("translate", 2, 0, 1),
         ("speech", 1, 2, 1),
         ("speech", 2, 0, 1),
         ("audio", 2, 0, 1),
         ("own", 1, 0, 1),
+        pytest.param("image", 2, 0, 2, marks=pytest.mark.slow),
+        pytest.param("image", 4, 0, 1, marks=pytest.mark.slow),
+        pytest.param("pairs", 2, 0, 2, marks=pytest.mark.slow),
         pytest.param("block", 1, 0, 1, marks=pytest.mark.slow),
         pytest.param("masked", 1, 2, 1, marks=pytest.mark.slow),
         pytest.param("image", 1, 0, 2, marks=pytest.mark.slow),
@@ -220,10 +98,30 @@ def test_kills(
     task: str, processes: int, workers: int, accumulate: int, uninterrupted: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Three SIGKILLs; the number of workers changes nothing either: the reference has none."""
-    config = write_config(tmp_path, task, accumulate_grad_batches=accumulate)
+    reference = uninterrupted(processes, accumulate, task)
+    config = write_config(tmp_path, task, batch_size=batch_for(processes), accumulate_grad_batches=accumulate)
     seed = f"{task} {processes} {workers} {accumulate}"  # of the steps and points
-    kill_three_times(config, processes, workers, EPOCHS * -(-BATCHES // accumulate), seed)
-    assert_same_run(tmp_path, uninterrupted(processes, accumulate, task))
+    kill_and_resume(config, processes, workers, step_count(reference), seed)
+    assert_same_run(tmp_path, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("task", "workers", "accumulate"), [("image", 2, 1), ("documents", 0, 3), ("masked", 0, 1), ("pairs", 2, 3)]
+)
+def test_twenty_five_kills(
+    task: str, workers: int, accumulate: int, processes: int, uninterrupted: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The long form, for ViT, GPT, BERT and CLIP, each with dropout, weight averaging, and whatever else is random."""
+    kills, epochs = 25, 45 if accumulate == 3 else 17  # 7 steps for each kill
+    reference = uninterrupted(processes, accumulate, task, epochs)
+    options: dict[str, Any] = {"batch_size": batch_for(processes), "max_epochs": epochs}
+    config = write_config(tmp_path, task, accumulate_grad_batches=accumulate, **options)
+    steps = step_count(reference)
+    kill_and_resume(config, processes, workers, steps, f"{task} {processes}", kills)
+    assert_same_run(tmp_path, reference)
 
 
 def test_kill_with_plain_loader_is_noticed(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -231,7 +129,7 @@ def test_kill_with_plain_loader_is_noticed(tmp_path_factory: pytest.TempPathFact
     killed, whole = tmp_path_factory.mktemp("killed"), tmp_path_factory.mktemp("whole")
     for folder in (killed, whole):
         write_config(folder, data="recorded_run.PlainData")
-    kill_three_times(killed / "tiny.yaml", 1, 0, steps=EPOCHS * BATCHES)
+    kill_and_resume(killed / "tiny.yaml", 1, 0, steps=EPOCHS * BATCHES)
     assert Run(arguments(whole / "tiny.yaml", 1), whole).wait() == [0]
     assert record(killed).keys() == record(whole).keys()
     with pytest.raises(AssertionError):
