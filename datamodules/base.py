@@ -14,6 +14,8 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
@@ -229,6 +231,24 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
             return self.num_workers
         if self.in_memory:
             return 0
+        return min(max(self.core_count() - 1, 1), 8)
+
+    def core_count(self) -> int:
+        """CPU cores for each training process on this machine.
+
+        SLURM gives each task its own cores. The processes that Lightning or torchrun starts share theirs.
+        """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = cores // (self.trainer.num_devices if self.trainer else 1)
-        return min(max(share - 1, 1), 8)
+        sharing = self.trainer.num_devices if self.trainer else 1
+        if sharing > 1 and under_slurm(self.trainer):
+            if asked := os.environ.get("SLURM_CPUS_PER_TASK"):
+                return min(cores, int(asked))
+            if cores < (os.cpu_count() or 1):  # else this SLURM binds no task to its cores
+                return cores
+        return cores // sharing
+
+
+def under_slurm(trainer: L.Trainer) -> bool:
+    """Whether SLURM has started each of the processes that train together."""
+    strategy = trainer.strategy
+    return isinstance(strategy, ParallelStrategy) and isinstance(strategy.cluster_environment, SLURMEnvironment)

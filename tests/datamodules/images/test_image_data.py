@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 from torch import Tensor
 
@@ -350,7 +352,40 @@ def test_worker_count_suits_data_and_machine(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
     data = ImageData(source=source, num_workers=given)
-    data.trainer = SimpleNamespace(num_devices=devices)  # type: ignore[assignment]
+    strategy = DDPStrategy(cluster_environment=LightningEnvironment())
+    data.trainer = SimpleNamespace(num_devices=devices, strategy=strategy)  # type: ignore[assignment]
+    assert data.worker_count() == workers
+
+
+@pytest.mark.parametrize(
+    ("environment", "affinity", "machine", "asked", "workers"),
+    [
+        (SLURMEnvironment, 12, 96, None, 8),  # SLURM has bound the task to its own 12
+        (SLURMEnvironment, 5, 96, "12", 4),
+        (SLURMEnvironment, 96, 96, "6", 5),  # it binds no task, but says how many are its own
+        (SLURMEnvironment, 96, 96, None, 8),  # 12 for each of 8
+        (SLURMEnvironment, 32, 32, None, 3),
+        (TorchElasticEnvironment, 12, 96, None, 1),  # torchrun's processes share what torchrun has
+        (TorchElasticEnvironment, 32, 96, "32", 3),  # also inside a task of SLURM
+        (LightningEnvironment, 32, 96, "32", 3),
+    ],
+)
+def test_worker_count_of_eight_processes_on_a_cluster(
+    environment: type[Any],
+    affinity: int,
+    machine: int,
+    asked: str | None,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(affinity)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: machine)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    if asked:
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", asked)
+    data = ImageData(source="folder")
+    strategy = DDPStrategy(cluster_environment=environment())
+    data.trainer = SimpleNamespace(num_devices=8, strategy=strategy)  # type: ignore[assignment]
     assert data.worker_count() == workers
 
 
