@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
-from trunkline.contract import DataFacts
+from trunkline.contract import DataFacts, EpochCut
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader
 from trunkline.datamodules.token_batches import TokenBatches
 from trunkline.ranges import check_ranges
@@ -113,6 +113,8 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         self.datasets: dict[str, Dataset[Any]] = {}
         """Map-style datasets by split (train, val, test), indexed with `SampleKey`s. If a dataset has a method `order`,
         it shuffles each epoch of training with it (argument `order` of `ResumableBatchSampler`)."""
+        self.cut: EpochCut | None = None
+        self.moved: dict[int, int] = {}
 
     @property
     def facts(self) -> DataFacts:
@@ -191,18 +193,9 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
 
     def loader(self, split: str, train: bool = False) -> ResumableLoader:
         """The loader of one split for this process."""
-        dataset = self.datasets[split]
-        sampler = ResumableBatchSampler(
-            len(dataset),  # type: ignore[arg-type]
-            self.batch_size if train else self.eval_batch_size or self.batch_size,
-            seed=self.seed,
-            shuffle=train,
-            drop_last=train,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
-            order=getattr(dataset, "order", None),
-            batches=self.token_batches(split),
-        )
+        dataset, sampler = self.datasets[split], self.sampler(split, train)
+        if train:
+            self.cut = sampler.cut
         workers = self.worker_count()
         return ResumableLoader(
             dataset,
@@ -213,6 +206,31 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
             persistent_workers=workers > 0,
             worker_init_fn=outlive_signals,
         )
+
+    def sampler(self, split: str, train: bool = False) -> ResumableBatchSampler:
+        """The order of one split for this process."""
+        dataset = self.datasets[split]
+        return ResumableBatchSampler(
+            len(dataset),  # type: ignore[arg-type]
+            self.batch_size if train else self.eval_batch_size or self.batch_size,
+            seed=self.seed,
+            shuffle=train,
+            drop_last=train,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+            order=getattr(dataset, "order", None),
+            batches=self.token_batches(split),
+            moved=self.moved if train else None,
+        )
+
+    def train_cut(self) -> EpochCut:
+        """How an epoch of training is cut into batches, after `setup`."""
+        return self.cut or self.sampler("train", train=True).cut
+
+    def move_batches(self, epoch: int, samples: int) -> None:
+        """Let all batches of an epoch of training begin this number of samples later: see `CutsEpochs`."""
+        self.moved.clear()
+        self.moved[epoch] = samples
 
     def token_batches(self, split: str) -> TokenBatches | None:
         """Batches of a split that are limited by tokens; None for `batch_size` rows."""
@@ -240,7 +258,7 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         sharing = self.trainer.num_devices if self.trainer else 1
-        if sharing > 1 and under_slurm(self.trainer):
+        if self.trainer and sharing > 1 and under_slurm(self.trainer):
             if asked := os.environ.get("SLURM_CPUS_PER_TASK"):
                 return min(cores, int(asked))
             if cores < (os.cpu_count() or 1):  # else this SLURM binds no task to its cores

@@ -1,7 +1,7 @@
 """The order of samples: a pure function of (seed, epoch), resumable at any batch on any number of processes."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from trunkline import TrunklineError
+from trunkline.contract import EpochCut
 from trunkline.datamodules.token_batches import TokenBatches
 
 LOST_WORKER = re.compile(r"DataLoader worker \(pid.*\) (exited unexpectedly|is killed by signal)")
@@ -49,6 +50,8 @@ class ResumableBatchSampler:
             parts of it, which then need not be in memory at once. None is a random permutation; large files that are
             read faster one after the other need another order.
         batches: batches of different sizes, instead of `batch_size`, `drop_last` and `order`.
+        moved: by epoch, the number of samples by which all batches of `batch_size` begin later. It may change at any
+            time until the epoch is iterated.
 
     Raises:
         TrunklineError: if the processes cannot share a batch equally, or if the samples do not fill one batch.
@@ -66,18 +69,25 @@ class ResumableBatchSampler:
         world_size: int = 1,
         order: Order | None = None,
         batches: TokenBatches | None = None,
+        moved: Mapping[int, int] | None = None,
     ) -> None:
         if batches is None:
             check_batch_size(length, batch_size, drop_last, world_size)
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.shuffle, self.drop_last, self.rank, self.world_size = shuffle, drop_last, rank, world_size
-        self.order, self.batches = order, batches
+        self.order, self.batches, self.moved = order, batches, {} if moved is None else moved
         self.epoch = self.start = 0
 
     @property
     def sampler(self) -> "ResumableBatchSampler":
         """The same object, because Lightning looks for `set_epoch` at `batch_sampler.sampler`."""
         return self
+
+    @property
+    def cut(self) -> EpochCut:
+        """What decides which samples are in which batch."""
+        sizes = (self.batch_size, None) if self.batches is None else (None, self.batches.batch_tokens)
+        return EpochCut(self.length, self.seed, len(self), *sizes)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration."""
@@ -110,7 +120,7 @@ class ResumableBatchSampler:
         else:
             order = self.order(generator) if self.order else generator.permutation(self.length)
         parts = [order] if isinstance(order, np.ndarray) else order
-        pieces = pieces_of(parts, self.batch_size, start * self.batch_size)
+        pieces = pieces_of(parts, self.batch_size, start * self.batch_size + self.moved.get(self.epoch, 0))
         yield from islice(pieces, max(len(self) - start, 0))
 
 

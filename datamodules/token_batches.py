@@ -35,6 +35,7 @@ class TokenBatches:
     """
 
     def __init__(self, lengths: np.ndarray, batch_tokens: int) -> None:
+        self.batch_tokens = batch_tokens
         longest = lengths.max(axis=1) if lengths.ndim == 2 else lengths
         padded = np.asarray(padded_length(longest))
         if len(padded) and padded.max() > batch_tokens:

@@ -272,6 +272,43 @@ class HasFacts(Protocol):
         """All that is known so far: sizes and names from the start, statistics of the text after `setup`."""
 
 
+# --- positions in an epoch
+
+
+@dataclass(frozen=True)
+class EpochCut:
+    """What decides which samples of an epoch are in which batch. Runs of equal cuts have the same batches."""
+
+    samples: int
+    """Number of samples in the training data."""
+    seed: int
+    """Seed of their order."""
+    batches: int
+    """Number of batches in an epoch."""
+    batch_size: int | None
+    """Samples in a batch, over all processes; None if something else limits it."""
+    batch_tokens: int | None
+    """Tokens or frames that a batch can hold, or None."""
+
+
+@runtime_checkable
+class CutsEpochs(Protocol):
+    """A datamodule whose training goes on at any sample of an epoch."""
+
+    cut: EpochCut | None
+    """As `train_cut`, once its loader exists; None if training does not use its loader."""
+    moved: dict[int, int]
+    """What `move_batches` was told."""
+
+    def train_cut(self) -> EpochCut:
+        """How an epoch is cut into batches."""
+
+    def move_batches(self, epoch: int, samples: int) -> None:
+        """Let batch n of an epoch begin `samples` after sample n * batch_size: a run that was resumed with another
+        batch size goes on at the first sample that it has not seen, which need not be where a batch begins.
+        """
+
+
 # --- losses
 
 

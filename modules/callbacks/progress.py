@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from trunkline.modules.callbacks.throughput import Throughput
+from trunkline.modules.objectives.base import TrunklineModule
 
 BAR = 8
 """Characters of the bar."""
@@ -102,7 +103,9 @@ class ProgressBar(TQDMProgressBar):
         done, total = trainer.global_step - self.first_step, trainer.estimated_stepping_batches
         if done < 1 or total == float("inf"):
             return None
-        return (time.monotonic() - self.started) / done * max(total - trainer.global_step, 0)
+        module = trainer.lightning_module
+        ahead = module.position.steps_ahead if isinstance(module, TrunklineModule) else 0
+        return (time.monotonic() - self.started) / done * max(total - trainer.global_step - ahead, 0)
 
 
 def digits(value: Any) -> str:

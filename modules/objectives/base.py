@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -38,6 +39,7 @@ from trunkline.modules.training.exact_resume import (
 from trunkline.modules.training.finite_steps import FiniteSteps, gradient_norm, refuse_diverged, spread_fault
 from trunkline.modules.training.flops import counted_flops, training_flops
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
+from trunkline.modules.training.position import Position
 from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze, load_matching
 from trunkline.ranges import check_ranges
 
@@ -94,6 +96,7 @@ class TrunklineModule(L.LightningModule):
         self.beginning.weights = self.read_weights(init_from)
         self.frozen: list[torch.nn.Module] = []
         self.finite_steps = FiniteSteps(self.optimizer_config.skip_nonfinite)
+        self.position = Position()
         self.accumulation = Accumulation()
         self.held: list[Any] = []
         """Batches of the current accumulation, for a joint loss."""
@@ -299,7 +302,8 @@ class TrunklineModule(L.LightningModule):
             raise TrunklineError(f"the options of the trainer do not fit the data: {error}") from error
         lr_multiplier(0, total, self.optimizer_config)  # an impossible schedule is reported before the first step
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_multiplier(step, total, self.optimizer_config)
+            optimizer,
+            lambda step: lr_multiplier(max(step + self.position.steps_ahead, 0), total, self.optimizer_config),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -355,16 +359,18 @@ class TrunklineModule(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         kinds = {"objective": type(self), "network": type(self.network), "data": type(data)}
         checkpoint["classes"] = {role: class_path(kind) for role, kind in kinds.items() if kind is not type(None)}
-        settle_progress(self.trainer, checkpoint["loops"]["fit_loop"])
+        settle_progress(self.trainer, checkpoint["loops"]["fit_loop"], (self.position.epoch, self.position.batch))
+        self.position.save(self.trainer, checkpoint)
 
     def on_validation_start(self) -> None:
         drop_half_done_validation(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights of another architecture.
+        """Refuse weights of another architecture, and find the sample at which training goes on.
 
         Raises:
-            TrunklineError: with the first weight that differs, instead of a list of all keys.
+            TrunklineError: with the first weight that differs, instead of a list of all keys; or if the rest of the
+                epoch cannot be found.
         """
         for callback in self.trainer.checkpoint_callbacks:
             state = checkpoint.get("callbacks", {}).get(callback.state_key)
@@ -372,6 +378,8 @@ class TrunklineModule(L.LightningModule):
                 follow_folder(state, str(callback.dirpath))
         check_architecture(checkpoint["state_dict"], self.state_dict())
         self.finite_steps.skipped = checkpoint.get("skipped_steps", 0)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.position = Position.restore(self.trainer, checkpoint)
 
     # --- counting
 

@@ -64,6 +64,7 @@ class Accumulation:
     """
 
     def __init__(self) -> None:
+        self.begun = False
         self.reference: Tensor | int = 1
         self.total: Tensor | float = 0.0
         self.count: Tensor | int = 0
@@ -76,7 +77,8 @@ class Accumulation:
             loss: the loss of this process's batch.
             first: whether this step begins an accumulation.
         """
-        if first:
+        if first or not self.begun:  # a resume with other batches may begin amid an accumulation
+            self.begun = True
             reference = mean_count(trainer, loss.count)
             # Not below 1: a first batch without any count would make the gradients of the others overflow.
             self.reference = reference if isinstance(reference, int) else reference.clamp(min=1)

@@ -71,7 +71,7 @@ def compute_dtype(precision: Precision) -> torch.dtype:
     return _plugin_to_compute_dtype(precision)
 
 
-def settle_progress(trainer: L.Trainer, saved: dict[str, Any]) -> None:
+def settle_progress(trainer: L.Trainer, saved: dict[str, Any], entered: tuple[int, int] = (0, 0)) -> None:
     """Correct saved counters where Lightning 2.6 would resume from another point than the saved one.
 
     Without this it would lose the gradients of an unfinished accumulation, skip a validation that was due but not done,
@@ -81,6 +81,7 @@ def settle_progress(trainer: L.Trainer, saved: dict[str, Any]) -> None:
     Args:
         trainer: the trainer that is saving.
         saved: state of its fit loop, changed in place.
+        entered: epoch and batch with which the trainer began.
     """
     loop = trainer.fit_loop.epoch_loop
     epochs, batches = saved["epoch_progress"], saved["epoch_loop.batch_progress"]
@@ -93,8 +94,11 @@ def settle_progress(trainer: L.Trainer, saved: dict[str, Any]) -> None:
             count["completed"] = count["processed"]
         batches.update(current=dict.fromkeys(batches["current"], 0), is_last_batch=False)
     elif loop._should_accumulate():  # repeat the step from its first batch, as if saved at the end of the step before
+        begun = ready % trainer.accumulate_grad_batches
+        if entered[0] == epochs["current"]["processed"]:  # after a resume with other batches, amid an accumulation
+            begun = min(begun, ready - entered[1])
         for count in (batches["current"], batches["total"]):
-            first = count["ready"] - ready % trainer.accumulate_grad_batches
+            first = count["ready"] - begun
             count.update(ready=first, started=first, processed=first, completed=first - 1)
     elif batches["current"]["processed"] == ready > batches["current"]["completed"]:  # the batch is done
         due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
@@ -108,6 +112,38 @@ def settle_progress(trainer: L.Trainer, saved: dict[str, Any]) -> None:
         done = validation["current"]["ready"]
         if done != validation["current"]["completed"] or not validation["is_last_batch"]:  # it is repeated as a whole
             _begin_validation(saved, done)
+
+
+def move_progress(trainer: L.Trainer, saved: dict[str, Any], batch: int, batches: int) -> None:
+    """Set saved counters to another batch of their epoch, because the epoch is cut into other batches now.
+
+    A validation that is due there is still to come, unless the checkpoint was saved just after one.
+
+    Args:
+        trainer: the trainer that resumes.
+        saved: state of its fit loop, changed in place.
+        batch: number of batches that count as done.
+        batches: number of batches in an epoch.
+    """
+    epoch, counts = saved["epoch_progress"]["current"]["processed"], saved["epoch_loop.batch_progress"]
+    waits = counts["current"]["ready"] > counts["current"]["completed"]  # for what follows a batch
+    due = waits and _validates_at(trainer, epoch, batch, batches)
+    for name, done in (("current", batch), ("total", epoch * batches + batch)):
+        after = counts[name]["ready"] - counts[name]["completed"] - (due or (waits and batch == batches))
+        counts[name].update(ready=done, started=done, processed=done, completed=done - after)
+    counts["is_last_batch"] = batch == batches
+    if due:
+        _begin_validation(saved, done=0)
+
+
+def _validates_at(trainer: L.Trainer, epoch: int, batch: int, batches: int) -> bool:
+    """Whether a validation follows a batch of an epoch."""
+    every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
+    timed = trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
+    if batch == 0 or timed or not trainer.enable_validation or (every is not None and (epoch + 1) % every):
+        return False
+    length = interval if isinstance(interval, int) else max(int(batches * interval), 1)
+    return (batch if every is not None else epoch * batches + batch) % length == 0
 
 
 def _begin_validation(saved: dict[str, Any], done: int) -> None:

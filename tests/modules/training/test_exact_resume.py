@@ -233,6 +233,7 @@ def test_one_file_alone_uses_what_lightning_keeps_to_itself(tmp_path: Path) -> N
         "trainer.fit_loop._should_accumulate",
         "trainer.fit_loop.epoch_loop._batches_that_stepped",
         "trainer.fit_loop._data_fetcher",
+        "trainer._val_check_time_interval",
         "loop._should_accumulate",
         "loop._should_check_val_fx",
         "loop._num_ready_batches_reached",
