@@ -1,0 +1,70 @@
+"""A run that is resumed on other numbers of processes is the run of one process."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from recorded_run import Run, go_on, halt_at
+from resumed_run import arguments, lines, wait_for_halt, write_config
+
+SLOW = pytest.mark.slow
+
+
+def train_on(config: Path, processes: list[int], stops: list[int]) -> None:
+    """Train on so many processes, one number after the other; a SIGTERM ends each but the last at one of the steps."""
+    folder = config.parent
+    for part, count in enumerate(processes):
+        ranks = list(range(count))
+        if part < len(stops):
+            halt_at(folder, "batch end", stops[part], ranks)
+        run = Run(arguments(config, count, resume=part > 0), folder, count)
+        if part == len(stops):
+            assert run.wait() == [0] * count, run.output()
+            continue
+        wait_for_halt(run, folder, ranks)
+        run.signal(signal.SIGTERM)
+        go_on(folder)
+        assert run.wait() == [128 + signal.SIGTERM] * count, run.output()
+
+
+def steps_of(folder: Path) -> dict[tuple[int, int], tuple[list[int], float, int]]:
+    """(epoch, batch) -> rows, loss and number of processes; none may be trained on twice."""
+    found: dict[tuple[int, int], list[tuple[int, list[int], float]]] = {}
+    for rank in range(len(list(folder.glob("rank*.jsonl")))):
+        for line in lines(folder, rank):
+            if "index" in line:
+                found.setdefault((line["epoch"], line["batch"]), []).append((rank, line["index"], line["loss"]))
+    for parts in found.values():
+        assert [rank for rank, _, _ in parts] == list(range(len(parts)))
+    return {
+        at: (sorted(row for _, rows, _ in parts for row in rows), sum(p[2] for p in parts) / len(parts), len(parts))
+        for at, parts in found.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("task", "accumulate"),
+    [
+        ("image", 1),
+        pytest.param("documents", 1, marks=SLOW),
+        pytest.param("masked", 2, marks=SLOW),
+        pytest.param("pairs", 2, marks=SLOW),
+        pytest.param("translate", 1, marks=SLOW),
+    ],
+)
+def test_two_then_three_then_one_process(task: str, accumulate: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The same samples in every step, and the same losses; without dropout, which each process draws by itself."""
+    found = []
+    for name, processes, stops in (("one", [1], []), ("several", [2, 3, 1], [5 // accumulate, 15 // accumulate])):
+        folder = tmp_path_factory.mktemp(name)
+        options = {"batch_size": 24, "max_epochs": 2, "accumulate_grad_batches": accumulate}
+        train_on(write_config(folder, task, exact=True, **options), processes, stops)  # type: ignore[arg-type]
+        found.append(steps_of(folder))
+    one, several = found
+    assert one.keys() == several.keys()
+    assert {count for _, _, count in several.values()} == {1, 2, 3}
+    losses = torch.tensor([[one[at][1], several[at][1]] for at in one])
+    assert losses[:, 0].max() - losses[:, 0].min() > 0.1  # equal losses are not those of a network that does not move
+    assert [one[at][0] for at in one] == [several[at][0] for at in one]
+    torch.testing.assert_close(losses[:, 1], losses[:, 0], rtol=0, atol=1e-5)
