@@ -34,7 +34,7 @@ class Position:
             "epoch": epoch,
             "batch": batch,
             "batches": limited(data.cut.batches, trainer.limit_train_batches),
-            "samples": None if size is None else batch * size + moved,
+            "samples": None if size is None else batch * size + moved,  # batches by tokens cannot be cut otherwise
             "moved": moved,
             "accumulated": trainer.accumulate_grad_batches,
             "steps_ahead": self.steps_ahead,

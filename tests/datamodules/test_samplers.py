@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
+from trunkline.contract import EpochCut
 from trunkline.datamodules import samplers
 from trunkline.datamodules.base import TrunklineDataModule, preserved_generators, seed_generators
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader, SampleKey
@@ -143,6 +144,36 @@ def test_starts_at_a_batch_once_and_the_next_epoch_at_its_beginning(start: int, 
     assert [[key.index for key in batch] for batch in sampler] == order(epoch=2, **options)[start:]
     sampler.set_epoch(3)
     assert [[key.index for key in batch] for batch in sampler] == order(epoch=3, **options)
+
+
+@pytest.mark.parametrize("moved", [-3, 1, 3])
+@pytest.mark.parametrize("parts", [False, True])
+def test_all_batches_of_an_epoch_can_begin_at_another_sample(moved: int, parts: bool) -> None:
+    def in_parts(generator: np.random.Generator) -> Any:
+        permutation = generator.permutation(23)
+        return iter([permutation[:7], permutation[7:8], permutation[8:]]) if parts else permutation
+
+    moves: dict[int, int] = {}
+    ranks = [
+        ResumableBatchSampler(
+            23, 4, seed=1, shuffle=True, drop_last=True, rank=r, world_size=2, order=in_parts, moved=moves
+        )
+        for r in range(2)
+    ]
+    moves[2] = moved  # after the sampler was made
+    whole = flat(order(length=23, seed=1, epoch=2))
+    for sampler in ranks:
+        sampler.set_epoch(2)
+        sampler.start = 3
+    found = [[key.index for share in shares for key in share] for shares in zip(*map(list, ranks), strict=True)]
+    first = 12 + moved
+    want = [whole[at : at + 4] for at in range(first, min(first + 8, 23), 4)]
+    assert [sorted(batch) for batch in found] == [sorted(batch) for batch in want]
+    assert ranks[0].cut == ranks[1].cut == EpochCut(samples=23, seed=1, batches=5, batch_size=4, batch_tokens=None)
+    for sampler in ranks:
+        sampler.set_epoch(3)
+    other = [key.index for sampler in ranks for batch in sampler for key in batch]
+    assert sorted(other) == sorted(flat(order(length=23, seed=1, epoch=3, drop_last=True)))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

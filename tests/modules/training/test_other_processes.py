@@ -11,14 +11,22 @@ from resumed_run import arguments, lines, wait_for_halt, write_config
 SLOW = pytest.mark.slow
 
 
-def train_on(config: Path, processes: list[int], stops: list[int]) -> None:
-    """Train on so many processes, one number after the other; a SIGTERM ends each but the last at one of the steps."""
+def train_on(config: Path, processes: list[int], stops: list[int], sizes: list[int] | None = None) -> None:
+    """Train on so many processes, one number after the other; a SIGTERM ends each but the last at one of the steps.
+
+    Args:
+        config: see `write_config`.
+        processes: their numbers.
+        stops: optimiser steps at which they end.
+        sizes: batch sizes of each number, instead of the config's.
+    """
     folder = config.parent
     for part, count in enumerate(processes):
         ranks = list(range(count))
         if part < len(stops):
             halt_at(folder, "batch end", stops[part], ranks)
-        run = Run(arguments(config, count, resume=part > 0), folder, count)
+        size = ["--data.batch_size", str(sizes[part])] if sizes else []
+        run = Run([*arguments(config, count, resume=part > 0), *size], folder, count)
         if part == len(stops):
             assert run.wait() == [0] * count, run.output()
             continue
@@ -68,3 +76,18 @@ def test_two_then_three_then_one_process(task: str, accumulate: int, tmp_path_fa
     assert losses[:, 0].max() - losses[:, 0].min() > 0.1  # equal losses are not those of a network that does not move
     assert [one[at][0] for at in one] == [several[at][0] for at in one]
     torch.testing.assert_close(losses[:, 1], losses[:, 0], rtol=0, atol=1e-5)
+
+
+@SLOW
+@pytest.mark.parametrize("task", ["image", "documents", "pairs"])
+def test_other_processes_that_need_another_batch_size(task: str, tmp_path: Path) -> None:
+    """Each sample of an epoch once, but for less than a batch at its end, in the order of an uninterrupted run."""
+    config = write_config(tmp_path, task, batch_size=20, max_epochs=2)
+    train_on(config, [2, 3, 1], [5, 20], sizes=[20, 21, 25])
+    steps = steps_of(tmp_path)
+    assert {count for _, _, count in steps.values()} == {1, 2, 3}
+    rows = {epoch: [r for at in sorted(steps) if at[0] == epoch for r in steps[at][0]] for epoch in (0, 1)}
+    known = max(rows[0] + rows[1]) + 1
+    for epoch, size in ((0, 21), (1, 25)):
+        assert len(rows[epoch]) == len(set(rows[epoch]))
+        assert known - len(rows[epoch]) < size

@@ -14,6 +14,7 @@ from own_task import CloudClassifier, CloudConfig, CloudData
 
 from trunkline import TrunklineError
 from trunkline.contract import EpochCut
+from trunkline.datamodules.token_batches import TokenBatches
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.training.optim import OptimizerConfig, lr_multiplier
 from trunkline.modules.training.position import check_same_order
@@ -70,6 +71,7 @@ def run(
     save: dict[tuple[int, int], str] | None = None,
     rows: int = ROWS,
     seed: int = SEED,
+    data: type[CloudData] = CloudData,
     **options: Any,
 ) -> Watch:
     """Train two epochs, or what is left of them."""
@@ -77,11 +79,11 @@ def run(
     watch = Watch(folder, save)
     network = CloudConfig(num_classes=3, backbone=TransformerConfig(dim=8, depth=1, num_heads=2))
     module = CloudClassifier(network, optimizer=COSINE)
-    data = CloudData(rows=rows, batch_size=size, eval_batch_size=10, num_workers=0, seed=seed)
+    source = data(rows=rows, batch_size=size, eval_batch_size=10, num_workers=0, seed=seed)
     settings = {"max_epochs": 2, "num_sanity_val_steps": 0, "limit_val_batches": 1, **options}
     trainer = tiny.trainer(folder, accumulate_grad_batches=accumulate, callbacks=[watch], **settings)
     checkpoint = folder / f"{resume}.ckpt" if resume else None
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    trainer.fit(module, datamodule=source, ckpt_path=checkpoint, weights_only=True)
     return watch
 
 
@@ -239,6 +241,28 @@ def test_another_order_is_refused_in_the_middle_of_an_epoch(
     resumed = run(tmp_path, 5, resume="end", **changes)  # after its last batch nothing of it is left
     assert {epoch for epoch, _, _ in resumed.batches} == {1}
     assert len(resumed.batches) == changes.get("rows", ROWS) // 5
+
+
+class ByTokens(CloudData):
+    """Batches of rows of like length, limited by tokens: by as many as `batch_size` says."""
+
+    def token_batches(self, split: str) -> TokenBatches | None:
+        lengths = np.arange(ROWS) % 24 + 1
+        return TokenBatches(lengths, self.batch_size) if split == "train" else None
+
+
+def test_batches_limited_by_tokens_are_never_cut_otherwise_in_the_middle(tmp_path: Path) -> None:
+    whole = run(tmp_path, 96, save={(0, 1): "half", (0, -1): "end"}, data=ByTokens)
+    assert saved(tmp_path)["position"]["samples"] is None
+    rest = run(tmp_path, 96, 2, resume="half", data=ByTokens)
+    assert rest.batches == whole.batches[2:]
+    with pytest.raises(TrunklineError, match="limited to 48 tokens or frames and an epoch has 17"):
+        run(tmp_path, 48, resume="half", data=ByTokens)
+    rest = run(tmp_path, 48, resume="end", data=ByTokens)
+    assert [(epoch, batch) for epoch, batch, _ in rest.batches] == [(1, n) for n in range(17)]
+    rest = run(tmp_path, 10, resume="end")
+    assert rest.rows(1) == order(1)
+    assert rest.rows(0) == []
 
 
 CUT = EpochCut(samples=100, seed=0, batches=12, batch_size=None, batch_tokens=64)
