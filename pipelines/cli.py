@@ -36,6 +36,7 @@ class Function(NamedTuple):
 
 
 FUNCTIONS = {
+    "convert": Function("commands.convert", "convert", "write a checkpoint's network as one safetensors file"),
     "draw": Function(
         "commands.draw", "draw_runs", "write what TensorBoard shows of runs as files: curves, pictures, texts"
     ),

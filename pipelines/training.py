@@ -275,7 +275,7 @@ class TrainingCLI(LightningCLI):
         """A checkpoint of the last step; empty if none was saved."""
         saved = [c.best_model_path for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         for file in (self.run_dir / "checkpoints" / "last.ckpt", *map(Path, saved)):
-            if file.is_file() and step_in(file) == self.trainer.global_step:
+            if file.exists() and step_in(file) == self.trainer.global_step:
                 return str(file)
         return ""
 
@@ -284,7 +284,7 @@ class TrainingCLI(LightningCLI):
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor not in (None, "step"):
                 best = callback.best_model_path
-                return self.trainer.strategy.broadcast(best if best and Path(best).is_file() else "")
+                return self.trainer.strategy.broadcast(best if best and Path(best).exists() else "")
         return ""
 
     def validate(self, **kwargs: Any) -> None:

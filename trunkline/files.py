@@ -19,6 +19,7 @@ from typing import IO, Any
 from filelock import FileLock
 
 from trunkline import TrunklineError
+from trunkline.parts import Pieces, is_parts, read_parts
 from trunkline.seal import MANIFEST, proves_itself
 
 CACHE_FIELD = "data.cache_dir"
@@ -295,15 +296,21 @@ def find_fault(checkpoint: Path, unchecked: bool = True) -> str | None:
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], map_location: Any = "cpu", *, mmap: bool | None = None, field: str | None = None
+    path: str | os.PathLike[str],
+    map_location: Any = "cpu",
+    *,
+    mmap: bool | None = None,
+    field: str | None = None,
+    make: Callable[[Pieces], Any] | None = None,
 ) -> dict[str, Any]:
     """Load a training checkpoint after checking its digest. Code inside it never runs.
 
     Args:
-        path: the file.
+        path: the file, or the folder of one in parts.
         map_location: where its tensors go, as in `torch.load`.
         mmap: whether tensors stay on the disk until they are used.
         field: the field that gave the path, for the message.
+        make: as in `read_parts`, where the caller has checked the digest.
 
     Raises:
         TrunklineError: if the file is missing or damaged, or holds more than plain data.
@@ -311,11 +318,13 @@ def load_checkpoint(
     import torch  # here, so that importing this file stays fast
 
     path = Path(path)
-    fault = find_fault(path)
+    fault = find_fault(path) if make is None else None
     if fault is not None:
         mend = "use an older checkpoint, or resume=auto, which finds the newest valid one"
         raise TrunklineError(f"{fault}; {mend if path.exists() else 'fix the path'}", field)
     try:
+        if is_parts(path):
+            return read_parts(path, make or Pieces.whole)
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds of errors for files that are not checkpoints
         raise TrunklineError(

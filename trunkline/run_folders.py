@@ -12,6 +12,7 @@ from typing import Any
 
 from trunkline import TrunklineError
 from trunkline.files import find_fault
+from trunkline.parts import SHARED
 from trunkline.seal import sealed_at
 
 TIME_FORMAT = "%Y-%m-%d_%H-%M-%S"
@@ -19,8 +20,6 @@ TIME_FORMAT = "%Y-%m-%d_%H-%M-%S"
 NAMED_BY_TIME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 DEPTH = 3
 """How far below a given folder runs are looked for: `runs` holds `<group>/<recipe>/<time>`."""
-PARTS_CONTENT = "meta.pt"
-"""The file in a checkpoint's folder with all but the weights and the state of the optimiser."""
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -129,7 +128,7 @@ def read_lazily(path: Path) -> dict[str, Any]:
     import torch  # here, so that importing this file stays fast
 
     try:
-        file = path / PARTS_CONTENT if path.is_dir() else path
+        file = path / SHARED if path.is_dir() else path
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # torch raises many kinds of errors; `find_fault` says what is wrong
         return {}

@@ -14,6 +14,7 @@ from trunkline.modules.callbacks.drawing import tensorboard
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.distributed import sum_over_processes
 from trunkline.modules.training.exact_resume import accumulates, compute_dtype
+from trunkline.modules.training.sharding import whole_weights
 
 
 class Throughput(Callback):
@@ -74,7 +75,8 @@ class Throughput(Callback):
         if trainer.global_step % interval:
             return
         if self.flops is None:
-            self.flops = flops_of(pl_module, batch) // max(int(size), 1)
+            with whole_weights(trainer):
+                self.flops = flops_of(pl_module, batch) // max(int(size), 1)
         seen = int(self.seen)  # waits for the device, as Lightning does when it logs
         elapsed = time.perf_counter() - self.started
         samples_per_second = (seen - self.seen_before) / elapsed

@@ -40,6 +40,7 @@ from trunkline.modules.training.finite_steps import FiniteSteps, gradient_norm, 
 from trunkline.modules.training.flops import counted_flops, training_flops
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.position import Position
+from trunkline.modules.training.sharding import refuse_flattened
 from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze, load_matching
 from trunkline.ranges import check_ranges
 
@@ -293,6 +294,7 @@ class TrunklineModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The configured optimiser, with a schedule that advances at every optimiser step."""
+        refuse_flattened(self.trainer.strategy, self.optimizer_config)
         optimizer = build_optimizer(self.network, self.optimizer_config)
         try:
             total = self.trainer.estimated_stepping_batches

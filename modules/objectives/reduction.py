@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from trunkline.contract import Loss
+from trunkline.modules.training.distributed import local_rows
 
 Terms = Sequence[Loss]
 """The parts of an objective's loss: each sum is divided by its own count, then the means are added."""
@@ -99,4 +100,4 @@ class Accumulation:
         """Multiply all gradients of a module by the correction, in one kernel call."""
         factor = self.correction(trainer, steps)
         if isinstance(factor, Tensor) or factor != 1.0:
-            torch._foreach_mul_([p.grad for p in module.parameters() if p.grad is not None], factor)
+            torch._foreach_mul_([local_rows(p.grad) for p in module.parameters() if p.grad is not None], factor)

@@ -1,10 +1,12 @@
 """What processes tell each other: rows with their gradients, lists of objects, sums. Needs only torch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -15,6 +17,53 @@ def gather_lists(own: list[Any], processes: int) -> list[Any]:
     parts: list[Any] = [None] * processes
     dist.all_gather_object(parts, own)
     return [entry for part in parts for entry in part]
+
+
+def local_rows(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor that this process holds, as a view; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor with the rows of all processes, which all must call this; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """The rows of all processes, if `like` is sharded; all must call this. Otherwise `rows` as they are.
+
+    Args:
+        rows: as many as this process holds of `like`.
+        like: a tensor with the shape of the result.
+    """
+    if not isinstance(like, DTensor):
+        return rows
+    sharded = DTensor.from_local(
+        rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return sharded.full_tensor()
+
+
+def norms_over_processes(norms: Sequence[Tensor], like: Tensor) -> Sequence[Tensor]:
+    """Euclidean norms of whole tensors from those of this process's rows of them.
+
+    Args:
+        norms: scalars; if `like` is sharded, all processes must call this with as many.
+        like: one of the tensors.
+    """
+    if not isinstance(like, DTensor):
+        return norms
+    squares = torch.stack(list(norms)).square()
+    dist.all_reduce(squares, group=like.device_mesh.get_group())
+    return squares.sqrt().unbind()
+
+
+def rows_before(tensor: Tensor) -> int:
+    """Number of rows of a sharded tensor that processes before this one hold; 0 for any other tensor."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    mesh = tensor.device_mesh
+    return min(mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size()), tensor.shape[0])
 
 
 def sum_over_processes(own: Tensor | int, processes: int) -> Tensor | int:

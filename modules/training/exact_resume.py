@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from torch.distributed.constants import default_pg_timeout
@@ -61,6 +62,13 @@ def limit_waiting(trainer: L.Trainer) -> None:
     strategy: Any = trainer.strategy
     if getattr(strategy, "_timeout", None) == default_pg_timeout:
         strategy._timeout = LONGEST_WAIT
+
+
+def averaged_modules(trainer: L.Trainer) -> list[torch.nn.Module]:
+    """The copies of the trained module in which callbacks average its weights."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    copies = [callback._average_model for callback in callbacks if isinstance(callback, WeightAveraging)]
+    return [copy.module for copy in copies if copy is not None]
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from trunkline.modules.backbone import Transformer
 from trunkline.modules.backbone.attention import Attention
 from trunkline.modules.backbone.transformer import MLP
 from trunkline.modules.networks.base import Network
+from trunkline.modules.training.distributed import gather_rows, local_rows, norms_over_processes, rows_before
 from trunkline.ranges import check_ranges
 
 SMALLEST_SCALE = 1e-3
@@ -90,7 +92,8 @@ class Muon(torch.optim.Optimizer):
 
     A matrix is updated with the semi-orthogonal matrix nearest to its momentum, scaled so that the entries are as large
     as in an AdamW update (arXiv:2502.16982): so both methods use the same learning rate and decay. All matrices of the
-    same shape are orthogonalised together, in as many kernel calls as a single matrix needs.
+    same shape are orthogonalised together, in as many kernel calls as a single matrix needs. Of a sharded matrix (a
+    DTensor) each process gathers the whole momentum, orthogonalises it, and updates its own rows.
 
     Group keys: `muon`, `splits` (number of equal matrices in a fused projection), `lr`, `weight_decay`, `momentum`,
     `betas`, `eps`. If its attribute `found_inf`, a scalar on the device, is 1, a step changes nothing.
@@ -114,26 +117,28 @@ class Muon(torch.optim.Optimizer):
                 self._adamw(params, group)
                 continue
             for p in params:
-                matrices = p.grad.reshape(group["splits"], -1, p.shape[-1])
                 if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(matrices)
-                momentum = self.state[p]["momentum_buffer"]
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                gradient = local_rows(p.grad)
+                momentum = local_rows(self.state[p]["momentum_buffer"]).view_as(gradient)  # older: a matrix each
                 if skip is not None:
-                    matrices = torch.where(skip > 0, momentum, matrices)  # then the momentum stays as it is
-                momentum.lerp_(matrices, 1 - group["momentum"])
-                nesterov = matrices.lerp(momentum, group["momentum"])
+                    gradient = torch.where(skip > 0, momentum, gradient)  # then the momentum stays as it is
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                nesterov = gather_rows(gradient.lerp(momentum, group["momentum"]), p)
+                nesterov = nesterov.reshape(group["splits"], -1, p.shape[-1])
                 stacks[nesterov.shape, p.device].append((p, nesterov, group))
         for rows in stacks.values():
             updates = orthogonalize(torch.cat([nesterov for _, nesterov, _ in rows]))
             for (p, nesterov, group), update in zip(rows, updates.split(rows[0][1].shape[0]), strict=True):
                 scale = 0.2 * math.sqrt(max(nesterov.shape[-2:]))
-                update = update.reshape(p.shape).to(p.dtype)
+                weight, first = local_rows(p), rows_before(p)
+                own = update.reshape(p.shape)[first : first + len(weight)].to(p.dtype)
                 if skip is not None:
-                    p.mul_(1 - (1 - skip) * group["lr"] * group["weight_decay"])
-                    p.add_(update * ((skip - 1) * group["lr"] * scale))
+                    weight.mul_(1 - (1 - skip) * group["lr"] * group["weight_decay"])
+                    weight.add_(own * ((skip - 1) * group["lr"] * scale))
                     continue
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * scale)
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(own, alpha=-group["lr"] * scale)
         return loss
 
     def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -144,10 +149,10 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         held = [self.state[p] for p in params]
         adamw(
-            params,
-            [p.grad for p in params if p.grad is not None],
-            [s["exp_avg"] for s in held],
-            [s["exp_avg_sq"] for s in held],
+            [local_rows(p) for p in params],
+            [local_rows(p.grad) for p in params if p.grad is not None],
+            [local_rows(s["exp_avg"]) for s in held],
+            [local_rows(s["exp_avg_sq"]) for s in held],
             [],
             [s["step"] for s in held],
             fused=True,
@@ -185,13 +190,15 @@ class ScaledAdamW(torch.optim.Optimizer):
                 loss = closure()
         skip: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            matrices = [matrix for p in group["params"] if p.grad is not None for matrix in self._matrices(p, group)]
-            if not matrices:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
                 continue
+            matrices = [matrix for p in params for matrix in self._matrices(p, group)]
+            sizes = [p.numel() / group["splits"] for p in params for _ in range(group["splits"])]
             weights = [matrix[0] for matrix in matrices]
             # The kernel reads a float32 rate on the device, so that no step waits for the accelerator.
-            rates = torch._foreach_norm(weights, dtype=torch.float32)
-            torch._foreach_div_(rates, [math.sqrt(weight.numel()) for weight in weights])
+            rates = norms_over_processes(torch._foreach_norm(weights, dtype=torch.float32), params[0])
+            torch._foreach_div_(rates, [math.sqrt(size) for size in sizes])
             torch._foreach_clamp_min_(rates, SMALLEST_SCALE)
             torch._foreach_mul_(rates, group["lr"])
             if group["weight_decay"]:
@@ -219,16 +226,43 @@ class ScaledAdamW(torch.optim.Optimizer):
         return loss
 
     def _matrices(self, p: Tensor, group: dict[str, Any]) -> list[tuple[Tensor, ...]]:
-        """(weight, gradient, first moment, second moment, step count) of each matrix in a parameter, as views."""
+        """(weight, gradient, first moment, second moment, step count) of each matrix in a parameter, as views.
+
+        Of a sharded matrix they have only this process's rows, which may be none.
+        """
         splits, state = group["splits"], self.state[p]
         if not state:
             state["step"] = torch.zeros(splits, device=p.device)
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
         assert p.grad is not None
-        whole = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-        parts = [[tensor] if splits == 1 else tensor.chunk(splits) for tensor in whole]
+        held = [local_rows(tensor) for tensor in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+        if splits > 1:
+            first, rows = rows_before(p), len(held[0])
+            ends = [min(max(p.shape[0] * n // splits - first, 0), rows) for n in range(splits + 1)]
+            parts = [[tensor[a:b] for a, b in pairwise(ends)] for tensor in held]
+        else:
+            parts = [[tensor] for tensor in held]
         return list(zip(*parts, state["step"].unbind(), strict=True))
+
+
+class RowwiseAdamW(torch.optim.AdamW):
+    """torch's AdamW with two differences that change no result.
+
+    The fused kernel could divide gradients by the scale of 16-mixed itself. Then they could not be clipped before, and
+    their norm would be logged with the scale; so here the scaler divides. And of sharded tensors the kernel is given
+    this process's rows, because that avoids the cost of DTensors.
+    """
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        self._step_supports_amp_scaling = False
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
+        found = super()._init_group(group, *lists)  # type: ignore[misc]
+        for tensors in lists:
+            tensors[:] = [local_rows(tensor) for tensor in tensors]
+        return found
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -312,7 +346,7 @@ def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.Op
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
     if config.rms_scaled:
         return ScaledAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return RowwiseAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def lr_multiplier(step: int, total_steps: float, config: OptimizerConfig) -> float:

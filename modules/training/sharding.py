@@ -1,0 +1,249 @@
+"""Weights, gradients and optimiser states in shards over the processes: FSDP2 as a strategy of Lightning."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from trunkline import TrunklineError
+from trunkline.files import find_fault, load_checkpoint
+from trunkline.modules.backbone import Transformer
+from trunkline.modules.training.exact_resume import averaged_modules
+from trunkline.modules.training.optim import OptimizerConfig
+from trunkline.modules.training.sharded_checkpoints import own_span, remove, save_parts
+from trunkline.parts import is_parts
+
+
+class WholeModule(nn.Module):
+    """The outermost sharded module: its call, to which Lightning redirects each step, gathers what is in no block."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return self.module(*inputs, **options)
+
+
+def shard_module(module: nn.Module, mesh: DeviceMesh) -> WholeModule:
+    """Shard each block of each trunk by itself, and all other parameters together.
+
+    A trunk that two networks share is sharded once. Weights that are tied to each other must be in the same block, or
+    all outside of blocks.
+
+    Args:
+        module: changed in place: its parameters become DTensors, of which each process holds some rows.
+        mesh: the processes.
+
+    Returns:
+        the module to call instead of `module`.
+
+    Raises:
+        TrunklineError: for a parameter without dimension, which has no rows.
+    """
+    for name, p in module.named_parameters():
+        if p.ndim == 0:
+            raise TrunklineError(
+                f"the parameter {name} has no dimension, so that it cannot be sharded; give it the shape (1,), or "
+                "train with trainer/ddp",
+                "trainer.strategy",
+            )
+    for trunk in [m for m in module.modules() if isinstance(m, Transformer)]:
+        for block in trunk.blocks:
+            fully_shard(block, mesh=mesh)
+    whole = WholeModule(module)
+    fully_shard(whole, mesh=mesh)
+    return whole
+
+
+class ShardedStrategy(DDPStrategy):
+    """Data-parallel training in which each process holds a share of the weights, gradients and optimiser states.
+
+    A block's weights are gathered when it is computed, and released after it. In evaluations each process holds all
+    weights, so that whatever runs the network there, in all processes or in one, does so as usual. Checkpoints are
+    folders (`trunkline.parts`), and can be resumed by any strategy on any number of processes; so can those of others
+    by this one.
+
+    Lightning's own `ModelParallelStrategy` is not the base, because its checkpoints are unpickled without restriction,
+    its writer leaves torn ones, it refuses 16-mixed, and callbacks that average weights cannot be used with it. What
+    DDP does differently is replaced here.
+
+    Args:
+        process_group_backend: such as gloo; None chooses by the device.
+        timeout: after which a process that waits for others gives up.
+    """
+
+    def __init__(
+        self, process_group_backend: str | None = None, timeout: timedelta | None = timedelta(minutes=5)
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        self.wholes: list[WholeModule] = []
+        """The sharded module, and those of callbacks that average its weights."""
+        self.mesh: DeviceMesh | None = None
+
+    def configure_ddp(self) -> None:
+        """Shard instead of replicating; also the copies of callbacks that average the weights."""
+        module = self.lightning_module
+        assert module is not None
+        trainer = module.trainer
+        if not self.wholes or self.wholes[0].module is not module:
+            for tensor in [*module.parameters(), *module.buffers()]:  # as DDP does
+                dist.broadcast(tensor.detach(), 0)
+            self.mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+            self.wholes = [shard_module(module, self.mesh)]
+        copies = [copy.to(self.root_device) for copy in averaged_modules(trainer)]
+        self.wholes = [self.wholes[0], *(shard_module(copy, self.mesh) for copy in copies)]
+        self.model = self.wholes[0]
+
+    # --- whole weights, outside of training steps
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Let each process hold all weights inside the block; what is written to them there is lost."""
+        self.gather_weights()
+        try:
+            yield
+        finally:
+            self.release_weights()
+
+    def gather_weights(self) -> None:
+        """Gather all weights; from then on the network runs without communication until `release_weights`."""
+        for module in self._sharded():
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+
+    def release_weights(self) -> None:
+        """Keep only this process's rows again."""
+        for module in self._sharded():
+            module.reshard()
+            module.set_reshard_after_forward(not isinstance(module, WholeModule), recurse=False)
+
+    def _sharded(self) -> list[FSDPModule]:
+        return [m for whole in self.wholes for m in whole.modules() if isinstance(m, FSDPModule)]
+
+    def on_validation_start(self) -> None:
+        self.gather_weights()
+
+    def on_validation_end(self) -> None:
+        self.release_weights()
+
+    def on_test_start(self) -> None:
+        self.gather_weights()
+
+    def on_test_end(self) -> None:
+        self.release_weights()
+
+    def teardown(self) -> None:
+        """Leave the sharded tensors where they are, unlike DDP: a test may follow."""
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+    # --- checkpoints
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The sharded state; a validation that is under way has gathered it."""
+        for module in self._sharded():
+            module.reshard()
+        return super().lightning_module_state_dict()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write a folder in which each process writes its own rows.
+
+        Raises:
+            TrunklineError: in all processes, if one cannot write; an older checkpoint of the name stays as it was.
+        """
+        save_parts(checkpoint, Path(self.broadcast(os.fspath(filepath))), self)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint of this or another strategy; of a folder, only this process's rows.
+
+        Raises:
+            TrunklineError: if it is damaged, or holds more than plain data.
+        """
+        path = Path(self.broadcast(os.fspath(checkpoint_path)))
+        if not self.wholes:
+            return super().load_checkpoint(path, weights_only=weights_only)
+        if is_parts(path):
+            fault = self.broadcast(find_fault(path) if self.is_global_zero else None)  # one reads all of it
+            if fault is not None:
+                raise TrunklineError(f"{fault}; use an older checkpoint")
+            return load_checkpoint(path, make=lambda pieces: self._own_rows(pieces.shape, pieces.rows))
+        content = super().load_checkpoint(path, weights_only=weights_only)
+        own = self.lightning_module.state_dict()  # type: ignore[union-attr]
+        for key in {"state_dict", "current_model_state"} & content.keys():
+            content[key] = {name: self._sharded_as(own.get(name), value) for name, value in content[key].items()}
+        for optimizer, state in zip(self.optimizers, content.get("optimizer_states", []), strict=False):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            for number, held in state["state"].items():
+                # Not the step counts, which are the same in all processes.
+                held.update({name: self._sharded_as(params[number], x) for name, x in held.items() if name != "step"})
+        return content
+
+    def _sharded_as(self, pattern: Any, value: Any) -> Any:
+        """A whole tensor in shards, if the pattern is one and has as many entries."""
+        if not (isinstance(pattern, DTensor) and isinstance(value, Tensor)) or pattern.numel() != value.numel():
+            return value
+        rows = value.reshape(pattern.shape)
+        return self._own_rows(pattern.shape, lambda first, last: rows[first:last])
+
+    def _own_rows(self, shape: torch.Size, rows: Any) -> DTensor:
+        """The DTensor of that shape of which this process holds the rows that `rows(first, last)` reads."""
+        assert self.mesh is not None
+        local = rows(*own_span(shape[0], self.global_rank, self.world_size)).to(self.root_device, copy=True)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+    def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
+        path = Path(filepath)
+        if not is_parts(path):
+            super().remove_checkpoint(path)
+        elif self.is_global_zero:
+            remove(path)
+
+
+def refuse_flattened(strategy: Strategy, config: OptimizerConfig) -> None:
+    """Refuse an optimiser of whole matrices under a strategy that cuts the weights into flat pieces.
+
+    Raises:
+        TrunklineError: naming both.
+    """
+    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy) and (config.name == "muon" or config.rms_scaled):
+        optimizer = "rms_scaled" if config.rms_scaled else config.name
+        raise TrunklineError(
+            f"{optimizer} needs whole matrices, but {type(strategy).__name__} flattens the weights; train with "
+            "trainer/fsdp, which does not, or with plain adamw",
+            "trainer.strategy",
+        )
+
+
+@contextmanager
+def whole_weights(trainer: L.Trainer) -> Iterator[None]:
+    """Let each process hold all weights inside the block, whatever the strategy; all processes must enter it."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ShardedStrategy):
+        with strategy.whole_weights():
+            yield
+    else:
+        yield

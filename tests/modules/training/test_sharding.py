@@ -1,0 +1,91 @@
+"""Training with sharded weights is that of DDP; its checkpoints are resumed, converted, and never torn."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sharded_runs import MODULES, in_processes, train
+
+from trunkline.files import load_checkpoint
+
+FAST = ("gpt", "vit")
+
+
+def compare(rank: int, folder: Path, kinds: tuple[str, ...]) -> None:
+    """Train each kind with DDP and with shards."""
+    found = {}
+    for kind in kinds:
+        for strategy in ("ddp", "sharded"):
+            found[kind, strategy] = train(kind, strategy, folder, rank, save=kind == "vit")
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def compare_and_resume(rank: int, folder: Path) -> None:
+    """Also go on from the middle: sharded from sharded, sharded from DDP's file, DDP from the sharded folder."""
+    compare(rank, folder, FAST)
+    for name, strategy, source in (
+        ("same", "sharded", "sharded"),
+        ("from-file", "sharded", "ddp"),
+        ("from-parts", "ddp", "sharded"),
+    ):
+        train("vit", strategy, folder / name, rank, resume=folder / f"vit-{source}/middle.ckpt")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    in_processes(compare_and_resume, folder)
+    return folder
+
+
+def states(path: Path) -> dict[str, Any]:
+    content = load_checkpoint(path)
+    keys = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
+    return {key: content[key] for key in keys if key in content}
+
+
+def assert_close(a: Any, b: Any, tolerance: float) -> None:
+    """Nested states of the same structure, tensor by tensor."""
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def assert_same_training(folder: Path, kind: str) -> None:
+    sharded, whole = (states(folder / f"{kind}-{strategy}/last.ckpt") for strategy in ("sharded", "ddp"))
+    assert (folder / f"{kind}-sharded/last.ckpt").is_dir()
+    assert_close(sharded, whole, 1e-5)
+    for rank in range(2):
+        found = torch.load(folder / f"{rank}.pt")
+        assert found[kind, "sharded"]["steps"] == found[kind, "ddp"]["steps"] == 20
+        logged, expected = found[kind, "sharded"]["logged"], found[kind, "ddp"]["logged"]
+        assert logged == pytest.approx(expected, rel=1e-4)
+        assert {"train/loss", "train/grad_norm"} <= logged.keys()
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_20_steps_are_those_of_ddp(kind: str, runs: Path) -> None:
+    """Weights, moments and logged norms; for the ViT also the averaged weights and the validation with them."""
+    assert_same_training(runs, kind)
+    content = load_checkpoint(runs / f"{kind}-sharded/last.ckpt")
+    assert ("averaging_state" in content) == (kind == "vit")
+    start = MODULES[kind]().state_dict()
+    assert max((start[name] - x).abs().max() for name, x in content["state_dict"].items() if x.numel() > 1) > 1e-2
+
+
+def test_resume_is_exact(runs: Path) -> None:
+    found, expected = (load_checkpoint(f / "vit-sharded/last.ckpt") for f in (runs / "same", runs))
+    assert found["global_step"] == expected["global_step"] == 20
+    assert_close(states(runs / "same/vit-sharded/last.ckpt"), states(runs / "vit-sharded/last.ckpt"), 0.0)
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("from-file", "sharded"), ("from-parts", "ddp")])
+def test_resume_with_another_strategy(name: str, strategy: str, runs: Path) -> None:
+    assert_close(states(runs / name / f"vit-{strategy}/last.ckpt"), states(runs / "vit-ddp/last.ckpt"), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in MODULES if kind not in FAST and kind != "bf16-true"])
+def test_other_objectives(kind: str, tmp_path: Path) -> None:
+    """Several trunks, a shared one, recomputed activations, frozen blocks, and factors of whole matrices."""
+    in_processes(compare, tmp_path, (kind,))
+    assert_same_training(tmp_path, kind)

@@ -1,0 +1,199 @@
+"""Trains tiny networks in two processes, with replicated and with sharded weights, and writes what came out."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import machine_settings
+import tiny
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from recorded_run import CONTEXT
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from trunkline.contract import IGNORE
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.callbacks import Throughput
+from trunkline.modules.networks import BERTConfig, CLIPConfig, EncoderDecoderConfig, GPTConfig
+from trunkline.modules.objectives.base import TrunklineModule
+from trunkline.modules.objectives.causal_lm import CausalLM
+from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
+from trunkline.modules.objectives.image_classifier import ImageClassifier
+from trunkline.modules.objectives.seq2seq import Seq2Seq
+from trunkline.modules.training import optim
+from trunkline.modules.training.checkpoints import SafeCheckpointIO
+from trunkline.modules.training.optim import OptimizerConfig
+from trunkline.modules.training.sharding import ShardedStrategy
+
+Batch = dict[str, Tensor]
+V, T, ROWS = 11, 8, 3
+PROCESSES = 2
+MIDDLE = 10
+"""Step after which a checkpoint is saved, from which a run is resumed."""
+
+
+def optimizer(name: Any = "adamw", **options: Any) -> OptimizerConfig:
+    """With its usual eps, AdamW makes steps of full size out of rounding errors."""
+    return OptimizerConfig(name, lr=0.01, eps=1e-3, schedule="constant", warmup=0, **options)
+
+
+def trunk(**options: Any) -> TransformerConfig:
+    return TransformerConfig(**{"dim": 16, "depth": 2, "num_heads": 2, **options})
+
+
+def gpt() -> CausalLM:
+    """Tied embeddings, fused projections, and a vocabulary that two processes cannot halve."""
+    return CausalLM(GPTConfig(V, T, backbone=trunk(causal=True, mlp="swiglu")), optimizer=optimizer("muon"))
+
+
+def vit(**options: Any) -> ImageClassifier:
+    return ImageClassifier(tiny.vit(), optimizer=optimizer(), **options)
+
+
+def scaled() -> CausalLM:
+    config = GPTConfig(V, T, tie_embeddings=False, backbone=trunk(causal=True, mlp="swiglu", num_kv_heads=1))
+    return CausalLM(config, optimizer=optimizer(rms_scaled=True))
+
+
+def clip() -> ContrastiveImageText:
+    """One trunk for both towers, called twice in a step, and parameters of one entry."""
+    bert = BERTConfig(V, T, num_segments=0, backbone=tiny.vit().backbone)
+    network = CLIPConfig(tiny.vit(num_classes=0), bert=bert, text_pool="mean", dim=8, share_trunk=True)
+    return ContrastiveImageText(network, optimizer=optimizer())
+
+
+def seq2seq() -> Seq2Seq:
+    """Two trunks, whose activations are recomputed."""
+    trunks = {"encoder": trunk(activation_checkpointing=True), "decoder": trunk(activation_checkpointing=True)}
+    return Seq2Seq(EncoderDecoderConfig(V, None, T, T, **trunks), optimizer=optimizer())
+
+
+MODULES: dict[str, Callable[[], TrunklineModule]] = {
+    "gpt": gpt,
+    "vit": vit,
+    "scaled": scaled,
+    "clip": clip,
+    "seq2seq": seq2seq,
+    "frozen": lambda: vit(freeze_blocks=1),
+    "bf16-true": vit,
+}
+
+
+def batch(kind: str, draw: torch.Generator) -> Batch:
+    tokens, other = (torch.randint(0, V, (ROWS, T), generator=draw) for _ in range(2))
+    targets = torch.where(torch.rand(ROWS, T, generator=draw) < 0.3, IGNORE, other)
+    images = {"image": torch.randn(ROWS, 1, 8, 8, generator=draw), "valid": torch.ones(ROWS, dtype=torch.bool)}
+    if kind in ("gpt", "scaled"):
+        return {"tokens": tokens, "targets": targets}
+    if kind == "clip":
+        keys = torch.randint(0, 1 << 40, (ROWS,), generator=draw)
+        mask = torch.ones(ROWS, T, dtype=torch.bool)
+        return {**images, "tokens": tokens, "mask": mask, "caption_key": keys, "index": torch.arange(ROWS)}
+    if kind == "seq2seq":
+        mask = torch.arange(T) < torch.randint(1, T + 1, (ROWS, 1), generator=draw)
+        return {"tokens": tokens, "mask": mask, "target_tokens": other, "targets": targets}
+    return {**images, "label": torch.randint(0, 10, (ROWS,), generator=draw)}
+
+
+def batches(kind: str, rank: int, count: int) -> list[Batch]:
+    draw = torch.Generator().manual_seed(1 + rank)
+    return [batch(kind, draw) for _ in range(count)]
+
+
+class Rest(Sampler[int]):
+    """The numbers from one on; like ours it counts those before as well."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first, self.count = first, count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.first, self.count))
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class Save(Callback):
+    """Saves a checkpoint after some step."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def train(
+    kind: str,
+    strategy: str,
+    folder: Path,
+    rank: int = 0,
+    steps: int = 20,
+    devices: int = PROCESSES,
+    save: bool = False,
+    resume: Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train and return weights, averaged weights and what was logged; the checkpoint `last.ckpt` holds all of it."""
+    torch.manual_seed(0)
+    module = MODULES[kind]()
+    folder = folder / f"{kind}-{strategy}"
+    callbacks: list[Callback] = [Throughput()]
+    if kind == "vit":
+        callbacks.append(EMAWeightAveraging(decay=0.9))
+    if save:
+        callbacks.append(Save(folder / "middle.ckpt", MIDDLE))
+    fitted = tiny.trainer(
+        folder,
+        devices=devices,
+        strategy=ShardedStrategy() if strategy == "sharded" else strategy,
+        plugins=[SafeCheckpointIO()],
+        max_epochs=1,
+        val_check_interval=5,
+        log_every_n_steps=5,
+        gradient_clip_val=1.0,
+        callbacks=callbacks,
+        precision=kind if kind == "bf16-true" else None,
+        **options,
+    )
+    accumulated = options.get("accumulate_grad_batches", 1)
+    data = batches(kind, rank, steps * accumulated)
+    # A text classifier's evaluation needs facts of a datamodule; here the images are validated.
+    images = "image" in data[0] and kind != "clip"
+    rest = Rest(0 if resume is None else MIDDLE, len(data))
+    loaders = [DataLoader(data, None, sampler=order) for order in (rest, range(2))]  # type: ignore[arg-type]
+    fitted.fit(module, loaders[0], loaders[1] if images else None, ckpt_path=resume)
+    fitted.save_checkpoint(folder / "last.ckpt")
+    logged = {name: float(value) for name, value in fitted.callback_metrics.items()}
+    return {"steps": fitted.global_step, "logged": logged}
+
+
+def in_processes(work: Callable[..., None], *arguments: Any) -> None:
+    """Run `work(rank, *arguments)` in two processes that train together, as a cluster starts them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [CONTEXT.Process(target=one_process, args=(rank, port, work, *arguments)) for rank in range(PROCESSES)]
+    try:
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(200)
+        assert [process.exitcode for process in started] == [0] * PROCESSES
+    finally:
+        for process in started:
+            process.kill()
+
+
+def one_process(rank: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
+    machine_settings.apply()
+    optim.multiplies_bfloat16 = lambda device: False  # type: ignore[assignment]  # which would magnify rounding
+    names: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
+    names |= {"WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    work(rank, *arguments)
