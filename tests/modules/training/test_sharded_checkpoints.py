@@ -147,11 +147,24 @@ def test_a_full_disk(content: Callable[[int], Any], tmp_path: Path, monkeypatch:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(TrunklineError, match=r"cannot write .*last\.ckpt .*free some"):
-        patch.setattr(torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrunklineError, match=r"cannot write .*last\.ckpt .*free some"):
         save_parts(content(2), path, Alone())
     assert_holds(path, 1)
     assert names(tmp_path) == {"last.ckpt"}
+
+
+def test_a_file_takes_the_place_of_a_folder(content: Callable[[int], Any], tmp_path: Path) -> None:
+    """A run that was sharded before goes on without."""
+    path = tmp_path / "last.ckpt"
+    save_parts(content(1), path, Alone())
+    whole = {**load_checkpoint(path), "global_step": 2}
+    (tmp_path / ".last.ckpt.0123.tmp").mkdir()  # of a save that was killed
+    SafeCheckpointIO().save_checkpoint(whole, path)
+    assert path.is_file()
+    assert SafeCheckpointIO().load_checkpoint(path)["global_step"] == 2
+    assert "last.ckpt" in names(tmp_path)
+    assert "last-previous.ckpt" not in names(tmp_path)
 
 
 def test_a_disk_that_is_full_for_another_process(content: Callable[[int], Any], tmp_path: Path) -> None:
