@@ -24,11 +24,6 @@ def local_rows(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor with the rows of all processes, which all must call this; any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def gather_rows(rows: Tensor, like: Tensor) -> Tensor:
     """The rows of all processes, if `like` is sharded; all must call this. Otherwise `rows` as they are.
 
@@ -44,7 +39,7 @@ def gather_rows(rows: Tensor, like: Tensor) -> Tensor:
     return sharded.full_tensor()
 
 
-def norms_over_processes(norms: Sequence[Tensor], like: Tensor) -> Sequence[Tensor]:
+def norms_over_processes(norms: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """Euclidean norms of whole tensors from those of this process's rows of them.
 
     Args:
@@ -52,10 +47,10 @@ def norms_over_processes(norms: Sequence[Tensor], like: Tensor) -> Sequence[Tens
         like: one of the tensors.
     """
     if not isinstance(like, DTensor):
-        return norms
+        return list(norms)
     squares = torch.stack(list(norms)).square()
     dist.all_reduce(squares, group=like.device_mesh.get_group())
-    return squares.sqrt().unbind()
+    return list(squares.sqrt().unbind())
 
 
 def rows_before(tensor: Tensor) -> int:

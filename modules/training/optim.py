@@ -259,7 +259,7 @@ class RowwiseAdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = False
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
-        found = super()._init_group(group, *lists)  # type: ignore[misc]
+        found = super()._init_group(group, *lists)
         for tensors in lists:
             tensors[:] = [local_rows(tensor) for tensor in tensors]
         return found

@@ -23,8 +23,13 @@ PREVIOUS = "-previous"
 class Processes(Protocol):
     """What the writer needs of the processes that write together; a strategy of Lightning has it."""
 
-    global_rank: int
-    world_size: int
+    @property
+    def global_rank(self) -> int:
+        """This process's number."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """The first process's object, in all processes."""
@@ -51,7 +56,7 @@ def split(checkpoint: dict[str, Any], rank: int, processes: int) -> tuple[dict[s
         if not isinstance(leaf, DTensor):
             return leaf
         first, last = own_span(leaf.shape[0], rank, processes)
-        local = leaf.detach().to_local()
+        local = leaf.to_local().detach()
         if not all(placement.is_shard(0) for placement in leaf.placements) or len(local) != last - first:
             raise TrunklineError(f"{place} is not sharded by rows, but {leaf.placements}; it cannot be saved")
         # A copy: torch.save writes the whole storage of a view.

@@ -102,8 +102,10 @@ class ShardedStrategy(DDPStrategy):
                 dist.broadcast(tensor.detach(), 0)
             self.mesh = init_device_mesh(self.root_device.type, (self.world_size,))
             self.wholes = [shard_module(module, self.mesh)]
+        mesh = self.mesh
+        assert mesh is not None
         copies = [copy.to(self.root_device) for copy in averaged_modules(trainer)]
-        self.wholes = [self.wholes[0], *(shard_module(copy, self.mesh) for copy in copies)]
+        self.wholes = [self.wholes[0], *(shard_module(copy, mesh) for copy in copies)]
         self.model = self.wholes[0]
 
     # --- whole weights, outside of training steps

@@ -5,9 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from sharded_runs import MODULES, in_processes, train
+from sharded_runs import optimizer as optimizer_config
 
+from trunkline import TrunklineError
 from trunkline.files import load_checkpoint
+from trunkline.modules.networks import GPT, ViT
+from trunkline.modules.networks.base import Network
+from trunkline.modules.training.sharding import refuse_flattened, shard_module
+from trunkline.pipelines.cli import main
 
 FAST = ("gpt", "vit")
 
@@ -89,3 +96,38 @@ def test_other_objectives(kind: str, tmp_path: Path) -> None:
     """Several trunks, a shared one, recomputed activations, frozen blocks, and factors of whole matrices."""
     in_processes(compare, tmp_path, (kind,))
     assert_same_training(tmp_path, kind)
+
+
+@pytest.mark.parametrize(("kind", "network"), [("gpt", GPT), ("vit", ViT)])
+def test_convert(kind: str, network: type[Network], runs: Path, tmp_path: Path) -> None:
+    """One safetensors file of all shards: the network of DDP's checkpoint, averaged if that was kept."""
+    checkpoint = runs / f"{kind}-sharded/last.ckpt"
+    main(["convert", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")])
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    found = network.from_pretrained(tmp_path / "out").state_dict()
+    assert_close(found, network.from_checkpoint(runs / f"{kind}-ddp/last.ckpt").state_dict(), 1e-5)
+    assert_close(found, network.from_checkpoint(checkpoint).state_dict(), 0.0)
+
+
+def test_optimisers_of_whole_matrices_are_refused_where_weights_are_flattened() -> None:
+    for strategy, name in ((FSDPStrategy, "FSDPStrategy"), (DeepSpeedStrategy, "DeepSpeedStrategy")):
+        made = object.__new__(strategy)
+        for config, optimizer in ((optimizer_config("muon"), "muon"), (optimizer_config(rms_scaled=True), "rms_sc")):
+            with pytest.raises(
+                TrunklineError, match=f"{optimizer}.* needs whole matrices, but {name} flattens"
+            ) as error:
+                refuse_flattened(made, config)
+            assert error.value.field == "trainer.strategy"
+        refuse_flattened(made, optimizer_config())
+    refuse_flattened(DDPStrategy(), optimizer_config("muon"))
+
+
+def test_a_parameter_without_dimension_is_refused() -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    mesh: Any = None
+    with pytest.raises(TrunklineError, match=r"parameter scale has no dimension.*give it the shape \(1,\)"):
+        shard_module(Scaled(), mesh)
