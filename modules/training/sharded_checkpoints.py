@@ -25,7 +25,7 @@ class Processes(Protocol):
 
     @property
     def global_rank(self) -> int:
-        """This process's number."""
+        """Number of this process."""
 
     @property
     def world_size(self) -> int:

@@ -12,6 +12,7 @@ from trunkline import TrunklineError
 from trunkline.datamodules import LabelledTextData
 from trunkline.pipelines.benchmarks.audio_cases import audio
 from trunkline.pipelines.benchmarks.clip_cases import clip_chunks, clip_compiled, clip_eager
+from trunkline.pipelines.benchmarks.ddp import ddp_scaling
 from trunkline.pipelines.benchmarks.dtw import dtw_errors
 from trunkline.pipelines.benchmarks.image_cases import (
     muon_step,
@@ -52,6 +53,7 @@ CASES = {
     "muon": muon_step,
     "overhead": trainer_overhead,
     "saves": save_stalls,
+    "ddp": ddp_scaling,
 }
 """Cases that measure times, by name."""
 DATE_TESTS = ("dates:years", "dates:locales", "dates:forms", "dates:languages")
@@ -77,6 +79,7 @@ def benchmark(
         "muon",
         "overhead",
         "saves",
+        "ddp",
         "svm",
         "ngram",
         "dates",
@@ -105,8 +108,9 @@ def benchmark(
             of the digits recipe's network, against torch's Muon, which updates one matrix after the other. `overhead`:
             `trainer.fit` with progress bar, throughput, TensorBoard and signal handling, against a bare loop with the
             same network and batch size. `saves`: how long a save of 500 MB holds up training, against writing it at
-            once; and a step beside it, against a step alone. `svm`: test accuracy of an RBF SVM on the splits of
-            vit/digits. `ngram`: test accuracy of a logistic regression on character n-grams on the splits of
+            once; and a step beside it, against a step alone. `ddp`: two processes of one thread that train the ViT
+            together, against two that each train one, at the same time. `svm`: test accuracy of an RBF SVM on the
+            splits of vit/digits. `ngram`: test accuracy of a logistic regression on character n-grams on the splits of
             bert/classify_demo. `dates`: dates that logistic regressions on character n-grams read right in the test
             sets of seq2seq/dates, in about 80 seconds of CPU time. `dtw`: digit errors of time warping with recorded
             templates on test sets of audio/digits. `start`: what a user waits for, in seconds and in times `import

@@ -164,7 +164,7 @@ def test_both_encoder_decoders_are_one_network(small: None) -> None:
 
 
 def test_all_is_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cases = {*CASES, "audio"}  # that one is in test_audio_cases.py
+    cases = {*CASES, "audio", "ddp"}  # these are in test_audio_cases.py and test_ddp.py
     assert set(module.CASES) == cases
     for name in cases:
         row = {"case": name, "peer": "", "ms": 1.0, "peer_ms": 2.0, "ratio": 2.0, "range": (1.5, 2.5)}
