@@ -20,7 +20,10 @@ TRAINING = {
     "validate": "evaluate a checkpoint on the validation split",
     "test": "evaluate a checkpoint on the test split",
 }
-PREPARATION = {"prepare": "tokenise a recipe's text ahead of its run"}
+PREPARATION = {
+    "check": "prove on this machine that a recipe can be trained: processes, resume, gradients, memory, time",
+    "prepare": "tokenise a recipe's text ahead of its run",
+}
 LISTINGS = {"list": "the packaged recipes by model, with data, size, time and result"}
 HELP = ("-h", "--help")
 
@@ -90,6 +93,11 @@ def main(arguments: list[str] | None = None) -> None:
 
             resume_collection()
             run_training(arguments)
+        elif command == "check":
+            from trunkline.pipelines.checks.check import run_check
+
+            resume_collection()
+            run_check(arguments)
         elif command in PREPARATION:
             from trunkline.pipelines.commands.prepare import run_prepare
 
@@ -171,7 +179,7 @@ def say_that_it_starts(command: str) -> None:
 
     Only the first process of a run says it, and the commands that write to standard output only to a terminal.
     """
-    if "LOCAL_RANK" not in os.environ and (command in TRAINING or sys.stderr.isatty()):
+    if "LOCAL_RANK" not in os.environ and (command in (*TRAINING, "check") or sys.stderr.isatty()):
         print(f"trunkline {command}: starting", file=sys.stderr, flush=True)
 
 

@@ -65,6 +65,19 @@ PREPARATION_FLAGS = {
     "--data.cache_dir FOLDER": "where the tokens are kept",
 }
 
+CHECK_FLAGS = {
+    "--config NAME": "recipe, machine or YAML file; all flags of fit may follow, and mean the same",
+    "--processes N": "processes that are compared with one: GPUs; default: all of this machine, without any 2 on the CPU",
+    "--only NAMES": "some of the checks: agreement,parameters,overfit,resume,estimates",
+}
+CHECK_NAMES = {
+    "agreement": "one process, accumulated gradients and N processes give the same loss and gradients",
+    "parameters": "each parameter that is not frozen has a gradient and a group of the optimiser",
+    "overfit": "a few rows can be learnt by heart",
+    "resume": "a run that SIGKILL ends and that is resumed gives the same checkpoint, bit for bit",
+    "estimates": "memory of a process, size of a checkpoint, time of an epoch",
+}
+
 
 class Option(NamedTuple):
     """An option of a command, as its function declares it."""
@@ -77,7 +90,7 @@ class Option(NamedTuple):
 
 
 def training_page(command: str, title: str) -> str:
-    """Help of `fit`, `validate`, `test` or `prepare` on one screen."""
+    """Help of `fit`, `validate`, `test`, `prepare` or `check` on one screen."""
     evaluates = command in ("validate", "test")
     usage = f"usage: trunkline {command} {'--ckpt_path FILE' if evaluates else '--config RECIPE'} [options]"
     lines = [f"trunkline {command}: {title}", "", usage, ""]
@@ -86,7 +99,10 @@ def training_page(command: str, title: str) -> str:
         lines += ["recipes that train on two CPU cores; `trunkline list` has all:"]
         lines += columns({recipe.name: f"{recipe.result}; {recipe.time.partition(',')[0]}" for recipe in done})
         lines += ["", "flags that people use:"]
-    lines += columns(FLAGS if command == "fit" else EVALUATION_FLAGS if evaluates else PREPARATION_FLAGS)
+    if command == "check":
+        lines += ["what is checked, in runs of a few steps; exit code 1 if anything fails:", *columns(CHECK_NAMES), ""]
+    pages = {"fit": FLAGS, "prepare": PREPARATION_FLAGS, "check": CHECK_FLAGS}
+    lines += columns(EVALUATION_FLAGS if evaluates else pages[command])
     lines += ["", f"all flags: trunkline {command} --help all"]
     lines += ["flags of a recipe's data or model: trunkline fit --config vit/digits --help data (or: --help model)"]
     return "\n".join(lines)

@@ -1,0 +1,218 @@
+"""`trunkline check`: prove on this machine that a recipe can be trained, before GPU-hours are spent on it."""
+
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from trunkline import TrunklineError
+from trunkline.pipelines.checks.agreement import TOLERANCE, explain_difference, run_agreement, step_trial
+from trunkline.pipelines.checks.estimates import cost_trial, estimate_rows
+from trunkline.pipelines.checks.overfit import explain_standstill, learnt, overfit_trial
+from trunkline.pipelines.checks.parameters import parameter_faults, parameter_figures
+from trunkline.pipelines.checks.resume import END, KILLED, explain_resume, run_resume
+from trunkline.pipelines.checks.trials import TrialFailed, Workbench
+from trunkline.pipelines.configs import nearest, resolve_configs
+from trunkline.pipelines.errors import options_given, place_of
+
+CHECKS = ("agreement", "parameters", "overfit", "resume", "estimates")
+OWN = ("--processes", "--only")
+PARSER_FLAGS = ("-h", "--help", "--print_config", "--data.help", "--model.help")
+"""Flags that the parser of `fit` answers."""
+MOST_PROCESSES = 64
+WIDTH = 110
+"""Least columns of the table, also in a narrow terminal or a file."""
+
+
+class Row(NamedTuple):
+    """A line of the closing table."""
+
+    check: str
+    what: str
+    passed: bool | None
+    """None for an estimate."""
+    figures: str
+    advice: str = ""
+    """If it failed: what is wrong, and what to do."""
+
+
+def run_check(arguments: list[str]) -> None:
+    """Check a recipe, and print a table of what passed.
+
+    Args:
+        arguments: the command, and options as for `trunkline fit`, with `--processes` and `--only` besides.
+
+    Raises:
+        TrunklineError: for bad input.
+        SystemExit: with code 1 if a check fails.
+    """
+    rest, own = split_own(arguments[1:])
+    if {argument.partition("=")[0] for argument in rest} & set(PARSER_FLAGS):
+        from trunkline.pipelines.training import run_training
+
+        run_training(["fit", *rest])
+        return
+    chosen, processes = chosen_checks(own.get("--only")), count_of_processes(own.get("--processes"))
+    resolved, recipe = resolve_configs(["fit", *rest])
+    if not any(name in ("--config", "-c", "--model", "--model.class_path") for name, _ in options_given(resolved)):
+        raise TrunklineError("trunkline check needs a recipe, such as --config vit/digits")
+    sys.argv[1:] = resolved  # messages look for flags and configs here
+    folder, start = Path(tempfile.mkdtemp(prefix="trunkline-check-")), time.perf_counter()
+    try:
+        rows = check_recipe(Workbench(resolved, recipe, folder), chosen, processes)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    show(rows, recipe or "recipe", time.perf_counter() - start)
+    if any(row.passed is False for row in rows):
+        raise SystemExit(1)
+
+
+def split_own(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The command line without the flags that only this command has, and those with their values."""
+    rest, own, name = [], {}, ""
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if name:
+            own[name], name = argument, ""
+        elif flag in OWN:
+            own[flag], name = value, "" if equals else flag
+        else:
+            rest.append(argument)
+    if name:
+        raise TrunklineError(f"{name} is the last word; write its value after it")
+    return rest, own
+
+
+def chosen_checks(text: str | None) -> list[str]:
+    """The checks that `--only` names, in our order; all without it.
+
+    Raises:
+        TrunklineError: for a name that there is not.
+    """
+    names = list(CHECKS) if text is None else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in CHECKS:
+            hint = nearest(name, CHECKS) or ";"
+            raise TrunklineError(f"--only: there is no check '{name}'{hint} there are {', '.join(CHECKS)}")
+    return [name for name in CHECKS if name in names]
+
+
+def count_of_processes(text: str | None) -> int | None:
+    """The number that `--processes` gives; None without it.
+
+    Raises:
+        TrunklineError: if it is no number, or out of range.
+    """
+    if text is None:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_PROCESSES:
+        raise TrunklineError(f"--processes must be a whole number from 1 to {MOST_PROCESSES}, not '{text}'")
+    return int(text)
+
+
+def check_recipe(bench: Workbench, chosen: list[str], processes: int | None) -> list[Row]:
+    """Run the checks of these names.
+
+    Raises:
+        TrunklineError: if the recipe cannot make a step at all.
+    """
+    print("check: the first step", file=sys.stderr)
+    try:
+        (alone,) = bench.run(step_trial())  # all flags, files and classes are read here
+    except TrialFailed as failed:
+        sys.stderr.write(failed.log)
+        raise TrunklineError(str(failed), failed.field) from None
+    count = processes or alone["devices"]
+    if alone["device"] != "cpu" and count > alone["devices"]:
+        raise TrunklineError(f"--processes {count}: there are only {alone['devices']} devices here")
+    rows: list[Row] = []
+    for name in chosen:
+        print(f"check: {name}", file=sys.stderr, flush=True)
+        try:
+            rows += RUNNERS[name](bench, alone, count)
+        except TrialFailed as failed:
+            sys.stderr.write(failed.log)
+            place = place_of(failed.field) if failed.field else None
+            rows.append(
+                Row(name, "ends before its last step", False, "", f"{failed}" + (f" ({place})" if place else ""))
+            )
+    return rows
+
+
+def check_agreement(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Row]:
+    """One process, accumulated gradients and several processes: the same loss and gradients."""
+    rows = []
+    for kind, found in run_agreement(bench, alone, processes).items():
+        figures = f"loss {found.loss:.1e}, gradients {found.gradient:.1e} apart (at most {TOLERANCE:.0e})"
+        advice = "" if found.passed else explain_difference(found, kind, alone)
+        rows.append(Row("agreement", f"{kind} as one process", found.passed, figures, advice))
+    return rows
+
+
+def check_parameters(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Row]:
+    """Gradients and groups of the optimiser."""
+    faults = parameter_faults(alone)
+    what = "each has a gradient and an optimiser"
+    return [Row("parameters", what, not faults, parameter_figures(alone), "; ".join(faults))]
+
+
+def check_overfit(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Row]:
+    """One batch, again and again."""
+    (found,) = bench.run(overfit_trial())
+    figures = f"loss {found['first']:.4g} to {found['last']:.4g} in {found['steps']} steps"
+    passed = learnt(found["first"], found["last"])
+    advice = "" if passed else explain_standstill(found)
+    return [Row("overfit", f"{found['rows']} rows can be learnt by heart", passed, figures, advice)]
+
+
+def check_resume(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Row]:
+    """SIGKILL and resume."""
+    found = run_resume(bench, processes, alone["device"])
+    passed = not found.differences and found.other_rows is None
+    places = "" if processes == 1 else f", {processes} processes"
+    figures = f"SIGKILL after step {KILLED} of {END}{places}: {len(found.differences)} differences"
+    advice = "" if passed else explain_resume(found)
+    return [Row("resume", "the same checkpoint, bit for bit", passed, figures, advice)]
+
+
+def check_costs(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Row]:
+    """Memory, disk and time."""
+    (found, *_) = bench.run(cost_trial(processes))
+    return [Row("estimates", what, None, figures) for what, figures in estimate_rows(found).items()]
+
+
+RUNNERS = {
+    "agreement": check_agreement,
+    "parameters": check_parameters,
+    "overfit": check_overfit,
+    "resume": check_resume,
+    "estimates": check_costs,
+}
+
+
+def show(rows: list[Row], recipe: str, seconds: float) -> None:
+    """Print the table, below it what is wrong, and what the checks left out."""
+    table = Table(title=f"check of {recipe}", title_justify="left")
+    for heading in ("check", "what", "result", "figures"):
+        table.add_column(heading)
+    for row in rows:
+        result = {True: "pass", False: "FAIL", None: "estimate"}[row.passed]
+        table.add_row(row.check, row.what, result, row.figures)
+    Console(width=max(WIDTH, shutil.get_terminal_size().columns)).print(table)
+    for row in rows:
+        if row.passed is False:
+            print(f"FAIL {row.check}: {row.advice}")
+    if {row.check for row in rows} & {"agreement", "parameters", "overfit"}:
+        print(
+            "Agreement and parameters: in float32, new weights with a little noise; these and overfit: on few rows, without "
+            "dropout,\ndrop path, mixup and the recipe's callbacks. Resume: all as in the recipe, except its loggers."
+        )
+    failed = sum(row.passed is False for row in rows)
+    verdict = f"{failed} of {sum(row.passed is not None for row in rows)} failed" if failed else "all passed"
+    print(f"{verdict} in {seconds:.0f} s")

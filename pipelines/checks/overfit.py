@@ -1,0 +1,49 @@
+"""Check that the network can learn one batch by heart."""
+
+import math
+from typing import Any
+
+import lightning as L
+
+from trunkline.pipelines.checks.trial_process import TrialObserver
+from trunkline.pipelines.checks.trials import Trial
+
+STEPS = 200
+"""Most steps on the batch."""
+ROWS_LEARNT = 16
+"""Most rows of the batch."""
+SHARE = 0.5
+"""The loss must fall by this share of its first value; chance or the frequency of labels alone cannot do that."""
+NOTHING_LEFT = 0.05
+"""A loss that begins below this has been learnt already."""
+
+
+class LossObserver(TrialObserver):
+    """Keeps the first and the last loss, and ends the trial when the loss is low enough."""
+
+    def after_step(self, trainer: L.Trainer, module: L.LightningModule, rows: list[Any]) -> None:
+        loss = float(trainer.callback_metrics.get("train/loss", math.nan))
+        first = self.result.setdefault("first", loss)
+        self.result |= {"last": loss, "steps": trainer.global_step, "rows": len(rows)}
+        if learnt(first, loss):
+            trainer.should_stop = True
+
+
+def learnt(first: float, last: float) -> bool:
+    """Whether the loss has fallen far enough."""
+    return last <= first - SHARE * abs(first) or last < NOTHING_LEFT
+
+
+def overfit_trial() -> Trial:
+    """The trial: the recipe's optimiser and precision, without dropout, on the same few rows in each step."""
+    title = f"up to {STEPS} steps on one batch"
+    return Trial(title, LossObserver(), steps=STEPS, rows=ROWS_LEARNT, one_batch=True, parts=1)
+
+
+def explain_standstill(result: dict[str, Any]) -> str:
+    """What is wrong if the batch was not learnt, and what to do."""
+    return (
+        f"the loss of one batch of {result['rows']} rows went from {result['first']:.4g} to {result['last']:.4g} in "
+        f"{result['steps']} steps, and should fall by half: the network cannot learn it; see whether the inputs reach "
+        "the output and whether the targets belong to them, and try another optimizer.lr"
+    )

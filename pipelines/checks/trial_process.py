@@ -1,0 +1,271 @@
+"""A process of a trial: `trunkline fit` for a few steps, with an observer."""
+
+import dataclasses
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from torch.utils.data import DataLoader, Sampler
+
+from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader, SampleKey
+from trunkline.modules.training.exact_resume import accumulates
+from trunkline.pipelines.checks.trials import Trial
+from trunkline.pipelines.errors import from_outside, own_error
+from trunkline.pipelines.quiet import quieten
+from trunkline.pipelines.training import TrainingCLI
+
+RANDOM_MIXING = ("mixup", "cutmix")
+"""Arguments of objectives that mix the rows of a batch by chance."""
+RESTING = {
+    "max_epochs": -1,
+    "min_epochs": None,
+    "min_steps": None,
+    "max_time": None,
+    "fast_dev_run": False,
+    "overfit_batches": 0.0,
+    "num_sanity_val_steps": 0,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_nodes": 1,
+    "logger": None,
+    "profiler": None,
+}
+"""Options of the trainer in every trial."""
+NO_VALIDATION = {
+    "limit_val_batches": 0,
+    "limit_train_batches": 1.0,
+    "val_check_interval": 1.0,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": None,
+    "enable_checkpointing": False,
+    "logger": False,
+}
+"""More of them, for a trial without the recipe's callbacks."""
+WARMUP_STEPS = 10
+"""Of a trial that repeats one batch."""
+
+
+class TrialObserver(Callback):
+    """Looks on at a trial, and keeps what it has seen in `result`, which holds only plain data and tensors."""
+
+    def __init__(self) -> None:
+        self.result: dict[str, Any] = {}
+        self.folder = Path()
+        """Of the trial's files."""
+
+    def after_step(self, trainer: L.Trainer, module: Any, rows: list[Any]) -> None:
+        """Called after each optimiser step, with the rows of this process in it, by number."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen = [*getattr(self, "seen", []), *row_numbers(batch)]
+        if not accumulates(trainer):
+            rows, self.seen = self.seen, []
+            self.after_step(trainer, pl_module, rows)
+
+    def hold(self, trainer: L.Trainer) -> None:
+        """Say that this process is where it is to be killed, and wait for that."""
+        (self.folder / f"held{trainer.global_rank}").touch()
+        while True:
+            time.sleep(1)
+
+
+def written(file: Path) -> Path:
+    """A checkpoint's path, as soon as it is there: the writer may not have finished."""
+    while not file.exists():
+        time.sleep(0.01)
+    return file
+
+
+def row_numbers(batch: Any) -> list[Any]:
+    """Numbers of a batch's rows that are counted; sums of their content if the batch does not tell numbers."""
+    index = batch.get("index") if isinstance(batch, dict) else None
+    if isinstance(index, torch.Tensor):
+        valid = batch.get("valid")
+        found: list[Any] = (index if valid is None else index[valid]).tolist()
+        return found
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else [batch]
+    first = next((value for value in values if isinstance(value, torch.Tensor) and value.dim() > 0), None)
+    return [] if first is None else first.double().reshape(len(first), -1).sum(dim=1).tolist()
+
+
+class SmallBatches(Sampler[list[SampleKey]]):
+    """The batches of a sampler, each cut to its first rows and then into equal parts.
+
+    Part n has every `parts`-th row from row n on, as process n of as many processes would have.
+
+    Args:
+        sampler: of one process.
+        rows: most rows of a batch of this process.
+        parts: number of parts of each batch; fillers make them equally long.
+    """
+
+    def __init__(self, sampler: ResumableBatchSampler, rows: int, parts: int) -> None:
+        self.whole, self.rows, self.parts = sampler, rows, parts
+
+    @property
+    def sampler(self) -> ResumableBatchSampler:
+        """Where Lightning sets the epoch."""
+        return self.whole
+
+    def __len__(self) -> int:
+        return len(self.whole) * self.parts
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for keys in self.whole:
+            kept = keys[: self.rows]
+            kept += [kept[0]._replace(valid=False)] * (-len(kept) % self.parts)
+            yield from (kept[part :: self.parts] for part in range(self.parts))
+
+
+class Repeated(torch.utils.data.Dataset[Any]):
+    """One batch, many times."""
+
+    def __init__(self, batch: Any, count: int) -> None:
+        self.batch, self.count = batch, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        if index >= self.count:
+            raise IndexError
+        return self.batch
+
+
+class TrialCLI(TrainingCLI):
+    """`trunkline fit` for a few steps, without its test, its table and whatever the trial switches off."""
+
+    def __init__(self, trial: Trial, arguments: list[str], recipe: str | None, folder: Path) -> None:
+        self.trial, self.folder = trial, folder
+        super().__init__(arguments, recipe)
+
+    def before_instantiate_classes(self) -> None:
+        config, trial = self.config[self.subcommand], self.trial
+        trainer, options = config.trainer, {**RESTING, "max_steps": trial.steps, "devices": trial.processes}
+        if trial.callbacks != "all":
+            options |= NO_VALIDATION
+        elif trainer.get("limit_val_batches") is None:
+            options["limit_val_batches"] = 1
+        if trial.parts is not None:
+            options["accumulate_grad_batches"] = trial.parts
+        if trial.precision is not None:
+            options["precision"] = trial.precision
+            config.compile = False
+        strategy = trainer.get("strategy")
+        alone = trial.processes == 1
+        own = strategy not in (None, "auto") and not (isinstance(strategy, str) and not portable(strategy))
+        options["strategy"] = "auto" if alone else strategy if own else "ddp"
+        for name, value in options.items():
+            trainer[name] = value
+        if trial.still:
+            given = config.model.get("init_args") or {}
+            for name in RANDOM_MIXING:
+                if given.get(name):
+                    given[name] = 0.0
+        config.run_dir, config.name, config.resume = str(self.folder / "runs"), "check", trial.resume
+        config.test_with = "none"
+        super().before_instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self._get(self.config_init, "trainer")
+        callbacks = config.get("callbacks") or []
+        if self.trial.callbacks != "all":
+            averaged = self.trial.callbacks == "average"
+            callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+            config["callbacks"] = [c for c in callbacks if averaged and isinstance(c, WeightAveraging)]
+        trainer = super().instantiate_trainer(**kwargs)
+        observer = self.trial.observer
+        observer.folder = self.folder
+        trainer.callbacks.append(observer)  # type: ignore[attr-defined]  # last, so that it sees the others' work
+        return trainer
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train for the trial's steps."""
+        trial, data = self.trial, self.datamodule
+        if trial.still:
+            data.num_workers = 0
+            self.trainer.callbacks.append(Still())  # type: ignore[attr-defined]
+        if trial.one_batch:
+            steady = {"schedule": "constant", "warmup": float(WARMUP_STEPS)}
+            self.model.optimizer_config = dataclasses.replace(self.model.optimizer_config, **steady)
+        if trial.rows is not None:
+            data.train_dataloader = self.small_loader(data.train_dataloader)
+        checkpoint = self.checkpoint
+        self.trainer.fit(**{**kwargs, "ckpt_path": None if checkpoint is None else str(checkpoint)}, weights_only=True)
+
+    def small_loader(self, make: Callable[[], Any]) -> Callable[[], Any]:
+        """What `train_dataloader` returns instead: a loader of the trial's small batches."""
+        trial, data = self.trial, self.datamodule
+        assert trial.rows is not None
+        rows, parts = max(trial.rows // trial.processes, 1), trial.parts or 1
+
+        def train_dataloader() -> Any:
+            loader = make()
+            if isinstance(loader, ResumableLoader):
+                sampler: Any = SmallBatches(loader.batch_sampler, rows, parts)  # type: ignore[arg-type]
+                loader = DataLoader(loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn)
+            elif parts > 1:  # a loader of the user's own
+                data.batch_size = max(data.batch_size // parts, 1)
+                loader = make()
+            if trial.one_batch:
+                loader = DataLoader(Repeated(next(iter(loader)), trial.steps * parts), batch_size=None)
+            return loader
+
+        return train_dataloader
+
+
+class Still(Callback):
+    """Switches off what is random in a step."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.eval()
+
+
+def portable(strategy: str) -> bool:
+    """Whether a strategy works with processes that it has not started."""
+    return not any(word in strategy for word in ("spawn", "fork", "notebook"))
+
+
+def run_rank(
+    trial: Trial,
+    arguments: list[str],
+    recipe: str | None,
+    folder: Path,
+    rank: int,
+    *,
+    environ: dict[str, str],
+    cwd: str,
+) -> None:
+    """One process of a trial. It writes `result<rank>.pt`, or `error<rank>.pt`, and all that it prints to a log."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environ)
+    log = os.open(folder / f"log{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    multiprocessing.set_start_method(None, force=True)  # that of an ordinary process, for those that load data
+    if cwd not in sys.path:  # for classes of the user's own, beside their config
+        sys.path.append(cwd)
+    sys.argv = ["trunkline", *arguments]
+    quieten()
+    try:
+        TrialCLI(trial, list(arguments), recipe, folder)
+    except Exception as error:
+        own = own_error(error) or from_outside(error)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        found = {"message": reason if own is None else str(own), "field": getattr(own, "field", None)}
+        torch.save({**found, "own": own is not None}, folder / f"error{rank}.pt")
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1 if own is None else 2)  # at once, also if other processes wait for this one in a collective
+    torch.save(trial.observer.result, folder / f"result{rank}.pt")

@@ -1,0 +1,188 @@
+"""Trials: runs of a few steps of the user's recipe, each in processes of its own, which can be killed."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trunkline import TrunklineError
+
+OTHERS = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "JSM_", "TORCHELASTIC_")
+"""Environment variables of a cluster's job, in which the check runs; a trial has processes of its own."""
+RANKED = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TRUNKLINE_RUN")
+PATIENCE = 5.0
+"""Seconds in which the other processes of a trial may end by themselves after one has failed."""
+POLL = 0.05
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of a few steps.
+
+    Everything that is not said here is as in the user's recipe.
+    """
+
+    title: str
+    observer: Any
+    """The `TrialObserver` that looks on; its `result` comes back from each process."""
+    steps: int = 1
+    """Optimiser steps."""
+    processes: int = 1
+    precision: str | None = None
+    callbacks: Literal["none", "average", "all"] = "none"
+    """Which of the recipe's callbacks take part: all, or only a weight average."""
+    still: bool = True
+    """Whether dropout, drop path and mixup are off, and the loader has no processes of its own."""
+    rows: int | None = None
+    """Most rows of a batch, over all processes."""
+    parts: int | None = None
+    """Each batch is cut into this many, whose gradients are accumulated; None accumulates as the recipe does."""
+    one_batch: bool = False
+    """Whether the first batch is repeated, with a constant learning rate after a few steps."""
+    resume: str | None = None
+    """The checkpoint to start from."""
+    held: bool = False
+    """Whether the observer stops all processes at some step (`TrialObserver.hold`), where they are killed."""
+
+
+class TrialFailed(TrunklineError):
+    """A trial ended before its last step.
+
+    Args:
+        message: the error.
+        field: as in `TrunklineError`.
+        log: what the process printed, if the error is no `TrunklineError`; else empty.
+    """
+
+    def __init__(self, message: str, field: str | None = None, log: str = "") -> None:
+        super().__init__(message, field)
+        self.log = log
+
+
+class Workbench:
+    """Runs trials.
+
+    Args:
+        arguments: `fit` and its flags, with the paths of configs.
+        recipe: name of the recipe.
+        folder: a temporary folder for all that the trials write.
+    """
+
+    def __init__(self, arguments: Sequence[str], recipe: str | None, folder: Path) -> None:
+        self.arguments, self.recipe, self.folder = list(arguments), recipe, folder
+        self.count = 0
+        methods = multiprocessing.get_all_start_methods()
+        # A fork of a server that has imported everything starts at once, and has no threads that it would lose.
+        self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if "forkserver" in methods:
+            self.context.set_forkserver_preload(["trunkline.pipelines.checks.trial_process"])
+
+    def run(self, trial: Trial) -> list[Any]:
+        """Run a trial, and return the observer's `result` of each process; None from processes that were killed.
+
+        Raises:
+            TrialFailed: if a process ends otherwise than the trial says.
+        """
+        from trunkline.pipelines.checks.trial_process import run_rank
+
+        print(f"  {trial.title}", file=sys.stderr, flush=True)
+        self.count += 1
+        folder = self.folder / f"trial{self.count}"
+        folder.mkdir(parents=True)
+        port = free_port()
+        jobs = [
+            self.context.Process(
+                target=run_rank,
+                args=(trial, self.arguments, self.recipe, folder, rank),
+                kwargs={"environ": environment(trial.processes, rank, port), "cwd": str(Path.cwd())},
+            )
+            for rank in range(trial.processes)
+        ]
+        try:
+            for job in jobs:
+                job.start()
+            if trial.held:
+                self._wait_until_held(jobs, folder)
+                kill(jobs)
+                return [None] * len(jobs)
+            wait_for(jobs)
+        finally:
+            kill(jobs)
+        codes = [job.exitcode for job in jobs]
+        if any(codes):
+            raise failure(trial, folder, codes)
+        return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(len(jobs))]
+
+    def _wait_until_held(self, jobs: list[Any], folder: Path) -> None:
+        while not all((folder / f"held{rank}").exists() for rank in range(len(jobs))):
+            if not all(job.is_alive() for job in jobs):
+                wait_for(jobs)
+                raise failure(None, folder, [job.exitcode for job in jobs])
+            time.sleep(POLL)
+
+
+def environment(processes: int, rank: int, port: int) -> dict[str, str]:
+    """Environment of a process, as `torchrun` would start it if there are several."""
+    environ = {name: text for name, text in os.environ.items() if not name.startswith(OTHERS) and name not in RANKED}
+    if processes > 1:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": processes, "GROUP_WORLD_SIZE": 1}
+        ranks |= {"LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port, "TORCHELASTIC_RESTART_COUNT": 0}
+        environ |= {name: str(value) for name, value in ranks.items()}
+        environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": f"check-{os.getpid()}-{port}"}
+    return environ
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def wait_for(jobs: list[Any]) -> None:
+    """Wait until all processes have ended, or some seconds longer than the first that failed."""
+    end = None
+    while living := [job for job in jobs if job.is_alive()]:
+        if end is None and any(job.exitcode for job in jobs):
+            end = time.monotonic() + PATIENCE
+        if end is not None and time.monotonic() > end:
+            return
+        wait([job.sentinel for job in living], None if end is None else POLL)
+
+
+def kill(jobs: list[Any]) -> None:
+    """SIGKILL for processes that still run, and for those that load their data."""
+    for job in jobs:
+        if job.pid is None:
+            continue
+        try:
+            os.killpg(job.pid, signal.SIGKILL)  # each leads a session of its own
+        except (ProcessLookupError, PermissionError, AttributeError):  # it has ended, or was never its leader
+            job.kill()
+        job.join()
+
+
+def failure(trial: Trial | None, folder: Path, codes: list[int | None]) -> TrialFailed:
+    """The error with which a trial ended: the first process's own, else that of another."""
+    for rank in sorted(range(len(codes)), key=lambda rank: (codes[rank] != 2, codes[rank] is None, rank)):
+        file = folder / f"error{rank}.pt"
+        if file.exists():
+            found = torch.load(file, weights_only=True)
+            log = folder / f"log{rank}.txt"
+            return TrialFailed(
+                found["message"], found["field"], "" if found["own"] else log.read_text(errors="replace")
+            )
+    rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
+    log = (folder / f"log{rank}.txt").read_text(errors="replace")
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    return TrialFailed(f"process {rank} {how}", None, log)
