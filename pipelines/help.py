@@ -67,7 +67,7 @@ PREPARATION_FLAGS = {
 
 CHECK_FLAGS = {
     "--config NAME": "recipe, machine or YAML file; all flags of fit may follow, and mean the same",
-    "--processes N": "processes that are compared with one: GPUs; default: all of this machine, without any 2 on the CPU",
+    "--processes N": "processes that are compared with one; default: all GPUs of this machine, on a CPU 2",
     "--only NAMES": "some of the checks: agreement,parameters,overfit,resume,estimates",
 }
 CHECK_NAMES = {

@@ -32,7 +32,7 @@ class StepObserver(TrialObserver):
         }
         learning = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
         device = trainer.strategy.root_device.type
-        count = trainer.accelerator.auto_device_count()  # type: ignore[attr-defined]
+        count = trainer.accelerator.auto_device_count()
         self.result = {
             "ungrouped": [name for name, p in learning if id(p) not in grouped],
             "frozen": sum(not p.requires_grad for p in pl_module.parameters()),

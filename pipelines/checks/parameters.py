@@ -24,8 +24,8 @@ def parameter_faults(alone: Mapping[str, Any]) -> list[str]:
         )
     if dead:
         faults.append(
-            f"the gradient of {named(dead)} is zero in every entry, so that it cannot learn; look for a factor of zero, "
-            "a detach or a saturated function behind it"
+            f"the gradient of {named(dead)} is zero in every entry, so that it cannot learn; look for a factor of "
+            "zero, a detach or a saturated function behind it"
         )
     if alone["ungrouped"]:
         faults.append(

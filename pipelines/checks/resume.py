@@ -44,7 +44,7 @@ class Resumed(NamedTuple):
     """How the run that was resumed differs from the one that went on."""
 
     differences: list[tuple[str, float]]
-    """Name of each part of the checkpoint that differs, and the largest relative difference in it (nan: not numbers)."""
+    """Name of each part of the checkpoint that differs, and its largest relative difference (nan: no numbers)."""
     other_rows: int | None
     """The first step with other samples; None if there is none."""
     device: str
@@ -68,8 +68,8 @@ def run_resume(bench: Workbench, processes: int, device: str) -> Resumed:
         if any(a["rows"].get(step) != b["rows"].get(step) for a, b in zip(went_on, again, strict=True)):
             other = step
             break
-    contents = [comparable(run[0][f"file{END}"]) for run in (went_on, again)]
-    return Resumed(list(differences(*contents)), other, device)
+    a, b = (comparable(run[0][f"file{END}"]) for run in (went_on, again))
+    return Resumed(list(differences(a, b)), other, device)
 
 
 def comparable(file: str) -> dict[str, Any]:

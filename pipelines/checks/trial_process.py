@@ -149,7 +149,8 @@ class TrialCLI(TrainingCLI):
 
     def before_instantiate_classes(self) -> None:
         config, trial = self.config[self.subcommand], self.trial
-        trainer, options = config.trainer, {**RESTING, "max_steps": trial.steps, "devices": trial.processes}
+        trainer = config.trainer
+        options: dict[str, Any] = {**RESTING, "max_steps": trial.steps, "devices": trial.processes}
         if trial.callbacks != "all":
             options |= NO_VALIDATION
         elif trainer.get("limit_val_batches") is None:

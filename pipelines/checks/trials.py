@@ -178,11 +178,14 @@ def failure(trial: Trial | None, folder: Path, codes: list[int | None]) -> Trial
         file = folder / f"error{rank}.pt"
         if file.exists():
             found = torch.load(file, weights_only=True)
-            log = folder / f"log{rank}.txt"
-            return TrialFailed(
-                found["message"], found["field"], "" if found["own"] else log.read_text(errors="replace")
-            )
+            log = "" if found["own"] else printed_by(folder, rank)
+            return TrialFailed(found["message"], found["field"], log)
     rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
-    log = (folder / f"log{rank}.txt").read_text(errors="replace")
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-    return TrialFailed(f"process {rank} {how}", None, log)
+    return TrialFailed(f"process {rank} {how}", None, printed_by(folder, rank))
+
+
+def printed_by(folder: Path, rank: int) -> str:
+    """What a process of a trial has printed."""
+    file = folder / f"log{rank}.txt"
+    return file.read_text(errors="replace") if file.exists() else ""
