@@ -211,7 +211,7 @@ def show(rows: list[Row], recipe: str, seconds: float) -> None:
     if {row.check for row in rows} & {"agreement", "parameters", "overfit"}:
         print(
             "Agreement and parameters: in float32, new weights with a little noise; these and overfit: on few rows, "
-            "without dropout,\ndrop path, mixup and the recipe's callbacks. Resume: all as in the recipe, except its loggers."
+            "without dropout,\ndrop path, mixup and the recipe's callbacks. Resume: all as in the recipe but for loggers."
         )
     failed = sum(row.passed is False for row in rows)
     verdict = f"{failed} of {sum(row.passed is not None for row in rows)} failed" if failed else "all passed"
