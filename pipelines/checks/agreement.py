@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from trunkline.pipelines.checks.trial import Trial
 from trunkline.pipelines.checks.trial_process import TrialObserver
-from trunkline.pipelines.checks.trials import Trial, Workbench
+from trunkline.pipelines.checks.trials import Workbench
 
 TOLERANCE = 1e-5
 """Largest relative difference of losses and gradients in float32."""

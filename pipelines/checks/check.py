@@ -1,6 +1,7 @@
 """`trunkline check`: prove on this machine that a recipe can be trained, before GPU-hours are spent on it."""
 
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -64,10 +65,12 @@ def run_check(arguments: list[str]) -> None:
         raise TrunklineError("trunkline check needs a recipe, such as --config vit/digits")
     sys.argv[1:] = resolved  # messages look for flags and configs here
     folder, start = Path(tempfile.mkdtemp(prefix="trunkline-check-")), time.perf_counter()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the trials too
     try:
         rows = check_recipe(Workbench(resolved, recipe, folder), chosen, processes)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
     show(rows, recipe or "recipe", time.perf_counter() - start)
     if any(row.passed is False for row in rows):
         raise SystemExit(1)
@@ -210,8 +213,8 @@ def show(rows: list[Row], recipe: str, seconds: float) -> None:
             print(f"FAIL {row.check}: {row.advice}")
     if {row.check for row in rows} & {"agreement", "parameters", "overfit"}:
         print(
-            "Agreement and parameters: in float32, new weights with a little noise; these and overfit: on few rows, "
-            "without dropout,\ndrop path, mixup and the recipe's callbacks. Resume: all as in the recipe but for loggers."
+            "Agreement, parameters: in float32, new weights with a little noise; these and overfit: on few rows, "
+            "without dropout,\ndrop path, mixup and the recipe's callbacks. Resume: as in the recipe, without loggers."
         )
     failed = sum(row.passed is False for row in rows)
     verdict = f"{failed} of {sum(row.passed is not None for row in rows)} failed" if failed else "all passed"

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from trunkline.pipelines.checks.trial import Trial
 from trunkline.pipelines.checks.trial_process import TrialObserver, written
-from trunkline.pipelines.checks.trials import Trial
 
 FIRST, MEASURED = 3, 6
 """Steps before the measurement, and measured steps."""

@@ -5,8 +5,8 @@ from typing import Any
 
 import lightning as L
 
+from trunkline.pipelines.checks.trial import Trial
 from trunkline.pipelines.checks.trial_process import TrialObserver
-from trunkline.pipelines.checks.trials import Trial
 
 STEPS = 200
 """Most steps on the batch."""

@@ -8,8 +8,9 @@ import lightning as L
 import torch
 
 from trunkline.files import load_checkpoint
+from trunkline.pipelines.checks.trial import Trial
 from trunkline.pipelines.checks.trial_process import TrialObserver, written
-from trunkline.pipelines.checks.trials import Trial, Workbench
+from trunkline.pipelines.checks.trials import Workbench
 
 SAVED, KILLED, END = 2, 3, 5
 """Optimiser steps after which a checkpoint is saved, the run is killed, and it ends."""

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader, SampleKey
 from trunkline.modules.training.exact_resume import accumulates
-from trunkline.pipelines.checks.trials import Trial
+from trunkline.pipelines.checks.trial import Trial
 from trunkline.pipelines.errors import from_outside, own_error
 from trunkline.pipelines.quiet import quieten
 from trunkline.pipelines.training import TrainingCLI
@@ -73,8 +73,10 @@ class TrialObserver(Callback):
     def hold(self, trainer: L.Trainer) -> None:
         """Say that this process is where it is to be killed, and wait for that."""
         (self.folder / f"held{trainer.global_rank}").touch()
-        while True:
-            time.sleep(1)
+        parent = multiprocessing.parent_process()
+        while parent is not None and parent.is_alive():
+            time.sleep(0.1)
+        os._exit(1)  # nobody is left who would kill it
 
 
 def written(file: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Trials: runs of a few steps of the user's recipe, each in processes of its own, which can be killed."""
+"""Runs trials, each in processes of its own, which can be killed."""
 
 import multiprocessing
 import os
@@ -7,51 +7,22 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from trunkline import TrunklineError
+from trunkline.pipelines.checks.trial import Trial
+from trunkline.pipelines.checks.trial_process import run_rank
 
 OTHERS = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "JSM_", "TORCHELASTIC_")
 """Environment variables of a cluster's job, in which the check runs; a trial has processes of its own."""
 RANKED = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TRUNKLINE_RUN")
-PATIENCE = 5.0
+LAST_SECONDS = 5.0
 """Seconds in which the other processes of a trial may end by themselves after one has failed."""
 POLL = 0.05
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A run of a few steps.
-
-    Everything that is not said here is as in the user's recipe.
-    """
-
-    title: str
-    observer: Any
-    """The `TrialObserver` that looks on; its `result` comes back from each process."""
-    steps: int = 1
-    """Optimiser steps."""
-    processes: int = 1
-    precision: str | None = None
-    callbacks: Literal["none", "average", "all"] = "none"
-    """Which of the recipe's callbacks take part: all, or only a weight average."""
-    still: bool = True
-    """Whether dropout, drop path and mixup are off, and the loader has no processes of its own."""
-    rows: int | None = None
-    """Most rows of a batch, over all processes."""
-    parts: int | None = None
-    """Each batch is cut into this many, whose gradients are accumulated; None accumulates as the recipe does."""
-    one_batch: bool = False
-    """Whether the first batch is repeated, with a constant learning rate after a few steps."""
-    resume: str | None = None
-    """The checkpoint to start from."""
-    held: bool = False
-    """Whether the observer stops all processes at some step (`TrialObserver.hold`), where they are killed."""
 
 
 class TrialFailed(TrunklineError):
@@ -92,8 +63,6 @@ class Workbench:
         Raises:
             TrialFailed: if a process ends otherwise than the trial says.
         """
-        from trunkline.pipelines.checks.trial_process import run_rank
-
         print(f"  {trial.title}", file=sys.stderr, flush=True)
         self.count += 1
         folder = self.folder / f"trial{self.count}"
@@ -154,7 +123,7 @@ def wait_for(jobs: list[Any]) -> None:
     end = None
     while living := [job for job in jobs if job.is_alive()]:
         if end is None and any(job.exitcode for job in jobs):
-            end = time.monotonic() + PATIENCE
+            end = time.monotonic() + LAST_SECONDS
         if end is not None and time.monotonic() > end:
             return
         wait([job.sentinel for job in living], None if end is None else POLL)
