@@ -46,7 +46,7 @@ class StepObserver(TrialObserver):
         self.result |= {"rows": rows, "loss": None if loss is None else float(loss), "gradients": {}}
         for name, p in module.named_parameters():
             if p.requires_grad:
-                gradient = None if p.grad is None else whole(p.grad).detach().float().cpu().clone()
+                gradient = None if p.grad is None else unsharded(p.grad).detach().float().cpu().clone()
                 self.result["gradients"][name] = gradient
 
 
@@ -58,7 +58,7 @@ def shake(name: str, p: Tensor) -> None:
         p.add_(distribute_tensor(noise, p.device_mesh, p.placements) if isinstance(p, DTensor) else noise)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def unsharded(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded over the processes, in full."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -88,7 +88,7 @@ def step_trial(processes: int = 1, parts: int = 1) -> Trial:
     )
 
 
-def compare(alone: Mapping[str, Any], others: list[Mapping[str, Any]]) -> Agreement:
+def compare_steps(alone: Mapping[str, Any], others: list[Mapping[str, Any]]) -> Agreement:
     """Compare a step of one process with the same step of others.
 
     Args:
@@ -144,7 +144,7 @@ def count_of_parts(processes: int) -> int:
 def run_agreement(bench: Workbench, alone: Mapping[str, Any], processes: int) -> dict[str, Agreement]:
     """Compare accumulated gradients, and if there are to be several processes also those, with one process."""
     parts = count_of_parts(processes)
-    found = {f"{parts} accumulated parts": compare(alone, bench.run(step_trial(parts=parts)))}
+    found = {f"{parts} accumulated parts": compare_steps(alone, bench.run(step_trial(parts=parts)))}
     if processes > 1:
-        found[f"{processes} processes"] = compare(alone, bench.run(step_trial(processes)))
+        found[f"{processes} processes"] = compare_steps(alone, bench.run(step_trial(processes)))
     return found

@@ -23,15 +23,15 @@ from trunkline.pipelines.configs import nearest, resolve_configs
 from trunkline.pipelines.errors import options_given, place_of
 
 CHECKS = ("agreement", "parameters", "overfit", "resume", "estimates")
-OWN = ("--processes", "--only")
+OWN_FLAGS = ("--processes", "--only")
 PARSER_FLAGS = ("-h", "--help", "--print_config", "--data.help", "--model.help")
 """Flags that the parser of `fit` answers."""
 MOST_PROCESSES = 64
-WIDTH = 110
+TABLE_WIDTH = 110
 """Least columns of the table, also in a narrow terminal or a file."""
 
 
-class Row(NamedTuple):
+class Finding(NamedTuple):
     """A line of the closing table."""
 
     check: str
@@ -71,7 +71,7 @@ def run_check(arguments: list[str]) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         signal.signal(signal.SIGTERM, before)
-    show(rows, recipe or "recipe", time.perf_counter() - start)
+    show_findings(rows, recipe or "recipe", time.perf_counter() - start)
     if any(row.passed is False for row in rows):
         raise SystemExit(1)
 
@@ -83,7 +83,7 @@ def split_own(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
         flag, equals, value = argument.partition("=")
         if name:
             own[name], name = argument, ""
-        elif flag in OWN:
+        elif flag in OWN_FLAGS:
             own[flag], name = value, "" if equals else flag
         else:
             rest.append(argument)
@@ -119,7 +119,7 @@ def count_of_processes(text: str | None) -> int | None:
     return int(text)
 
 
-def check_recipe(bench: Workbench, chosen: list[str], processes: int | None) -> list[Row]:
+def check_recipe(bench: Workbench, chosen: list[str], processes: int | None) -> list[Finding]:
     """Run the checks of these names.
 
     Raises:
@@ -134,7 +134,7 @@ def check_recipe(bench: Workbench, chosen: list[str], processes: int | None) -> 
     count = processes or alone["devices"]
     if alone["device"] != "cpu" and count > alone["devices"]:
         raise TrunklineError(f"--processes {count}: there are only {alone['devices']} devices here")
-    rows: list[Row] = []
+    rows: list[Finding] = []
     for name in chosen:
         print(f"check: {name}", file=sys.stderr, flush=True)
         try:
@@ -143,51 +143,51 @@ def check_recipe(bench: Workbench, chosen: list[str], processes: int | None) -> 
             sys.stderr.write(failed.log)
             place = place_of(failed.field) if failed.field else None
             rows.append(
-                Row(name, "ends before its last step", False, "", f"{failed}" + (f" ({place})" if place else ""))
+                Finding(name, "ends before its last step", False, "", f"{failed}" + (f" ({place})" if place else ""))
             )
     return rows
 
 
-def check_agreement(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Row]:
+def check_agreement(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Finding]:
     """One process, accumulated gradients and several processes: the same loss and gradients."""
     rows = []
     for kind, found in run_agreement(bench, alone, processes).items():
         figures = f"loss {found.loss:.1e}, gradients {found.gradient:.1e} apart (at most {TOLERANCE:.0e})"
         advice = "" if found.passed else explain_difference(found, kind, alone)
-        rows.append(Row("agreement", f"{kind} as one process", found.passed, figures, advice))
+        rows.append(Finding("agreement", f"{kind} as one process", found.passed, figures, advice))
     return rows
 
 
-def check_parameters(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Row]:
+def check_parameters(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Finding]:
     """Gradients and groups of the optimiser."""
     faults = parameter_faults(alone)
     what = "each has a gradient and an optimiser"
-    return [Row("parameters", what, not faults, parameter_figures(alone), "; ".join(faults))]
+    return [Finding("parameters", what, not faults, parameter_figures(alone), "; ".join(faults))]
 
 
-def check_overfit(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Row]:
+def check_overfit(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Finding]:
     """One batch, again and again."""
     (found,) = bench.run(overfit_trial())
     figures = f"loss {found['first']:.4g} to {found['last']:.4g} in {found['steps']} steps"
     passed = learnt(found["first"], found["last"])
     advice = "" if passed else explain_standstill(found)
-    return [Row("overfit", f"{found['rows']} rows can be learnt by heart", passed, figures, advice)]
+    return [Finding("overfit", f"{found['rows']} rows can be learnt by heart", passed, figures, advice)]
 
 
-def check_resume(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Row]:
+def check_resume(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Finding]:
     """SIGKILL and resume."""
     found = run_resume(bench, processes, alone["device"])
     passed = not found.differences and found.other_rows is None
     places = "" if processes == 1 else f", {processes} processes"
     figures = f"SIGKILL after step {KILLED} of {END}{places}: {len(found.differences)} differences"
     advice = "" if passed else explain_resume(found)
-    return [Row("resume", "the same checkpoint, bit for bit", passed, figures, advice)]
+    return [Finding("resume", "the same checkpoint, bit for bit", passed, figures, advice)]
 
 
-def check_costs(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Row]:
+def check_costs(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Finding]:
     """Memory, disk and time."""
     (found, *_) = bench.run(cost_trial(processes))
-    return [Row("estimates", what, None, figures) for what, figures in estimate_rows(found).items()]
+    return [Finding("estimates", what, None, figures) for what, figures in estimate_rows(found).items()]
 
 
 RUNNERS = {
@@ -199,7 +199,7 @@ RUNNERS = {
 }
 
 
-def show(rows: list[Row], recipe: str, seconds: float) -> None:
+def show_findings(rows: list[Finding], recipe: str, seconds: float) -> None:
     """Print the table, below it what is wrong, and what the checks left out."""
     table = Table(title=f"check of {recipe}", title_justify="left")
     for heading in ("check", "what", "result", "figures"):
@@ -207,7 +207,7 @@ def show(rows: list[Row], recipe: str, seconds: float) -> None:
     for row in rows:
         result = {True: "pass", False: "FAIL", None: "estimate"}[row.passed]
         table.add_row(row.check, row.what, result, row.figures)
-    Console(width=max(WIDTH, shutil.get_terminal_size().columns)).print(table)
+    Console(width=max(TABLE_WIDTH, shutil.get_terminal_size().columns)).print(table)
     for row in rows:
         if row.passed is False:
             print(f"FAIL {row.check}: {row.advice}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from trunkline.pipelines.checks.trial import Trial
-from trunkline.pipelines.checks.trial_process import TrialObserver, written
+from trunkline.pipelines.checks.trial_process import TrialObserver, wait_until_written
 
 FIRST, MEASURED = 3, 6
 """Steps before the measurement, and measured steps."""
@@ -57,10 +57,10 @@ class CostObserver(TrialObserver):
         states = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
         averaged = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
         parts = {
-            "weights": size_of([*module.parameters(), *module.buffers()]),
-            "gradients": size_of(p.grad for p in module.parameters() if p.grad is not None),
-            "optimiser": size_of(value for value in states if isinstance(value, Tensor)),
-            "average": size_of(module.parameters()) if averaged else 0,
+            "weights": bytes_of([*module.parameters(), *module.buffers()]),
+            "gradients": bytes_of(p.grad for p in module.parameters() if p.grad is not None),
+            "optimiser": bytes_of(value for value in states if isinstance(value, Tensor)),
+            "average": bytes_of(module.parameters()) if averaged else 0,
             "activations": sum(self.saved.values()),
         }
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -82,7 +82,7 @@ class CostObserver(TrialObserver):
         trainer.save_checkpoint(file)
         if not trainer.is_global_zero:
             return 0
-        written(file)
+        wait_until_written(file)
         files = [part for part in file.rglob("*") if part.is_file()] if file.is_dir() else [file]
         return sum(part.stat().st_size for part in files)
 
@@ -94,7 +94,7 @@ def storage(tensor: Tensor) -> tuple[int, int]:
     return memory.data_ptr(), memory.nbytes()
 
 
-def size_of(tensors: Iterable[Tensor]) -> int:
+def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors; memory that they share counts once."""
     return sum(dict(map(storage, tensors)).values())
 
@@ -115,7 +115,7 @@ def cost_trial(processes: int) -> Trial:
     return Trial(f"{steps} steps{places}, measured", CostObserver(), steps, processes, callbacks="average", still=False)
 
 
-def in_words(count: float) -> str:
+def in_mebibytes(count: float) -> str:
     """Bytes as people read them."""
     return f"{count / 2**30:,.1f} GiB" if count >= 10 * 2**30 else f"{count / 2**20:,.1f} MiB"
 
@@ -123,14 +123,16 @@ def in_words(count: float) -> str:
 def estimate_rows(result: dict[str, Any]) -> dict[str, str]:
     """What was estimated -> in words."""
     parts = {name: size for name, size in result["parts"].items() if size}
-    text = f"{in_words(sum(parts.values()))}: " + ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
+    text = f"{in_mebibytes(sum(parts.values()))}: " + ", ".join(
+        f"{name} {in_mebibytes(size)}" for name, size in parts.items()
+    )
     if result["resident"] is not None:
-        text += f"; the whole process {in_words(result['resident'])} at its peak"
+        text += f"; the whole process {in_mebibytes(result['resident'])} at its peak"
     seconds = result["step"] * result["steps"]
     epoch = f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} min" if seconds < 36000 else ""
     return {
         "memory of a process": text,
-        "a checkpoint": in_words(result["checkpoint"]),
+        "a checkpoint": in_mebibytes(result["checkpoint"]),
         "an epoch": f"{epoch or f'{seconds / 3600:,.1f} h'}: {result['steps']:,.0f} steps of {result['step']:.3g} s, "
         "without validation",
     }

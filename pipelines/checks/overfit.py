@@ -8,7 +8,7 @@ import lightning as L
 from trunkline.pipelines.checks.trial import Trial
 from trunkline.pipelines.checks.trial_process import TrialObserver
 
-STEPS = 200
+MOST_STEPS = 200
 """Most steps on the batch."""
 ROWS_LEARNT = 16
 """Most rows of the batch."""
@@ -36,8 +36,8 @@ def learnt(first: float, last: float) -> bool:
 
 def overfit_trial() -> Trial:
     """The trial: the recipe's optimiser and precision, without dropout, on the same few rows in each step."""
-    title = f"up to {STEPS} steps on one batch"
-    return Trial(title, LossObserver(), steps=STEPS, rows=ROWS_LEARNT, one_batch=True, parts=1)
+    title = f"up to {MOST_STEPS} steps on one batch"
+    return Trial(title, LossObserver(), steps=MOST_STEPS, rows=ROWS_LEARNT, one_batch=True, parts=1)
 
 
 def explain_standstill(result: dict[str, Any]) -> str:

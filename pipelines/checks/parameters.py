@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-SHOWN = 5
+MOST_NAMED = 5
 """Most parameters that a message names."""
 
 
@@ -37,8 +37,8 @@ def parameter_faults(alone: Mapping[str, Any]) -> list[str]:
 
 def named(names: list[str]) -> str:
     """Some names, and the number of the others."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def parameter_figures(alone: Mapping[str, Any]) -> str:

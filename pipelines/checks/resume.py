@@ -9,7 +9,7 @@ import torch
 
 from trunkline.files import load_checkpoint
 from trunkline.pipelines.checks.trial import Trial
-from trunkline.pipelines.checks.trial_process import TrialObserver, written
+from trunkline.pipelines.checks.trial_process import TrialObserver, wait_until_written
 from trunkline.pipelines.checks.trials import Workbench
 
 SAVED, KILLED, END = 2, 3, 5
@@ -37,7 +37,7 @@ class ResumeObserver(TrialObserver):
             self.result[f"file{step}"] = str(file)
         if self.held and step == KILLED:
             if trainer.is_global_zero:
-                written(Path(self.result[f"file{SAVED}"]))
+                wait_until_written(Path(self.result[f"file{SAVED}"]))
             self.hold(trainer)
 
 
@@ -70,7 +70,7 @@ def run_resume(bench: Workbench, processes: int, device: str) -> Resumed:
             other = step
             break
     a, b = (comparable(run[0][f"file{END}"]) for run in (went_on, again))
-    return Resumed(list(differences(a, b)), other, device)
+    return Resumed(list(state_differences(a, b)), other, device)
 
 
 def comparable(file: str) -> dict[str, Any]:
@@ -88,14 +88,14 @@ def comparable(file: str) -> dict[str, Any]:
     return content
 
 
-def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, float]]:
+def state_differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, float]]:
     """Where two nested states differ, at tolerance 0, and by how much."""
     if isinstance(a, Mapping) and isinstance(b, Mapping) and a.keys() == b.keys():
         for key in a:
-            yield from differences(a[key], b[key], f"{path}/{key}" if path else str(key))
+            yield from state_differences(a[key], b[key], f"{path}/{key}" if path else str(key))
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         for number, (first, second) in enumerate(zip(a, b, strict=True)):
-            yield from differences(first, second, f"{path}/{number}")
+            yield from state_differences(first, second, f"{path}/{number}")
     elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype:
         if not torch.equal(a, b):
             first, second = a.double(), b.double()

@@ -79,7 +79,7 @@ class TrialObserver(Callback):
         os._exit(1)  # nobody is left who would kill it
 
 
-def written(file: Path) -> Path:
+def wait_until_written(file: Path) -> Path:
     """A checkpoint's path, as soon as it is there: the writer may not have finished."""
     while not file.exists():
         time.sleep(0.01)

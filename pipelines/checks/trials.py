@@ -83,7 +83,7 @@ class Workbench:
                 self._wait_until_held(jobs, folder)
                 kill(jobs)
                 return [None] * len(jobs)
-            wait_for(jobs)
+            wait_for_jobs(jobs)
         finally:
             kill(jobs)
         codes = [job.exitcode for job in jobs]
@@ -94,7 +94,7 @@ class Workbench:
     def _wait_until_held(self, jobs: list[Any], folder: Path) -> None:
         while not all((folder / f"held{rank}").exists() for rank in range(len(jobs))):
             if not all(job.is_alive() for job in jobs):
-                wait_for(jobs)
+                wait_for_jobs(jobs)
                 raise failure(None, folder, [job.exitcode for job in jobs])
             time.sleep(POLL)
 
@@ -118,7 +118,7 @@ def free_port() -> int:
     return port
 
 
-def wait_for(jobs: list[Any]) -> None:
+def wait_for_jobs(jobs: list[Any]) -> None:
     """Wait until all processes have ended, or some seconds longer than the first that failed."""
     end = None
     while living := [job for job in jobs if job.is_alive()]:
