@@ -15,6 +15,8 @@ from recorded_run import go_on, halt_at, halted_file
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "configs/slurm/train.sbatch"
+HALT = 10
+"""The step at which something happens to a job."""
 PATIENCE = 200.0
 """Seconds for what takes SLURM and a starting Python about half a minute."""
 
@@ -37,54 +39,112 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return uninterrupted(tmp_path_factory.mktemp("reference"))
 
 
-class Job:
-    """A job of the script that halts at a step of its run until `go_on`."""
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
-    def __init__(self, cluster: Slurm, folder: Path, step: int, *options: str) -> None:
+
+class Job:
+    """A job of the script, on two nodes.
+
+    Args:
+        cluster: that runs it.
+        folder: of the run; it is recorded there.
+        *flags: the recipe and flags of `fit`.
+        environ: variables of the job.
+    """
+
+    def __init__(self, cluster: Slurm, folder: Path, *flags: str, environ: dict[str, str] | None = None) -> None:
         self.cluster, self.folder = cluster, folder
-        halt_at(folder, "batch end", step, [0, 1])
-        cluster.environ |= environment()
-        flags = ["vit/digits", "--config", str(write_extra(folder))]
-        done = cluster.command(
-            *("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", *options, str(SCRIPT), *flags), cwd=folder
-        )
-        self.number = int(done)
-        wait_for(
-            lambda: all(halted_file(folder, rank).exists() for rank in (0, 1)), PATIENCE, "halted tasks", self.output
-        )
+        cluster.environ |= {"MAX_RESTARTS": "9", **environment(), **(environ or {})}
+        options = ("--parsable", "--nodes=2", "--ntasks-per-node=1", "--time=60")
+        self.number = int(cluster.command("sbatch", *options, str(SCRIPT), *flags, cwd=folder))
 
     def output(self) -> str:
-        (file,) = self.folder.glob(f"trunkline-{self.number}.out")
-        return file.read_text()
+        """What it has printed so far, in all attempts."""
+        file = self.folder / f"trunkline-{self.number}.out"
+        return file.read_text() if file.exists() else ""
 
-    def state(self) -> dict[str, str]:
-        return self.cluster.job(self.number)
+    def wait_for_output(self, text: str, count: int = 1) -> None:
+        wait_for(lambda: self.output().count(text) >= count, PATIENCE, f"'{text}'", self.output)
 
-    def wait(self, restarts: int) -> str:
+    def update(self, setting: str) -> None:
+        self.cluster.command("scontrol", "update", f"JobId={self.number}", setting)
+
+    def wait(self, state: str, restarts: int) -> str:
         """Wait for its end, and return what it has printed."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        wait_for(lambda: self.state()["JobState"] in ended, PATIENCE, "the job's end", self.output)
-        state = self.state()
-        assert (state["JobState"], state["Restarts"]) == ("COMPLETED", str(restarts)), self.output()
+        wait_for(lambda: self.cluster.job(self.number)["JobState"] in ENDED, PATIENCE, "the job's end", self.output)
+        found = self.cluster.job(self.number)
+        assert (found["JobState"], found["Restarts"]) == (state, str(restarts)), self.output()
         return self.output()
 
 
-def test_a_killed_task(cluster: Slurm, reference: Path, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, step=10)
-    os.kill(cluster.task(1), signal.SIGKILL)
-    go_on(tmp_path)
-    output = job.wait(restarts=1)
-    assert "it is started again from its last checkpoint" in output
-    assert first_steps(tmp_path) == [0, 10 - 10 % EVERY]
-    assert_equals(tmp_path, reference)
+@pytest.fixture
+def halted(cluster: Slurm, tmp_path: Path) -> Job:
+    """A job whose run has halted at the end of step `HALT` of its first attempt, until `go_on`."""
+    halt_at(tmp_path, "batch end", HALT, [0, 1])
+    job = Job(cluster, tmp_path, "vit/digits", "--config", str(write_extra(tmp_path)))
+    files = [halted_file(tmp_path, rank) for rank in (0, 1)]
+    wait_for(lambda: all(file.exists() for file in files), PATIENCE, "halted tasks", job.output)
+    return job
 
 
-def test_a_lost_node(cluster: Slurm, reference: Path, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, step=10)
+def test_a_killed_task(halted: Job, reference: Path) -> None:
+    os.kill(halted.cluster.task(1), signal.SIGKILL)
+    go_on(halted.folder)
+    assert "it is started again from its last checkpoint" in halted.wait("COMPLETED", restarts=1)
+    assert first_steps(halted.folder) == [0, HALT - HALT % EVERY]
+    assert_equals(halted.folder, reference)
+
+
+def test_a_lost_node(halted: Job, reference: Path) -> None:
+    cluster = halted.cluster
     cluster.lose_node("n2")
-    go_on(tmp_path)
-    wait_for(lambda: cluster.states()["n2"].startswith("down"), 60, "a node that is down")
+    go_on(halted.folder)
+    wait_for(lambda: cluster.states()["n2"].startswith("down"), PATIENCE, "a node that is down", halted.output)
     cluster.start_node("n2")
-    job.wait(restarts=1)
-    assert first_steps(tmp_path) == [0, 10 - 10 % EVERY]
-    assert_equals(tmp_path, reference)
+    halted.wait("COMPLETED", restarts=1)
+    assert first_steps(halted.folder) == [0, HALT - HALT % EVERY]
+    assert_equals(halted.folder, reference)
+
+
+def test_a_time_limit(halted: Job, reference: Path) -> None:
+    """The limit comes nearer than the script's five minutes: SLURM says so, and the run saves the step it is at."""
+    halted.update("TimeLimit=3")
+    halted.wait_for_output("SIGUSR1: saving after this step", count=2)
+    halted.update("TimeLimit=60")  # also of the next attempt
+    go_on(halted.folder)
+    assert "requeued job" in halted.wait("COMPLETED", restarts=1)
+    first, second = first_steps(halted.folder)
+    assert (first, HALT <= second <= HALT + 2) == (0, True)
+    assert_equals(halted.folder, reference)
+
+
+def test_a_preemption(halted: Job, reference: Path) -> None:
+    """Another job takes the nodes; this one saves in the time that it is given, and goes on afterwards."""
+    halted.cluster.command("sbatch", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap", "true")
+    halted.wait_for_output("SIGTERM: saving after this step", count=2)
+    go_on(halted.folder)
+    halted.wait("COMPLETED", restarts=1)
+    first, second = first_steps(halted.folder)
+    assert (first, HALT <= second <= HALT + 2) == (0, True)
+    assert_equals(halted.folder, reference)
+
+
+def test_a_job_that_is_cancelled_stays_so(halted: Job) -> None:
+    halted.cluster.command("scancel", str(halted.number))
+    go_on(halted.folder)
+    assert "started again" not in halted.wait("CANCELLED", restarts=0)
+    wait_for(lambda: set(halted.cluster.states().values()) == {"idle"}, PATIENCE, "free nodes", halted.output)
+    assert halted.cluster.job(halted.number)["JobState"] == "CANCELLED"
+
+
+def test_bad_input_is_not_tried_again(cluster: Slurm, tmp_path: Path) -> None:
+    output = Job(cluster, tmp_path, "vit/dogits").wait("FAILED", restarts=0)
+    assert "there is no config 'vit/dogits'; did you mean 'vit/digits'?" in " ".join(output.split())
+    assert "trunkline refused its input" in output
+
+
+def test_a_fault_that_comes_back(cluster: Slurm, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, "vit/digits", environ={"TRUNKLINE": "false", "MAX_RESTARTS": "1"})
+    output = job.wait("FAILED", restarts=1)
+    assert [f"attempt {number}," in output for number in (1, 2, 3)] == [True, True, False]
+    assert "ended with code 1, and MAX_RESTARTS=1 allows no other attempt" in output
