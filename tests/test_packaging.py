@@ -165,10 +165,11 @@ def test_make_commands_of_the_pages() -> None:
         "train-audio",
         "test",
     } <= {target for target, *_ in found}
-    assert {"help", "tensorboard"} <= {target for target, *_ in found}
+    assert {"help", "tensorboard", "slurm", "test-cluster"} <= {target for target, *_ in found}
     for target, *options in found:
         assert target in make_targets()
-        assert all(option.startswith("ARGS=") for option in options)
+        settings = {option.partition("=")[0] for option in options}
+        assert settings <= {"ARGS", *(("CONFIG", "NODES", "GPUS", "SBATCH") if target == "slurm" else ())}
     run = {target: re.search(rf"^{target}:.*\n\t(.+)", MAKEFILE, re.M)[1] for target in WRITTEN}  # type: ignore[index]
     assert run == {target: f"$(BIN)/trunkline {command} $(ARGS)" for target, command in WRITTEN.items()}
 
