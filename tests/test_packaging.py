@@ -137,7 +137,7 @@ def commands(program: str) -> list[list[str]]:
     """Arguments of the commands of a program in the pages' shell blocks and inline code."""
     blocks = [block for text in PAGES.values() for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)]
     spans = [span for text in PAGES.values() for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
-    lines = [line for block in blocks for line in block.splitlines()] + spans
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()] + spans
     words = [shlex.split(line, comments=True) for line in lines if line.split()[:1] == [program]]
     return [w[1:] for w in words if w[1:]]
 
@@ -174,6 +174,21 @@ def test_make_commands_of_the_pages() -> None:
     assert run == {target: f"$(BIN)/trunkline {command} $(ARGS)" for target, command in WRITTEN.items()}
 
 
+def test_settings_of_torchrun() -> None:
+    """They are those with which `make test-cluster` sees a run recover."""
+    short, whole = (c[: c.index("--no-python")] for c in commands("torchrun"))
+    assert set(short) < set(whole)
+    text = (ROOT / "tests/slurm/two_hosts.py").read_text(encoding="utf-8")
+    for option in whole:
+        name, _, value = option.partition("=")
+        assert name in text
+        fixed = value.rpartition(",")[2] if name == "--rdzv-conf" else value
+        assert value in ("8", "JOB", "HOST:29500", "ADDRESS") or fixed in text
+    page = PAGES[ROOT / "docs/cluster.md"]
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in page
+    assert '"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"' in text
+
+
 def test_precision_of_make() -> None:
     """What `$(PRECISION)` prints is empty or a flag of `trunkline fit`."""
     code = re.search(r"^PRECISION = .* -c '(.+)'\)$", MAKEFILE, re.M)[1]  # type: ignore[index]
@@ -187,6 +202,7 @@ def test_precision_of_make() -> None:
 def training_commands() -> list[str]:
     """`prepare` takes the configs and flags of `fit`."""
     written = [["fit", *c[1:]] if c[0] == "prepare" else c for c in commands("trunkline")]
+    written += [c[c.index("--no-python") + 2 :] for c in commands("torchrun")]
     written = [c for c in written if c[0] in TRAINING and "--help" not in c]
     options = [shlex.split(c[1].removeprefix("ARGS=")) for c in commands("make") if c[0] == "train-vit" and c[1:]]
     return sorted({shlex.join(c) for c in [*written, *(["fit", "--config", "vit/digits", *o] for o in options)]})

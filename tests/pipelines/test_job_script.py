@@ -70,7 +70,13 @@ def test_settings_of_the_job(tmp_path: Path) -> None:
         ("exit 137", {}, 137, True, "started again from its last checkpoint"),
         ("exit 143", {"SLURM_RESTART_COUNT": "4"}, 143, True, "attempt 5"),
         ("exit 2", {}, 2, False, "refused its input"),
-        ("exit 1", {"SLURM_RESTART_COUNT": "3", "MAX_RESTARTS": "3"}, 1, False, "with code 1, and MAX_RESTARTS=3 allows"),
+        (
+            "exit 1",
+            {"SLURM_RESTART_COUNT": "3", "MAX_RESTARTS": "3"},
+            1,
+            False,
+            "code 1, and MAX_RESTARTS=3 allows",
+        ),
         ("kill -TERM $PPID; exit 143", {}, 143, False, "attempt 1"),  # cancelled or preempted
     ],
 )
