@@ -82,11 +82,16 @@ class Slurm:
         options = [f"--{name}={file}" for name, file in files.items()]
         # --force: the folder of a test is not as private as munge wants
         self.launch("munge", ["munged", "--foreground", "--force", f"--key-file={key}", *options])
-        wait_for(files["socket"].exists, 30, "munge's socket")
+        wait_for(files["socket"].exists, 30, "munge's socket", self.logs)
         self.launch("controller", ["slurmctld", "-D", "-c"])
         for node in NODES:
             self.start_node(node)
-        wait_for(lambda: self.states() == dict.fromkeys(NODES, "idle"), 60, f"nodes that are idle ({self.states()})")
+        wait_for(lambda: self.states() == dict.fromkeys(NODES, "idle"), 60, "idle nodes", self.logs)
+
+    def logs(self) -> str:
+        """The last lines that the daemons have written."""
+        files = [*self.folder.glob("*.log"), *self.folder.glob("*.out")]
+        return "\n".join(f"{file.name}: {file.read_text(errors='replace')[-1500:]}" for file in files)
 
     def write_config(self) -> None:
         """The configuration of two nodes with different ports on one host, without cgroups."""

@@ -24,12 +24,13 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(missing() is not None, reason=f"no SLURM here: {missing()}"),
 ]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    if reason := missing():
+        pytest.skip(reason)
     with local_slurm(tmp_path_factory.mktemp("slurm")) as running:
         yield running
 

@@ -24,12 +24,13 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(missing() is not None, reason=f"no hosts here: {missing()}"),
 ]
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if reason := missing():
+        pytest.skip(reason)
     return uninterrupted(tmp_path_factory.mktemp("reference"))
 
 
@@ -66,7 +67,7 @@ class Launched:
 
 
 @pytest.fixture
-def launched(tmp_path: Path) -> Iterator[Launched]:
+def launched(tmp_path: Path, reference: Path) -> Iterator[Launched]:
     with two_hosts() as hosts:
         yield Launched(tmp_path, hosts)
 
