@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable, Collection
 from importlib import import_module
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from trunkline import TrunklineError, __version__
 from trunkline.pipelines.errors import from_outside, options_given, own_error, report
+from trunkline.pipelines.launch import is_first_process
 from trunkline.pipelines.objectives import import_class
 from trunkline.pipelines.quick_imports import import_torchmetrics, put_off_collection, resume_collection
 from trunkline.pipelines.quiet import quieten
@@ -179,7 +179,7 @@ def say_that_it_starts(command: str) -> None:
 
     Only the first process of a run says it, and the commands that write to standard output only to a terminal.
     """
-    if "LOCAL_RANK" not in os.environ and (command in (*TRAINING, "check") or sys.stderr.isatty()):
+    if is_first_process() and (command in (*TRAINING, "check") or sys.stderr.isatty()):
         print(f"trunkline {command}: starting", file=sys.stderr, flush=True)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -40,13 +41,21 @@ UNSAID = (
     "`Trainer(limit_",
     "Running in `fast_dev_run` mode",
     "Found current_model_state in the checkpoint",
+    "Initializing distributed: ",  # of each process
 )
 """Beginnings of Lightning's messages that nobody acts on, or that Trunkline says itself."""
+RANK = re.compile(r"^\[rank: \d+\] ")
+"""What Lightning puts before a message of another process than the first."""
+LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "lightning.fabric.utilities.distributed",
+)
 
 
 def quieten() -> None:
     """Hide advertisements, what is said twice, and warnings about things that are intended."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+    for name in LOGGERS:
         logging.getLogger(name).addFilter(is_said)
     warnings.formatwarning = lambda message, *where: f"warning: {message}\n"  # without a line of our source
     for pattern in (
@@ -67,4 +76,4 @@ def quieten() -> None:
 
 def is_said(record: logging.LogRecord) -> bool:
     """Whether a message of Lightning is printed."""
-    return not record.getMessage().startswith(UNSAID)
+    return not RANK.sub("", record.getMessage()).startswith(UNSAID)

@@ -177,4 +177,7 @@ def test_a_line_before_the_imports(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert terminal.text == "trunkline generate: starting\n"
     monkeypatch.setenv("LOCAL_RANK", "1")
     cli.say_that_it_starts("fit")
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    cli.say_that_it_starts("fit")
     assert terminal.text == "trunkline generate: starting\n"

@@ -1,5 +1,6 @@
 """What a run prints: what a user acts on, nothing twice, and paths that no width cuts."""
 
+import logging
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from rich.table import Table
 
 from trunkline.pipelines import training
-from trunkline.pipelines.quiet import quieten
+from trunkline.pipelines.quiet import LOGGERS, quieten
 
 LINES_BEFORE = [
     "trunkline fit: starting",
@@ -53,6 +54,19 @@ def test_a_table_is_as_wide_as_its_longest_row(
     first, row, last = capsys.readouterr().out.splitlines()
     assert row == f"│ checkpoint │ {path} │"
     assert len(first) == len(row) == len(last)
+
+
+def test_what_each_of_many_processes_would_say(caplog: pytest.LogCaptureFixture) -> None:
+    """The real loggers of Lightning, as a process of a cluster uses them."""
+    with warnings.catch_warnings():
+        quieten()
+        for name in LOGGERS:
+            logger = logging.getLogger(name)
+            with caplog.at_level(logging.INFO, name):
+                logger.info("[rank: 3] Seed set to 0")
+                logger.info("Initializing distributed: GLOBAL_RANK: 3, MEMBER: 4/8")
+                logger.info("[rank: 3] something that a user acts on")
+    assert [record.getMessage() for record in caplog.records] == ["[rank: 3] something that a user acts on"] * 3
 
 
 def test_a_warning_has_no_line_of_source(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,12 +96,14 @@ def test_a_killed_task(halted: Job, reference: Path) -> None:
     assert_equals(halted.folder, reference)
 
 
-def test_a_lost_node(halted: Job, reference: Path) -> None:
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_a_lost_node(node: str, halted: Job, reference: Path) -> None:
+    """n1 runs the script too, and the process that saves."""
     cluster = halted.cluster
-    cluster.lose_node("n2")
+    cluster.lose_node(node)
     go_on(halted.folder)
-    wait_for(lambda: cluster.states()["n2"].startswith("down"), PATIENCE, "a node that is down", halted.output)
-    cluster.start_node("n2")
+    wait_for(lambda: cluster.states()[node].startswith("down"), PATIENCE, "a node that is down", halted.output)
+    cluster.start_node(node)
     halted.wait("COMPLETED", restarts=1)
     assert first_steps(halted.folder) == [0, HALT - HALT % EVERY]
     assert_equals(halted.folder, reference)
