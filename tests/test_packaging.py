@@ -199,10 +199,36 @@ def test_precision_of_make() -> None:
     assert printed.split() == ([] if native else ["--trainer.precision", "32-true"])
 
 
+def test_make_slurm() -> None:
+    """One task for each GPU; the recipe and the flags of `fit` after the script."""
+
+    def printed(*settings: str) -> list[str]:
+        command = ["make", "-C", str(ROOT), "--no-print-directory", "-n", "slurm", "READY=", "BIN=/venv/bin", *settings]
+        return shlex.split(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    start, script = ["TRUNKLINE=/venv/bin/trunkline", "sbatch"], "configs/slurm/train.sbatch"
+    options = ["--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=1-0"]
+    given = printed("CONFIG=vit/digits", "NODES=2", "GPUS=4", "SBATCH=--time=1-0", "ARGS=--trainer.max_steps 5")
+    assert given == [*start, *options, script, "vit/digits", "--trainer.max_steps", "5"]
+    assert printed("CONFIG=gpt/demo", "GPUS=0") == [*start, "--nodes=1", "--ntasks-per-node=1", script, "gpt/demo"]
+    assert (ROOT / script).is_file()
+
+
+def commands_of_jobs() -> list[list[str]]:
+    """`fit` as `make slurm`, `sbatch` and `torchrun` start it in the pages."""
+    found = [c[c.index("--no-python") + 2 :] for c in commands("torchrun")]
+    for target, *settings in commands("make"):
+        values = {name: value for name, _, value in (setting.partition("=") for setting in settings)}
+        if target == "slurm" and "CONFIG" in values:
+            found.append([values["CONFIG"], *shlex.split(values.get("ARGS", ""))])
+    found += [c[c.index("train.sbatch") + 1 :] for c in commands("sbatch") if "train.sbatch" in c]
+    return [c if c[0] == "fit" else ["fit", "--config", c[0], "--config", "trainer/slurm", *c[1:]] for c in found]
+
+
 def training_commands() -> list[str]:
     """`prepare` takes the configs and flags of `fit`."""
     written = [["fit", *c[1:]] if c[0] == "prepare" else c for c in commands("trunkline")]
-    written += [c[c.index("--no-python") + 2 :] for c in commands("torchrun")]
+    written += commands_of_jobs()
     written = [c for c in written if c[0] in TRAINING and "--help" not in c]
     options = [shlex.split(c[1].removeprefix("ARGS=")) for c in commands("make") if c[0] == "train-vit" and c[1:]]
     return sorted({shlex.join(c) for c in [*written, *(["fit", "--config", "vit/digits", *o] for o in options)]})
