@@ -9,7 +9,7 @@ from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 from trunkline import TrunklineError, __version__
-from trunkline.pipelines.errors import from_outside, options_given, own_error, report
+from trunkline.pipelines.errors import TRY_AGAIN, LostProcess, from_outside, options_given, own_error, report
 from trunkline.pipelines.launch import is_first_process
 from trunkline.pipelines.objectives import import_class
 from trunkline.pipelines.quick_imports import import_torchmetrics, put_off_collection, resume_collection
@@ -77,7 +77,9 @@ SEVERAL = ("draw", "fill-mask", "transcribe", "translate")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Bad input prints one message and exits with code 2; only a defect of ours prints a traceback."""
+    """Entry point. Bad input prints one message and exits with code 2, the loss of another process of the run with
+    `TRY_AGAIN`; only a defect of ours prints a traceback.
+    """
     if arguments is None:
         arguments = sys.argv[1:]
         put_off_collection()
@@ -117,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
             error.add_note(DEFECT)
             raise
         report(own, options)
-        raise SystemExit(2) from None
+        raise SystemExit(TRY_AGAIN if isinstance(own, LostProcess) else 2) from None
 
 
 def answered(command: str, arguments: list[str]) -> bool:

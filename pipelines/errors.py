@@ -39,6 +39,12 @@ class FoundByAll(TrunklineError):
         self.first = first
 
 
+class LostProcess(TrunklineError):
+    """Another process of the run has ended or does not answer, so that another attempt may succeed."""
+
+
+TRY_AGAIN = 75
+"""Exit code after a `LostProcess` (EX_TEMPFAIL of sysexits.h): a scheduler starts the job again; 2 is for bad input."""
 NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|bad_alloc|Storage size calculation overf"
 )
