@@ -29,8 +29,9 @@ def ddp_scaling(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     """
     CONTEXT.set_forkserver_preload([MODULE])
     strategy = yaml.safe_load(find_config("trainer/ddp_cpu").read_text(encoding="utf-8"))["trainer"]["strategy"]
-    sides = [partial(seconds_per_step, options, batch_size or 16) for options in (strategy["init_args"], None)]
-    return [compare("2 DDP processes", "2 independent processes", *sides, rounds)]
+    together = partial(seconds_per_step, strategy["init_args"], batch_size or 16)
+    apart = partial(seconds_per_step, None, batch_size or 16)
+    return [compare("2 DDP processes", "2 independent processes", together, apart, rounds)]
 
 
 def seconds_per_step(strategy: dict[str, Any] | None, batch_size: int, steps: int = STEPS) -> float:

@@ -271,10 +271,15 @@ def test_names_of_arguments_that_are_handed_on() -> None:
         (OSError(errno.ENOSPC, "No space left on device", "a.csv"), "cannot use a.csv: No space left on device; free"),
         (RuntimeError("Early stopping conditioned on metric `x` which is not available."), "Early stopping"),
         (
-            RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:80"),
+            RuntimeError(
+                "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:80"
+            ),
             "another process of this run has ended",
         ),
-        (RuntimeError("[gloo/unbound_buffer.cc:84] Timed out waiting 300000ms for recv"), "another process of this run"),
+        (
+            RuntimeError("[gloo/unbound_buffer.cc:84] Timed out waiting 300000ms for recv"),
+            "another process of this run",
+        ),
         (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1."), "another process of this run"),
         (RuntimeError("Connection closed by peer"), None),  # of a hub, for all we know
         (RuntimeError("a bug"), None),
