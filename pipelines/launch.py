@@ -26,6 +26,8 @@ PATIENCE = timedelta(minutes=5)
 """How long the processes of a run wait for each other, as in the recipes of machines."""
 PAUSE = 0.02
 """Seconds between two looks of the first process at the others' questions."""
+AGENT = "TORCHELASTIC_USE_AGENT_STORE"
+"""Whether processes connect through torchrun's store."""
 UNNAMED = "none"
 """What torchrun calls a run that was not given a name."""
 
@@ -145,6 +147,9 @@ def _started_by_hand(nodes: int, devices: Any, launch: str) -> Peers | None:
 def agree(stack: ExitStack, peers: Peers, choose: Callable[[], Any]) -> Any:
     """What the first process chooses, as plain data, in all processes.
 
+    Under torchrun the processes then connect through a store of their own. In torchrun's store, those that were
+    restarted find the addresses of the processes before them, and wait for these (gloo in torch 2.14).
+
     Args:
         stack: keeps the store open. Lightning's own store at that address finds it there, and uses it too.
         peers: the processes.
@@ -153,31 +158,35 @@ def agree(stack: ExitStack, peers: Peers, choose: Callable[[], Any]) -> Any:
     Raises:
         TrunklineError: that of `choose`, in all processes; or if one does not come.
     """
-    from torch.distributed import DistError, PrefixStore, TCPStore
+    from torch.distributed import DistError, PrefixStore
 
     # torchrun's own store lives as long as its agent: nobody else can open one at that address.
-    serve = peers.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    agent = os.environ.get(AGENT) == str(True)
     try:
-        server = TCPStore(
-            peers.address,
-            peers.port,
-            is_master=serve,
-            timeout=PATIENCE,
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-        stack.enter_context(nullcontext(server))
-        store = PrefixStore(peers.launch, server)
+        store = PrefixStore(peers.launch, _open_store(stack, peers, peers.port, peers.rank == 0 and not agent))
         if peers.rank == 0:
             answer, own = _chosen(choose)
+            if agent:
+                answer["port"] = _open_store(stack, peers, 0, True).port
             _tell(store, peers.size, answer)
         else:
             answer, own = _ask(store, peers.rank), None
     except (DistError, ConnectionError, TimeoutError) as error:
         raise _unreachable(peers, error) from error
+    if agent:
+        os.environ.update({"MASTER_PORT": str(answer["port"]), AGENT: str(False)})
     if "error" in answer:
         raise own or TrunklineError(answer["error"], answer["field"])
     return answer["choice"]
+
+
+def _open_store(stack: ExitStack, peers: Peers, port: int, serve: bool) -> Any:
+    """A store at a port of the first process's host, open as long as the stack; 0 is any free port."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore(peers.address, port, is_master=serve, timeout=PATIENCE, wait_for_workers=False, multi_tenant=True)
+    stack.enter_context(nullcontext(store))
+    return store
 
 
 def _chosen(choose: Callable[[], Any]) -> tuple[dict[str, Any], Exception | None]:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from datetime import timedelta
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.distributed import HashStore, TCPStore
 
 from trunkline import TrunklineError
@@ -212,6 +215,37 @@ def test_a_first_process_that_ends_before_it_answers(monkeypatch: pytest.MonkeyP
         agree(stack, Peers(1, 2, "127.0.0.1", port, "launch"), lambda: None)
     assert error.value.field == "trainer.num_nodes"
     del server
+
+
+def connect(environ: dict[str, object], pipe: Any) -> None:
+    """Claim a run, then add up the ranks over all processes, of which the first comes last."""
+    os.environ.update({name: str(value) for name, value in environ.items()})
+    with ExitStack() as stack:
+        claim_run(stack, Path("runs"), "vit/mine", None)
+        if environ["RANK"] == 0:
+            time.sleep(0.5)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+        total = torch.tensor([float(os.environ["RANK"])])
+        dist.all_reduce(total)
+        pipe.send(total.item())
+        os._exit(0)  # as a kill, which removes nothing
+
+
+def test_restarted_processes_do_not_look_for_those_before_them() -> None:
+    """Two attempts with one store of torchrun, which keeps what the first attempt has left in it."""
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for restarts in range(2):
+        shared = {"MASTER_PORT": agent.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        running = []
+        for environ in torchrun(2, restarts=restarts, **shared):
+            here, there = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=connect, args=(environ, there), daemon=True)
+            process.start()
+            there.close()
+            running.append((process, here))
+        assert [pipe.recv() for _, pipe in running] == [1.0, 1.0]
+        for process, _ in running:
+            process.join(60)
 
 
 def test_questions_of_earlier_processes_do_not_disturb() -> None:
