@@ -190,7 +190,7 @@ def test_all_processes_fail_with_the_first(launcher: Callable[[int], Any], monke
     ("present", "says"),
     [
         (0, "the 2 processes of this run do not find each other at {} within 1 s: process 0 says: process 1 of 2 did"),
-        (1, "no process listens at {} after "),
+        (1, "the 2 processes of this run do not find each other at {} within 1 s: process 1 says: "),
     ],
 )
 def test_a_process_that_does_not_come(present: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
