@@ -16,6 +16,7 @@ from trunkline import TrunklineError
 from trunkline.contract import EpochCut
 from trunkline.datamodules.token_batches import TokenBatches
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.callbacks.progress import ProgressBar
 from trunkline.modules.training.optim import OptimizerConfig, lr_multiplier
 from trunkline.modules.training.position import check_same_order
 
@@ -39,6 +40,8 @@ class Watch(Callback):
         """Optimiser steps after each batch, and the learning rate of the next one."""
         self.validated: list[tuple[int, int]] = []
         """Epoch, and batches before."""
+
+        self.trainer: Any = None
 
     def save_at(self, trainer: L.Trainer, batch: int) -> None:
         name = self.save.pop((trainer.current_epoch, batch), None)
@@ -83,6 +86,7 @@ def run(
     settings = {"max_epochs": 2, "num_sanity_val_steps": 0, "limit_val_batches": 1, **options}
     trainer = tiny.trainer(folder, accumulate_grad_batches=accumulate, callbacks=[watch], **settings)
     checkpoint = folder / f"{resume}.ckpt" if resume else None
+    watch.trainer = trainer
     trainer.fit(module, datamodule=source, ckpt_path=checkpoint, weights_only=True)
     return watch
 
@@ -133,6 +137,7 @@ def test_no_sample_comes_twice_and_none_is_left_out(
     assert [step for step, _ in resumed.steps] == [step for step, _ in want]
     assert [rate for _, rate in resumed.steps[changed:]] == pytest.approx([rate for _, rate in want[changed:]])
     assert resumed.steps[-1][1] == pytest.approx(0, abs=1e-9)
+    assert ProgressBar().seconds_left(resumed.trainer) == 0
     assert resumed.validated == [(0, batches), (1, batches)]
 
 
