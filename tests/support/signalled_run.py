@@ -1,5 +1,6 @@
 """A tight loop of training in two processes, into which signals are sent, again and again without a new start."""
 
+import itertools
 import os
 import signal
 import socket
@@ -60,12 +61,23 @@ class Reporting(Callback):
 
 
 class Endless(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
-    """The same few images for ever."""
+    """The same few images for ever, or a number of times."""
+
+    def __init__(self, count: int | None = None) -> None:
+        self.count = count
 
     def __iter__(self) -> Any:
         batch = {"image": torch.randn(4, 1, 8, 8), "label": torch.zeros(4, dtype=torch.long)}
-        while True:
+        batch["valid"] = torch.ones(4, dtype=torch.bool)
+        for _ in itertools.count() if self.count is None else range(self.count):
             yield dict(batch)
+
+
+class Counted(Endless):
+    """Says how many batches it has."""
+
+    def __len__(self) -> int:
+        return self.count or 0
 
 
 def loop(rank: int, port: int, folder: Path, pipe: Connection) -> None:
@@ -74,13 +86,16 @@ def loop(rank: int, port: int, folder: Path, pipe: Connection) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": 2}
     names |= {"LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
-    while (steps := pipe.recv()) is not None:
+    while True:
+        steps, uneven = pipe.recv()
         stop = Noting()
         options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "plugins": [SafeCheckpointIO()], "max_steps": -1}
+        options |= {"max_steps": 6, "val_check_interval": 2, "num_sanity_val_steps": 0} if uneven else {}
         fitted = trainer(folder, callbacks=[Reporting(pipe, steps), stop], **options)
+        validation = DataLoader(Counted(2 + 3 * rank), batch_size=None) if uneven else None
         code = 0
         try:
-            fitted.fit(classifier(), DataLoader(Endless(), batch_size=None))
+            fitted.fit(classifier(), DataLoader(Endless(), batch_size=None), validation)
         except Stopped as error:
             code = int(error.code or 0)
         stop.stop_listening()
@@ -104,14 +119,27 @@ class Pair:
 
     def run(self, steps: int, ranks: list[int], delay: float, number: int = signal.SIGTERM) -> list[Ending]:
         """Train, send a signal `delay` seconds after a number of steps, and return how each process ended."""
-        for pipe in self.pipes:
-            pipe.send(steps)
-        for pipe in self.pipes:
-            assert pipe.poll(120), "no step"
-            assert pipe.recv() == "running"
+        self.start(steps)
         time.sleep(delay)
         for rank in ranks:
             os.kill(self.processes[rank].pid or 0, number)
+        return self.endings()
+
+    def start(self, steps: int, uneven: bool = False) -> None:
+        """Begin to train, and return after a number of steps.
+
+        Args:
+            steps: the number.
+            uneven: train 6 steps, with a validation after every 2, in which the second process has more batches.
+        """
+        for pipe in self.pipes:
+            pipe.send((steps, uneven))
+        for pipe in self.pipes:
+            assert pipe.poll(120), "no step"
+            assert pipe.recv() == "running"
+
+    def endings(self) -> list[Ending]:
+        """How each process ends."""
         for pipe in self.pipes:
             assert pipe.poll(60), "deadlock"
         return [pipe.recv() for pipe in self.pipes]

@@ -287,9 +287,14 @@ def test_a_left_over_checkpoint_of_lightnings_requeue_does_not_win(
 
 
 def send_at_random(tmp_path: Path, count: int, seconds: float) -> None:
-    """In a tight loop of two processes, to either or both: both end after the same step, soon, and with 143."""
+    """In a tight loop of two processes, to either or both: both end after the same step, soon, and with 143.
+
+    Before that they train with validations of different length: they agree only in the batches that both have.
+    """
     chance, pair = random.Random(0), Pair(tmp_path)
     try:
+        pair.start(6, uneven=True)
+        assert [(ending.code, ending.step) for ending in pair.endings()] == [(0, 6), (0, 6)]
         for _ in range(count):
             ranks = chance.choice([[0], [1], [0, 1]])
             endings = pair.run(chance.randint(1, 8), ranks, chance.uniform(0, 0.02))
