@@ -66,7 +66,7 @@ def from_outside(error: BaseException) -> TrunklineError | None:
             f"there is not enough memory{asked}; make the network (dim, depth), its inputs or batch_size smaller"
         )
     if name in ("DistBackendError", "DistNetworkError", "DistStoreError") or LOST_PROCESS.search(reason):
-        return TrunklineError(
+        return LostProcess(
             "another process of this run has ended or does not answer; its own message says why. Resume the run from "
             "its last checkpoint"
         )

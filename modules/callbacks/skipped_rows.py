@@ -14,7 +14,7 @@ from trunkline.modules.objectives.checks import facts_of
 from trunkline.modules.training.distributed import gather_lists
 from trunkline.modules.training.late import LateReduction
 
-MOST_NAMED = 20
+LAST_ROWS = 20
 """Number of rows that a message names."""
 
 
@@ -67,7 +67,7 @@ class SkippedRows(Callback):
     def _error(self, trainer: L.Trainer) -> TrunklineError:
         own = [int(row) for skipped, rows in self.last if rows is not None for row in rows[skipped > 0]]
         rows = gather_lists(own, trainer.world_size)
-        named = ", ".join(map(str, rows[:MOST_NAMED])) + (" …" if len(rows) > MOST_NAMED else "")
+        named = ", ".join(map(str, rows[:LAST_ROWS])) + (" …" if len(rows) > LAST_ROWS else "")
         return TrunklineError(
             f"{self.count} rows of epoch {self.epoch} cannot be read and were replaced by others, of which "
             f"max_skipped allows {self.limit}; the last ones: {named}. See the warnings above, mend the source or "

@@ -8,9 +8,10 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from trunkline import TrunklineError
-from trunkline.modules.training.distributed import gather_lists
+from trunkline.modules.training.distributed import gather_lists, local_rows, norms_over_processes
 from trunkline.modules.training.late import LateReduction
 
 DIVERGED = (
@@ -169,12 +170,9 @@ def spread_fault(loss: Tensor) -> Tensor:
 
 def gradient_norm(module: torch.nn.Module) -> Tensor:
     """Scalar, the norm of all gradients; of sharded parameters, over all processes."""
-    return unsharded(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
-
-
-def unsharded(value: Tensor) -> Tensor:
-    """A value that sharded processes hold parts of."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    own = torch.nn.utils.get_total_norm([local_rows(gradient) for gradient in gradients])
+    return norms_over_processes([own], gradients[0])[0]
 
 
 def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
@@ -185,13 +183,16 @@ def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def refuse_diverged(module: torch.nn.Module) -> None:
-    """Refuse weights that are not finite.
+    """Refuse weights that are not finite, of sharded ones in all processes alike.
 
     Raises:
         TrunklineError: naming the first of them.
     """
     parameters = dict(module.named_parameters())
-    finite = torch.stack([unsharded(p.detach().isfinite().all().float()) for p in parameters.values()])
+    finite = torch.stack([local_rows(p.detach()).isfinite().all().float() for p in parameters.values()])
+    first = next(iter(parameters.values()))
+    if isinstance(first, DTensor):
+        dist.all_reduce(finite, dist.ReduceOp.MIN, group=first.device_mesh.get_group())
     for name, good in zip(parameters, finite.tolist(), strict=True):
         if not good:
             raise TrunklineError(f"the weight {name} is not finite; nothing was saved. {DIVERGED}")

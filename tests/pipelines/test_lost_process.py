@@ -17,6 +17,7 @@ from tiny import trainer
 
 from trunkline.modules.training.exact_resume import LONGEST_WAIT, limit_waiting
 from trunkline.pipelines import processes
+from trunkline.pipelines.errors import TRY_AGAIN
 from trunkline.pipelines.processes import end_children, end_stopped
 
 RECIPE: dict[str, Any] = {
@@ -55,7 +56,7 @@ def test_a_killed_process_ends_the_other(rank: int, tmp_path: Path) -> None:
         go_on(tmp_path)
         other = run.processes[1 - rank]
         other.join(60)
-        assert other.exitcode == 2, run.output()
+        assert other.exitcode == TRY_AGAIN, run.output()
         assert "error: another process of this run has ended" in run.output()
     finally:
         run.kill()
@@ -74,7 +75,7 @@ def test_a_killed_data_worker_ends_all_processes(tmp_path: Path) -> None:
         go_on(tmp_path)
         for process in run.processes:
             process.join(60)
-        assert [process.exitcode for process in run.processes] == [2, 2], run.output()
+        assert [process.exitcode for process in run.processes] == [TRY_AGAIN, 2], run.output()
         text = " ".join(run.output().split())
         assert "error: a process that loads data was killed" in text
         assert "error: another process of this run has ended" in text
