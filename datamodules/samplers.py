@@ -221,6 +221,14 @@ class ResumableLoader(DataLoader[Any]):
             yield from super().__iter__()
 
 
+def lost_worker() -> TrunklineError:
+    """The message for `LOST_WORKER`."""
+    return TrunklineError(
+        "a process that loads data was killed, most likely because memory ran out; lower num_workers or batch_size",
+        "data.num_workers",
+    )
+
+
 @contextmanager
 def plain_errors(num_workers: int) -> Iterator[None]:
     """Raise a worker's `TrunklineError` as the dataset raised it: torch replaces its message by the traceback.
@@ -234,10 +242,7 @@ def plain_errors(num_workers: int) -> Iterator[None]:
         lost = num_workers > 0 if isinstance(error, ConnectionError | EOFError) else LOST_WORKER.search(str(error))
         if not lost:
             raise
-        raise TrunklineError(
-            "a process that loads data was killed, most likely because memory ran out; lower num_workers or batch_size",
-            "data.num_workers",
-        ) from error
+        raise lost_worker() from error
     except TrunklineError as error:
         if not num_workers:
             raise

@@ -70,6 +70,10 @@ def from_outside(error: BaseException) -> TrunklineError | None:
             "another process of this run has ended or does not answer; its own message says why. Resume the run from "
             "its last checkpoint"
         )
+    if "DataLoader worker" in reason:  # torch raises the loss of one anywhere, also while a run ends because of it
+        from trunkline.datamodules.samplers import LOST_WORKER, lost_worker
+
+        return lost_worker() if LOST_WORKER.search(reason) else None
     if name == "MisconfigurationException":  # Lightning's word for asking too much
         return TrunklineError(reason)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):

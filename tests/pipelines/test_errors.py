@@ -281,6 +281,11 @@ def test_names_of_arguments_that_are_handed_on() -> None:
             "another process of this run",
         ),
         (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1."), "another process of this run"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "a process that loads data was killed",
+        ),
+        (RuntimeError("DataLoader worker raised"), None),
         (RuntimeError("Connection closed by peer"), None),  # of a hub, for all we know
         (RuntimeError("a bug"), None),
         (KeyError("a bug"), None),
