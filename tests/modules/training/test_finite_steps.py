@@ -284,7 +284,7 @@ class PoisonOne(Callback):
         Path(f"weights{trainer.global_rank}").write_text(f"{float(total)!r} {pl_module.finite_steps.skipped}")
 
 
-@pytest.mark.parametrize("allowed", [0, 1])
+@pytest.mark.parametrize("allowed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_all_processes_act_together(allowed: int, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(RECIPE.replace("SKIP", str(allowed)))
     run = Run(["fit", "--config", "tiny.yaml"], tmp_path, 2)
