@@ -2,6 +2,9 @@
 
 import os
 import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +167,59 @@ def test_processes_with_different_tokenizers_stop(second: str) -> None:
         TrunklineError, match=r"process 1 has another tokenizer than process 0.*share the folder cache_dir"
     ):
         asking.compare_tokenizers()
+
+
+ONE_OF_TWO = """
+import sys
+import lightning as L
+import torch
+from trunkline.datamodules import TextData
+
+class Nothing(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+    def training_step(self, batch, number):
+        return self.weight.sum()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+data = TextData(sys.argv[1], tokenizer=sys.argv[2], max_length=16, batch_size=4, num_workers=0)
+options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=1, use_distributed_sampler=False, **options)
+trainer.fit(Nothing(), datamodule=data)
+print("trained")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second", ["abcd", "abce"])
+def test_two_processes_with_a_cache_each(second: str, tmp_path: Path) -> None:
+    text = write_text(tmp_path / "in.txt")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank, words in enumerate(("abcd", second)):
+        train_tokenizer("chars", [words], None).save(str(tmp_path / f"{rank}.json"))
+        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+        launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        launch["TRUNKLINE_CACHE"] = tmp_path / f"cache {rank}"
+        environment = os.environ | {name: str(value) for name, value in launch.items()}
+        command = [sys.executable, "-c", ONE_OF_TWO, text, str(tmp_path / f"{rank}.json")]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=environment, **pipes))  # type: ignore[call-overload]
+    try:
+        for process in started:
+            output, errors = process.communicate(timeout=300)
+            if second == "abcd":
+                assert (process.returncode, "trained" in output) == (0, True), errors
+            else:
+                assert process.returncode == 1
+                assert "TrunklineError: process 1 has another tokenizer than process 0" in errors
+    finally:
+        for process in started:
+            process.kill()
 
 
 def test_no_digest_of_a_datamodule_that_says_nothing() -> None:
