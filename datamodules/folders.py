@@ -3,7 +3,7 @@
 Measured with 1.28 million names as those of ImageNet, a process needs 46 MiB for its list, all of it in pages that the
 machine keeps once; the first process, which searches the folder, needs 220 MiB for a moment. A list of `Path`s took
 437 MiB in each process, and was copied into each worker process as it was read. The command is
-`python tests/support/data_memory.py images FOLDER --millions 1.28`.
+`python tests/support/data_memory.py images FOLDER 1.28`.
 """
 
 import hashlib

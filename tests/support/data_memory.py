@@ -1,7 +1,7 @@
 """Memory and time that a process needs to begin an epoch of a very large data set, whose files are made up.
 
-    python tests/support/data_memory.py shards FOLDER --millions 10
-    python tests/support/data_memory.py images FOLDER --millions 1.28
+    python tests/support/data_memory.py shards FOLDER 10
+    python tests/support/data_memory.py images FOLDER 1.28
 
 FOLDER is for the index. The second run in the same FOLDER is what each process but the first one does.
 """
@@ -94,7 +94,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["shards", "images"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--millions", type=float, default=10.0)
+    parser.add_argument("millions", type=float, help="of samples or files")
     arguments = parser.parse_args()
     {"shards": measure_shards, "images": measure_images}[arguments.what](
         arguments.folder, round(arguments.millions * 1e6)
