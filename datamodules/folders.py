@@ -170,9 +170,12 @@ def kept_list(file: Path, folder: Path) -> FileNames | None:
 
 
 def folder_state(folder: Path) -> list[int]:
-    """[inode, time of the last change in ns]: new, renamed and removed entries change it."""
+    """[inode, time of the last change in ns]: new, renamed and removed entries change it.
+
+    It is the time that only the system sets (ctime), because rsync and tar set the other one back.
+    """
     state = folder.stat()
-    return [state.st_ino, state.st_mtime_ns]
+    return [state.st_ino, state.st_ctime_ns]
 
 
 def searched(folder: Path, suffixes: tuple[str, ...], visited: "Visited") -> FileNames:
@@ -248,7 +251,7 @@ def walk(folder: Path, visited: Visited) -> Iterator[str]:
         if (state.st_dev, state.st_ino) in known:
             continue
         known.add((state.st_dev, state.st_ino))
-        visited.folders.append([place, state.st_ino, state.st_mtime_ns])
+        visited.folders.append([place, state.st_ino, state.st_ctime_ns])
         links: list[str] = []  # a folder that stands here itself comes before its links
         with os.scandir(folder / place) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):

@@ -1,5 +1,6 @@
 """Files below a folder: each real file once."""
 
+import os
 import pickle
 import sys
 import tracemalloc
@@ -93,6 +94,15 @@ def test_a_list_is_kept_until_a_folder_changes(kept: Path, monkeypatch: pytest.M
     for broken in (b"", file.read_bytes()[:-5], b"\xff" * 100):
         file.write_bytes(broken)
         assert listed(kept) == ["a/1.png", "a/2.png", "b/4.png"]
+
+
+def test_a_folder_whose_time_is_set_back_has_changed(kept: Path) -> None:
+    """As rsync and tar do it."""
+    before = (kept / "b").stat()
+    assert listed(kept) == ["a/1.png", "a/2.png", "b/3.png"]
+    (kept / "b" / "6.png").touch()
+    os.utime(kept / "b", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert listed(kept) == ["a/1.png", "a/2.png", "b/3.png", "b/6.png"]
 
 
 def test_a_list_that_could_be_old_unseen_is_not_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ FOLDER is for the index. The second run in the same FOLDER is what each process 
 """
 
 import argparse
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,7 +71,7 @@ def measure_shards(folder: Path, samples: int) -> None:
 def measure_images(folder: Path, files: int) -> None:
     """An image folder with the names of ImageNet, as a list of paths and as our list."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    os.utime(folder / "images", (1, 1))
+    time.sleep(2.1)  # the list of a folder that changed just now is not kept
 
     def walk(root: Path, visited: Visited) -> Iterator[str]:
         visited.folders.append(["", *folder_state(root)])
