@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
 from trunkline.datamodules.text.text_sources import Piece
+from trunkline.datamodules.text_encoder import TextEncoder
 from trunkline.datamodules.text_tasks.task_text import Ragged
-from trunkline.datamodules.tokenizers import TextEncoder
 
 NUMBER = re.compile(r"[0-9]+(?:[.,][0-9]+)*")
 APOSTROPHE = re.compile("(?<=\\w)['\u2019](?=\\w)")

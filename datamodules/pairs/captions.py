@@ -10,8 +10,9 @@ from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.datamodules.tables import kind
+from trunkline.datamodules.text_encoder import TextEncoder
 from trunkline.datamodules.text_tasks.task_text import Frame
-from trunkline.datamodules.tokenizers import TextEncoder, check_room
+from trunkline.datamodules.tokenizers import check_room
 
 START_OF_TEXT = "<|startoftext|>"
 """First token of a text in the tokenizer of OpenAI's CLIP."""

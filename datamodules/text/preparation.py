@@ -31,10 +31,10 @@ from trunkline.datamodules.text.token_shards import (
     texts_name,
     token_type,
 )
+from trunkline.datamodules.text_encoder import TextEncoder
 from trunkline.datamodules.tokenizers import (
     DEFAULT_VOCAB_SIZE,
     TRAINED,
-    TextEncoder,
     end_of_text_id,
     load_tokenizer,
     size_of,

@@ -13,6 +13,7 @@ from trunkline import TrunklineError
 from trunkline.datamodules.hub import NamedSource
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.text.text_sources import emoji
+from trunkline.datamodules.text_encoder import TextEncoder
 from trunkline.datamodules.text_tasks.task_text import (
     Frame,
     Ragged,
@@ -25,7 +26,6 @@ from trunkline.datamodules.text_tasks.task_text import (
     text_cell,
 )
 from trunkline.datamodules.text_tasks.task_text import cell as cell_of
-from trunkline.datamodules.tokenizers import TextEncoder
 
 EMOJI = "emoji"
 

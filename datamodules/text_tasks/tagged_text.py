@@ -18,6 +18,7 @@ from trunkline.contract import IGNORE
 from trunkline.datamodules.hub import NamedSource
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.tables import TABLES, broken_text, kind, opened, read_table
+from trunkline.datamodules.text_encoder import TextEncoder
 from trunkline.datamodules.text_tasks.task_text import (
     Frame,
     Ragged,
@@ -30,7 +31,6 @@ from trunkline.datamodules.text_tasks.task_text import (
     table_files,
     table_rows,
 )
-from trunkline.datamodules.tokenizers import TextEncoder
 
 CONLL = (".conll", ".txt", ".bio", ".iob", ".iob2")
 

@@ -6,7 +6,8 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from trunkline import TrunklineError
-from trunkline.datamodules.tokenizers import TextEncoder, check_room, end_of_text_id
+from trunkline.datamodules.text_encoder import TextEncoder
+from trunkline.datamodules.tokenizers import check_room, end_of_text_id
 from trunkline.datamodules.translation.text_pairs import language_token
 
 

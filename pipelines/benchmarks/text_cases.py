@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from trunkline import TrunklineError
 from trunkline.datamodules.text.text_sources import open_text
-from trunkline.datamodules.tokenizers import TextEncoder, train_tokenizer
+from trunkline.datamodules.text_encoder import TextEncoder
+from trunkline.datamodules.tokenizers import train_tokenizer
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.generation.low_precision import to_bfloat16, to_int8
 from trunkline.modules.generation.sampling import GenerationConfig, generate

@@ -19,7 +19,8 @@ from trunkline.datamodules import (
 )
 from trunkline.datamodules.images import image_data
 from trunkline.datamodules.text.preparation import Preparation
-from trunkline.datamodules.tokenizers import TextEncoder, size_of, train_tokenizer
+from trunkline.datamodules.text_encoder import TextEncoder
+from trunkline.datamodules.tokenizers import size_of, train_tokenizer
 
 WORDS = "the cat sat on the mat and the dog ran to the barn\n" * 40
 

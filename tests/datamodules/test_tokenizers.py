@@ -12,19 +12,19 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from trunkline import TrunklineError
+from trunkline.datamodules import text_encoder
 from trunkline.datamodules import tokenizers as ours
 from trunkline.datamodules.text.text_sources import open_text
+from trunkline.datamodules.text_encoder import TextEncoder, treats_words_alone
 from trunkline.datamodules.tokenizers import (
     END_OF_TEXT,
     MASKING_TOKENS,
     UNKNOWN,
-    TextEncoder,
     end_of_text_id,
     load_tokenizer,
     size_of,
     train_tokenizer,
     train_wordpiece,
-    treats_words_alone,
 )
 from trunkline.files import digest
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
@@ -202,7 +202,7 @@ def test_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch, trained: di
     encoder = TextEncoder(trained["bpe"])
     first = encoder.encode([TEXT[:9000]])[0].tolist()
     for name in ("KNOWN_WORDS", "KNOWN_CHARACTERS"):
-        monkeypatch.setattr(ours, name, 100)
+        monkeypatch.setattr(text_encoder, name, 100)
         assert encoder.encode(["abc"])[0].tolist() == trained["bpe"].encode("abc").ids
         assert len(encoder.words) == 1
         assert encoder.encode([TEXT[:9000]])[0].tolist() == first
