@@ -239,12 +239,12 @@ def test_a_run_saves_while_it_trains(gate: Gate, tmp_path: Path) -> None:
 def test_a_save_that_fails_ends_the_run(gate: Gate, tmp_path: Path) -> None:
     """After the step in which it failed, and with the older file kept."""
     folder = tmp_path / "checkpoints"
-    gate.full.add("step=2.ckpt")
-    saves = ModelCheckpoint(folder, "{step}", monitor="step", mode="max", save_top_k=1, every_n_train_steps=1)
+    gate.full.add("step=4.ckpt")
+    saves = ModelCheckpoint(folder, "{step}", monitor="step", mode="max", save_top_k=1, every_n_train_steps=2)
     folder.mkdir()
     gate.opened.set()
-    look = Look(gate, folder, 2)
-    with pytest.raises(TrunklineError, match=r"cannot write .*step=2.ckpt .*No space left on device; free some space"):
+    look = Look(gate, folder, 4)
+    with pytest.raises(TrunklineError, match=r"cannot write .*step=4.ckpt .*No space left on device; free some space"):
         fit(
             classifier(),
             tmp_path,
@@ -253,8 +253,8 @@ def test_a_save_that_fails_ends_the_run(gate: Gate, tmp_path: Path) -> None:
             enable_checkpointing=True,
             plugins=[BackgroundCheckpointIO()],
         )
-    assert len(look.seen) == 3  # the step after the save was done, and no other
-    assert names(folder) == {"step=1.ckpt"}
+    assert len(look.seen) == 5  # the step after the save was done, and no other
+    assert names(folder) == {"step=2.ckpt"}
 
 
 def test_a_save_that_fails_at_the_end(gate: Gate, tmp_path: Path) -> None:
