@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -59,11 +61,17 @@ def shard_module(module: nn.Module, mesh: DeviceMesh) -> WholeModule:
                 "train with trainer/ddp",
                 "trainer.strategy",
             )
-    for trunk in [m for m in module.modules() if isinstance(m, Transformer)]:
+    trunks = [m for m in module.modules() if isinstance(m, Transformer)]
+    for trunk in trunks:
         for block in trunk.blocks:
             fully_shard(block, mesh=mesh)
     whole = WholeModule(module)
     fully_shard(whole, mesh=mesh)
+    for trunk in trunks:
+        # Which block to gather next in the backward pass would otherwise follow from all calls since the last one, and
+        # a process that has drawn something in a validation would gather others than the rest.
+        for before, block in pairwise([whole, *trunk.blocks]):
+            block.set_modules_to_backward_prefetch([before])
     return whole
 
 
@@ -91,6 +99,16 @@ class ShardedStrategy(DDPStrategy):
         self.wholes: list[WholeModule] = []
         """The sharded module, and those of callbacks that average its weights."""
         self.mesh: DeviceMesh | None = None
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """For a test after `fit`, keep the shards: DDP would broadcast whole weights."""
+        if trainer.state.fn == TrainerFn.FITTING or not self.wholes:
+            super().setup(trainer)
+            return
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.model = self.wholes[0]
+        self.setup_precision_plugin()
 
     def configure_ddp(self) -> None:
         """Shard instead of replicating; also the copies of callbacks that average the weights."""
@@ -146,6 +164,10 @@ class ShardedStrategy(DDPStrategy):
     def on_test_end(self) -> None:
         self.release_weights()
 
+    def on_train_end(self) -> None:
+        """For what callbacks draw at the end of `fit`; those that save have done so."""
+        self.gather_weights()
+
     def teardown(self) -> None:
         """Leave the sharded tensors where they are, unlike DDP: a test may follow."""
         assert self.cluster_environment is not None
@@ -161,7 +183,7 @@ class ShardedStrategy(DDPStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The sharded state; a validation that is under way has gathered it."""
+        """The sharded state, also where a validation that is under way has gathered it."""
         for module in self._sharded():
             module.reshard()
         return super().lightning_module_state_dict()
@@ -184,6 +206,7 @@ class ShardedStrategy(DDPStrategy):
         Raises:
             TrunklineError: if it is damaged, or holds more than plain data.
         """
+        self.release_weights()
         path = Path(self.broadcast(os.fspath(checkpoint_path)))
         if not self.wholes:
             return super().load_checkpoint(path, weights_only=weights_only)

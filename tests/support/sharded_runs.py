@@ -128,6 +128,14 @@ class Save(Callback):
             trainer.save_checkpoint(self.path)
 
 
+class Draw(Callback):
+    """Runs the network in the first process alone, as those callbacks do that draw pictures."""
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            pl_module.network(torch.zeros(1, 1, 8, 8))
+
+
 def train(
     kind: str,
     strategy: str,
@@ -145,7 +153,7 @@ def train(
     folder = folder / f"{kind}-{strategy}"
     callbacks: list[Callback] = [Throughput()]
     if kind == "vit":
-        callbacks.append(EMAWeightAveraging(decay=0.9))
+        callbacks += [Draw(), EMAWeightAveraging(decay=0.9)]
     if save:
         callbacks.append(Save(folder / "middle.ckpt", MIDDLE))
     fitted = tiny.trainer(
