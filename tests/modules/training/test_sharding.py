@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from recorded_run import Run
 from sharded_runs import MODULES, in_processes, train
 from sharded_runs import optimizer as optimizer_config
 
@@ -19,12 +20,14 @@ from trunkline.pipelines.cli import main
 FAST = ("gpt", "vit")
 
 
-def compare(rank: int, folder: Path, kinds: tuple[str, ...]) -> None:
+def compare(rank: int, folder: Path, kinds: tuple[str, ...], accumulate: int = 1) -> None:
     """Train each kind with DDP and with shards."""
     found = {}
     for kind in kinds:
         for strategy in ("ddp", "sharded"):
-            found[kind, strategy] = train(kind, strategy, folder, rank, save=kind == "vit")
+            found[kind, strategy] = train(
+                kind, strategy, folder, rank, save=kind == "vit", accumulate_grad_batches=accumulate
+            )
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -91,11 +94,46 @@ def test_resume_with_another_strategy(name: str, strategy: str, runs: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in MODULES if kind not in FAST and kind != "bf16-true"])
+@pytest.mark.parametrize("kind", ["scaled", "clip", "seq2seq", "frozen"])
 def test_other_objectives(kind: str, tmp_path: Path) -> None:
     """Several trunks, a shared one, recomputed activations, frozen blocks, and factors of whole matrices."""
     in_processes(compare, tmp_path, (kind,))
     assert_same_training(tmp_path, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt", "clip"])
+def test_accumulated_steps(kind: str, tmp_path: Path) -> None:
+    """Of batches with different numbers of targets; for CLIP all of them in one loss."""
+    in_processes(compare, tmp_path, (kind,), 3)
+    assert_same_training(tmp_path, kind)
+
+
+@pytest.mark.slow
+def test_bfloat16_weights(tmp_path: Path) -> None:
+    in_processes(compare, tmp_path, ("bf16-true",))
+    sharded, whole = (states(tmp_path / f"bf16-true-{strategy}/last.ckpt") for strategy in ("sharded", "ddp"))
+    assert {x.dtype for name, x in sharded["state_dict"].items() if "network" in name} == {torch.bfloat16}
+    torch.testing.assert_close(sharded["state_dict"], whole["state_dict"], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.slow
+def test_a_recipe_with_all_its_callbacks(tmp_path: Path) -> None:
+    """The machine file trainer/fsdp on two CPU processes: pictures, averaged weights, best weights, test, resume."""
+    small = "--data.num_workers 0 --trainer.check_val_every_n_epoch 1 --test_with best --trainer.limit_train_batches 6"
+    machine = "--trainer.accelerator cpu --trainer.devices 2 --trainer.precision 32-true"
+    command = f"fit --config vit/digits --config trainer/fsdp {machine} {small}".split()
+    for epochs, resume in (("1", []), ("2", ["--resume", "auto"])):
+        run = Run([*command, "--trainer.max_epochs", epochs, *resume], tmp_path, 2)
+        assert run.wait() == [0, 0], run.output()
+        assert "test/acc" in run.output()
+    (folder,) = (tmp_path / "runs/vit/digits").iterdir()
+    for name, steps in (("best", (6, 12)), ("last", (12,))):
+        content = load_checkpoint(folder / "checkpoints" / f"{name}.ckpt")
+        assert content["global_step"] in steps
+        assert "averaging_state" in content
+    main(["convert", "--checkpoint", str(tmp_path / "runs/vit/digits")])
+    assert ViT.from_pretrained(folder / "checkpoints/best").config.num_classes == 10
 
 
 @pytest.mark.parametrize(("kind", "network"), [("gpt", GPT), ("vit", ViT)])
