@@ -3,10 +3,10 @@
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -64,7 +64,7 @@ def run_check(arguments: list[str]) -> None:
     if not any(name in ("--config", "-c", "--model", "--model.class_path") for name, _ in options_given(resolved)):
         raise TrunklineError("trunkline check needs a recipe, such as --config vit/digits")
     sys.argv[1:] = resolved  # messages look for flags and configs here
-    folder, start = Path(tempfile.mkdtemp(prefix="trunkline-check-")), time.perf_counter()
+    folder, start = Path(mkdtemp(prefix="trunkline-check-")), time.perf_counter()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the trials too
     try:
         rows = check_recipe(Workbench(resolved, recipe, folder), chosen, processes)
@@ -130,7 +130,8 @@ def check_recipe(bench: Workbench, chosen: list[str], processes: int | None) -> 
         (alone,) = bench.run(step_trial())  # all flags, files and classes are read here
     except TrialFailed as failed:
         sys.stderr.write(failed.log)
-        raise TrunklineError(str(failed), failed.field) from None
+        message = f"the recipe cannot make its first step: {failed}" if failed.log else str(failed)
+        raise TrunklineError(message, failed.field) from None
     count = processes or alone["devices"]
     if alone["device"] != "cpu" and count > alone["devices"]:
         raise TrunklineError(f"--processes {count}: there are only {alone['devices']} devices here")

@@ -100,7 +100,7 @@ def state_differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, flo
         if not torch.equal(a, b):
             first, second = a.double(), b.double()
             yield path, float((first - second).abs().max() / first.abs().max().clamp(min=1e-30))
-    elif type(a) is not type(b) or a != b:
+    elif isinstance(a, torch.Tensor) or type(a) is not type(b) or a != b:
         yield path, float("nan")
 
 

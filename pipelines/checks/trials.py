@@ -88,14 +88,14 @@ class Workbench:
             kill(jobs)
         codes = [job.exitcode for job in jobs]
         if any(codes):
-            raise failure(trial, folder, codes)
+            raise failure(folder, codes)
         return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(len(jobs))]
 
     def _wait_until_held(self, jobs: list[Any], folder: Path) -> None:
         while not all((folder / f"held{rank}").exists() for rank in range(len(jobs))):
             if not all(job.is_alive() for job in jobs):
                 wait_for_jobs(jobs)
-                raise failure(None, folder, [job.exitcode for job in jobs])
+                raise failure(folder, [job.exitcode for job in jobs])
             time.sleep(POLL)
 
 
@@ -141,7 +141,7 @@ def kill(jobs: list[Any]) -> None:
         job.join()
 
 
-def failure(trial: Trial | None, folder: Path, codes: list[int | None]) -> TrialFailed:
+def failure(folder: Path, codes: list[int | None]) -> TrialFailed:
     """The error with which a trial ended: the first process's own, else that of another."""
     for rank in sorted(range(len(codes)), key=lambda rank: (codes[rank] != 2, codes[rank] is None, rank)):
         file = folder / f"error{rank}.pt"
