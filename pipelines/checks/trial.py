@@ -27,7 +27,7 @@ class Trial:
     parts: int | None = None
     """Each batch is cut into this many, whose gradients are accumulated; None accumulates as the recipe does."""
     one_batch: bool = False
-    """Whether the first batch is repeated, with a constant learning rate after a few steps."""
+    """Whether the first batch is repeated, with a constant learning rate after a few steps and no label smoothing."""
     resume: str | None = None
     """The checkpoint to start from."""
     held: bool = False

@@ -24,6 +24,8 @@ from trunkline.pipelines.training import TrainingCLI
 
 RANDOM_MIXING = ("mixup", "cutmix")
 """Arguments of objectives that mix the rows of a batch by chance."""
+SMOOTHING = "label_smoothing"
+"""The argument that keeps a loss above zero, however well the rows are known."""
 RESTING = {
     "max_epochs": -1,
     "min_epochs": None,
@@ -170,7 +172,7 @@ class TrialCLI(TrainingCLI):
             trainer[name] = value
         if trial.still:
             given = config.model.get("init_args") or {}
-            for name in RANDOM_MIXING:
+            for name in (*RANDOM_MIXING, *([SMOOTHING] if trial.one_batch else [])):
                 if given.get(name):
                     given[name] = 0.0
         config.run_dir, config.name, config.resume = str(self.folder / "runs"), "check", trial.resume

@@ -132,22 +132,22 @@ def test_many_parameters_are_counted() -> None:
 
 @pytest.mark.parametrize(
     ("first", "last", "expected"),
-    [(2.0, 0.8, True), (2.0, 0.81, False), (2.0, math.nan, False), (math.nan, 1.0, False), (0.04, 0.04, True)],
+    [(2.0, 0.5, True), (2.0, 0.51, False), (2.0, math.nan, False), (math.nan, 1.0, False), (0.04, 0.04, True)],
 )
 def test_most_of_the_loss_must_go(first: float, last: float, expected: bool) -> None:
     assert learnt(first, last) is expected
 
 
 def test_losses_below_zero_must_fall_too() -> None:
-    assert learnt(-2.0, -3.2) is True
+    assert learnt(-2.0, -3.5) is True
     assert learnt(0.5, -0.1) is True
 
 
 def test_a_sound_task_is_learnt_by_heart(tmp_path: Path) -> None:
-    found = result_of(replace(overfit_trial(), steps=150), tmp_path)
+    found = result_of(replace(overfit_trial(), steps=250), tmp_path)
     assert found["rows"] == 16
-    assert found["last"] <= found["first"] * 0.4
-    assert found["steps"] < 150  # it ends as soon as it is learnt
+    assert found["last"] <= found["first"] / 4
+    assert found["steps"] < 250  # it ends as soon as it is learnt
 
 
 def test_a_network_that_sees_nothing_is_found(tmp_path: Path) -> None:
