@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from trunkline.modules.training.finite_steps import unsharded
 from trunkline.pipelines.checks.trial import Trial
 from trunkline.pipelines.checks.trial_process import TrialObserver
 from trunkline.pipelines.checks.trials import Workbench
@@ -56,11 +57,6 @@ def shake(name: str, p: Tensor) -> None:
     noise = (NOISE * torch.randn(p.shape, generator=generator)).to(p.device, p.dtype)
     with torch.no_grad():
         p.add_(distribute_tensor(noise, p.device_mesh, p.placements) if isinstance(p, DTensor) else noise)
-
-
-def unsharded(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded over the processes, in full."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Agreement(NamedTuple):

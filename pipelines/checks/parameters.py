@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-MOST_NAMED = 5
+NAMED_AT_MOST = 5
 """Most parameters that a message names."""
 
 
@@ -37,8 +37,8 @@ def parameter_faults(alone: Mapping[str, Any]) -> list[str]:
 
 def named(names: list[str]) -> str:
     """Some names, and the number of the others."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
+    return ", ".join(names[:NAMED_AT_MOST]) + more
 
 
 def parameter_figures(alone: Mapping[str, Any]) -> str:
