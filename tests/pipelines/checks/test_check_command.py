@@ -163,6 +163,17 @@ def test_a_task_of_ones_own(processes: str, checked: Callable[..., tuple[int, st
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sharded_weights(checked: Callable[..., tuple[int, str]]) -> None:
+    """With a machine's file: whole gradients of FSDP2 are compared, and its checkpoints in parts."""
+    machine = ["--config", "trainer/fsdp", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    code, text = checked("--config", write_recipe(), *machine, "--compile", "false", "--only", "agreement,resume")
+    assert code == 0
+    assert "2 processes as one process │ pass" in text
+    assert "SIGKILL after step 3 of 5, 2 processes: 0 differences" in text
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("model", "data", "only", "messages"),
