@@ -2,10 +2,13 @@
 
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from importlib import import_module
 from itertools import pairwise, takewhile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from trunkline import TrunklineError, __version__
@@ -26,6 +29,8 @@ PREPARATION = {
 }
 LISTINGS = {"list": "the packaged recipes by model, with data, size, time and result"}
 HELP = ("-h", "--help")
+REFUSED = "TRUNKLINE_REFUSED"
+"""Environment variable with the path of a file that bad input makes."""
 
 
 class Function(NamedTuple):
@@ -118,8 +123,21 @@ def main(arguments: list[str] | None = None) -> None:
         if own is None:
             error.add_note(DEFECT)
             raise
+        if not isinstance(own, LostProcess):
+            note_refusal()
         report(own, options)
         raise SystemExit(TRY_AGAIN if isinstance(own, LostProcess) else 2) from None
+
+
+def note_refusal() -> None:
+    """Make the file that a job's script waits for: of several processes' exit codes it sees only one.
+
+    The first process that ends lets srun end the others, and their codes, which are larger, hide that of bad input.
+    """
+    file = os.environ.get(REFUSED)
+    if file:
+        with suppress(OSError):
+            Path(file).touch()
 
 
 def answered(command: str, arguments: list[str]) -> bool:

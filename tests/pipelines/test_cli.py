@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trunkline import TrunklineError, __version__
 from trunkline.files import load_checkpoint
-from trunkline.pipelines import errors, training
+from trunkline.pipelines import cli, errors, training
 from trunkline.pipelines.cli import main
 from trunkline.pipelines.configs import config_names
-from trunkline.pipelines.errors import report
+from trunkline.pipelines.errors import TRY_AGAIN, report
 from trunkline.seal import proves_itself
 
 DIGITS = ["fit", "--config", "vit/digits"]
@@ -84,6 +84,29 @@ def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
         main([*arguments, "--print_config"])
     assert stop.value.code in (0, None)
     return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "refused"),
+    [
+        (TrunklineError("bad"), 2, True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:80"), TRY_AGAIN, False),
+    ],
+)
+def test_what_a_job_learns_from_an_error(
+    error: Exception, code: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another attempt may help against a lost process; bad input leaves the file that the job's script looks for."""
+
+    def fail(*_: Any) -> bool:
+        raise error
+
+    monkeypatch.setattr(cli, "answered", fail)
+    monkeypatch.setenv("TRUNKLINE_REFUSED", str(tmp_path / "refused"))
+    with pytest.raises(SystemExit) as stop:
+        main(["fit"])
+    assert stop.value.code == code
+    assert (tmp_path / "refused").exists() == refused
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

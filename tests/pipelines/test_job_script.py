@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from trunkline.pipelines.errors import TRY_AGAIN
+
 SCRIPT = Path(__file__).parents[2] / "configs/slurm/train.sbatch"
 
 pytestmark = pytest.mark.skipif(not Path("/bin/bash").exists(), reason="no bash")
@@ -33,7 +35,7 @@ class Attempt:
         inherited = ("MASTER_ADDR", "TRUNKLINE", "MAX_RESTARTS", "SLURM_RESTART_COUNT", "SLURM_CPUS_PER_TASK")
         environ = {**{k: v for k, v in os.environ.items() if k not in inherited}, **job, **environ}
         command = ["/bin/bash", str(SCRIPT), *arguments]
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
         self.code, self.said = done.returncode, done.stdout + done.stderr
 
     def calls(self, program: str) -> list[list[str]]:
@@ -69,7 +71,9 @@ def test_settings_of_the_job(tmp_path: Path) -> None:
     [
         ("exit 137", {}, 137, True, "started again from its last checkpoint"),
         ("exit 143", {"SLURM_RESTART_COUNT": "4"}, 143, True, "attempt 5"),
-        ("exit 2", {}, 2, False, "refused its input"),
+        ("exit 2", {}, 2, False, "refused its input"),  # also that of srun if there is no such program
+        ('touch "$TRUNKLINE_REFUSED"; exit 143', {}, 2, False, "refused its input"),
+        (f"exit {TRY_AGAIN}", {}, TRY_AGAIN, True, "started again"),
         (
             "exit 1",
             {"SLURM_RESTART_COUNT": "3", "MAX_RESTARTS": "3"},
@@ -86,12 +90,13 @@ def test_how_an_attempt_ends(
     attempt = Attempt(tmp_path, srun, "vit/digits", **environ)
     assert (attempt.code, attempt.requeued) == (code, requeued)
     assert said in attempt.said
+    assert not list(tmp_path.glob(".trunkline*"))
 
 
 def test_too_many_restarts_by_slurm_itself(tmp_path: Path) -> None:
-    attempt = Attempt(tmp_path, "exit 0", "vit/digits", SLURM_RESTART_COUNT="51")
+    attempt = Attempt(tmp_path, "exit 0", "vit/digits", SLURM_RESTART_COUNT="21")
     assert (attempt.code, attempt.calls("srun")) == (1, [])
-    assert "MAX_RESTARTS=50 allows no other attempt" in attempt.said
+    assert "MAX_RESTARTS=20 allows no other attempt" in attempt.said
 
 
 def test_a_recipe_is_needed(tmp_path: Path) -> None:

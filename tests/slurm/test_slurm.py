@@ -144,6 +144,7 @@ def test_bad_input_is_not_tried_again(cluster: Slurm, tmp_path: Path) -> None:
     output = Job(cluster, tmp_path, "vit/dogits").wait("FAILED", restarts=0)
     assert "there is no config 'vit/dogits'; did you mean 'vit/digits'?" in " ".join(output.split())
     assert "trunkline refused its input" in output
+    assert not list(tmp_path.glob(".trunkline*"))
 
 
 def test_a_fault_that_comes_back(cluster: Slurm, tmp_path: Path) -> None:
