@@ -17,7 +17,7 @@ import yaml
 
 from trunkline import datamodules
 from trunkline.modules.training.optim import multiplies_bfloat16
-from trunkline.pipelines.cli import FUNCTIONS, LISTINGS, POSITIONAL, TRAINING, load, main
+from trunkline.pipelines.cli import FUNCTIONS, LISTINGS, POSITIONAL, PREPARATION, TRAINING, load, main
 from trunkline.pipelines.objectives import import_class
 
 ROOT = Path(__file__).parents[1]
@@ -226,8 +226,8 @@ def commands_of_jobs() -> list[list[str]]:
 
 
 def training_commands() -> list[str]:
-    """`prepare` takes the configs and flags of `fit`."""
-    written = [["fit", *c[1:]] if c[0] == "prepare" else c for c in commands("trunkline")]
+    """`prepare` and `check` take the configs and flags of `fit`."""
+    written = [["fit", *c[1:]] if c[0] in PREPARATION else c for c in commands("trunkline")]
     written += commands_of_jobs()
     written = [c for c in written if c[0] in TRAINING and "--help" not in c]
     options = [shlex.split(c[1].removeprefix("ARGS=")) for c in commands("make") if c[0] == "train-vit" and c[1:]]
@@ -264,7 +264,7 @@ def test_training_commands_of_the_pages(
 
 
 def test_other_commands_of_the_pages() -> None:
-    found = [c for c in commands("trunkline") if c[0] not in (*TRAINING, "prepare")]
+    found = [c for c in commands("trunkline") if c[0] not in (*TRAINING, *PREPARATION)]
     assert all(c[1:] == [] for c in found if c[0] in LISTINGS)
     found = [c for c in found if c[0] not in LISTINGS]
     assert {"predict", "generate", "fill-mask", "embed", "evaluate", "search", "transcribe", "draw"} <= {
