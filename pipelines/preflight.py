@@ -177,7 +177,7 @@ class PreFlight(Callback):
             everyone: list[Survey] = gather_lists([survey(trainer, folder, token)], trainer.world_size)
             space = lacking_space(folder, files_to_come(trainer, folder), checkpoint_bytes(trainer, pl_module))
             own: list[tuple[str | None, str | None]] = [(space, "run_dir")] if first else []
-            found = [*differences(everyone), *gather_lists(own, trainer.world_size)]
+            found = [*disagreements(everyone), *gather_lists(own, trainer.world_size)]
         finally:
             if first:
                 (folder / token).unlink(missing_ok=True)
@@ -203,7 +203,7 @@ def survey(trainer: L.Trainer, folder: Path, token: str) -> Survey:
     return Survey(trainer.global_rank, socket.gethostname(), versions, digest, folder_fault(folder, token))
 
 
-def differences(everyone: list[Survey]) -> list[tuple[str | None, str | None]]:
+def disagreements(everyone: list[Survey]) -> list[tuple[str | None, str | None]]:
     """What is wrong with one process or differs between two, each with the field that it belongs to."""
     first = everyone[0]
     found: list[tuple[str | None, str | None]] = []

@@ -249,8 +249,8 @@ def test_a_command_without_srun_in_a_job(
 
 def test_processes_that_see_the_same() -> None:
     everyone = [Survey(rank, f"host{rank}", {"torch": "2.9"}, "abc", None) for rank in range(3)]
-    assert preflight.differences(everyone) == []
-    assert preflight.differences([one._replace(data=None) for one in everyone]) == []  # own data may have no digest
+    assert preflight.disagreements(everyone) == []
+    assert preflight.disagreements([one._replace(data=None) for one in everyone]) == []  # own data may have no digest
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_processes_that_see_the_same() -> None:
 )
 def test_processes_that_differ(change: dict[str, Any], text: str, field: str | None) -> None:
     first = Survey(0, "a", {"torch": "2.9"}, "abc", None)
-    ((message, place),) = preflight.differences([first, first._replace(rank=1, host="b", **change)])
+    ((message, place),) = preflight.disagreements([first, first._replace(rank=1, host="b", **change)])
     assert message is not None
     assert message.startswith(text)
     assert place == field
