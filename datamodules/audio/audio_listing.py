@@ -55,7 +55,7 @@ class ListedRows(Sequence[Listed]):
         schema = pa.schema(list(zip(Listed._fields, types, strict=True)))
         waiting, batches = iter(rows), []
         while some := list(islice(waiting, ROWS_AT_ONCE)):
-            columns = [list(map(encoded, column)) for column in zip(*some, strict=True)]
+            columns = [list(map(text_as_bytes, column)) for column in zip(*some, strict=True)]
             batches.append(pa.RecordBatch.from_arrays([*map(pa.array, columns, types)], schema=schema))
         self.table = pa.Table.from_batches(batches, schema).combine_chunks()
 
@@ -70,24 +70,24 @@ class ListedRows(Sequence[Listed]):
         if isinstance(number, slice):
             return [self[n] for n in range(*number.indices(len(self)))]
         number = range(len(self))[number]
-        return Listed(*(decoded(column[number].as_py()) for column in self.table.columns))
+        return Listed(*(text_of_bytes(column[number].as_py()) for column in self.table.columns))
 
     def column(self, name: str) -> list[Any]:
         """The values of one field."""
-        return [decoded(value) for value in self.table[name].to_pylist()]
+        return [text_of_bytes(value) for value in self.table[name].to_pylist()]
 
 
-def encoded(value: Any) -> Any:
+def text_as_bytes(value: Any) -> Any:
     """Texts as bytes: the name of a file can hold what is no Unicode."""
     if isinstance(value, list):
-        return [encoded(part) for part in value]
+        return [text_as_bytes(part) for part in value]
     return value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
 
 
-def decoded(value: Any) -> Any:
-    """Texts from the bytes that `encoded` made."""
+def text_of_bytes(value: Any) -> Any:
+    """Texts from the bytes that `text_as_bytes` made."""
     if isinstance(value, list):
-        return [decoded(part) for part in value]
+        return [text_of_bytes(part) for part in value]
     return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value
 
 
