@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from torch.utils.data import DataLoader, Sampler
 
@@ -186,6 +187,9 @@ class TrialCLI(TrainingCLI):
             averaged = self.trial.callbacks == "average"
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
             config["callbacks"] = [c for c in callbacks if averaged and isinstance(c, WeightAveraging)]
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        config["plugins"] = [p for p in plugins if not isinstance(p, ClusterEnvironment)]  # the trial's is another
         trainer = super().instantiate_trainer(**kwargs)
         observer = self.trial.observer
         observer.folder = self.folder
