@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from trunkline.modules.training.finite_steps import unsharded
+from trunkline.modules.training.distributed import gather_rows, local_rows
 from trunkline.pipelines.checks.trial import Trial
 from trunkline.pipelines.checks.trial_process import TrialObserver
 from trunkline.pipelines.checks.trials import Workbench
@@ -47,8 +47,8 @@ class StepObserver(TrialObserver):
         self.result |= {"rows": rows, "loss": None if loss is None else float(loss), "gradients": {}}
         for name, p in module.named_parameters():
             if p.requires_grad:
-                gradient = None if p.grad is None else unsharded(p.grad).detach().float().cpu().clone()
-                self.result["gradients"][name] = gradient
+                whole = None if p.grad is None else gather_rows(local_rows(p.grad), like=p.grad)
+                self.result["gradients"][name] = None if whole is None else whole.float().cpu().clone()
 
 
 def shake(name: str, p: Tensor) -> None:

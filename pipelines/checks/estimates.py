@@ -13,8 +13,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from trunkline.modules.training.distributed import local_rows
 from trunkline.pipelines.checks.trial import Trial
 from trunkline.pipelines.checks.trial_process import TrialObserver, wait_until_written
 
@@ -89,8 +89,7 @@ class CostObserver(TrialObserver):
 
 def storage(tensor: Tensor) -> tuple[int, int]:
     """Address and bytes of a tensor's memory."""
-    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    memory = tensor.untyped_storage()
+    memory = local_rows(tensor).untyped_storage()
     return memory.data_ptr(), memory.nbytes()
 
 

@@ -18,6 +18,11 @@ from trunkline.pipelines.configs import config_names
 from trunkline.pipelines.help import CHECK_NAMES
 
 DEMOS = ["vit/digits", "gpt/demo", "bert/demo", "clip/emoji", "audio/digits", "seq2seq/dates"]
+SMALL_DATA = {
+    "audio/ast_audioset": ["--data.val_fraction", "0.2"],
+    "seq2seq/transformer_base_wmt": ["--data.pairs", "null"],
+}
+"""Further flags of recipes on small data."""
 RECIPES = [name for name in config_names() if not name.startswith("trainer/")]
 
 
@@ -245,6 +250,6 @@ def test_recipes_on_small_data(recipe: str, tmp_path: Path, checked: Callable[..
     shrunk = record_numbers.shrunk_recipes(tmp_path)[recipe]
     machine = ["--config", "trainer/cpu", "--trainer.precision", "32-true"]
     only = ["--processes", "2", "--only", "agreement,parameters,resume"]
-    code, text = checked("--config", recipe, *machine, *shrunk.arguments(), *only)
+    code, text = checked("--config", recipe, *machine, *shrunk.arguments(), *SMALL_DATA.get(recipe, []), *only)
     assert code == 0, text
     assert sys.argv[1] == "fit"
