@@ -14,7 +14,7 @@ from typing import Any
 
 from trunkline.seal import MANIFEST
 
-SHARED = "meta.pt"
+META_FILE = "meta.pt"
 """The file in a checkpoint's folder with all but the rows of sharded tensors."""
 
 
@@ -86,6 +86,6 @@ def read_parts(folder: Path, make: Callable[[Pieces], Any] = Pieces.whole) -> di
             return leaf
         return make(Pieces(leaf, [part[place] for part in parts]))
 
-    content = torch.load(folder / SHARED, map_location="cpu", weights_only=True)
+    content = torch.load(folder / META_FILE, map_location="cpu", weights_only=True)
     filled: dict[str, Any] = replace_leaves(content, fill)
     return filled

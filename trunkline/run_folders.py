@@ -12,7 +12,7 @@ from typing import Any
 
 from trunkline import TrunklineError
 from trunkline.files import find_fault
-from trunkline.parts import SHARED
+from trunkline.parts import META_FILE
 from trunkline.seal import sealed_at
 
 TIME_FORMAT = "%Y-%m-%d_%H-%M-%S"
@@ -128,7 +128,7 @@ def read_lazily(path: Path) -> dict[str, Any]:
     import torch  # here, so that importing this file stays fast
 
     try:
-        file = path / SHARED if path.is_dir() else path
+        file = path / META_FILE if path.is_dir() else path
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # torch raises many kinds of errors; `find_fault` says what is wrong
         return {}

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from trunkline.files import cannot_write, check_parts, digest_file, in_use, load_checkpoint, remove_unused, replacing
-from trunkline.modules.training.sharded_checkpoints import remove, set_aside
+from trunkline.modules.training.sharded_checkpoints import previous_of, remove
 from trunkline.seal import seal
 
 CHECKPOINT_PARTS = {
@@ -53,8 +53,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
                     raise
                 seal(content)
                 if path.is_dir():  # of sharded training
-                    os.replace(path, set_aside(path))
-            remove(set_aside(path))
+                    os.replace(path, previous_of(path))
+            remove(previous_of(path))
             digest_file(path).unlink(missing_ok=True)  # of an older version's file
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             raise cannot_write(path, error, "run_dir", then=", then resume the run") from error

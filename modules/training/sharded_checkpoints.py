@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from trunkline import TrunklineError
 from trunkline.files import cannot_write, fsync
-from trunkline.parts import SHARED, replace_leaves, rows_name
+from trunkline.parts import META_FILE, replace_leaves, rows_name
 from trunkline.seal import seal_folder
 
 PREVIOUS = "-previous"
@@ -88,7 +88,7 @@ def save_parts(checkpoint: dict[str, Any], path: Path, processes: Processes) -> 
     def write() -> None:
         torch.save(held, temporary / rows_name(rank))
         if first:
-            torch.save(shared, temporary / SHARED)
+            torch.save(shared, temporary / META_FILE)
 
     steps: list[Callable[[], None]] = [
         lambda: make_room(path, temporary) if first else None,
@@ -116,7 +116,7 @@ def make_room(path: Path, temporary: Path) -> None:
     for left_over in path.parent.glob(".*.ckpt.*.tmp"):
         remove(left_over)
     if path.exists():
-        remove(set_aside(path))  # of a save that was killed between two renames
+        remove(previous_of(path))  # of a save that was killed between two renames
     temporary.mkdir()
 
 
@@ -124,7 +124,7 @@ def put_in_place(temporary: Path, path: Path) -> None:
     """Seal the temporary folder and give it the checkpoint's name."""
     seal_folder(temporary)
     fsync(temporary)
-    aside = set_aside(path)
+    aside = previous_of(path)
     if path.exists():
         os.replace(path, aside)
     os.replace(temporary, path)
@@ -132,7 +132,7 @@ def put_in_place(temporary: Path, path: Path) -> None:
     remove(aside)
 
 
-def set_aside(path: Path) -> Path:
+def previous_of(path: Path) -> Path:
     """Where an older checkpoint of a name stands while the new one takes its place."""
     return path.with_name(path.stem + PREVIOUS + path.suffix)
 

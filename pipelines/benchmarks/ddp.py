@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
+from trunkline.pipelines.benchmarks.ddp_process import PROCESSES, train_in_process
 from trunkline.pipelines.benchmarks.timing import compare
 from trunkline.pipelines.configs import find_config
 
-PROCESSES = 2
-STEPS = 8
+MEASURED_STEPS = 8
 """Steps that are measured."""
 LONGEST = 600
 """Seconds after which a process that hangs ends the benchmark."""
@@ -34,7 +34,7 @@ def ddp_scaling(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     return [compare("2 DDP processes", "2 independent processes", together, apart, rounds)]
 
 
-def seconds_per_step(strategy: dict[str, Any] | None, batch_size: int, steps: int = STEPS) -> float:
+def seconds_per_step(strategy: dict[str, Any] | None, batch_size: int, steps: int = MEASURED_STEPS) -> float:
     """Seconds in which the processes together train on `batch_size` images for each of them.
 
     Args:
@@ -45,15 +45,13 @@ def seconds_per_step(strategy: dict[str, Any] | None, batch_size: int, steps: in
     Raises:
         RuntimeError: if a process fails.
     """
-    from trunkline.pipelines.benchmarks.ddp_process import train
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     results, start = CONTEXT.SimpleQueue(), CONTEXT.Barrier(PROCESSES)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (strategy, port, batch_size, steps, start, results, folder)
-        processes = [CONTEXT.Process(target=train, args=(rank, *arguments)) for rank in range(PROCESSES)]
+        processes = [CONTEXT.Process(target=train_in_process, args=(rank, *arguments)) for rank in range(PROCESSES)]
         try:
             for process in processes:
                 process.start()

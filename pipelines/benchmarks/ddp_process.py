@@ -15,9 +15,9 @@ from trunkline.modules.callbacks import GracefulStop, Throughput
 from trunkline.modules.networks import ViTConfig
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.training.optim import OptimizerConfig
-from trunkline.pipelines.benchmarks.ddp import PROCESSES
 from trunkline.pipelines.benchmarks.image_cases import StepClock
 
+PROCESSES = 2
 WARMUP = 2
 """Steps before those that are measured: DDP settles its buckets in the first."""
 
@@ -35,7 +35,7 @@ class CommonStart(StepClock):
         super().on_train_batch_end(trainer, *others)
 
 
-def train(
+def train_in_process(
     rank: int,
     strategy: dict[str, Any] | None,
     port: int,

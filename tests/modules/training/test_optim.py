@@ -16,6 +16,7 @@ from trunkline.modules.training import optim
 from trunkline.modules.training.optim import (
     Muon,
     OptimizerConfig,
+    RowwiseAdamW,
     build_optimizer,
     orthogonalize,
     parameter_groups,
@@ -304,7 +305,7 @@ def test_saved_state_continues_bit_identically(name: Any, rms_scaled: bool) -> N
 @pytest.mark.parametrize(
     ("name", "kind", "keys"),
     [
-        ("adamw", torch.optim.AdamW, {"betas": (0.7, 0.8), "eps": 1e-5}),
+        ("adamw", RowwiseAdamW, {"betas": (0.7, 0.8), "eps": 1e-5}),
         ("muon", Muon, {"betas": (0.7, 0.8), "eps": 1e-5, "momentum": 0.6}),
         ("sgd", torch.optim.SGD, {"momentum": 0.6, "nesterov": True}),
     ],

@@ -20,7 +20,7 @@ from trunkline.files import find_fault, load_checkpoint
 from trunkline.modules.training import sharded_checkpoints
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.modules.training.sharded_checkpoints import own_span, save_parts
-from trunkline.parts import SHARED, Pieces, is_parts, rows_name
+from trunkline.parts import META_FILE, Pieces, is_parts, rows_name
 from trunkline.pipelines.runs import choose_run
 from trunkline.run_folders import find_checkpoint, newest_valid, step_in
 from trunkline.seal import MANIFEST, seal_folder
@@ -80,7 +80,7 @@ def test_round_trip(content: Callable[[int], Any], tmp_path: Path) -> None:
     (path.parent / ".last.ckpt.0123.tmp").mkdir()  # of a save that was killed
     save_parts(content(2), path, Alone())
     assert_holds(path, 2)
-    assert names(path) == {SHARED, rows_name(0), MANIFEST}
+    assert names(path) == {META_FILE, rows_name(0), MANIFEST}
     assert names(path.parent) == {"last.ckpt"}
     assert find_checkpoint(path) == find_checkpoint(tmp_path) == path
     assert choose_run(tmp_path, "run", str(path)) == (path.parent.parent, path, [])
@@ -122,7 +122,7 @@ def test_a_kill_at_any_moment_leaves_a_valid_checkpoint(
         return calls
 
     for count in itertools.count(1):
-        for left in (path, sharded_checkpoints.set_aside(path)):
+        for left in (path, sharded_checkpoints.previous_of(path)):
             sharded_checkpoints.remove(left)
         save_parts(content(1), path, Alone())
         if before == "file":
@@ -180,7 +180,7 @@ def test_a_disk_that_is_full_for_another_process(content: Callable[[int], Any], 
 def test_damage_is_found(content: Callable[[int], Any], tmp_path: Path) -> None:
     older, newer = tmp_path / "step=1.ckpt", tmp_path / "step=2.ckpt"
     save_parts(content(1), older, Alone())
-    for name in (SHARED, rows_name(0), MANIFEST):
+    for name in (META_FILE, rows_name(0), MANIFEST):
         save_parts(content(2), newer, Alone())
         data = bytearray((newer / name).read_bytes())
         data[len(data) // 2] ^= 1
@@ -200,7 +200,7 @@ class Hostile:
         return (os.mkdir, ("executed",))
 
 
-@pytest.mark.parametrize("name", [SHARED, rows_name(0)])
+@pytest.mark.parametrize("name", [META_FILE, rows_name(0)])
 def test_code_in_a_part_does_not_run(
     name: str, content: Callable[[int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
