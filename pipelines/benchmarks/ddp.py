@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from trunkline.pipelines.benchmarks.ddp_process import PROCESSES, train_in_process
 from trunkline.pipelines.benchmarks.timing import compare
 from trunkline.pipelines.configs import find_config
 
+PROCESSES = 2
 MEASURED_STEPS = 8
 """Steps that are measured."""
 LONGEST = 600
@@ -45,12 +45,14 @@ def seconds_per_step(strategy: dict[str, Any] | None, batch_size: int, steps: in
     Raises:
         RuntimeError: if a process fails.
     """
+    from trunkline.pipelines.benchmarks.ddp_process import train_in_process  # here, because it imports an objective
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     results, start = CONTEXT.SimpleQueue(), CONTEXT.Barrier(PROCESSES)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (strategy, port, batch_size, steps, start, results, folder)
+        arguments = (PROCESSES, strategy, port, batch_size, steps, start, results, folder)
         processes = [CONTEXT.Process(target=train_in_process, args=(rank, *arguments)) for rank in range(PROCESSES)]
         try:
             for process in processes:

@@ -17,7 +17,6 @@ from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.training.optim import OptimizerConfig
 from trunkline.pipelines.benchmarks.image_cases import StepClock
 
-PROCESSES = 2
 WARMUP = 2
 """Steps before those that are measured: DDP settles its buckets in the first."""
 
@@ -37,6 +36,7 @@ class CommonStart(StepClock):
 
 def train_in_process(
     rank: int,
+    processes: int,
     strategy: dict[str, Any] | None,
     port: int,
     batch_size: int,
@@ -49,6 +49,7 @@ def train_in_process(
 
     Args:
         rank: number of this process.
+        processes: number of all of them.
         strategy: options of Lightning's DDPStrategy; None trains a network of one's own.
         port: of the first process.
         batch_size: images in each step.
@@ -64,12 +65,12 @@ def train_in_process(
     options: dict[str, Any] = {"devices": 1}
     if strategy is not None:
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "benchmark"}
-        ranks |= {"WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
+        ranks |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         os.environ |= {name: str(value) for name, value in ranks.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         hours, minutes, seconds = map(int, strategy["timeout"].split(":"))
         timeout = timedelta(hours=hours, minutes=minutes, seconds=seconds)
-        options = {"devices": PROCESSES, "strategy": DDPStrategy(**{**strategy, "timeout": timeout})}
+        options = {"devices": processes, "strategy": DDPStrategy(**{**strategy, "timeout": timeout})}
     module = ImageClassifier(ViTConfig(), optimizer=OptimizerConfig(schedule="constant", warmup=0))
     batch = {"image": torch.randn(batch_size, 3, 224, 224), "label": torch.randint(0, 1000, (batch_size,))}
     clock = CommonStart(steps, WARMUP, start)

@@ -19,7 +19,7 @@ class Processes:
 
     def Process(self, target: Any, args: tuple[Any, ...]) -> "Processes":
         self.started.append(args)
-        self.put.append(self.seconds(args[0], args[1]))
+        self.put.append(self.seconds(args[0], args[2]))
         return self
 
     def Barrier(self, count: int) -> None:
@@ -52,9 +52,9 @@ def test_the_ratio_is_that_of_the_summed_throughputs(monkeypatch: pytest.MonkeyP
     assert (row["case"], row["peer"]) == ("2 DDP processes", "2 independent processes")
     assert row["ms"] == pytest.approx(1600)
     assert row["ratio"] == pytest.approx(1.25 / 1.5)
-    assert {args[3] for args in stand_in.started} == {5}
+    assert {args[4] for args in stand_in.started} == {5}
     assert [args[0] for args in stand_in.started[:2]] == [0, 1]
-    assert stand_in.started[0][1]["process_group_backend"] == "gloo"  # as trainer/ddp_cpu says
+    assert stand_in.started[0][2]["process_group_backend"] == "gloo"  # as trainer/ddp_cpu says
 
 
 def test_a_process_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
