@@ -8,12 +8,12 @@ import tempfile
 import time
 from typing import NamedTuple
 
-STEP = "--trainer.max_steps 1 --trainer.limit_val_batches 0 --test_with none --data.num_workers 0"
+ONE_STEP = "--trainer.max_steps 1 --trainer.limit_val_batches 0 --test_with none --data.num_workers 0"
 COMMANDS = {
     "fit --help": "fit --help",
     "generate --help": "generate --help",
     "fit --print_config": "fit --config vit/digits --print_config",
-    "a first step (vit/digits)": f"fit --config vit/digits {STEP}",
+    "a first step (vit/digits)": f"fit --config vit/digits {ONE_STEP}",
 }
 
 
