@@ -29,7 +29,7 @@ from trunkline.modules.callbacks.progress import ProgressBar, shortest
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.background_saves import BackgroundCheckpointIO, FailedSaves
 from trunkline.modules.training.checkpoints import RESUMED, SafeCheckpointIO
-from trunkline.modules.training.exact_resume import limit_waiting, take_signals
+from trunkline.modules.training.exact_resume import end_data_workers, limit_waiting, take_signals
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.errors import config_files, flags, own_error
 from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
@@ -254,6 +254,7 @@ class TrainingCLI(LightningCLI):
             check_share(self.trainer, self.datamodule)
             self.trainer.fit(**kwargs, ckpt_path=self.checkpoint, weights_only=True)
         except BaseException:
+            end_data_workers(self.trainer)
             if self.is_new_run and self.trainer.global_step == 0:
                 remove_run(self.run_dir, Path(self._get(self.config, "run_dir")))
             raise

@@ -71,6 +71,15 @@ def averaged_modules(trainer: L.Trainer) -> list[torch.nn.Module]:
     return [copy.module for copy in copies if copy is not None]
 
 
+def end_data_workers(trainer: L.Trainer) -> None:
+    """End the workers of a run that has failed or was stopped.
+
+    In a validation Lightning would end those of the validation only. The others would outlive the run by seconds, and
+    their end would replace its exit code.
+    """
+    trainer.fit_loop.teardown()
+
+
 def compute_dtype(precision: Precision) -> torch.dtype:
     """The data type of matrix products at this precision."""
     # Not Fabric's function of this name: it returns float32 for every precision plugin of the Trainer.

@@ -57,7 +57,7 @@ def bar(columns: int, monkeypatch: pytest.MonkeyPatch, steps: float = 190) -> tu
         callbacks=[speed], global_step=29, estimated_stepping_batches=steps, current_epoch=11, max_epochs=45
     )
     trainer.max_steps, trainer.progress_bar_metrics, trainer.loggers = -1, metrics, []
-    trainer.num_training_batches, trainer.is_global_zero = 19, True
+    trainer.num_training_batches, trainer.is_global_zero, trainer.lightning_module = 19, True, None
     shown = ProgressBar()
     shown.setup(trainer, None, "fit")  # type: ignore[arg-type]
     shown._train_progress_bar = shown.init_train_tqdm()
