@@ -261,7 +261,8 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         if self.trainer and sharing > 1 and under_slurm(self.trainer):
             if asked := os.environ.get("SLURM_CPUS_PER_TASK"):
                 return min(cores, int(asked))
-            if cores < (os.cpu_count() or 1):  # else this SLURM binds no task to its cores
+            of_job = int(os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
+            if cores < of_job:  # else this SLURM binds no task to its cores
                 return cores
         return cores // sharing
 

@@ -56,6 +56,11 @@ def attempt_mark() -> str | None:
     return hashlib.sha256(json.dumps([launcher, sys.argv[1:]]).encode()).hexdigest()[:12]
 
 
+def command_mark() -> str:
+    """What all runs with this command line have in common, as hexadecimal digits."""
+    return hashlib.sha256(json.dumps(["command", sys.argv[1:]]).encode()).hexdigest()[:12]
+
+
 def may_be_restarted() -> bool:
     """Whether an earlier run with the same `attempt_mark` is certainly an attempt of the same job.
 

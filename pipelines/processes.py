@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,15 @@ def end_together(trainer: L.Trainer) -> None:
         atexit.register(end_stopped, os.getppid())
 
 
-def end_children(processes: Sequence[Any]) -> None:
-    """Wait a little for the processes that this one has started, then kill those that still run."""
+def end_children(processes: list[Any]) -> None:
+    """Wait a little for the processes that this one has started, then kill those that still run.
+
+    The list is emptied: Lightning looks at it, and would answer a kill by killing this process too.
+    """
     end = time.monotonic() + GRACE
-    for process in processes:
+    children = processes.copy()
+    processes.clear()
+    for process in children:
         if not isinstance(process, subprocess.Popen):
             continue
         try:

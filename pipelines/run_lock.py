@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import count
@@ -53,7 +53,7 @@ def _holds(file: Path) -> bool:
 
 
 @contextmanager
-def held(folder: Path, unused: bool, mark: str | None = None) -> Iterator[None]:
+def held(folder: Path, unused: bool, marks: Sequence[str] = ()) -> Iterator[None]:
     """Hold a run's folder, so that no other run writes into it.
 
     A folder that this made and that holds nothing in the end is removed again, so that bad input leaves nothing behind.
@@ -61,7 +61,7 @@ def held(folder: Path, unused: bool, mark: str | None = None) -> Iterator[None]:
     Args:
         folder: of the run; it is made.
         unused: whether it must not exist yet.
-        mark: of the job whose attempt this is, see `attempt_mark`; it stays in the folder.
+        marks: by which a later attempt knows the run, see `attempt_mark` and `command_mark`; they stay in the folder.
 
     Raises:
         FileExistsError: if it does.
@@ -75,7 +75,7 @@ def held(folder: Path, unused: bool, mark: str | None = None) -> Iterator[None]:
             raise FileExistsError(folder)
         folder.mkdir(exist_ok=not unused)
         beating = _announce(folder, _acquire(lock), done)
-        if mark:
+        for mark in marks:
             (folder / f"{MARK}{mark}").touch()
     except Timeout:
         raise held_by_another(folder) from None

@@ -12,7 +12,7 @@ from typing import Any
 
 from trunkline import TrunklineError
 from trunkline.files import find_fault
-from trunkline.pipelines.launch import agree, attempt_mark, find_peers, is_first_process, may_be_restarted
+from trunkline.pipelines.launch import agree, attempt_mark, command_mark, find_peers, is_first_process, may_be_restarted
 from trunkline.pipelines.reachable import check_first_process
 from trunkline.pipelines.run_lock import MARK, held
 from trunkline.run_folders import (
@@ -92,7 +92,7 @@ def _choose_and_hold(
         # A folder without a checkpoint may be there only if it has this name already, or is of an earlier attempt.
         unused = checkpoint is None and not named and os.environ.get(RUN) == folder.name
         try:
-            stack.enter_context(held(folder, unused, attempt_mark()))
+            stack.enter_context(held(folder, unused, [mark for mark in (attempt_mark(), command_mark()) if mark]))
         except FileExistsError:  # another run took the name in this very second
             os.environ.pop(RUN, None)
             continue
@@ -128,9 +128,10 @@ def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path 
     Args:
         root: folder of all runs.
         recipe: name of the recipe.
-        resume: None starts a new run; `auto` resumes the run of an earlier attempt of the same job (see
-            `attempt_mark`), else the newest run of the recipe with a valid checkpoint, or starts a new one; a run's
-            folder or a checkpoint resumes that run; a folder of runs means the newest of them.
+        resume: None starts a new run; `auto` resumes the newest run of the recipe with a valid checkpoint, or starts a
+            new one; a run's folder or a checkpoint resumes that run; a folder of runs means the newest of them. In a
+            job (see `attempt_mark`) `auto` means the run of an earlier attempt of it, else the newest that had the same
+            command line: two jobs that differ in one flag never go on with each other's weights.
 
     Returns:
         The run's folder, the checkpoint or None, and what is wrong with newer checkpoints.
@@ -142,7 +143,8 @@ def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path 
         return _new_run(root / recipe), None, []
     if resume == "auto":
         own = _own_attempt(root / recipe)
-        found = _newest(root / recipe) if own is None else (own, *newest_valid(own))
+        same = "" if attempt_mark() is None else MARK + command_mark()
+        found = _newest(root / recipe, holding=same) if own is None else (own, *newest_valid(own))
         if own is not None and found[1] is None and not found[2]:
             return found  # it ended before it saved
         return found if found[1] is not None else (_new_run(root / recipe), None, found[2])
@@ -194,10 +196,15 @@ def newest_config(folder: Path) -> Path | None:
     return files[-1] if files else None
 
 
-def _newest(folder: Path, depth: int = 1) -> tuple[Path, Path | None, list[str]]:
-    """The newest run up to `depth` folders below one that has a valid checkpoint, and what is wrong with newer ones."""
+def _newest(folder: Path, depth: int = 1, holding: str = "") -> tuple[Path, Path | None, list[str]]:
+    """The newest run up to `depth` folders below one that has a valid checkpoint, and what is wrong with newer ones.
+
+    Runs without the file `holding` are passed over.
+    """
     faults: list[str] = []
     for run in newest_first(folder, depth):
+        if not (run / holding).exists():
+            continue
         checkpoint, skipped = newest_valid(run)
         faults += skipped
         if checkpoint is not None:

@@ -2,6 +2,8 @@
 
 import copy
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from trunkline import TrunklineError
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 
 
@@ -86,7 +89,13 @@ class BackgroundCheckpointIO(SafeCheckpointIO):
         return done
 
     def teardown(self) -> None:
-        self.wait()
+        handled = sys.exception()
+        try:
+            self.wait()
+        except TrunklineError as error:
+            if handled is None:
+                raise
+            warnings.warn(str(error), stacklevel=2)  # the error that ends the run comes first
 
 
 class FailedSaves(Callback):

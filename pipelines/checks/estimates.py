@@ -14,9 +14,10 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
+from trunkline.modules.training.background_saves import save_and_wait
 from trunkline.modules.training.distributed import local_rows
 from trunkline.pipelines.checks.trial import Trial
-from trunkline.pipelines.checks.trial_process import TrialObserver, wait_until_written
+from trunkline.pipelines.checks.trial_process import TrialObserver
 
 FIRST, MEASURED = 3, 6
 """Steps before the measurement, and measured steps."""
@@ -79,10 +80,9 @@ class CostObserver(TrialObserver):
     def checkpoint_size(self, trainer: L.Trainer) -> int:
         """Bytes of a checkpoint that is written and removed again."""
         file = self.folder / "size.ckpt"
-        trainer.save_checkpoint(file)
+        save_and_wait(trainer, file)
         if not trainer.is_global_zero:
             return 0
-        wait_until_written(file)
         files = [part for part in file.rglob("*") if part.is_file()] if file.is_dir() else [file]
         return sum(part.stat().st_size for part in files)
 

@@ -8,8 +8,9 @@ import lightning as L
 import torch
 
 from trunkline.files import load_checkpoint
+from trunkline.modules.training.background_saves import save_and_wait
 from trunkline.pipelines.checks.trial import Trial
-from trunkline.pipelines.checks.trial_process import TrialObserver, wait_until_written
+from trunkline.pipelines.checks.trial_process import TrialObserver
 from trunkline.pipelines.checks.trials import Workbench
 
 SAVED, KILLED, END = 2, 3, 5
@@ -33,11 +34,9 @@ class ResumeObserver(TrialObserver):
         self.result["rows"][step] = rows
         if step in (SAVED, END):
             file = Path(trainer.default_root_dir, "checkpoints", f"check{step}.ckpt")
-            trainer.save_checkpoint(file)
+            save_and_wait(trainer, file)
             self.result[f"file{step}"] = str(file)
         if self.held and step == KILLED:
-            if trainer.is_global_zero:
-                wait_until_written(Path(self.result[f"file{SAVED}"]))
             self.hold(trainer)
 
 

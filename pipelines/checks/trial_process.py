@@ -82,13 +82,6 @@ class TrialObserver(Callback):
         os._exit(1)  # nobody is left who would kill it
 
 
-def wait_until_written(file: Path) -> Path:
-    """A checkpoint's path, as soon as it is there: the writer may not have finished."""
-    while not file.exists():
-        time.sleep(0.01)
-    return file
-
-
 def row_numbers(batch: Any) -> list[Any]:
     """Numbers of a batch's rows that are counted; sums of their content if the batch does not tell numbers."""
     index = batch.get("index") if isinstance(batch, dict) else None

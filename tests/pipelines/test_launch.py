@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -153,18 +154,31 @@ def test_a_restarted_job_goes_on_in_its_own_folder(
     assert fresh not in (folder, other)
 
 
-def test_another_job_takes_the_newest_run() -> None:
+def test_another_job_with_the_same_command_takes_the_newest_run() -> None:
     start(srun(1, 77))()
     newer, _ = only(start(srun(1, 78))())
     assert only(start(srun(1, 79), "auto")())[0] == newer
     assert only(start(torchrun(1), "auto")())[0] == newer
 
 
-def test_a_restarted_job_with_another_command_takes_the_newest_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_with_other_commands_do_not_take_each_others_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = only(start(srun(1, 77), "auto")())
+    command = sys.argv
+    monkeypatch.setattr("sys.argv", ["trunkline", "fit", "--model.optimizer.lr", "0.5"])
+    other, checkpoint = only(start(srun(1, 78), "auto")())
+    assert checkpoint is None
+    assert other != folder
+    assert only(start(srun(1, 77, restarts=1), "auto")())[0] == other  # by its command, although the job is another
+    monkeypatch.setattr("sys.argv", command)
+    found, checkpoint = only(start(srun(1, 77, restarts=1), "auto")())
+    assert (found, checkpoint) == (folder, f"{folder}/checkpoints/last.ckpt")
+
+
+def test_without_a_job_the_newest_run_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     start(srun(1, 77))()
     newer, _ = only(start(srun(1, 78))())
-    monkeypatch.setattr("sys.argv", ["trunkline", "fit", "--seed", "1"])
-    assert only(start(srun(1, 77, restarts=1), "auto")())[0] == newer
+    monkeypatch.setattr("sys.argv", ["trunkline", "fit", "--model.optimizer.lr", "0.5"])
+    assert only(start([{}], "auto")())[0] == newer
 
 
 def test_an_own_attempt_whose_checkpoints_are_all_damaged_starts_again() -> None:

@@ -18,7 +18,7 @@ from trunkline import TrunklineError
 from trunkline.files import read_json
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines import run_lock, runs
-from trunkline.pipelines.launch import RANKS
+from trunkline.pipelines.launch import RANKS, command_mark
 from trunkline.pipelines.runs import CHOSEN, RUN, claim_run
 
 LAUNCHERS = ("SLURM_NTASKS", "SLURM_JOB_ID", "SLURM_STEP_ID", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_ADDR")
@@ -203,7 +203,7 @@ def test_an_attempt_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with ExitStack() as stack:
         folder = claim(stack)
         save(folder)
-    assert {path.name for path in folder.iterdir()} == {".lock", "checkpoints"}
+    assert {path.name for path in folder.iterdir()} == {".lock", f".attempt-{command_mark()}", "checkpoints"}
 
 
 @pytest.mark.parametrize("below", ["", "x/y"])

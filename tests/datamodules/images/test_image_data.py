@@ -365,6 +365,7 @@ def test_worker_count_suits_data_and_machine(
         (SLURMEnvironment, 96, 96, "6", 5),  # it binds no task, but says how many are its own
         (SLURMEnvironment, 96, 96, None, 8),  # 12 for each of 8
         (SLURMEnvironment, 32, 32, None, 3),
+        (SLURMEnvironment, 40, 96, None, 4),  # it binds only the job as a whole, to 40
         (TorchElasticEnvironment, 12, 96, None, 1),  # torchrun's processes share what torchrun has
         (TorchElasticEnvironment, 32, 96, "32", 3),  # also inside a task of SLURM
         (LightningEnvironment, 32, 96, "32", 3),
@@ -381,6 +382,7 @@ def test_worker_count_of_eight_processes_on_a_cluster(
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(affinity)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: machine)
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", str(min(machine, 40)))  # of the job
     if asked:
         monkeypatch.setenv("SLURM_CPUS_PER_TASK", asked)
     data = ImageData(source="folder")
