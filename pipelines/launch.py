@@ -57,8 +57,11 @@ def attempt_mark() -> str | None:
 
 
 def command_mark() -> str:
-    """What all runs with this command line have in common, as hexadecimal digits."""
-    return hashlib.sha256(json.dumps(["command", sys.argv[1:]]).encode()).hexdigest()[:12]
+    """What all runs with this command line have in common, whatever they resume, as hexadecimal digits."""
+    flag, arguments = "--resume", sys.argv[1:]
+    pairs = zip(["", *arguments], arguments, strict=False)
+    command = [part for before, part in pairs if flag not in (before, part.partition("=")[0])]
+    return hashlib.sha256(json.dumps(["command", command]).encode()).hexdigest()[:12]
 
 
 def may_be_restarted() -> bool:

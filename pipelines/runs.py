@@ -129,9 +129,10 @@ def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path 
         root: folder of all runs.
         recipe: name of the recipe.
         resume: None starts a new run; `auto` resumes the newest run of the recipe with a valid checkpoint, or starts a
-            new one; a run's folder or a checkpoint resumes that run; a folder of runs means the newest of them. In a
-            job (see `attempt_mark`) `auto` means the run of an earlier attempt of it, else the newest that had the same
-            command line: two jobs that differ in one flag never go on with each other's weights.
+            new one; a run's folder or a checkpoint resumes that run; a folder of runs means the newest of them. What is
+            started again (see `attempt_mark`) goes on with its own earlier attempt. Another job of SLURM, whose script
+            always says `auto`, takes only a run that had the same command line: two jobs that differ in one flag never
+            go on with each other's weights.
 
     Returns:
         The run's folder, the checkpoint or None, and what is wrong with newer checkpoints.
@@ -143,7 +144,7 @@ def choose_run(root: Path, recipe: str, resume: str | None) -> tuple[Path, Path 
         return _new_run(root / recipe), None, []
     if resume == "auto":
         own = _own_attempt(root / recipe)
-        same = "" if attempt_mark() is None else MARK + command_mark()
+        same = MARK + command_mark() if os.environ.get("SLURM_JOB_ID") else ""
         found = _newest(root / recipe, holding=same) if own is None else (own, *newest_valid(own))
         if own is not None and found[1] is None and not found[2]:
             return found  # it ended before it saved

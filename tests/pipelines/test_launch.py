@@ -21,7 +21,7 @@ from torch.distributed import HashStore, TCPStore
 from trunkline import TrunklineError
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines import launch, reachable
-from trunkline.pipelines.launch import RANKS, Peers, agree, find_peers, is_first_process
+from trunkline.pipelines.launch import RANKS, Peers, agree, command_mark, find_peers, is_first_process
 from trunkline.pipelines.runs import CHOSEN, RUN, claim_run
 
 CONTEXT = multiprocessing.get_context("fork")
@@ -174,11 +174,22 @@ def test_jobs_with_other_commands_do_not_take_each_others_runs(monkeypatch: pyte
     assert (found, checkpoint) == (folder, f"{folder}/checkpoints/last.ckpt")
 
 
-def test_without_a_job_the_newest_run_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("environs", [[{}], torchrun(1)])
+def test_without_a_job_the_newest_run_is_taken(environs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     start(srun(1, 77))()
     newer, _ = only(start(srun(1, 78))())
     monkeypatch.setattr("sys.argv", ["trunkline", "fit", "--model.optimizer.lr", "0.5"])
-    assert only(start([{}], "auto")())[0] == newer
+    assert only(start(environs, "auto")())[0] == newer
+
+
+def test_what_is_resumed_is_no_other_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["trunkline", "fit", "--model.optimizer.lr", "0.5"])
+    mark = command_mark()
+    for flags in (["--resume", "auto"], ["--resume=a run"], ["--resume", "a run"]):
+        monkeypatch.setattr("sys.argv", ["trunkline", "fit", *flags, "--model.optimizer.lr", "0.5"])
+        assert command_mark() == mark
+    monkeypatch.setattr("sys.argv", ["trunkline", "fit", "--model.optimizer.lr", "0.1"])
+    assert command_mark() != mark
 
 
 def test_an_own_attempt_whose_checkpoints_are_all_damaged_starts_again() -> None:
