@@ -1,19 +1,23 @@
 """The order of samples: a pure function of (seed, epoch), resumable at any batch on any number of processes."""
 
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
 from trunkline import TrunklineError
 from trunkline.contract import EpochCut
 from trunkline.datamodules.token_batches import TokenBatches
 
 LOST_WORKER = re.compile(r"DataLoader worker \(pid.*\) (exited unexpectedly|is killed by signal)")
+WORKER_ENDS_WITHIN = 5
+"""Seconds after its connection breaks."""
 FIELD_NOTE = "field: "
 """Prefix of the note on a worker's error that names the field at fault."""
 
@@ -221,6 +225,15 @@ class ResumableLoader(DataLoader[Any]):
             yield from super().__iter__()
 
 
+def hear_torch_out() -> None:
+    """Let torch say now that a worker was lost: the signal of its end would interrupt the saving of the last step."""
+    until = time.monotonic() + WORKER_ENDS_WITHIN
+    with suppress(RuntimeError):  # raised once for all workers
+        while time.monotonic() < until:
+            _error_if_any_worker_fails()
+            time.sleep(0.01)
+
+
 def lost_worker() -> TrunklineError:
     """The message for `LOST_WORKER`."""
     return TrunklineError(
@@ -242,6 +255,8 @@ def plain_errors(num_workers: int) -> Iterator[None]:
         lost = num_workers > 0 if isinstance(error, ConnectionError | EOFError) else LOST_WORKER.search(str(error))
         if not lost:
             raise
+        if not isinstance(error, RuntimeError):
+            hear_torch_out()
         raise lost_worker() from error
     except TrunklineError as error:
         if not num_workers:

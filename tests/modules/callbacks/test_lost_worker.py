@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from tiny import classifier, trainer, vit, weights
 
 from trunkline import TrunklineError
-from trunkline.datamodules import Augmentation, ImageData
+from trunkline.datamodules import Augmentation, ImageData, samplers
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.modules.callbacks import GracefulStop
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
@@ -82,3 +82,16 @@ def test_a_killed_worker_loses_no_step(tmp_path: Path) -> None:
     assert 8 <= torch.load(last, weights_only=True)["global_step"] < 16
     resumed, whole = run(tmp_path, checkpoint=last), run(tmp_path)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_torch_is_heard_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[int] = []
+
+    def fails_at_the_third_look() -> None:
+        said.append(len(said))
+        if len(said) == 3:
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr(samplers, "_error_if_any_worker_fails", fails_at_the_third_look)
+    samplers.hear_torch_out()
+    assert said == [0, 1, 2]
