@@ -200,7 +200,7 @@ class TrunklineModule(L.LightningModule):
         return spread_fault(self.scaled_loss(batch, batch_idx))
 
     def scaled_loss(self, batch: Any, batch_idx: int) -> Tensor:
-        """See `training_step`."""
+        """The loss of a batch, or at its last batch that of an accumulation, divided by its count; logs the means."""
         steps = self.trainer.accumulate_grad_batches
         first = batch_idx % steps == 0
         if self.joint and steps > 1:

@@ -160,3 +160,15 @@ def test_nobody_waits_half_an_hour(tmp_path: Path) -> None:
         own = trainer(tmp_path, strategy=kind(timeout=timedelta(seconds=20)), devices=2)
         limit_waiting(own)
         assert own.strategy._timeout == timedelta(seconds=20)
+
+
+def test_lightning_does_not_see_what_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would kill this process too, and hide its exit code."""
+    monkeypatch.setattr(processes, "GRACE", 0)
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    looked_at, left = [child], []
+    kill = child.kill
+    monkeypatch.setattr(child, "kill", lambda: left.append(len(looked_at)) or kill())
+    processes.end_children(looked_at)
+    assert left == [0]
+    assert child.wait(60) == -signal.SIGKILL
