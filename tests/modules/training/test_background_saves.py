@@ -145,6 +145,17 @@ def test_every_call_raises_a_failed_save(call: str, gate: Gate, writer: Backgrou
         calls.get(call, check)()
 
 
+def test_a_failed_save_hides_no_other_error(gate: Gate, writer: BackgroundCheckpointIO, tmp_path: Path) -> None:
+    gate.full.add("a.ckpt")
+    gate.opened.set()
+    writer.save_checkpoint({}, tmp_path / "a.ckpt")
+    try:
+        raise ValueError("first")
+    except ValueError:  # where Lightning ends the plugins after an error
+        with pytest.warns(UserWarning, match=r"cannot write .*a.ckpt"):
+            writer.teardown()
+
+
 def test_reading_waits_for_the_file(gate: Gate, writer: BackgroundCheckpointIO, tmp_path: Path) -> None:
     content = {"state_dict": {}, "epoch": 0, "global_step": 7, "pytorch-lightning_version": "2.6", "loops": {}}
     writer.save_checkpoint(content, tmp_path / "a.ckpt")
