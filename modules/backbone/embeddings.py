@@ -79,8 +79,9 @@ def sincos_positions_2d(grid: tuple[int, int], dim: int, theta: float = 10_000.0
     """
     if dim % 4:
         raise TrunklineError(f"2-D sin-cos positions need a dim that is a multiple of 4, not {dim}")
-    frequency = theta ** -torch.linspace(0, 1, dim // 4)
-    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
+    # On the CPU also where a network is built without memory, on PyTorch's meta device: they are values, not weights.
+    frequency = theta ** -torch.linspace(0, 1, dim // 4, device="cpu")
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32, device="cpu") for n in grid), indexing="ij")
     return torch.cat((sincos(x.flatten(), frequency), sincos(y.flatten(), frequency)), dim=1)
 
 

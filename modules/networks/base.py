@@ -4,14 +4,15 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
+import torch
 from torch import nn
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer, TransformerConfig
-from trunkline.names import hub_access, looks_like_path
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -113,48 +114,43 @@ class Network(nn.Module):
         """Write `config.json` and `model.safetensors` into `folder`, which is created if missing."""
         from safetensors.torch import save_model
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        from trunkline.files import replacing  # here, so that importing a network stays light
+
         content = {"network": type(self).__name__, **dataclasses.asdict(self.config)}
-        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        save_model(self, str(folder / WEIGHTS_FILE))
+        # A network that was read from this folder may still read from its old file, which must stay as it is.
+        with replacing(Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE) as (config_file, weights_file):
+            config_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            save_model(self, str(weights_file))
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Self:
-        """Rebuild a network that `save_pretrained` wrote.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        config: Mapping[str, Any] | str | Path | None = None,
+        dtype: torch.dtype | None = torch.float32,
+    ) -> Self:
+        """Rebuild a network from files: of `save_pretrained`, or of a model of transformers, timm or open_clip.
+
+        A foreign model becomes the same network, with equal results; an option that this class does not have is an
+        error. Call `eval()` before using the network.
 
         Args:
-            source: the folder, or the name of a Hugging Face hub repository (needs `huggingface_hub`).
+            source: the folder, a file of weights with its configuration file beside it, or the name of a Hugging Face
+                hub repository (needs `huggingface_hub`).
+            config: of a foreign model, if no file has it: the content of its configuration file, or a path to it.
+            dtype: type of the weights; None keeps that of the files.
 
         Raises:
-            TrunklineError: if a file is missing, belongs to another class, or does not fit the configuration.
+            TrunklineError: if a file is missing or damaged, or describes another network; or if weights are missing,
+                left over, of another shape or not finite.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_model
-
-        if Path(source).is_file():
-            raise TrunklineError(
-                f"{source} is a file, but from_pretrained takes a folder that save_pretrained wrote, or a hub name; "
-                f"load a checkpoint of `trunkline fit` with {cls.__name__}.from_checkpoint"
-            )
-        folder = pretrained_folder(source)
+        # By name: that module knows all networks, so that an import here would be a circle.
+        load = import_module("trunkline.modules.networks.pretrained").load_pretrained
         try:
-            content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            name = content.pop("network", None) if isinstance(content, dict) else None
-            if name != cls.__name__:
-                raise TrunklineError(
-                    f"{folder / CONFIG_FILE} describes a {name}, not a {cls.__name__}; "
-                    f"load it with {name}.from_pretrained"
-                )
-            network = cls(config_from_dict(cls.config_class, content))
-            load_model(network, str(folder / WEIGHTS_FILE))
-            refuse_nan(network, folder)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
-            raise TrunklineError(
-                f"cannot load a {cls.__name__} from {folder}: {error}; the folder needs the "
-                f"{CONFIG_FILE} and {WEIGHTS_FILE} of one save_pretrained call"
-            ) from error
-        return network
+            return load(source, (cls,), config, dtype)
+        except TrunklineError as error:
+            raise TrunklineError(f"cannot load a {cls.__name__} from {source}: {error}") from error
 
     @classmethod
     def from_checkpoint(cls, file: str | Path) -> Self:
@@ -213,22 +209,3 @@ def network_of(network_class: type[NetworkT], content: Mapping[str, Any], path: 
         raise TrunklineError(f"the weights in {path} do not fit its configuration: {first[0].strip()}") from error
     refuse_nan(network, path)
     return network
-
-
-def pretrained_folder(source: str | Path) -> Path:
-    """The folder of that name, or the hub's cached copy of the repository of that name.
-
-    Raises:
-        TrunklineError: if there is no such folder, and no such repository can be reached.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    if looks_like_path(str(source)):
-        raise TrunklineError(f"'{source}' is no folder; fix the path, or give the name of a hub repository")
-    try:
-        from huggingface_hub import snapshot_download
-
-        with hub_access():
-            return Path(snapshot_download(str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except Exception as error:  # the hub's client raises many kinds, offline or for a bad name
-        raise TrunklineError(f"'{source}' is no folder, and the hub gave no such repository: {error}") from error

@@ -1,7 +1,6 @@
 """Start a network from trained weights, and freeze parts of it."""
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +19,9 @@ from trunkline.modules.networks.base import (
     config_from_dict,
     nameless,
     network_of,
-    pretrained_folder,
     stored_config,
 )
+from trunkline.modules.networks.pretrained import Pretrained, find_pretrained
 from trunkline.modules.networks.text_head import without_heads
 from trunkline.run_folders import find_checkpoint
 
@@ -84,6 +83,8 @@ class TrainedWeights:
     """Configuration of the trained network."""
     content: dict[str, Any] | None
     """Content of a training checkpoint; None for a folder or a hub name."""
+    pretrained: Pretrained | None = None
+    """The folder or hub repository; None for a training checkpoint."""
 
     @classmethod
     def read(cls, name: str, argument: str, accepted: tuple[type[Network], ...]) -> "TrainedWeights":
@@ -92,23 +93,18 @@ class TrainedWeights:
         Raises:
             TrunklineError: if nothing can be read, or if the network is not of an accepted class.
         """
-        content, file = None, find_checkpoint(name, f"model.{argument}", other=CONFIG_FILE)
+        content, pretrained, file = None, None, find_checkpoint(name, f"model.{argument}", other=CONFIG_FILE)
         if file.is_file():
             content = load_checkpoint(file, field=f"model.{argument}")
             kind = network_class_of(content, accepted)
             config = stored_config(content)
         else:
             try:
-                config = json.loads((pretrained_folder(name) / CONFIG_FILE).read_text(encoding="utf-8"))
-                own = {kind.__name__: kind for kind in accepted}
-                name_of_class = config.pop("network")
-                kind = own.get(name_of_class) or getattr(networks, name_of_class, None)
+                pretrained = find_pretrained(name, accepted)
             except TrunklineError as error:
                 raise TrunklineError(f"{argument}={name}: {error}", f"model.{argument}") from error
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                accepted[0].from_pretrained(name)  # says what is wrong
-                raise
-        if kind in accepted and config is None:
+            kind, config = pretrained.network_class, None
+        if kind in accepted and config is None and pretrained is None:
             raise nameless(file, f"model.{argument}")
         if kind not in accepted:
             objective = (content or {}).get("objective", "something else")
@@ -118,12 +114,17 @@ class TrainedWeights:
                 f"{' or '.join(k.__name__ for k in accepted)}",
                 field=f"model.{argument}",
             )
-        return cls(name, argument, kind, config_from_dict(kind.config_class, config), content)
+        try:
+            config = config_from_dict(kind.config_class, config) if pretrained is None else pretrained.config
+        except TrunklineError as error:
+            raise TrunklineError(f"{argument}={name}: {error}", f"model.{argument}") from error
+        return cls(name, argument, kind, config, content, pretrained)
 
     def network(self) -> Any:
         """The network, in training mode."""
-        if self.content is None:
-            return self.network_class.from_pretrained(self.name)
+        if self.pretrained is not None:
+            return self.pretrained.network()
+        assert self.content is not None
         return network_of(self.network_class, self.content, self.name)
 
 

@@ -150,13 +150,16 @@ def test_a_backbone_whose_files_are_pickles(trace: Path, tmp_path: Path) -> None
             load_tokenizer(str(folder))
         if name != "tokenizer.json":
             for read in (lambda: ViT.from_pretrained(folder), lambda: classifier(init_from=str(folder))):
-                with pytest.raises(TrunklineError, match=r"needs the config.json and model.safetensors|give"):
+                with pytest.raises(
+                    TrunklineError,
+                    match=r"cannot read .*(model\.safetensors|config\.json)|give",
+                ):
                     read()
     (folder / "config.json").write_text("[1]")
-    with pytest.raises(TrunklineError, match="describes a None, not a ViT"):
+    with pytest.raises(TrunklineError, match=r"config\.json is no JSON object"):
         ViT.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({"network": "dataclasses", "image_size": 8}))
-    with pytest.raises(TrunklineError, match="describes a dataclasses, not a ViT"):
+    with pytest.raises(TrunklineError, match="describes a dataclasses, which is no network"):
         ViT.from_pretrained(folder)
 
 

@@ -15,6 +15,7 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks.base import ConfigT
 from trunkline.modules.networks.encoder_decoder import EncoderDecoderConfig
+from trunkline.modules.networks.weights import enumerated
 
 OURS = "an EncoderDecoder"
 """Our network in messages, where a converter names no other."""
@@ -33,22 +34,30 @@ def from_theirs(weights: Mapping[str, Tensor], table: KeyTable, family: str, our
     """Their state dict -> ours.
 
     Raises:
-        TrunklineError: for a weight that is not in the table, and for a part of a stacked weight that is missing.
+        TrunklineError: with all weights that are not in the table, or all missing parts of stacked weights.
     """
     own_names = {theirs: own for own, names in table.items() for theirs in names}
-    converted = {}
+    converted: dict[str, Tensor] = {}
+    unknown, missing = [], []
     for name in weights:
         layer, _, kind = name.rpartition(".")
         place, number = layer_number(layer, own_names)
         if place not in own_names:
-            raise TrunklineError(f"a weight '{name}' of {family} has no place in {ours}")
-        parts = [f"{part.replace('*', number)}.{kind}" for part in table[own_names[place]]]
-        missing = [part for part in parts if part not in weights]
-        if missing:
-            raise TrunklineError(f"the weights of {family} have '{name}' but no '{missing[0]}'")
-        values = [weights[part] for part in parts]
+            unknown.append(f"'{name}'")
+            continue
         own_name = f"{own_names[place].replace('*', number)}.{kind}"
-        converted[own_name] = values[0] if len(values) == 1 else torch.cat(values)
+        if own_name in converted:  # with the first of its parts
+            continue
+        parts = [f"{part.replace('*', number)}.{kind}" for part in table[own_names[place]]]
+        absent = [part for part in parts if part not in weights]
+        missing += [f"'{name}' but no '{part}'" for part in absent]
+        if not absent:
+            values = [weights[part] for part in parts]
+            converted[own_name] = values[0] if len(values) == 1 else torch.cat(values)
+    if unknown:
+        raise TrunklineError(f"weights of {family} have no place in {ours}: {enumerated(unknown)}")
+    if missing:
+        raise TrunklineError(f"the weights of {family} have {enumerated(missing)}")
     return converted
 
 
@@ -62,17 +71,21 @@ def to_theirs(
     """Our state dict -> theirs, whose layers have these kinds of parameters.
 
     Raises:
-        TrunklineError: for a weight that is not in the table.
+        TrunklineError: with all weights that are not in the table.
     """
-    converted = {}
+    converted: dict[str, Tensor] = {}
+    unknown = []
     for name, value in weights.items():
         layer, _, kind = name.rpartition(".")
         place, number = layer_number(layer, table)
         if place not in table or kind not in kinds:
-            raise TrunklineError(f"a weight '{name}' of {ours} has no place in {family}")
+            unknown.append(f"'{name}'")
+            continue
         parts = table[place]
         for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
             converted[f"{part.replace('*', number)}.{kind}"] = piece.clone()
+    if unknown:
+        raise TrunklineError(f"weights of {ours} have no place in {family}: {enumerated(unknown)}")
     return converted
 
 

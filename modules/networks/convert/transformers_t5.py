@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks.convert.family import ForeignFamily, with_model_type
 from trunkline.modules.networks.convert.key_tables import (
     KeyTable,
     explicit,
@@ -15,7 +16,7 @@ from trunkline.modules.networks.convert.key_tables import (
     refuse_options,
     to_theirs,
 )
-from trunkline.modules.networks.encoder_decoder import EncoderDecoderConfig
+from trunkline.modules.networks.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
 ACTIVATIONS_OF_T5 = {
     "relu": "relu",
@@ -155,3 +156,15 @@ def t5_config_to_transformers(config: EncoderDecoderConfig) -> dict[str, Any]:
     expressed = t5_config_from_transformers(content)
     refuse_difference(explicit(config), explicit(expressed), "a T5", free=("max_length", "max_target_length"))
     return content
+
+
+T5 = ForeignFamily(
+    name="a T5",
+    library="transformers",
+    network=EncoderDecoder,
+    recognises=with_model_type("t5", "mt5"),
+    config_from=lambda content, weights: t5_config_from_transformers(content),
+    config_to=t5_config_to_transformers,
+    weights_from=lambda weights, config: t5_from_transformers(weights),
+    weights_to=lambda weights, config: t5_to_transformers(weights),
+)

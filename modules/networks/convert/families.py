@@ -1,0 +1,76 @@
+"""All families of foreign models, and the conversion of a network by its family."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trunkline import TrunklineError
+from trunkline.files import replacing
+from trunkline.modules.networks.base import Network
+from trunkline.modules.networks.convert.family import ForeignFamily, Library
+from trunkline.modules.networks.convert.transformers_t5 import T5
+
+FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (T5,)
+"""If several can be what a network becomes, the first that has its options is taken."""
+FILES: dict[Library, tuple[str, str]] = {
+    "transformers": ("config.json", "model.safetensors"),
+    "timm": ("config.json", "model.safetensors"),
+    "open_clip": ("open_clip_config.json", "open_clip_model.safetensors"),
+}
+"""Names of the files of configuration and weights."""
+
+
+def foreign_family(config: Mapping[str, Any], source: object) -> ForeignFamily:
+    """The family that the content of a configuration file describes.
+
+    Raises:
+        TrunklineError: if there is none.
+    """
+    found = next((family for family in FOREIGN_FAMILIES if family.recognises(config)), None)
+    if found is None:
+        kind = config.get("model_type") or config.get("architecture") or "no model_type"
+        known = ", ".join(sorted(family.name.removeprefix("a ").removeprefix("an ") for family in FOREIGN_FAMILIES))
+        raise TrunklineError(f"{source} is of a kind that cannot be converted ({kind}); known are {known}")
+    return found
+
+
+def to_foreign(network: Network, library: Library) -> tuple[ForeignFamily, dict[str, Any], dict[str, Tensor]]:
+    """A network as a model of another library: its family, content of the configuration file, and state dict.
+
+    Raises:
+        TrunklineError: if no model of that library is such a network; says what each of them lacks.
+    """
+    candidates = [f for f in FOREIGN_FAMILIES if f.library == library and isinstance(network, f.network)]
+    reasons = []
+    for family in candidates:
+        try:
+            content = family.config_to(network.config)
+            return family, content, family.weights_to(network.state_dict(), network.config)
+        except TrunklineError as error:
+            reasons.append(str(error))
+    kind = type(network).__name__
+    raise TrunklineError("; ".join(reasons) or f"{library} has no model that a {kind} could become")
+
+
+def save_foreign(network: Network, folder: str | Path, library: Library) -> ForeignFamily:
+    """Write a network as the two files from which another library loads it.
+
+    Args:
+        network: the network.
+        folder: the folder to write, which is created if missing.
+        library: "transformers", "timm" or "open_clip".
+
+    Raises:
+        TrunklineError: if no model of that library is such a network.
+    """
+    from safetensors.torch import save_file
+
+    family, content, weights = to_foreign(network, library)
+    config_file, weights_file = (Path(folder) / name for name in FILES[library])
+    with replacing(config_file, weights_file) as (new_config, new_weights):
+        new_config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_file({name: value.contiguous() for name, value in weights.items()}, new_weights, {"format": "pt"})
+    return family

@@ -1,0 +1,150 @@
+"""Read a folder of another library: its configuration, and its weights one by one."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trunkline import TrunklineError
+
+CONFIG_FILES = ("config.json", "open_clip_config.json")
+"""Names of configuration files; the first that is there counts."""
+WEIGHTS_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_pytorch_model.bin",
+)
+"""Names of files of weights, or of their list of parts; the first that is there counts."""
+PART_FILES = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
+"""Patterns of the parts that a list names."""
+
+
+class ForeignWeights(Mapping[str, Tensor]):
+    """The weights in one or more files, by name. Each is read when it is asked for.
+
+    Args:
+        files: safetensors files, or files of `torch.save`, which are read without running code in them.
+
+    Raises:
+        TrunklineError: if a file is damaged, cut, or holds something else than weights.
+    """
+
+    def __init__(self, *files: Path) -> None:
+        self.files = files
+        self._place: dict[str, Any] = {}
+        """Name -> the safetensors file that holds it, or the tensor itself."""
+        for file in files:
+            held = _read_torch(file) if file.suffix != ".safetensors" else _open_safetensors(file)
+            self._place |= held
+
+    def __getitem__(self, name: str) -> Tensor:
+        place = self._place[name]
+        return place if isinstance(place, Tensor) else place.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._place  # that of Mapping would read the weight
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight, without reading it."""
+        place = self._place[name]
+        return tuple(place.shape if isinstance(place, Tensor) else place.get_slice(name).get_shape())
+
+    def __str__(self) -> str:
+        return str(self.files[0]) if len(self.files) == 1 else str(self.files[0].parent)
+
+
+def _open_safetensors(file: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        opened = safe_open(file, framework="pt")
+        return dict.fromkeys(opened.keys(), opened)
+    except (OSError, SafetensorError) as error:
+        raise TrunklineError(f"cannot read weights from {file}: {error}; copy or download it again") from error
+
+
+def _read_torch(file: Path) -> dict[str, Tensor]:
+    """The weights in a file of `torch.save`: a state dict, or a dictionary that holds one as timm's files do."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a cut or foreign file raises many kinds
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise TrunklineError(
+            f"cannot read weights from {file}: {reason}; only "
+            "files of torch.save with nothing but tensors are read, since others may run code; take a safetensors file"
+        ) from error
+    for key in ("state_dict", "model"):
+        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise TrunklineError(f"{file} holds no state dict, that is, tensors by name")
+    return dict(content)
+
+
+def read_config(place: Path) -> dict[str, Any]:
+    """Content of a configuration file, or of the one in a folder.
+
+    Raises:
+        TrunklineError: if there is none, it cannot be read, or is no JSON object.
+    """
+    file = place
+    if place.is_dir():
+        file = next((place / name for name in CONFIG_FILES if (place / name).is_file()), place / CONFIG_FILES[0])
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrunklineError(
+            f"cannot read {file}, which says what network the weights beside it are of: {error}"
+        ) from error
+    if not isinstance(content, dict):
+        raise TrunklineError(f"{file} is no JSON object, so it describes no network")
+    return content
+
+
+def open_weights(source: Path) -> ForeignWeights:
+    """The weights in a folder, or in one file.
+
+    Raises:
+        TrunklineError: if there are none, a file is damaged, or a part is missing that the list of parts names.
+    """
+    file = source
+    if source.is_dir():
+        found = next((source / name for name in WEIGHTS_FILES if (source / name).is_file()), None)
+        if found is None:
+            raise TrunklineError(f"{source} holds no weights; it needs one of {', '.join(WEIGHTS_FILES)}")
+        file = found
+    if not file.name.endswith(".index.json"):
+        return ForeignWeights(file)
+    try:
+        place: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(place.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrunklineError(f"{file} is no list of parts, which names the file of each weight: {error!r}") from error
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise TrunklineError(f"{file} names a part outside its folder: {outside[0]}")
+    missing = [name for name in names if not (file.parent / name).is_file()]
+    if missing:
+        raise TrunklineError(
+            f"{file} names {len(names)} parts, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
+            "there; copy or download the folder again"
+        )
+    weights = ForeignWeights(*(file.parent / name for name in names))
+    unlisted = sorted(place.keys() ^ weights.keys())
+    if unlisted:
+        raise TrunklineError(
+            f"the parts that {file} names hold other weights than it says, such as '{unlisted[0]}'; copy or download "
+            "the folder again"
+        )
+    return weights

@@ -1,0 +1,155 @@
+"""Read a pretrained network: a folder of `save_pretrained`, files of transformers, timm or open_clip, or a hub name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trunkline import TrunklineError
+from trunkline.modules import networks
+from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, refuse_nan
+from trunkline.modules.networks.convert.families import foreign_family
+from trunkline.modules.networks.convert.family import ForeignFamily
+from trunkline.modules.networks.convert.foreign_files import (
+    CONFIG_FILES,
+    PART_FILES,
+    WEIGHTS_FILES,
+    ForeignWeights,
+    open_weights,
+    read_config,
+)
+from trunkline.modules.networks.weights import assign_weights, unfilled
+from trunkline.names import hub_access, looks_like_path
+
+
+@dataclass
+class Pretrained:
+    """A network in files: its class and configuration, and on request the network."""
+
+    source: Path
+    """Its folder, or its file of weights."""
+    network_class: type[Network]
+    content: dict[str, Any]
+    """Content of the configuration file."""
+    family: ForeignFamily | None
+    """The family of a foreign model; None for files of `save_pretrained`."""
+
+    @cached_property
+    def weights(self) -> ForeignWeights:
+        """In the names of the files.
+
+        Raises:
+            TrunklineError: if a file is missing or damaged.
+        """
+        return open_weights(self.source)
+
+    @cached_property
+    def config(self) -> Any:
+        """Configuration of the network.
+
+        Raises:
+            TrunklineError: for a field that the network does not have, or an option of a foreign model.
+        """
+        if self.family is None:
+            return config_from_dict(self.network_class.config_class, self.content)
+        return self.family.config_from(self.content, self.weights)
+
+    def network(self, dtype: torch.dtype | None = torch.float32) -> Any:
+        """The network, in training mode.
+
+        Args:
+            dtype: type of its weights; None keeps that of the files.
+
+        Raises:
+            TrunklineError: if the weights do not fit the configuration, or are not finite.
+        """
+        network = unfilled(self.network_class, self.config)
+        if self.family is None:
+            weights = {name: self.weights[name] for name in self.weights}
+        else:
+            weights = self.family.weights_from(self.weights, self.config)
+        assign_weights(network, weights, self.source, dtype)
+        refuse_nan(network, self.source)
+        return network
+
+
+def find_pretrained(
+    source: str | Path,
+    accepted: tuple[type[Network], ...] = (),
+    config: Mapping[str, Any] | str | Path | None = None,
+) -> Pretrained:
+    """Read what kind of network is in files; its configuration and weights are read when they are asked for.
+
+    Args:
+        source: a folder, a file of weights with its configuration file beside it, or a hub name.
+        accepted: classes of networks that are not Trunkline's own, which a configuration file may name.
+        config: of a foreign model, if no file has it: the content of its configuration file, or a path to it.
+
+    Raises:
+        TrunklineError: if there is no configuration file, or it describes a model that no network of ours can be.
+    """
+    place = pretrained_place(source)
+    folder = place if place.is_dir() else place.parent
+    content = dict(config) if isinstance(config, Mapping) else read_config(Path(config or folder))
+    if "network" in content:
+        name = content.pop("network")
+        kind = next((own for own in accepted if own.__name__ == name), None) or getattr(networks, str(name), None)
+        if not (isinstance(kind, type) and issubclass(kind, Network)):
+            raise TrunklineError(f"{folder / CONFIG_FILE} describes a {name}, which is no network of Trunkline's")
+        return Pretrained(place, kind, content, None)
+    family = foreign_family(content, folder if config is None else "the given configuration")
+    return Pretrained(place, family.network, content, family)
+
+
+def load_pretrained(
+    source: str | Path,
+    accepted: tuple[type[Network], ...] = (),
+    config: Mapping[str, Any] | str | Path | None = None,
+    dtype: torch.dtype | None = torch.float32,
+) -> Any:
+    """The network in files, in training mode; arguments and errors as for `find_pretrained` and `Pretrained.network`.
+
+    If classes are accepted, it is of one of them.
+    """
+    found = find_pretrained(source, accepted, config)
+    if accepted and not issubclass(found.network_class, accepted):
+        name, wanted = found.network_class.__name__, " or ".join(kind.__name__ for kind in accepted)
+        raise TrunklineError(f"{found.source} describes a {name}, not a {wanted}; load it with {name}.from_pretrained")
+    return found.network(dtype)
+
+
+def pretrained_place(source: str | Path) -> Path:
+    """The file or folder of that name, or the hub's cached copy of the repository of that name.
+
+    Raises:
+        TrunklineError: if there is none, and no such repository can be reached.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix in (".safetensors", ".bin", ".pth", ".pt", ".json"):
+            return path
+        raise TrunklineError(
+            f"{source} is a file, but from_pretrained takes a folder that save_pretrained wrote, a file of weights, or "
+            "a hub name; load a checkpoint of `trunkline fit` with from_checkpoint"
+        )
+    if looks_like_path(str(source)):
+        raise TrunklineError(f"'{source}' is no folder; fix the path, or give the name of a hub repository")
+    try:
+        from huggingface_hub import snapshot_download
+
+        with hub_access():
+            folder = Path(snapshot_download(str(source), allow_patterns=[*CONFIG_FILES, *SAFE]))
+            if not any((folder / name).is_file() for name in SAFE):  # older repositories
+                folder = Path(snapshot_download(str(source), allow_patterns=[*CONFIG_FILES, *PICKLED]))
+            return folder
+    except Exception as error:  # the hub's client raises many kinds, offline or for a bad name
+        raise TrunklineError(f"'{source}' is no folder, and the hub gave no such repository: {error}") from error
+
+
+SAFE = [name for name in (*WEIGHTS_FILES, *PART_FILES) if "safetensors" in name]
+PICKLED = [name for name in (*WEIGHTS_FILES, *PART_FILES) if "safetensors" not in name]

@@ -1,0 +1,75 @@
+"""Fill a network with weights from files, in the time that reading them takes: no weight is first drawn by chance."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trunkline import TrunklineError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+LISTED = 10
+"""Number of weights that a message names."""
+
+
+def unfilled(network_class: type[ModuleT], config: Any) -> ModuleT:
+    """A network whose weights have shapes, but neither values nor memory, until `assign_weights` gives them."""
+    with torch.device("meta"):
+        return network_class(config)
+
+
+def assign_weights(
+    network: nn.Module, weights: Mapping[str, Tensor], source: object, dtype: torch.dtype | None = torch.float32
+) -> None:
+    """Make tensors the weights of a network, without a copy where their type is right already.
+
+    Weights that share memory in the network, such as a tied output layer, stay one; either name is enough.
+
+    Args:
+        network: the network; its own values are dropped.
+        weights: by the names of the network's state dict.
+        source: where they come from, for messages.
+        dtype: type of the weights in the network; None keeps that of the tensors.
+
+    Raises:
+        TrunklineError: with all weights that are missing, that the network does not have, whose shape is another, or
+            that are tied in the network but differ in the file.
+    """
+    own = network.state_dict(keep_vars=True)
+    shared: dict[int, list[str]] = {}
+    for name, value in own.items():
+        shared.setdefault(id(value), []).append(name)
+    faults = [f"'{name}' is missing" for names in shared.values() for name in names[:1] if not {*names} & {*weights}]
+    faults += [f"'{name}' has no place in it" for name in weights if name not in own]
+    faults += [
+        f"'{name}' is {tuple(weights[name].shape)} there and {tuple(value.shape)} here"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    for names in shared.values():
+        given = [name for name in names if name in weights]
+        faults += [
+            f"'{name}' and '{given[0]}' differ, but are one here"
+            for name in given[1:]
+            if weights[name] is not weights[given[0]] and not torch.equal(weights[name], weights[given[0]])
+        ]
+    if faults:
+        raise TrunklineError(f"the weights in {source} do not fit a {type(network).__name__}: {enumerated(faults)}")
+    for names in shared.values():
+        old = own[names[0]]
+        value = weights[next(name for name in names if name in weights)]
+        value = value.to(dtype if dtype is not None and value.is_floating_point() else value.dtype).contiguous()
+        if isinstance(old, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=old.requires_grad)
+        for name in names:
+            place, _, leaf = name.rpartition(".")
+            owner = network.get_submodule(place)
+            (owner._parameters if isinstance(old, nn.Parameter) else owner._buffers)[leaf] = value
+
+
+def enumerated(faults: Iterable[str]) -> str:
+    """The first faults, and the number of the others."""
+    every = list(faults)
+    more = len(every) - LISTED
+    return "; ".join(every[:LISTED]) + (f"; and {more} more" if more > 0 else "")
