@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import Transformer, TransformerConfig, resize_positions
+from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.backbone.attention import make_norm
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import Network, trunk_for
 from trunkline.modules.networks.frames import check_frames, zero_padding
+from trunkline.modules.networks.patches import resize_positions
 from trunkline.modules.networks.vit import ViT
 
 

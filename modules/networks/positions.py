@@ -6,8 +6,29 @@ import torch
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone.embeddings import sincos, sincos_frequencies
 from trunkline.modules.backbone.transformer import restrict
+
+
+def sincos_positions(length: int, dim: int, theta: float = 10_000.0) -> Tensor:
+    """Sinusoidal positions (length, dim): sines in the first half, cosines in the second (arXiv:1706.03762).
+
+    Raises:
+        TrunklineError: if `dim` is odd.
+    """
+    return sincos(torch.arange(length, dtype=torch.float32), sincos_frequencies(dim, theta))
+
+
+def sincos_frequencies(dim: int, theta: float = 10_000.0) -> Tensor:
+    """Frequencies (dim / 2,) of `sincos_positions`, which says what is raised."""
+    if dim % 2:
+        raise TrunklineError(f"sin-cos positions need an even dim, not {dim}")
+    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+
+
+def sincos(position: Tensor, frequency: Tensor) -> Tensor:
+    """Positions (...) at frequencies (E,) -> (..., 2 E)."""
+    angle = position[..., None] * frequency
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
 class SinusoidalPositions(nn.Module):

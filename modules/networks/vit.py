@@ -7,16 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import (
-    PatchEmbed,
-    Transformer,
-    TransformerConfig,
-    resize_positions,
-    sincos_positions_2d,
-)
+from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.backbone.attention import make_norm
 from trunkline.modules.networks.attention_pool import AttentionPool
 from trunkline.modules.networks.base import Network, trunk_for
+from trunkline.modules.networks.patches import PatchEmbed, resize_positions, sincos_positions_2d
 from trunkline.ranges import check_ranges
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import Transformer, TransformerConfig, sincos_positions_2d
+from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.networks import (
     AST,
     BERT,
@@ -33,6 +33,7 @@ from trunkline.modules.networks import (
     WhisperConfig,
 )
 from trunkline.modules.networks.conditional import ConditionalNetwork
+from trunkline.modules.networks.patches import sincos_positions_2d
 
 
 def vit(trunk: dict[str, Any] | None = None, **changes: Any) -> ViTConfig:

@@ -14,17 +14,12 @@ from timm.layers import AttentionPoolLatent, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import (
-    PatchEmbed,
-    Transformer,
-    TransformerConfig,
-    resize_positions,
-    sincos_positions,
-    sincos_positions_2d,
-)
+from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.backbone.attention import Attention, rotate, rotation_table
 from trunkline.modules.backbone.transformer import Block
 from trunkline.modules.networks.attention_pool import AttentionPool
+from trunkline.modules.networks.patches import PatchEmbed, resize_positions, sincos_positions_2d
+from trunkline.modules.networks.positions import sincos_positions
 
 # --- torch.nn.Transformer*Layer ---
 

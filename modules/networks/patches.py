@@ -1,4 +1,4 @@
-"""Patch embedding and absolute positions, for embeddings (B, T, D) that enter the trunk."""
+"""Image patches as embeddings (B, T, D), and their positions."""
 
 import math
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone.transformer import init_linear
+from trunkline.modules.networks.positions import sincos
 
 
 class PatchEmbed(nn.Module):
@@ -55,22 +56,6 @@ class PatchEmbed(nn.Module):
         return self.proj(tiles.reshape(batch, self.grid[0] * self.grid[1], -1))
 
 
-def sincos_positions(length: int, dim: int, theta: float = 10_000.0) -> Tensor:
-    """Sinusoidal positions (length, dim): sines in the first half, cosines in the second (arXiv:1706.03762).
-
-    Raises:
-        TrunklineError: if `dim` is odd.
-    """
-    return sincos(torch.arange(length, dtype=torch.float32), sincos_frequencies(dim, theta))
-
-
-def sincos_frequencies(dim: int, theta: float = 10_000.0) -> Tensor:
-    """Frequencies (dim / 2,) of `sincos_positions`, which says what is raised."""
-    if dim % 2:
-        raise TrunklineError(f"sin-cos positions need an even dim, not {dim}")
-    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-
-
 def sincos_positions_2d(grid: tuple[int, int], dim: int, theta: float = 10_000.0) -> Tensor:
     """Positions (rows * columns, dim) of a grid, half of the width for x and half for y (arXiv:2205.01580).
 
@@ -83,12 +68,6 @@ def sincos_positions_2d(grid: tuple[int, int], dim: int, theta: float = 10_000.0
     frequency = theta ** -torch.linspace(0, 1, dim // 4, device="cpu")
     y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32, device="cpu") for n in grid), indexing="ij")
     return torch.cat((sincos(x.flatten(), frequency), sincos(y.flatten(), frequency)), dim=1)
-
-
-def sincos(position: Tensor, frequency: Tensor) -> Tensor:
-    """Positions (...) at frequencies (E,) -> (..., 2 E)."""
-    angle = position[..., None] * frequency
-    return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
