@@ -197,11 +197,12 @@ class Attention(nn.Module):
         self.head_width, self.kv_dim, self.dropout = config.head_width, kv_dim, config.dropout
         self.scale = 1 / math.sqrt(config.head_width) if config.attn_scale is None else config.attn_scale
         self.gqa = config.kv_heads != config.num_heads
+        bias = config.attention_bias
         if cross:
-            self.q = nn.Linear(dim, inner, bias=config.bias)
-            self.kv = nn.Linear(dim, 2 * kv_dim, bias=config.bias)
+            self.q = nn.Linear(dim, inner, bias=bias)
+            self.kv = nn.Linear(dim, 2 * kv_dim, bias=bias)
         else:
-            self.qkv = nn.Linear(dim, inner + 2 * kv_dim, bias=config.bias)
+            self.qkv = nn.Linear(dim, inner + 2 * kv_dim, bias=bias)
         self.q_norm = make_norm(config, config.head_width) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_width) if config.qk_norm else None
         self.proj = nn.Linear(inner, dim, bias=config.bias)

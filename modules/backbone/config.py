@@ -61,11 +61,17 @@ class TransformerConfig:
     """Width E of a head (as in T5 1.1 and Qwen3); None means D / H."""
     attn_scale: float | None = None
     """Factor of the attention scores (T5: 1, muP: 1 / E); None means 1 / sqrt(E)."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values, if other layers differ (Qwen2 has no others); None means `bias`."""
+    layer_scale: float | None = None
+    """Initial value of learned factors (D,) of what each sub-layer adds (LayerScale, arXiv:2103.17239; DeiT III and
+    DINOv2 have it); None means no factors."""
 
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("dim", "depth", "num_heads", "num_kv_heads", "mlp_dim", "head_dim"), "[1, inf)")
         check_ranges("model.network.*", self, **sizes, dropout="[0, 1)", drop_path="[0, 1)")
         check_ranges("model.network.*", self, norm_eps="[0, inf)", rope_theta="(0, inf)", attn_scale="(-inf, inf)")
+        check_ranges("model.network.*", self, layer_scale="(-inf, inf)")
         if self.head_dim is None and self.dim % self.num_heads:
             fits = [h for h in range(1, self.dim + 1) if self.dim % h == 0]
             raise TrunklineError(
@@ -86,6 +92,11 @@ class TransformerConfig:
     def head_width(self) -> int:
         """Width E of one head."""
         return self.dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def attention_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def kv_heads(self) -> int:

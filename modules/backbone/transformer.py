@@ -92,6 +92,18 @@ class DropPath(nn.Module):
         return x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
 
 
+class LayerScale(nn.Module):
+    """A learned factor for each of D channels (arXiv:2103.17239)."""
+
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return x * self.gamma
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention if configured, and an MLP, each on a residual branch."""
 
@@ -100,11 +112,14 @@ class Block(nn.Module):
         self.norm_first = config.norm_first
         self.norm1 = make_norm(config, config.dim)
         self.attn = Attention(config)
+        self.ls1 = make_scale(config)
         if config.cross_attention:
             self.norm_cross = make_norm(config, config.dim)
             self.cross_attn = Attention(config, cross=True)
+            self.ls_cross = make_scale(config)
         self.norm2 = make_norm(config, config.dim)
         self.mlp = MLP(config)
+        self.ls2 = make_scale(config)
         self.dropout = nn.Dropout(config.dropout)
         self.drop_path = DropPath(drop_path)
 
@@ -141,7 +156,7 @@ class Block(nn.Module):
             keep=keep,
             return_attention=return_attention,
         )
-        x = self.residual(x if keep is None else take(x, keep), branch, self.norm1)
+        x = self.residual(x if keep is None else take(x, keep), self.ls1(branch), self.norm1)
         cross_weights = None
         if context is not None:
             branch, cross_weights = self.cross_attn(
@@ -152,9 +167,14 @@ class Block(nn.Module):
                 layer=layer,
                 return_attention=return_attention,
             )
-            x = self.residual(x, branch, self.norm_cross)
+            x = self.residual(x, self.ls_cross(branch), self.norm_cross)
         branch = self.mlp(self.norm2(x) if self.norm_first else x)
-        return self.residual(x, branch, self.norm2), weights, cross_weights
+        return self.residual(x, self.ls2(branch), self.norm2), weights, cross_weights
+
+
+def make_scale(config: TransformerConfig) -> nn.Module:
+    """The configured LayerScale, or nothing."""
+    return nn.Identity() if config.layer_scale is None else LayerScale(config.dim, config.layer_scale)
 
 
 def causal_mask(start: int, end: int, device: torch.device) -> Tensor:

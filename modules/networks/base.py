@@ -62,6 +62,7 @@ def trunk_for(config: TransformerConfig, trunk: Transformer | None, name: str = 
         "num_kv_heads": "kv_heads",
         "mlp_dim": "hidden_dim",
         "head_dim": "head_width",
+        "qkv_bias": "attention_bias",
     }  # None stands for a default
     for field in dataclasses.fields(config):
         value = resolved.get(field.name, field.name)

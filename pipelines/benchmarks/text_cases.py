@@ -17,7 +17,7 @@ from trunkline.modules.generation.low_precision import to_bfloat16, to_int8
 from trunkline.modules.generation.sampling import GenerationConfig, generate
 from trunkline.modules.losses import linear_cross_entropy
 from trunkline.modules.networks import BERT, GPT, BERTConfig, GPTConfig
-from trunkline.modules.networks.convert import gpt_config_from_transformers, gpt_from_transformers
+from trunkline.modules.networks.convert.families import from_foreign
 from trunkline.pipelines.benchmarks.memory import peak_memory
 from trunkline.pipelines.benchmarks.timing import Side, bare_loop, compare
 
@@ -141,8 +141,7 @@ def generation(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     library = transformers()
     torch.manual_seed(0)
     theirs: Any = library.GPT2LMHeadModel(library.GPT2Config(bos_token_id=None, eos_token_id=None)).eval()
-    ours = GPT(gpt_config_from_transformers(theirs.config.to_dict())).eval()
-    ours.load_state_dict(gpt_from_transformers(theirs.state_dict()))
+    ours = from_foreign(theirs.config.to_dict(), theirs.state_dict()).eval()
     tokens = torch.randint(0, theirs.config.vocab_size, (batch_size or 1, 16))
     new = NEW_TOKENS
     config = GenerationConfig(new, temperature=0)

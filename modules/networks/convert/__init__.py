@@ -19,7 +19,6 @@ from trunkline.modules.networks.convert.transformers_bart import (
 )
 from trunkline.modules.networks.convert.transformers_bert import bert_from_transformers
 from trunkline.modules.networks.convert.transformers_clip import clip_from_transformers
-from trunkline.modules.networks.convert.transformers_gpt2 import gpt_config_from_transformers, gpt_from_transformers
 from trunkline.modules.networks.convert.transformers_t5 import (
     t5_config_from_transformers,
     t5_config_to_transformers,
@@ -44,8 +43,6 @@ __all__ = [
     "bart_to_transformers",
     "bert_from_transformers",
     "clip_from_transformers",
-    "gpt_config_from_transformers",
-    "gpt_from_transformers",
     "marian_config_from_transformers",
     "marian_config_to_transformers",
     "marian_from_transformers",

@@ -5,15 +5,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.files import replacing
 from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.convert.family import ForeignFamily, Library
+from trunkline.modules.networks.convert.transformers_gpt2 import GPT2
+from trunkline.modules.networks.convert.transformers_llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from trunkline.modules.networks.convert.transformers_t5 import T5
+from trunkline.modules.networks.weights import assign_weights, unfilled
 
-FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (T5,)
+FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, T5)
 """If several can be what a network becomes, the first that has its options is taken."""
 FILES: dict[Library, tuple[str, str]] = {
     "transformers": ("config.json", "model.safetensors"),
@@ -35,6 +39,27 @@ def foreign_family(config: Mapping[str, Any], source: object) -> ForeignFamily:
         known = ", ".join(sorted(family.name.removeprefix("a ").removeprefix("an ") for family in FOREIGN_FAMILIES))
         raise TrunklineError(f"{source} is of a kind that cannot be converted ({kind}); known are {known}")
     return found
+
+
+def from_foreign(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float32
+) -> Any:
+    """A model of another library, in memory, as our network in training mode; it shares no memory with it.
+
+    Args:
+        config: content of its configuration file, such as `model.config.to_dict()` of transformers.
+        weights: its state dict, with the names of its files.
+        dtype: type of the weights of our network; None keeps theirs.
+
+    Raises:
+        TrunklineError: if no network of ours can be such a model, or the weights do not fit.
+    """
+    family = foreign_family(config, "the given configuration")
+    own = family.config_from(config, weights)
+    network = unfilled(family.network, own)
+    converted = family.weights_from(weights, own)
+    assign_weights(network, {name: value.clone() for name, value in converted.items()}, "the given weights", dtype)
+    return network
 
 
 def to_foreign(network: Network, library: Library) -> tuple[ForeignFamily, dict[str, Any], dict[str, Tensor]]:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from trunkline.modules.networks.base import Network
-from trunkline.modules.networks.convert.foreign_files import ForeignWeights
 
 Library = Literal["transformers", "timm", "open_clip"]
 
@@ -27,7 +26,7 @@ class ForeignFamily:
     """Our class."""
     recognises: Callable[[Mapping[str, Any]], bool]
     """Whether the content of a configuration file describes such a model."""
-    config_from: Callable[[Mapping[str, Any], ForeignWeights], Any]
+    config_from: Callable[[Mapping[str, Any], Mapping[str, Tensor]], Any]
     """Content of their configuration file -> our configuration. The weights may be asked for names and shapes, where
     the file does not say enough. It raises a `TrunklineError` for an option that ours does not have."""
     config_to: Callable[[Any], dict[str, Any]]

@@ -56,11 +56,6 @@ class ForeignWeights(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._place  # that of Mapping would read the weight
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a weight, without reading it."""
-        place = self._place[name]
-        return tuple(place.shape if isinstance(place, Tensor) else place.get_slice(name).get_shape())
-
     def __str__(self) -> str:
         return str(self.files[0]) if len(self.files) == 1 else str(self.files[0].parent)
 

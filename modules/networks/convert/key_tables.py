@@ -5,7 +5,7 @@ In messages, `family` names their model with its article ("a T5"), and `ours` th
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,8 +67,17 @@ def to_theirs(
     family: str,
     ours: str = OURS,
     kinds: Collection[str] = ("weight", "bias"),
+    sizes: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Tensor]:
     """Our state dict -> theirs, whose layers have these kinds of parameters.
+
+    Args:
+        weights: our state dict.
+        table: names of ours and theirs.
+        family: their model, for messages.
+        ours: our network, for messages.
+        kinds: last parts of the names of their parameters.
+        sizes: rows of the parts of stacked layers whose parts differ, by our name in the table.
 
     Raises:
         TrunklineError: with all weights that are not in the table.
@@ -82,7 +91,8 @@ def to_theirs(
             unknown.append(f"'{name}'")
             continue
         parts = table[place]
-        for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
+        rows = (sizes or {}).get(place) or [len(value) // len(parts)] * len(parts)
+        for part, piece in zip(parts, value.split(list(rows)), strict=True):
             converted[f"{part.replace('*', number)}.{kind}"] = piece.clone()
     if unknown:
         raise TrunklineError(f"weights of {ours} have no place in {family}: {enumerated(unknown)}")
@@ -137,6 +147,7 @@ def resolved(config: Any) -> dict[str, Any]:
                 num_kv_heads=value.kv_heads,
                 mlp_dim=value.hidden_dim,
                 head_dim=value.head_width,
+                qkv_bias=value.attention_bias,
                 attn_scale=value.head_width**-0.5 if value.attn_scale is None else value.attn_scale,
             )
             parts = dataclasses.asdict(full).items()

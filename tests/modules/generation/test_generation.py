@@ -18,7 +18,7 @@ from trunkline.modules.generation.decoding import GenerationConfig, choose, draw
 from trunkline.modules.generation.low_precision import Int8Linear, RowLinear, round_rows, to_bfloat16, to_int8
 from trunkline.modules.generation.sampling import generate, stream
 from trunkline.modules.networks import GPT, GPTConfig
-from trunkline.modules.networks.convert import gpt_config_from_transformers, gpt_from_transformers
+from trunkline.modules.networks.convert.families import from_foreign
 
 TRUNKS: dict[str, dict[str, Any]] = {
     "learned": {},
@@ -159,8 +159,7 @@ def gpt2() -> tuple[Any, GPT]:
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
-    ours = GPT(gpt_config_from_transformers(theirs.config.to_dict())).eval()
-    ours.load_state_dict(gpt_from_transformers(theirs.state_dict()))
+    ours = from_foreign(theirs.config.to_dict(), theirs.state_dict()).eval()
     return theirs, ours
 
 

@@ -1,0 +1,151 @@
+"""Decoders of transformers that are built like LLaMA, and GPT-2, become a GPT and go back, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from parity import assert_near, randomise
+from test_pretrained import edit, edit_weights
+from torch import Tensor
+from travels import arrive, go_back, gradients
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks import GPT, GPTConfig
+from trunkline.modules.networks.convert.families import foreign_family, save_foreign
+
+SIZES = {
+    **{"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"intermediate_size": 40, "max_position_embeddings": 24, "bos_token_id": None, "eos_token_id": None},
+}
+SMALL = {"vocab_size": 50, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": None}
+NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+PEERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gpt2": (hf.GPT2LMHeadModel, {**SMALL, **NO_DROPOUT, "eos_token_id": None}),
+    "gpt2-wide": (
+        hf.GPT2LMHeadModel,
+        {**SMALL, **NO_DROPOUT, "n_inner": 40, "activation_function": "relu", "layer_norm_epsilon": 1e-3},
+    ),
+    "gpt2-untied": (hf.GPT2LMHeadModel, {**SMALL, **NO_DROPOUT, "eos_token_id": None, "tie_word_embeddings": False}),
+    "llama": (hf.LlamaForCausalLM, SIZES),
+    "llama-grouped": (hf.LlamaForCausalLM, {**SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "llama-biases": (hf.LlamaForCausalLM, {**SIZES, "attention_bias": True, "mlp_bias": True}),
+    "llama-theta": (
+        hf.LlamaForCausalLM,
+        {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "head_dim": 6},
+    ),
+    "mistral": (hf.MistralForCausalLM, {**SIZES, "num_key_value_heads": 1, "sliding_window": None}),
+    "qwen2": (hf.Qwen2ForCausalLM, {**SIZES, "num_key_value_heads": 2}),
+    "qwen2-tied": (hf.Qwen2ForCausalLM, {**SIZES, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen3": (hf.Qwen3ForCausalLM, {**SIZES, "num_key_value_heads": 2, "head_dim": 10}),
+}
+every_peer = pytest.mark.parametrize("name", PEERS)
+
+
+@torch.random.fork_rng()
+def make_peer(name: str) -> Any:
+    torch.manual_seed(0)
+    model, config = PEERS[name]
+    return randomise(model(model.config_class(**config)).eval(), 0.1)
+
+
+def texts(length: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+    """Two texts, the mask of padding on the left of the second, and positions that do not count padding."""
+    tokens = torch.randint(0, 50, (2, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, :4] = False
+    return tokens, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@every_peer
+def test_there_and_back_again(name: str, tmp_path: Path) -> None:
+    peer = make_peer(name)
+    gpt = arrive(peer, GPT, tmp_path)
+    again = go_back(gpt, peer, tmp_path)
+    tokens, mask, positions = texts()
+    with torch.no_grad():
+        want = peer(tokens).logits
+        assert 0.1 < want.std() < 20
+        assert_near(gpt(tokens), want)
+        assert torch.equal(again(tokens).logits, want)
+        want = peer(tokens, attention_mask=mask.long(), position_ids=positions).logits
+        assert_near(gpt(tokens, mask=mask)[mask], want[mask])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-grouped", "qwen2", "qwen3"])
+def test_gradients(name: str, tmp_path: Path) -> None:
+    peer = make_peer(name)
+    gpt = arrive(peer, GPT, tmp_path)
+    tokens, _, _ = texts()
+
+    def loss(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    theirs = gradients(peer, loss(peer(tokens).logits))
+    family = foreign_family(peer.config.to_dict(), "")
+    want, got = family.weights_from(theirs, gpt.config), gradients(gpt, loss(gpt(tokens)))
+    assert got.keys() <= want.keys()
+    assert len(got) == len(list(gpt.parameters()))
+    for key, value in got.items():
+        assert_near(value, want[key], 1e-4)
+
+
+def test_files_without_an_output_layer(tmp_path: Path) -> None:
+    peer = make_peer("llama-grouped")
+    tokens, _, _ = texts()
+    want = peer(tokens).logits
+    peer.model.save_pretrained(tmp_path)
+    assert_near(GPT.from_pretrained(tmp_path).eval()(tokens), want)
+    make_peer("llama").model.save_pretrained(tmp_path / "untied")
+    with pytest.raises(TrunklineError, match=r"do not fit a GPT: 'head\.weight' is missing$"):
+        GPT.from_pretrained(tmp_path / "untied")
+
+
+def test_files_of_gpt2_of_old(tmp_path: Path) -> None:
+    """The published files of GPT-2 have no prefix, no tied output layer, but causal masks."""
+    peer = make_peer("gpt2")
+    peer.transformer.save_pretrained(tmp_path)
+    mask = torch.ones(1, 1, 24, 24).tril()
+    edit_weights(lambda w: w.update({"h.0.attn.bias": mask, "h.0.attn.masked_bias": torch.tensor(-1e4)}))(tmp_path)
+    tokens, _, _ = texts()
+    assert_near(GPT.from_pretrained(tmp_path).eval()(tokens), peer(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters of type llama3"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type linear"),
+        ("llama", {"attention_bias": True}, "attention_bias=True and mlp_bias=False"),
+        ("llama", {"hidden_act": "gelu"}, "a LLaMA with hidden_act=gelu"),
+        ("llama", {"model_type": "mixtral"}, r"a kind that cannot be converted \(mixtral\)"),
+        ("mistral", {"sliding_window": 8}, "a Mistral with sliding_window=8"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "a Qwen2 with sliding_window=8"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True cannot"),
+        ("gpt2", {"activation_function": "tanh"}, "a GPT-2 with activation_function=tanh cannot"),
+        ("gpt2", {"scale_attn_weights": False}, "a GPT-2 with scale_attn_weights=False cannot"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True cannot"),
+    ],
+)
+def test_options_that_we_have_not(name: str, option: dict[str, Any], message: str, tmp_path: Path) -> None:
+    make_peer(name).save_pretrained(tmp_path)
+    edit(**option)(tmp_path)
+    with pytest.raises(TrunklineError, match=message):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_window_that_is_as_long_as_the_texts_changes_nothing(tmp_path: Path) -> None:
+    peer = make_peer("mistral")
+    peer.save_pretrained(tmp_path)
+    edit(sliding_window=24)(tmp_path)
+    assert GPT.from_pretrained(tmp_path).config.max_length == 24
+
+
+def test_a_network_that_no_decoder_can_be(tmp_path: Path) -> None:
+    trunk = TransformerConfig(dim=32, depth=1, num_heads=4, mlp="relu2")
+    with pytest.raises(TrunklineError, match=r"mlp=relu2 cannot become a GPT-2.*cannot become a LLaMA"):
+        save_foreign(GPT(GPTConfig(50, 24, backbone=trunk)), tmp_path, "transformers")
+    assert list(tmp_path.iterdir()) == []
