@@ -40,11 +40,18 @@ class BERTConfig:
     """Number of segment embeddings: 2 for the texts of a pair, 0 for none."""
     next_sentence: bool = False
     """A second output, read from the first token: does the second text follow the first?"""
+    predicts_tokens: bool = True
+    """Without it the network is a body: it has no output layer over the vocabulary, and returns states."""
+    pooler: bool = False
+    """A dense layer and tanh over the first token's state, also without `next_sentence`: see `BERT.pool`."""
+    first_position: int = 0
+    """Row of the table of positions for the first token; RoBERTa's (arXiv:1907.11692) is the third."""
     backbone: TransformerConfig = field(default_factory=bert_trunk)
     """The trunk."""
 
     def __post_init__(self) -> None:
         check_ranges("model.network*", self, vocab_size="[1, inf)", max_length="[1, inf)", num_segments="[0, inf)")
+        check_ranges("model.network*", self, first_position="[0, inf)")
         if self.backbone.causal:
             raise TrunklineError(
                 "the trunk of a BERT cannot be causal, because tokens see both sides; leave causal out, or train a GPT"
@@ -98,17 +105,19 @@ class BERT(Network):
         self.config = config
         shape = config.backbone
         self.token_embed = nn.Embedding(config.vocab_size, shape.dim)
-        self.pos_embed = nn.Embedding(config.max_length, shape.dim) if config.positions == "learned" else None
+        rows = config.first_position + config.max_length
+        self.pos_embed = nn.Embedding(rows, shape.dim) if config.positions == "learned" else None
         self.segment_embed = nn.Embedding(config.num_segments, shape.dim) if config.num_segments else None
         self.embed_norm = make_norm(shape, shape.dim) if not shape.norm_first else nn.Identity()
         self.dropout = nn.Dropout(shape.dropout)
         self.backbone = trunk_for(shape, trunk)
-        self.masked_head = MaskedHead(shape)
-        self.head = nn.Linear(shape.dim, config.vocab_size)
-        self.head.weight = self.token_embed.weight
-        self.pooler = Pooler(shape.dim) if config.next_sentence else None
+        self.masked_head: Any = MaskedHead(shape) if config.predicts_tokens else nn.Identity()
+        self.head: Any = nn.Linear(shape.dim, config.vocab_size) if config.predicts_tokens else nn.Identity()
+        self.pooler = Pooler(shape.dim) if config.next_sentence or config.pooler else None
         self.next_head = nn.Linear(shape.dim, 2) if config.next_sentence else None
-        nn.init.zeros_(self.head.bias)
+        if isinstance(self.head, nn.Linear):
+            self.head.weight = self.token_embed.weight
+            nn.init.zeros_(self.head.bias)
         for embedding in (self.token_embed, self.pos_embed, self.segment_embed):
             if embedding is not None:
                 nn.init.trunc_normal_(embedding.weight, std=0.02)
@@ -132,7 +141,8 @@ class BERT(Network):
             )
         x = self.token_embed(tokens)
         if self.pos_embed is not None:
-            x = x + self.pos_embed.weight[:length]
+            first = self.config.first_position
+            x = x + self.pos_embed.weight[first : first + length]
         if self.segment_embed is not None:
             x = x + (self.segment_embed.weight[0] if segment is None else self.segment_embed(segment))
         return self.dropout(self.embed_norm(x))
@@ -149,6 +159,16 @@ class BERT(Network):
         """States after the trunk, (B, T, D), and on request the attention weights; arguments as for `forward`."""
         x = self.embed(tokens, segment)
         return self.backbone(x, causal=False, mask=mask, keep=keep, return_attention=return_attention)
+
+    def pool(self, states: Tensor) -> Tensor:
+        """(B, T, D) states -> (B, D), made by `pooler` from the first token's.
+
+        Raises:
+            TrunklineError: without a pooler.
+        """
+        if self.pooler is None:
+            raise TrunklineError("this BERT has no pooler; make it with pooler=True, or use the first token's state")
+        return self.pooler(states[:, 0])
 
     def forward(
         self,

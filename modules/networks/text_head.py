@@ -137,9 +137,9 @@ class TextHead(Network):
 
 def without_heads(body: BERT | GPT) -> BERT | GPT:
     """Remove a language model's own output layers, in place; DDP fails if parameters get no gradient."""
-    body.head = nn.Identity()  # type: ignore[assignment]
+    body.head = nn.Identity()
     if isinstance(body, BERT):
-        body.masked_head = nn.Identity()  # type: ignore[assignment]
+        body.masked_head = nn.Identity()
         body.pooler = body.next_head = None
     return body
 

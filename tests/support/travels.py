@@ -28,7 +28,7 @@ def go_back(network: Network, peer: Any, folder: Path) -> Any:
 
 def assert_same_bits(first: Path, second: Path) -> None:
     before, after = load_file(first), load_file(second)
-    assert before.keys() == after.keys()
+    assert before.keys() ^ after.keys() == set()
     assert [name for name, value in before.items() if not same(value, after[name])] == []
 
 

@@ -12,13 +12,25 @@ from trunkline import TrunklineError
 from trunkline.files import replacing
 from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.convert.family import ForeignFamily, Library
+from trunkline.modules.networks.convert.transformers_bert import DISTILBERT, ROBERTA, TRANSFORMERS_BERT
 from trunkline.modules.networks.convert.transformers_gpt2 import GPT2
 from trunkline.modules.networks.convert.transformers_llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from trunkline.modules.networks.convert.transformers_t5 import T5
 from trunkline.modules.networks.weights import assign_weights, unfilled
 
-FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, T5)
-"""If several can be what a network becomes, the first that has its options is taken."""
+FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (
+    GPT2,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    DISTILBERT,
+    TRANSFORMERS_BERT,
+    ROBERTA,
+    T5,
+)
+"""If several can be what a network becomes, the first that has its options is taken: a BERT without segments is a
+DistilBERT."""
 FILES: dict[Library, tuple[str, str]] = {
     "transformers": ("config.json", "model.safetensors"),
     "timm": ("config.json", "model.safetensors"),
