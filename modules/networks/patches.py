@@ -21,12 +21,15 @@ class PatchEmbed(nn.Module):
         patch_size: side of a patch in pixels; must divide both.
         in_chans: channels C of the image.
         dim: width D of a token.
+        bias: whether the projection has a bias.
 
     Raises:
         TrunklineError: if the patch does not tile the image.
     """
 
-    def __init__(self, image_size: tuple[int, int], patch_size: int, in_chans: int, dim: int) -> None:
+    def __init__(
+        self, image_size: tuple[int, int], patch_size: int, in_chans: int, dim: int, bias: bool = True
+    ) -> None:
         super().__init__()
         if any(side % patch_size or side < patch_size for side in image_size):
             raise TrunklineError(
@@ -35,7 +38,7 @@ class PatchEmbed(nn.Module):
             )
         self.image_size, self.patch_size, self.in_chans = image_size, patch_size, in_chans
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.proj = nn.Linear(in_chans * patch_size**2, dim)
+        self.proj = nn.Linear(in_chans * patch_size**2, dim, bias=bias)
         init_linear(self.proj)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.backbone.attention import make_norm
+from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.attention_pool import AttentionPool
 from trunkline.modules.networks.base import Network, trunk_for
 from trunkline.modules.networks.patches import PatchEmbed, resize_positions, sincos_positions_2d
@@ -31,20 +32,41 @@ class ViTConfig:
     """Channels of an image: 1 for grey, 3 for RGB, or any other number."""
     num_classes: int = 1000
     """Outputs of the head; 0 leaves the head out, and the network returns pooled features."""
-    pool: Literal["cls", "mean", "map"] = "cls"
-    """A class token, the mean over patches (arXiv:2205.01580), or attention pooling (arXiv:2106.04560)."""
+    pool: Literal["cls", "mean", "map", "cls_mean"] = "cls"
+    """A class token, the mean over patches (arXiv:2205.01580), attention pooling (arXiv:2106.04560), or class token and
+    mean side by side, 2 D numbers, as in DINOv2's classifier (arXiv:2304.07193)."""
     positions: Literal["learned", "sincos2d", "none"] = "learned"
     """Absolute positions of the patches; `none` is for a rotary trunk."""
     num_registers: int = 0
     """Number of extra tokens that no head reads (arXiv:2309.16588)."""
     embed_norm: bool = False
     """Normalise the tokens before the trunk, as CLIP does."""
+    prefix_positions: int = 0
+    """Number of the tokens before the patches, from the first, that have a learned position of their own. It could be
+    part of the token; separate, it lets weights of other libraries go back to them bit for bit."""
+    patch_bias: bool = True
+    """Whether the projection of the patches has a bias; CLIP's has none."""
+    head_bias: bool = True
+    """Whether the head has a bias."""
+    fc_norm: bool = False
+    """Normalise the pooled features, usually instead of the trunk's `final_norm`."""
+    pooler: bool = False
+    """A dense layer and tanh over the pooled features, as in transformers' `ViTModel`."""
+    mask_token: bool = False
+    """Keep the token that hides patches in DINOv2's pre-training, so that a file of it goes back whole; unused here."""
     backbone: TransformerConfig = field(default_factory=TransformerConfig)
     """The trunk."""
 
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("patch_size", "in_chans"), "[1, inf)")
         check_ranges("model.network*", self, **sizes, num_classes="[0, inf)", num_registers="[0, inf)")
+        tokens = ("cls" in self.pool) + self.num_registers
+        if not 0 <= self.prefix_positions <= tokens:
+            raise TrunklineError(
+                f"prefix_positions={self.prefix_positions} is out of range; set it to at most {tokens}, the number of "
+                "class token and registers",
+                "model.network.prefix_positions",
+            )
         if self.backbone.causal:
             raise TrunklineError(
                 "the trunk of a ViT cannot be causal, because every patch sees every other; leave causal out"
@@ -84,9 +106,13 @@ class ViT(Network):
         super().__init__()
         self.config = config
         dim = config.backbone.dim
-        self.patch_embed = PatchEmbed(config.size, config.patch_size, config.in_chans, dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.pool == "cls" else None
+        self.patch_embed = PatchEmbed(config.size, config.patch_size, config.in_chans, dim, config.patch_bias)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if "cls" in config.pool else None
         self.reg_token = nn.Parameter(torch.empty(1, config.num_registers, dim)) if config.num_registers else None
+        positions = config.prefix_positions
+        self.prefix_pos = nn.Parameter(torch.empty(1, positions, dim)) if positions else None
+        if config.mask_token:  # a buffer, because it gets no gradient
+            self.register_buffer("mask_token", torch.zeros(1, dim))
         self.pos_embed: Tensor | None
         grid = self.patch_embed.grid
         if config.positions == "learned":
@@ -100,13 +126,20 @@ class ViT(Network):
         self.dropout = nn.Dropout(config.backbone.dropout)
         self.backbone = trunk_for(config.backbone, trunk)
         self.attn_pool = AttentionPool(config.backbone) if config.pool == "map" else None
-        self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
-        for token in (self.cls_token, self.reg_token, self.pos_embed):
+        pooled = 2 * dim if config.pool == "cls_mean" else dim
+        self.fc_norm = make_norm(config.backbone, pooled) if config.fc_norm else nn.Identity()
+        self.pooler = nn.Linear(pooled, pooled) if config.pooler else None
+        bias = config.head_bias
+        self.head = nn.Linear(pooled, config.num_classes, bias) if config.num_classes else nn.Identity()
+        for token in (self.cls_token, self.reg_token, self.prefix_pos, self.pos_embed):
             if isinstance(token, nn.Parameter):
                 nn.init.trunc_normal_(token, std=0.02)
         if isinstance(self.head, nn.Linear):  # a zero head starts at the loss of a uniform guess
             nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+            if self.head.bias is not None:
+                nn.init.zeros_(self.head.bias)
+        if self.pooler is not None:
+            init_linear(self.pooler)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -114,7 +147,8 @@ class ViT(Network):
         return (self.cls_token is not None) + self.config.num_registers
 
     def output_modules(self) -> list[nn.Module]:
-        return [module for module in (self.attn_pool, self.head) if module is not None]
+        modules = [self.attn_pool, self.fc_norm if self.config.fc_norm else None, self.pooler, self.head]
+        return [module for module in modules if module is not None]
 
     def adapt(self, source: "ViT") -> None:
         """Interpolate the source's positions to this network's image size."""
@@ -145,7 +179,11 @@ class ViT(Network):
         x = self.patch_embed(image)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        tokens = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        tokens: list[Tensor] = [t for t in (self.cls_token, self.reg_token) if t is not None]
+        if self.prefix_pos is not None:
+            prefix, count = torch.cat(tokens, dim=1), self.config.prefix_positions
+            tokens = [prefix[:, :count] + self.prefix_pos, prefix[:, count:]]
+        tokens = [t.expand(x.shape[0], -1, -1) for t in tokens]
         return self.dropout(self.embed_norm(torch.cat((*tokens, x), dim=1) if tokens else x))
 
     def forward_features(self, image: Tensor, return_attention: bool = False) -> ViTFeatures:
@@ -155,15 +193,25 @@ class ViT(Network):
         return ViTFeatures(out.x[:, :split], out.x[:, split:], out.attention)
 
     def forward_head(self, features: ViTFeatures, pre_logits: bool = False) -> Tensor:
-        """States -> (B, num_classes) logits, or with `pre_logits` the pooled (B, D) features."""
+        """States -> (B, num_classes) logits, or with `pre_logits` the pooled (B, D) or (B, 2 D) features."""
+        pool = self.config.pool
         if self.attn_pool is not None:
             pooled = self.attn_pool(features.patches)
+        elif pool == "cls":
+            pooled = features.prefix[:, 0]
         else:
-            pooled = features.prefix[:, 0] if self.config.pool == "cls" else features.patches.mean(dim=1)
+            pooled = features.patches.mean(dim=1)
+            pooled = torch.cat((features.prefix[:, 0], pooled), dim=1) if pool == "cls_mean" else pooled
+        return self.classify(pooled, pre_logits)
+
+    def classify(self, pooled: Tensor, pre_logits: bool = False) -> Tensor:
+        """The layers after pooling: (B, D) -> (B, num_classes), or with `pre_logits` what the head reads."""
+        pooled = self.fc_norm(pooled)
+        pooled = pooled if self.pooler is None else torch.tanh(self.pooler(pooled))
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, height, width) -> (B, num_classes) logits."""
         if self.config.pool == "cls":  # the last block computes only the token that the head reads
-            return self.head(self.backbone(self.embed(image), causal=False, keep=slice(0, 1)).x[:, 0])
+            return self.classify(self.backbone(self.embed(image), causal=False, keep=slice(0, 1)).x[:, 0])
         return self.forward_head(self.forward_features(image))

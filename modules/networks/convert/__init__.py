@@ -1,6 +1,5 @@
 """Conversion of foreign weights: one key table per family, each with a parity test (test_parity_*.py)."""
 
-from trunkline.modules.networks.convert.timm_vit import vit_from_timm
 from trunkline.modules.networks.convert.transformers_ast import (
     ast_config_from_transformers,
     ast_config_to_transformers,
@@ -49,7 +48,6 @@ __all__ = [
     "t5_config_to_transformers",
     "t5_from_transformers",
     "t5_to_transformers",
-    "vit_from_timm",
     "whisper_config_from_transformers",
     "whisper_config_to_transformers",
     "whisper_from_transformers",

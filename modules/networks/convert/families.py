@@ -12,10 +12,12 @@ from trunkline import TrunklineError
 from trunkline.files import replacing
 from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.convert.family import ForeignFamily, Library
+from trunkline.modules.networks.convert.timm_vit import TIMM
 from trunkline.modules.networks.convert.transformers_bert import DISTILBERT, ROBERTA, TRANSFORMERS_BERT
 from trunkline.modules.networks.convert.transformers_gpt2 import GPT2
 from trunkline.modules.networks.convert.transformers_llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from trunkline.modules.networks.convert.transformers_t5 import T5
+from trunkline.modules.networks.convert.transformers_vit import DEIT, DINOV2, DINOV2_REGISTERS, TRANSFORMERS_VIT
 from trunkline.modules.networks.weights import assign_weights, unfilled
 
 FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (
@@ -27,6 +29,11 @@ FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (
     DISTILBERT,
     TRANSFORMERS_BERT,
     ROBERTA,
+    TRANSFORMERS_VIT,
+    DEIT,
+    DINOV2,
+    DINOV2_REGISTERS,
+    TIMM,
     T5,
 )
 """If several can be what a network becomes, the first that has its options is taken: a BERT without segments is a

@@ -143,7 +143,7 @@ def test_a_task_that_we_have_not(tmp_path: Path) -> None:
 
 def test_networks_that_no_encoder_can_be(tmp_path: Path) -> None:
     trunk = TransformerConfig(dim=32, depth=1, num_heads=4)
-    with pytest.raises(TrunklineError, match=r"norm_first=True cannot become a BERT.*become a RoBERTa.*a DistilBERT"):
+    with pytest.raises(TrunklineError, match=r"become a DistilBERT.*=True cannot become a BERT.*become a RoBERTa"):
         save_foreign(BERT(BERTConfig(50, 16, backbone=trunk)), tmp_path, "transformers")
 
 

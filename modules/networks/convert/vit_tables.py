@@ -1,0 +1,106 @@
+"""What the image networks of other libraries have in common: patches as a convolution, one table of positions."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trunkline import TrunklineError
+from trunkline.modules.networks.convert.key_tables import KeyTable, from_theirs, to_theirs
+from trunkline.modules.networks.vit import ViTConfig
+
+OUR_VIT = "a ViT"
+
+
+class VitNames(NamedTuple):
+    """Where another library keeps the weights of a Vision Transformer; `place` stands before our names."""
+
+    family: str
+    """Name of the family, for messages."""
+    table: KeyTable
+    """Our names of the layers -> theirs."""
+    patches: str
+    """Their convolution over the patches."""
+    positions: str
+    """Their table of positions, of the tokens before the patches too."""
+    tokens: Mapping[str, str]
+    """Our names of single tensors, such as the class token -> theirs."""
+    place: str = ""
+    """What our names begin with, such as `image.` in a CLIP."""
+
+    def weights_from(self, weights: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
+        """Their state dict -> ours.
+
+        Raises:
+            TrunklineError: for a weight that a `ViT` does not have.
+        """
+        projection = f"{self.patches}.weight"
+        single = {theirs: ours for ours, theirs in self.tokens.items()} | {self.positions: ""}
+        own = {name: value for name, value in weights.items() if name not in single}
+        if projection in own:
+            own[projection] = own[projection].flatten(1)  # it is a convolution there
+        converted = from_theirs(own, self.table, self.family, OUR_VIT)
+        for theirs, ours in single.items():
+            if ours and theirs in weights:
+                shape = (1,) * (3 - weights[theirs].ndim) if ours.endswith(("_token", "query")) else ()
+                value = weights[theirs]
+                converted[ours] = value if ours.endswith("mask_token") else value.reshape(*shape, *value.shape)
+        if self.positions in weights and config.positions == "learned":
+            positions = weights[self.positions]
+            positions = positions.reshape(1, *positions.shape[-2:])
+            split = config.prefix_positions
+            if split:
+                converted[f"{self.place}prefix_pos"] = positions[:, :split]
+            converted[f"{self.place}pos_embed"] = positions[:, split:]
+        return converted
+
+    def weights_to(
+        self, weights: Mapping[str, Tensor], config: ViTConfig, shapes: Mapping[str, int] | None = None
+    ) -> dict[str, Tensor]:
+        """Our state dict -> theirs.
+
+        Args:
+            weights: our state dict.
+            config: our configuration.
+            shapes: number of dimensions of single tensors, by their name, where it is not 3.
+
+        Raises:
+            TrunklineError: for a weight that theirs does not have.
+        """
+        single = {*self.tokens, f"{self.place}prefix_pos", f"{self.place}pos_embed"}
+        own = {name: value for name, value in weights.items() if name not in single}
+        converted = to_theirs(own, self.table, self.family, OUR_VIT, kinds=("weight", "bias", "gamma"))
+        projection = f"{self.patches}.weight"
+        side = config.patch_size
+        converted[projection] = converted[projection].unflatten(1, (config.in_chans, side, side))
+        for ours, theirs in self.tokens.items():
+            if ours in weights:
+                value = weights[ours]
+                wanted = (shapes or {}).get(theirs, value.ndim)
+                converted[theirs] = value.reshape(value.shape[value.ndim - wanted :]).clone()
+        if config.positions == "learned":
+            kept = [f"{self.place}{name}" for name in ("prefix_pos", "pos_embed")]
+            parts = [weights[name] for name in kept if name in weights]
+            positions = torch.cat(parts, dim=1)
+            wanted = (shapes or {}).get(self.positions, 3)
+            converted[self.positions] = positions.reshape(positions.shape[3 - wanted :]).clone()
+        return converted
+
+
+def one_side(value: Any, what: str, family: str) -> int:
+    """The side of a square that a configuration gives as one number or two.
+
+    Raises:
+        TrunklineError: if the two differ.
+    """
+    sides = {int(side) for side in (value if isinstance(value, list | tuple) else [value])}
+    if len(sides) > 1:
+        raise TrunklineError(f"{family} with {what}={value} cannot be converted: the patches of {OUR_VIT} are square")
+    return sides.pop()
+
+
+def image_size(value: Any) -> int | tuple[int, int]:
+    """The size of the images, as one number if they are square."""
+    sides = tuple(int(side) for side in (value if isinstance(value, list | tuple) else (value, value)))
+    return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])

@@ -1,0 +1,120 @@
+"""ViT, DeiT and DINOv2 of transformers become a ViT and go back, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from parity import assert_near, randomise
+from test_pretrained import edit
+from torch import Tensor
+from travels import arrive, go_back, gradients
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks import ViT, ViTConfig
+from trunkline.modules.networks.convert.families import save_foreign
+
+SIZES = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 24, "patch_size": 8},
+    **{"num_labels": 5, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+OF_VIT = {**SIZES, "intermediate_size": 40}
+WIDE = {**OF_VIT, "image_size": [16, 32], "num_channels": 1}
+PEERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "vit": (hf.ViTForImageClassification, OF_VIT),
+    "vit-wide": (hf.ViTForImageClassification, {**WIDE, "qkv_bias": False, "hidden_act": "quick_gelu"}),
+    "vit-body": (hf.ViTModel, OF_VIT),
+    "deit": (hf.DeiTForImageClassification, OF_VIT),
+    "dinov2": (hf.Dinov2ForImageClassification, {**SIZES, "mlp_ratio": 2}),
+    "dinov2-body": (hf.Dinov2Model, {**SIZES, "layerscale_value": 0.5}),
+    "dinov2-gated": (hf.Dinov2ForImageClassification, {**SIZES, "use_swiglu_ffn": True}),
+    "registers": (hf.Dinov2WithRegistersForImageClassification, {**SIZES, "num_register_tokens": 3, "patch_size": 4}),
+}
+
+
+@torch.random.fork_rng()
+def make_peer(name: str) -> Any:
+    torch.manual_seed(0)
+    model, config = PEERS[name]
+    return randomise(model(model.config_class(**config)).eval(), 0.1)
+
+
+def images(peer: Any) -> Tensor:
+    """Two images, (2, C, height, width)."""
+    config = peer.config
+    sides = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
+    return torch.randn(2, config.num_channels, *sides, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_there_and_back_again(name: str, tmp_path: Path) -> None:
+    peer = make_peer(name)
+    vit = arrive(peer, ViT, tmp_path)
+    again = go_back(vit, peer, tmp_path)
+    image = images(peer)
+    with torch.no_grad():
+        if "body" in name:
+            theirs = peer(image)
+            features = vit.forward_features(image)
+            assert_near(torch.cat((features.prefix, features.patches), dim=1), theirs.last_hidden_state)
+            assert_near(vit(image), theirs.pooler_output)
+            assert torch.equal(again(image).last_hidden_state, theirs.last_hidden_state)
+        else:
+            want = peer(image).logits
+            assert 0.1 < want.std() < 20
+            assert_near(vit(image), want)
+            assert_near(vit.forward_head(vit.forward_features(image)), want)
+            assert torch.equal(again(image).logits, want)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "registers"])
+def test_gradients(name: str, tmp_path: Path) -> None:
+    peer = make_peer(name)
+    vit = arrive(peer, ViT, tmp_path)
+    image, label = images(peer), torch.tensor([3, 1])
+    gradients(peer, F.cross_entropy(peer(image).logits, label))
+    got = gradients(vit, F.cross_entropy(vit(image), label))
+    assert len(got) == len(list(vit.parameters()))
+    with torch.no_grad():  # the names of files differ from those in memory, so the gradients travel as weights
+        for p in peer.parameters():
+            p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+    want = arrive(peer, ViT, tmp_path / "gradients").state_dict()
+    for key, value in got.items():
+        assert_near(value, want[key], 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("vit", {"hidden_act": "mish"}, "a ViT of transformers with hidden_act=mish cannot"),
+        ("vit", {"patch_size": [4, 8]}, r"patch_size=\[4, 8\] cannot be converted: the patches"),
+        ("vit-body", {"pooler_act": "relu"}, "pooler_act=relu cannot"),
+        ("vit", {"model_type": "swin"}, r"cannot be converted \(swin\)"),
+        ("vit", {"image_size": 32}, r"'pos_embed' is \(1, 9, 32\) there and \(1, 16, 32\) here"),
+    ],
+)
+def test_options_that_we_have_not(name: str, option: dict[str, Any], message: str, tmp_path: Path) -> None:
+    make_peer(name).save_pretrained(tmp_path)
+    edit(**option)(tmp_path)
+    with pytest.raises(TrunklineError, match=message):
+        ViT.from_pretrained(tmp_path)
+
+
+def test_two_classifiers_are_refused(tmp_path: Path) -> None:
+    hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**OF_VIT)).save_pretrained(tmp_path)
+    with pytest.raises(TrunklineError, match=r"no place in a ViT: 'cls_classifier\.bias'"):
+        ViT.from_pretrained(tmp_path)
+
+
+def test_a_network_that_no_other_can_be(tmp_path: Path) -> None:
+    trunk = TransformerConfig(dim=32, depth=1, num_heads=4)
+    with pytest.raises(TrunklineError, match=r"pool=mean cannot become a ViT of transformers"):
+        save_foreign(ViT(ViTConfig(24, 8, pool="mean", backbone=trunk)), tmp_path, "transformers")
+
+
+def test_too_many_positions_before_the_patches() -> None:
+    with pytest.raises(TrunklineError, match="prefix_positions=2 is out of range; set it to at most 1"):
+        ViTConfig(24, 8, prefix_positions=2)
