@@ -31,7 +31,8 @@ class CLIPConfig:
     """
 
     image: ViTConfig = field(default_factory=ViTConfig)
-    """The image tower; its head is the projection into the shared space, with a bias, so `num_classes` is ignored."""
+    """The image tower; its head is the projection into the shared space, so `num_classes` and `head_bias` are
+    ignored."""
     bert: BERTConfig | None = None
     """The text tower, if it is bidirectional."""
     gpt: GPTConfig | None = None
@@ -40,6 +41,10 @@ class CLIPConfig:
     """Source of a text's embedding: its last token (end of text), the mean over all tokens, or the first token."""
     dim: int = 512
     """Size E of an embedding."""
+    projection_bias: bool = True
+    """Whether the projections into the shared space have biases; those of the paper have none."""
+    image_projection: bool = True
+    """Without it the pooled features of the image tower are its embedding, as in SigLIP (arXiv:2303.15343)."""
     share_trunk: bool = False
     """Both towers run through the same blocks, whose weights exist once."""
     init_logit_scale: float = math.log(1 / 0.07)
@@ -66,6 +71,12 @@ class CLIPConfig:
                 f"{MAX_LOGIT_SCALE:.3f}, the logarithm of 100",
                 "model.network.init_logit_scale",
             )
+        if not self.image_projection and self.dim != self.image.backbone.dim:
+            raise TrunklineError(
+                f"without image_projection an embedding is as wide as the image tower, but dim={self.dim}; set dim to "
+                f"{self.image.backbone.dim}, or image_projection to true",
+                "model.network.dim",
+            )
         own, other = self.image.backbone, self.text.body.backbone
         names = [f.name for f in fields(own) if f.name != "causal"]  # each tower passes this in each call
         different = [name for name in names if getattr(own, name) != getattr(other, name)]
@@ -78,13 +89,16 @@ class CLIPConfig:
 
     @property
     def vision(self) -> ViTConfig:
-        """The image tower with a head of `dim` outputs."""
-        return replace(self.image, num_classes=self.dim)
+        """The image tower with a head of `dim` outputs, or none."""
+        outputs = self.dim if self.image_projection else 0
+        return replace(self.image, num_classes=outputs, head_bias=self.projection_bias)
 
     @property
     def text(self) -> TextHeadConfig:
         """The text tower with a head of `dim` outputs."""
-        return TextHeadConfig(self.bert, self.gpt, num_outputs=self.dim, pool=self.text_pool, dropout=0.0)
+        return TextHeadConfig(
+            self.bert, self.gpt, num_outputs=self.dim, pool=self.text_pool, dropout=0.0, head_bias=self.projection_bias
+        )
 
 
 class Embeddings(NamedTuple):
@@ -124,6 +138,9 @@ class LogitScale(nn.Module):
 class CLIP(Network):
     """A ViT and a text trunk, each with a linear projection into the shared space.
 
+    Models of transformers and open_clip read a text at its first end-of-text token; here `text_pool="last"` reads the
+    last token of the mask. For what their tokenizers write these are the same token, if the mask is given.
+
     Shape legend: B batch, T tokens, E size of an embedding.
 
     Args:
@@ -149,8 +166,8 @@ class CLIP(Network):
             self.text.body.backbone = self.image.backbone
         self.scale = LogitScale(config.init_logit_scale, config.init_logit_bias)
         for head in (self.image.head, self.text.head):
-            assert isinstance(head, nn.Linear)
-            nn.init.normal_(head.weight, std=head.in_features**-0.5)
+            if isinstance(head, nn.Linear):
+                nn.init.normal_(head.weight, std=head.in_features**-0.5)
 
     def output_modules(self) -> list[nn.Module]:
         return [*self.image.output_modules(), *self.text.output_modules(), self.scale]

@@ -34,6 +34,8 @@ class TextHeadConfig:
     """Input of the output layer: the first token, the mean over all, the last token before padding, or each token."""
     dropout: float = 0.1
     """Probability of dropout before the output layer."""
+    head_bias: bool = True
+    """Whether the output layer has a bias."""
 
     def __post_init__(self) -> None:
         if isinstance(self.bert, Mapping):  # in checkpoints and config.json
@@ -90,7 +92,7 @@ class TextHead(Network):
         body = BERT(config.bert, trunk) if config.bert is not None else GPT(config.body, trunk)  # type: ignore[arg-type]
         self.body = without_heads(body)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.body.backbone.dim, config.num_outputs)
+        self.head = nn.Linear(config.body.backbone.dim, config.num_outputs, bias=config.head_bias)
         init_linear(self.head)
 
     def output_modules(self) -> list[nn.Module]:

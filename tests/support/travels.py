@@ -17,9 +17,9 @@ def arrive(peer: Any, network_class: type[Network], folder: Path) -> Any:
     return network_class.from_pretrained(folder / "theirs").eval()
 
 
-def go_back(network: Network, peer: Any, folder: Path) -> Any:
+def go_back(network: Network, peer: Any, folder: Path, **ids: int) -> Any:
     """Write ours for transformers, which reads it; every weight of the two files must have the same bits."""
-    save_foreign(network, folder / "back", "transformers")
+    save_foreign(network, folder / "back", "transformers", ids)
     assert_same_bits(folder / "theirs/model.safetensors", folder / "back/model.safetensors")
     again, info = type(peer).from_pretrained(folder / "back", output_loading_info=True)
     assert {kind: names for kind, names in info.items() if names} == {}

@@ -16,7 +16,6 @@ from trunkline.modules.networks.convert.transformers_bart import (
     marian_from_transformers,
     marian_to_transformers,
 )
-from trunkline.modules.networks.convert.transformers_clip import clip_from_transformers
 from trunkline.modules.networks.convert.transformers_t5 import (
     t5_config_from_transformers,
     t5_config_to_transformers,
@@ -39,7 +38,6 @@ __all__ = [
     "bart_config_to_transformers",
     "bart_from_transformers",
     "bart_to_transformers",
-    "clip_from_transformers",
     "marian_config_from_transformers",
     "marian_config_to_transformers",
     "marian_from_transformers",

@@ -12,8 +12,10 @@ from trunkline import TrunklineError
 from trunkline.files import replacing
 from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.convert.family import ForeignFamily, Library
+from trunkline.modules.networks.convert.open_clip_vit import OPEN_CLIP_VIT
 from trunkline.modules.networks.convert.timm_vit import TIMM
 from trunkline.modules.networks.convert.transformers_bert import DISTILBERT, ROBERTA, TRANSFORMERS_BERT
+from trunkline.modules.networks.convert.transformers_clip import SIGLIP, TRANSFORMERS_CLIP
 from trunkline.modules.networks.convert.transformers_gpt2 import GPT2
 from trunkline.modules.networks.convert.transformers_llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from trunkline.modules.networks.convert.transformers_t5 import T5
@@ -34,6 +36,9 @@ FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (
     DINOV2,
     DINOV2_REGISTERS,
     TIMM,
+    TRANSFORMERS_CLIP,
+    SIGLIP,
+    OPEN_CLIP_VIT,
     T5,
 )
 """If several can be what a network becomes, the first that has its options is taken: a BERT without segments is a
@@ -99,13 +104,17 @@ def to_foreign(network: Network, library: Library) -> tuple[ForeignFamily, dict[
     raise TrunklineError("; ".join(reasons) or f"{library} has no model that a {kind} could become")
 
 
-def save_foreign(network: Network, folder: str | Path, library: Library) -> ForeignFamily:
+def save_foreign(
+    network: Network, folder: str | Path, library: Library, ids: Mapping[str, int] | None = None
+) -> ForeignFamily:
     """Write a network as the two files from which another library loads it.
 
     Args:
         network: the network.
         folder: the folder to write, which is created if missing.
         library: "transformers", "timm" or "open_clip".
+        ids: numbers of special tokens for the configuration file, such as `eos_token_id`, which a network does not
+            know: the text tower of a CLIP is read at that token.
 
     Raises:
         TrunklineError: if no model of that library is such a network.
@@ -113,6 +122,9 @@ def save_foreign(network: Network, folder: str | Path, library: Library) -> Fore
     from safetensors.torch import save_file
 
     family, content, weights = to_foreign(network, library)
+    for part in (content, content.get("text_config")):
+        if part is not None:
+            part.update(ids or {})
     config_file, weights_file = (Path(folder) / name for name in FILES[library])
     with replacing(config_file, weights_file) as (new_config, new_weights):
         new_config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

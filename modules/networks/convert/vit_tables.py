@@ -28,6 +28,8 @@ class VitNames(NamedTuple):
     """Our names of single tensors, such as the class token -> theirs."""
     place: str = ""
     """What our names begin with, such as `image.` in a CLIP."""
+    ours: str = OUR_VIT
+    """Our network, for messages."""
 
     def weights_from(self, weights: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
         """Their state dict -> ours.
@@ -40,7 +42,7 @@ class VitNames(NamedTuple):
         own = {name: value for name, value in weights.items() if name not in single}
         if projection in own:
             own[projection] = own[projection].flatten(1)  # it is a convolution there
-        converted = from_theirs(own, self.table, self.family, OUR_VIT)
+        converted = from_theirs(own, self.table, self.family, self.ours)
         for theirs, ours in single.items():
             if ours and theirs in weights:
                 shape = (1,) * (3 - weights[theirs].ndim) if ours.endswith(("_token", "query")) else ()
@@ -70,7 +72,7 @@ class VitNames(NamedTuple):
         """
         single = {*self.tokens, f"{self.place}prefix_pos", f"{self.place}pos_embed"}
         own = {name: value for name, value in weights.items() if name not in single}
-        converted = to_theirs(own, self.table, self.family, OUR_VIT, kinds=("weight", "bias", "gamma"))
+        converted = to_theirs(own, self.table, self.family, self.ours, kinds=("weight", "bias", "gamma"))
         projection = f"{self.patches}.weight"
         side = config.patch_size
         converted[projection] = converted[projection].unflatten(1, (config.in_chans, side, side))
