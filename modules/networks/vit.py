@@ -127,7 +127,7 @@ class ViT(Network):
         self.backbone = trunk_for(config.backbone, trunk)
         self.attn_pool = AttentionPool(config.backbone) if config.pool == "map" else None
         pooled = 2 * dim if config.pool == "cls_mean" else dim
-        self.fc_norm = make_norm(config.backbone, pooled) if config.fc_norm else nn.Identity()
+        self.fc_norm = make_norm(config.backbone, pooled) if config.fc_norm else None
         self.pooler = nn.Linear(pooled, pooled) if config.pooler else None
         bias = config.head_bias
         self.head = nn.Linear(pooled, config.num_classes, bias) if config.num_classes else nn.Identity()
@@ -147,7 +147,7 @@ class ViT(Network):
         return (self.cls_token is not None) + self.config.num_registers
 
     def output_modules(self) -> list[nn.Module]:
-        modules = [self.attn_pool, self.fc_norm if self.config.fc_norm else None, self.pooler, self.head]
+        modules = (self.attn_pool, self.fc_norm, self.pooler, self.head)
         return [module for module in modules if module is not None]
 
     def adapt(self, source: "ViT") -> None:
@@ -206,7 +206,7 @@ class ViT(Network):
 
     def classify(self, pooled: Tensor, pre_logits: bool = False) -> Tensor:
         """The layers after pooling: (B, D) -> (B, num_classes), or with `pre_logits` what the head reads."""
-        pooled = self.fc_norm(pooled)
+        pooled = pooled if self.fc_norm is None else self.fc_norm(pooled)
         pooled = pooled if self.pooler is None else torch.tanh(self.pooler(pooled))
         return pooled if pre_logits else self.head(pooled)
 

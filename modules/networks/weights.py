@@ -64,8 +64,7 @@ def assign_weights(
             value = nn.Parameter(value, requires_grad=old.requires_grad)
         for name in names:
             place, _, leaf = name.rpartition(".")
-            owner = network.get_submodule(place)
-            (owner._parameters if isinstance(old, nn.Parameter) else owner._buffers)[leaf] = value
+            setattr(network.get_submodule(place), leaf, value)
 
 
 def enumerated(faults: Iterable[str]) -> str:

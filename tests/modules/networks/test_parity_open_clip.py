@@ -19,6 +19,7 @@ from travels import assert_same_bits
 from trunkline import TrunklineError
 from trunkline.modules.networks import CLIP
 from trunkline.modules.networks.convert.families import save_foreign
+from trunkline.modules.networks.convert.open_clip_vit import open_clip_config_from
 
 END = 49
 SIZES: dict[str, Any] = {
@@ -99,10 +100,8 @@ def test_gradients(tmp_path: Path) -> None:
     clip = CLIP.from_pretrained(tmp_path).eval()
     image, tokens, mask = pairs()
     labels = torch.arange(3)
-    theirs = (
-        peer.logit_scale.exp() * peer.encode_image(image, normalize=True) @ peer.encode_text(tokens, normalize=True).T
-    )
-    F.cross_entropy(theirs, labels).backward()
+    images, texts = peer.encode_image(image, normalize=True), peer.encode_text(tokens, normalize=True)
+    F.cross_entropy(peer.logit_scale.exp() * images @ texts.T, labels).backward()
     found = clip(image, tokens, mask)
     F.cross_entropy(clip.scale(found.image @ found.text.T), labels).backward()
     save_file({key: p.grad for key, p in peer.named_parameters()}, tmp_path / "open_clip_model.safetensors")
@@ -144,8 +143,6 @@ def test_published_configurations_are_expressed(name: str) -> None:
     config = open_clip.get_model_config(name)
     with torch.device("meta"):
         peer = TheirCLIP(**config)
-        from trunkline.modules.networks.convert.open_clip_vit import open_clip_config_from
-
         ours = CLIP(open_clip_config_from(config))
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters())
     assert ours.config.image.backbone.num_heads == peer.visual.transformer.resblocks[0].attn.num_heads
