@@ -85,7 +85,9 @@ def refuse_nan(network: nn.Module, source: str | Path) -> None:
     Raises:
         TrunklineError: if one is not; names the first.
     """
-    wrong = next((name for name, weight in network.named_parameters() if not weight.isfinite().all()), None)
+    # A sum is finite only if all numbers are (or if they are huge), and it needs no memory.
+    suspects = (pair for pair in network.named_parameters() if not pair[1].sum().isfinite())
+    wrong = next((name for name, weight in suspects if not weight.isfinite().all()), None)
     if wrong is not None:
         raise TrunklineError(
             f"the weights in {source} are not finite, first in {wrong}: its training has diverged; take an earlier "

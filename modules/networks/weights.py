@@ -1,10 +1,11 @@
 """Fill a network with weights from files, in the time that reading them takes: no weight is first drawn by chance."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from trunkline import TrunklineError
 
@@ -13,14 +14,33 @@ LISTED = 10
 """Number of weights that a message names."""
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what gives weights their first values.
+
+    On the meta device it has no effect, but PyTorch would import a second's worth of its own Python code for it.
+    """
+
+    fills = frozenset(
+        (
+            *("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"),
+            *("zeros_", "ones_", "constant_", "fill_", "zero_", "div_", "mul_"),
+        )
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.fills:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def unfilled(network_class: type[ModuleT], config: Any) -> ModuleT:
     """A network whose weights have shapes, but neither values nor memory, until `assign_weights` gives them."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         return network_class(config)
 
 
 def assign_weights(
-    network: nn.Module, weights: Mapping[str, Tensor], source: object, dtype: torch.dtype | None = torch.float32
+    network: nn.Module, weights: dict[str, Tensor], source: object, dtype: torch.dtype | None = torch.float32
 ) -> None:
     """Make tensors the weights of a network, without a copy where their type is right already.
 
@@ -28,7 +48,8 @@ def assign_weights(
 
     Args:
         network: the network; its own values are dropped.
-        weights: by the names of the network's state dict.
+        weights: by the names of the network's state dict. They are taken out of the dictionary one by one, so that a
+            tensor that must be copied does not stay twice in memory.
         source: where they come from, for messages.
         dtype: type of the weights in the network; None keeps that of the tensors.
 
@@ -58,7 +79,8 @@ def assign_weights(
         raise TrunklineError(f"the weights in {source} do not fit a {type(network).__name__}: {enumerated(faults)}")
     for names in shared.values():
         old = own[names[0]]
-        value = weights[next(name for name in names if name in weights)]
+        given = [name for name in names if name in weights]
+        value = [weights.pop(name) for name in given].pop()  # they are equal
         value = value.to(dtype if dtype is not None and value.is_floating_point() else value.dtype).contiguous()
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=old.requires_grad)

@@ -21,6 +21,7 @@ from trunkline.pipelines.benchmarks.image_cases import (
     vit_compiled,
     vit_eager,
 )
+from trunkline.pipelines.benchmarks.loading import loading_times, show_loads
 from trunkline.pipelines.benchmarks.ngrams import date_matches, ngram_accuracy
 from trunkline.pipelines.benchmarks.saves import save_stalls
 from trunkline.pipelines.benchmarks.seq2seq_cases import seq2seq
@@ -85,6 +86,7 @@ def benchmark(
         "dates",
         "dtw",
         "start",
+        "loading",
     ] = "all",
     rounds: int = 10,
     batch_size: int | None = None,
@@ -114,7 +116,9 @@ def benchmark(
             bert/classify_demo. `dates`: dates that logistic regressions on character n-grams read right in the test
             sets of seq2seq/dates, in about 80 seconds of CPU time. `dtw`: digit errors of time warping with recorded
             templates on test sets of audio/digits. `start`: what a user waits for, in seconds and in times `import
-            torch`: the first line, help pages, `--print_config`, a first step, the end after the last line.
+            torch`: the first line, help pages, `--print_config`, a first step, the end after the last line. `loading`:
+            time and peak memory to load GPT-2 124M, BERT-base, ViT-B/16 and CLIP ViT-B/32 from files of transformers
+            and timm, against the library's own loading, each time in a fresh process (Linux).
         rounds: number of measurements of each side.
         batch_size: images or rows per step; default: 16 images or sounds, 8 rows of a GPT, 32 rows of BERT or T5, 64
             pairs, 1 in generation, 8 with beams.
@@ -138,6 +142,8 @@ def benchmark(
         for row in start_times(rounds):
             times = "first line {first:.2f} s, whole {whole:.2f} s, end {end:.2f} s; {ratio:.2f} times import torch"
             print(f"{row['command']}: {times.format(**row)}")
+    if what in ("all", "loading"):
+        show_loads(loading_times(rounds))
     if what in ("all", "bert_memory"):
         ours, theirs = bert_memory(batch_size)
         print(f"BERT-mini fp32 eager, peak memory of a training step: {ours:.0f} MiB; transformers: {theirs:.0f} MiB")

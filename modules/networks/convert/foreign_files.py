@@ -1,9 +1,10 @@
 """Read a folder of another library: its configuration, and its weights one by one."""
 
+import ctypes
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,10 @@ PART_FILES = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 
 
 class ForeignWeights(Mapping[str, Tensor]):
-    """The weights in one or more files, by name. Each is read when it is asked for.
+    """The weights in one or more files, by name. Each is read when it is asked for, and is then a tensor in memory.
+
+    No file stays mapped into memory: one that is written again or cut off later can then neither change a network nor
+    end the process, and nothing is twice in memory.
 
     Args:
         files: safetensors files, or files of `torch.save`, which are read without running code in them.
@@ -38,14 +42,13 @@ class ForeignWeights(Mapping[str, Tensor]):
     def __init__(self, *files: Path) -> None:
         self.files = files
         self._place: dict[str, Any] = {}
-        """Name -> the safetensors file that holds it, or the tensor itself."""
+        """Name -> its place in a safetensors file, or the tensor itself."""
         for file in files:
-            held = _read_torch(file) if file.suffix != ".safetensors" else _open_safetensors(file)
-            self._place |= held
+            self._place |= _places_in(file) if file.suffix == ".safetensors" else _read_torch(file)
 
     def __getitem__(self, name: str) -> Tensor:
         place = self._place[name]
-        return place if isinstance(place, Tensor) else place.get_tensor(name)
+        return place if isinstance(place, Tensor) else place.read()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._place)
@@ -60,14 +63,58 @@ class ForeignWeights(Mapping[str, Tensor]):
         return str(self.files[0]) if len(self.files) == 1 else str(self.files[0].parent)
 
 
-def _open_safetensors(file: Path) -> dict[str, Any]:
+class _Place(NamedTuple):
+    """Where a weight stands in a safetensors file."""
+
+    file: Path
+    start: int
+    """First byte."""
+    length: int
+    """Bytes."""
+    dtype: torch.dtype
+    shape: list[int]
+
+    def read(self) -> Tensor:
+        """The weight. It is read, not mapped into memory as the library does, which would keep a second copy there."""
+        weight = torch.empty(self.shape, dtype=self.dtype)
+        if not self.length:
+            return weight
+        memory = (ctypes.c_char * self.length).from_address(weight.data_ptr())  # NumPy may not be there
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            if stream.readinto(memory) != self.length:
+                raise TrunklineError(f"{self.file} has been cut off while it was read; copy or download it again")
+        return weight
+
+
+TYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+}
+"""Types of the safetensors format."""
+
+
+def _places_in(file: Path) -> dict[str, _Place]:
+    """Where the weights stand in a safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        opened = safe_open(file, framework="pt")
-        return dict.fromkeys(opened.keys(), opened)
+        with safe_open(file, framework="pt"):  # checks the header: sizes, order, no gaps
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
     except (OSError, SafetensorError) as error:
         raise TrunklineError(f"cannot read weights from {file}: {error}; copy or download it again") from error
+    header.pop("__metadata__", None)
+    other = sorted({entry["dtype"] for entry in header.values()} - TYPES.keys())
+    if other:
+        raise TrunklineError(f"{file} holds weights of type {other[0]}, which no network of ours has")
+    places = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        places[name] = _Place(file, 8 + length + start, end - start, TYPES[entry["dtype"]], entry["shape"])
+    return places
 
 
 def _read_torch(file: Path) -> dict[str, Tensor]:

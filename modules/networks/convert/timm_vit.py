@@ -255,6 +255,6 @@ TIMM = ForeignFamily(
     recognises=is_timm,
     config_from=timm_config_from,
     config_to=timm_config_to,
-    weights_from=TIMM_NAMES.weights_from,
+    weights_from=lambda weights, config: TIMM_NAMES.weights_from(dict(weights), config),
     weights_to=TIMM_NAMES.weights_to,
 )

@@ -31,25 +31,22 @@ class VitNames(NamedTuple):
     ours: str = OUR_VIT
     """Our network, for messages."""
 
-    def weights_from(self, weights: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
-        """Their state dict -> ours.
+    def weights_from(self, weights: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
+        """Their state dict -> ours. Weights are taken out of theirs, as by `from_theirs`.
 
         Raises:
             TrunklineError: for a weight that a `ViT` does not have.
         """
         projection = f"{self.patches}.weight"
-        single = {theirs: ours for ours, theirs in self.tokens.items()} | {self.positions: ""}
-        own = {name: value for name, value in weights.items() if name not in single}
-        if projection in own:
-            own[projection] = own[projection].flatten(1)  # it is a convolution there
-        converted = from_theirs(own, self.table, self.family, self.ours)
-        for theirs, ours in single.items():
-            if ours and theirs in weights:
-                shape = (1,) * (3 - weights[theirs].ndim) if ours.endswith(("_token", "query")) else ()
-                value = weights[theirs]
-                converted[ours] = value if ours.endswith("mask_token") else value.reshape(*shape, *value.shape)
-        if self.positions in weights and config.positions == "learned":
-            positions = weights[self.positions]
+        if projection in weights:
+            weights[projection] = weights[projection].flatten(1)  # it is a convolution there
+        single = {ours: weights.pop(theirs) for ours, theirs in self.tokens.items() if theirs in weights}
+        positions = weights.pop(self.positions, None)
+        converted = from_theirs(weights, self.table, self.family, self.ours)
+        for ours, value in single.items():
+            flat = ours.endswith("mask_token")
+            converted[ours] = value if flat else value.reshape((1,) * (3 - value.ndim) + value.shape)
+        if positions is not None and config.positions == "learned":
             positions = positions.reshape(1, *positions.shape[-2:])
             split = config.prefix_positions
             if split:

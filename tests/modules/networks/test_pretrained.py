@@ -107,7 +107,7 @@ def test_there_and_back(theirs: Any, tmp_path: Path) -> None:
 
 
 def test_save_over_the_file_that_was_read(tmp_path: Path) -> None:
-    """The network reads its weights from the file when they are first used."""
+    """Nothing of the file stays mapped into memory."""
     from test_networks import vit
 
     randomise(ViT(vit())).save_pretrained(tmp_path)
