@@ -39,6 +39,12 @@ class CLIPConfig:
     """The text tower, if it is causal, as in the paper."""
     text_pool: Literal["last", "mean", "cls"] = "last"
     """Source of a text's embedding: its last token (end of text), the mean over all tokens, or the first token."""
+    end_token: int | None = None
+    """Id of the token that ends a text, for `text_pool="last"`: a text is read at its first one, whatever follows.
+    None, or a text without it: at its last token before padding."""
+    text_padding: int | None = None
+    """Id of the token that fills each text up to the full length, and that the network sees as any other (SigLIP, which
+    reads the last place of a full row); None for padding that nothing sees."""
     dim: int = 512
     """Size E of an embedding."""
     projection_bias: bool = True
@@ -97,7 +103,13 @@ class CLIPConfig:
     def text(self) -> TextHeadConfig:
         """The text tower with a head of `dim` outputs."""
         return TextHeadConfig(
-            self.bert, self.gpt, num_outputs=self.dim, pool=self.text_pool, dropout=0.0, head_bias=self.projection_bias
+            self.bert,
+            self.gpt,
+            num_outputs=self.dim,
+            pool=self.text_pool,
+            dropout=0.0,
+            head_bias=self.projection_bias,
+            end_token=self.end_token,
         )
 
 
@@ -137,9 +149,6 @@ class LogitScale(nn.Module):
 
 class CLIP(Network):
     """A ViT and a text trunk, each with a linear projection into the shared space.
-
-    Models of transformers and open_clip read a text at its first end-of-text token; here `text_pool="last"` reads the
-    last token of the mask. For what their tokenizers write these are the same token, if the mask is given.
 
     Shape legend: B batch, T tokens, E size of an embedding.
 
@@ -186,6 +195,11 @@ class CLIP(Network):
         Raises:
             TrunklineError: if there are more tokens than positions.
         """
+        padding = self.config.text_padding
+        if padding is not None:
+            tokens = tokens if mask is None else tokens.masked_fill(~mask, padding)
+            room = max(self.config.text.body.max_length - tokens.shape[1], 0)
+            tokens, mask = F.pad(tokens, (0, room), value=padding), None
         return unit(self.text(tokens, mask=mask))
 
     def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Embeddings:

@@ -36,6 +36,9 @@ class TextHeadConfig:
     """Probability of dropout before the output layer."""
     head_bias: bool = True
     """Whether the output layer has a bias."""
+    end_token: int | None = None
+    """Id of the token that ends a text, for `pool="last"`: a row is read at its first one, whatever follows. None, or a
+    row without it: at the last token before padding."""
 
     def __post_init__(self) -> None:
         if isinstance(self.bert, Mapping):  # in checkpoints and config.json
@@ -109,6 +112,8 @@ class TextHead(Network):
             keep = slice(0, 1)
         elif pool == "last":
             keep = slice(-1, None) if mask is None else last_position(mask)
+            if self.config.end_token is not None:
+                keep = first_position(tokens == self.config.end_token, keep)
         if isinstance(self.body, BERT):
             x = self.body(tokens, segment, mask=mask, keep=keep, return_logits=False)
         else:  # padding is on the right, which no token of a GPT sees
@@ -150,3 +155,10 @@ def last_position(mask: Tensor) -> Tensor:
     """(B, T) bool -> (B, 1) position of each row's last True."""
     places = torch.arange(mask.shape[1], device=mask.device)
     return (mask * places).amax(dim=1, keepdim=True)
+
+
+def first_position(found: Tensor, otherwise: Keep) -> Tensor:
+    """(B, T) bool -> (B, 1) position of each row's first True; in a row without one, `otherwise`."""
+    places = torch.arange(found.shape[1], device=found.device).expand(len(found), -1)
+    last = places[:, otherwise] if isinstance(otherwise, slice) else otherwise
+    return torch.where(found.any(dim=1, keepdim=True), found.int().argmax(dim=1, keepdim=True), last)

@@ -117,7 +117,7 @@ def save_foreign(
             know: the text tower of a CLIP is read at that token.
 
     Raises:
-        TrunklineError: if no model of that library is such a network.
+        TrunklineError: if no model of that library is such a network, or an id is needed that neither knows.
     """
     from safetensors.torch import save_file
 
@@ -125,6 +125,12 @@ def save_foreign(
     for part in (content, content.get("text_config")):
         if part is not None:
             part.update(ids or {})
+            unknown = [name for name, value in part.items() if value is None and name.endswith("_token_id")]
+            if unknown:
+                raise TrunklineError(
+                    f"{family.name} reads a text at its {unknown[0]}, which the network does not know; give it in ids, "
+                    "or set end_token in the network's configuration"
+                )
     config_file, weights_file = (Path(folder) / name for name in FILES[library])
     with replacing(config_file, weights_file) as (new_config, new_weights):
         new_config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -25,6 +25,7 @@ ACTIVATIONS_OF_CLIP = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "relu": "relu",
+    "silu": "silu",
 }
 """`hidden_act` -> `mlp` of the trunk."""
 SCALES = {"scale.logit_scale": "logit_scale", "scale.logit_bias": "logit_bias"}
@@ -139,7 +140,7 @@ def tower(config: Mapping[str, Any], eps: float, activation: str, family: str) -
 
 TEXT_OF_CLIP = {
     **{"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048},
-    **{"vocab_size": 49408, "max_position_embeddings": 77},
+    **{"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407},
 }
 IMAGE_OF_CLIP = {
     **{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -147,10 +148,30 @@ IMAGE_OF_CLIP = {
 }
 TEXT_OF_SIGLIP = {
     **{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    **{"vocab_size": 32000, "max_position_embeddings": 64},
+    **{"vocab_size": 32000, "max_position_embeddings": 64, "pad_token_id": 1},
 }
 IMAGE_OF_SIGLIP = {**IMAGE_OF_CLIP, "patch_size": 16}
 """Usual sizes, which files leave out."""
+
+
+def part_of(config: Mapping[str, Any], name: str, usual: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one tower. The older `text_config_dict`, where it is, goes before `text_config`."""
+    return {**usual, **(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
+
+
+def one_token(text: Mapping[str, Any], name: str, family: str, why: str) -> int:
+    """The id of a special token.
+
+    Raises:
+        TrunklineError: if it is no token of the vocabulary; says what theirs does with it.
+    """
+    found, words = text[name], text["vocab_size"]
+    if not isinstance(found, int) or not 0 <= found < words:
+        raise TrunklineError(
+            f"{family} with {name}={found} and vocab_size={words} cannot be converted: {why}, so it must be one token "
+            "of the vocabulary; write the id that its tokenizer uses into text_config"
+        )
+    return found
 
 
 def clip_config_from_transformers(config: Mapping[str, Any]) -> CLIPConfig:
@@ -159,8 +180,9 @@ def clip_config_from_transformers(config: Mapping[str, Any]) -> CLIPConfig:
     Raises:
         TrunklineError: if it uses an option that a `CLIP` does not have.
     """
-    text = TEXT_OF_CLIP | (config.get("text_config") or {})
-    vision = IMAGE_OF_CLIP | (config.get("vision_config") or {})
+    text = part_of(config, "text_config", TEXT_OF_CLIP)
+    vision = part_of(config, "vision_config", IMAGE_OF_CLIP)
+    end = one_token(text, "eos_token_id", THEIR_CLIP, "it reads a text at this token")
     trunk = tower(text, 1e-5, "quick_gelu", THEIR_CLIP)
     image = ViTConfig(
         image_size=image_size(vision["image_size"]),
@@ -174,6 +196,8 @@ def clip_config_from_transformers(config: Mapping[str, Any]) -> CLIPConfig:
     return CLIPConfig(
         image=image,
         gpt=GPTConfig(text["vocab_size"], text["max_position_embeddings"], backbone=replace(trunk, causal=True)),
+        # The id 2 of older files stands for the largest in a text, which is the last of their vocabulary.
+        end_token=text["vocab_size"] - 1 if end == 2 else end,
         dim=config.get("projection_dim", 512),
         projection_bias=False,
         init_logit_scale=min(config.get("logit_scale_init_value", USUAL_SCALE), math.log(100)),
@@ -186,10 +210,10 @@ def siglip_config_from_transformers(config: Mapping[str, Any]) -> CLIPConfig:
     Raises:
         TrunklineError: if it uses an option that a `CLIP` does not have.
     """
-    text = TEXT_OF_SIGLIP | (config.get("text_config") or {})
-    vision = IMAGE_OF_SIGLIP | (config.get("vision_config") or {})
+    text = part_of(config, "text_config", TEXT_OF_SIGLIP)
+    vision = part_of(config, "vision_config", IMAGE_OF_SIGLIP)
     refuse_options(vision, {"vision_use_head": (True,)}, THEIR_SIGLIP, OUR_CLIP)
-    width = text.get("projection_size", text["hidden_size"])
+    width = text.get("projection_size") or text["hidden_size"]
     if width != vision["hidden_size"]:
         raise TrunklineError(f"{THEIR_SIGLIP} gives texts {width} numbers, but images {vision['hidden_size']}")
     image = ViTConfig(
@@ -206,7 +230,13 @@ def siglip_config_from_transformers(config: Mapping[str, Any]) -> CLIPConfig:
         backbone=tower(text, 1e-6, "gelu_pytorch_tanh", THEIR_SIGLIP),
     )
     return CLIPConfig(
-        image=image, bert=body, dim=width, image_projection=False, init_logit_scale=math.log(10), init_logit_bias=-10.0
+        image=image,
+        bert=body,
+        text_padding=one_token(text, "pad_token_id", THEIR_SIGLIP, "it fills texts up with it and reads the last"),
+        dim=width,
+        image_projection=False,
+        init_logit_scale=math.log(10),
+        init_logit_bias=-10.0,
     )
 
 
@@ -226,23 +256,33 @@ def tower_to(trunk: TransformerConfig) -> dict[str, Any]:
 def clip_config_to_transformers(config: CLIPConfig, siglip: bool) -> dict[str, Any]:
     """Configuration of a `CLIP` -> content of the config.json of the same CLIP or SigLIP.
 
-    The number of the end-of-text token is not in it.
+    A CLIP whose network does not know the end-of-text token has None for its id.
 
     Raises:
         TrunklineError: if the network has an option that theirs does not have.
     """
     family, body, image = (THEIR_SIGLIP if siglip else THEIR_CLIP), config.text.body, config.image
+    if image.size[0] != image.size[1]:
+        raise TrunklineError(f"{OUR_CLIP} with image_size={image.size} cannot become {family}, whose images are square")
+    if siglip and config.text_padding is None:
+        raise TrunklineError(
+            f"{OUR_CLIP} with text_padding=None cannot become {family}, which sees the padding of texts"
+        )
+    if not siglip and config.end_token == 2 and body.vocab_size > 3:
+        raise TrunklineError(f"{OUR_CLIP} with end_token=2 cannot become {family}, where 2 stands for the largest id")
     text = {
         **tower_to(body.backbone),
         "vocab_size": body.vocab_size,
         "max_position_embeddings": body.max_length,
         "projection_size" if siglip else "projection_dim": config.dim,
+        "pad_token_id" if siglip else "eos_token_id": config.text_padding if siglip else config.end_token,
     }
     vision = {
         **tower_to(image.backbone),
-        "image_size": image.image_size if isinstance(image.image_size, int) else list(image.image_size),
+        "image_size": image.size[0],
         "patch_size": image.patch_size,
         "num_channels": image.in_chans,
+        **({"vision_use_head": True} if siglip else {"projection_dim": config.dim}),
     }
     content: dict[str, Any] = {
         "model_type": "siglip" if siglip else "clip",
@@ -250,12 +290,15 @@ def clip_config_to_transformers(config: CLIPConfig, siglip: bool) -> dict[str, A
         "text_config": text | {"model_type": "siglip_text_model" if siglip else "clip_text_model"},
         "vision_config": vision | {"model_type": "siglip_vision_model" if siglip else "clip_vision_model"},
     }
-    if siglip:
-        vision["vision_use_head"] = True
-    else:
-        vision["projection_dim"] = config.dim
+    if not siglip:
         content |= {"projection_dim": config.dim, "logit_scale_init_value": config.init_logit_scale}
-    expressed = (siglip_config_from_transformers if siglip else clip_config_from_transformers)(content)
+    if siglip:
+        expressed = siglip_config_from_transformers(content)
+    elif config.end_token is not None:
+        expressed = clip_config_from_transformers(content)
+    else:  # `save_foreign` asks for it
+        some = content["text_config"] | {"eos_token_id": 0}
+        expressed = replace(clip_config_from_transformers(content | {"text_config": some}), end_token=None)
     refuse_another_clip(config, expressed, family)
     return content
 
@@ -278,6 +321,10 @@ def refuse_another_clip(config: CLIPConfig, expressed: CLIPConfig, family: str) 
     # The towers have no output layers over the vocabulary, so that it means nothing whether they are tied.
     free = ("tie_embeddings", "predicts_tokens")
     refuse_difference(body, other, family, f"{OUR_CLIP} whose text tower has", free)
+    if config.text_padding != expressed.text_padding:
+        raise TrunklineError(
+            f"{OUR_CLIP} with text_padding={config.text_padding} cannot become {family}, which never sees padding"
+        )
     start = (config.init_logit_bias is None, expressed.init_logit_bias is None)
     if start[0] != start[1] or config.share_trunk:
         what = "share_trunk" if config.share_trunk else f"init_logit_bias={config.init_logit_bias}"

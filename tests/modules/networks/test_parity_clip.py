@@ -1,5 +1,6 @@
 """CLIP and SigLIP of transformers become a CLIP and go back, bit for bit."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import torch.nn.functional as F
 import transformers as hf
 from parity import assert_near, randomise
 from test_clip import shared_trunk, two_towers
-from test_pretrained import edit
+from test_pretrained import edit, edit_weights
 from torch import Tensor
 from travels import arrive, go_back, gradients
 
 from trunkline import TrunklineError
-from trunkline.modules.networks import CLIP
-from trunkline.modules.networks.convert.families import save_foreign
+from trunkline.modules.networks import CLIP, CLIPConfig
+from trunkline.modules.networks.convert.families import foreign_family, save_foreign
 
 END = 49
 TOWER = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -33,7 +34,18 @@ PEERS: dict[str, tuple[Any, dict[str, Any]]] = {
             "logit_scale_init_value": 2.0,
         },
     ),
+    "older": (  # its end of text stands for the largest id
+        hf.CLIPModel,
+        {"text_config": TEXT | {"eos_token_id": 2}, "vision_config": IMAGE | {"patch_size": 4}, "projection_dim": 20},
+    ),
     "siglip": (hf.SiglipModel, {"text_config": TEXT, "vision_config": EQUAL}),
+    "siglip_gelu": (
+        hf.SiglipModel,
+        {
+            "text_config": {**TEXT, "hidden_act": "gelu", "pad_token_id": 0, "projection_size": 48},
+            "vision_config": {**IMAGE, "hidden_act": "gelu", "layer_norm_eps": 1e-3, "num_channels": 1},
+        },
+    ),
 }
 
 
@@ -41,14 +53,17 @@ PEERS: dict[str, tuple[Any, dict[str, Any]]] = {
 def make_peer(name: str) -> Any:
     torch.manual_seed(0)
     model, config = PEERS[name]
-    return randomise(model(model.config_class(**config)).eval(), 0.1)
+    peer = randomise(model(model.config_class(**config)).eval(), 0.1)
+    with torch.no_grad():
+        peer.logit_scale += 1.5 * (model is hf.SiglipModel)  # it begins at 0 there
+    return peer
 
 
 def pairs(peer: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Three images, and three texts as their tokenizers write them, with the mask of padding."""
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(3, peer.config.vision_config.num_channels, 16, 16, generator=generator)
-    tokens = torch.randint(1, 48, (3, 9), generator=generator)
+    tokens = torch.randint(3, 48, (3, 9), generator=generator)
     if isinstance(peer, hf.SiglipModel):
         return image, tokens, None  # all texts have the full length there, and padding is read
     lengths = torch.tensor([[4], [9], [6]])
@@ -66,6 +81,8 @@ def assert_same_results(peer: Any, clip: CLIP) -> None:
         assert_near(ours.text, F.normalize(theirs.text_embeds, dim=-1))
         assert_near(clip.scale(ours.image @ ours.text.T), theirs.logits_per_image)
         assert theirs.logits_per_image.std() > 0.1
+        if mask is not None:  # a text ends at its first end token, whatever is hidden after it
+            assert_near(clip.encode_text(tokens), ours.text)
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -73,7 +90,44 @@ def test_there_and_back_again(name: str, tmp_path: Path) -> None:
     peer = make_peer(name)
     clip = arrive(peer, CLIP, tmp_path)
     assert_same_results(peer, clip)
-    assert_same_results(go_back(clip, peer, tmp_path, eos_token_id=END), clip)
+    assert_same_results(go_back(clip, peer, tmp_path), clip)
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip_gelu"])
+def test_padding_that_is_seen(name: str, tmp_path: Path) -> None:
+    """Commands give short rows and a mask; a SigLIP fills them up with its own padding, and sees that."""
+    peer = make_peer(name)
+    clip = arrive(peer, CLIP, tmp_path)
+    image, tokens, _ = pairs(peer)
+    mask = torch.arange(9) < torch.tensor([[4], [7], [6]])
+    padded = tokens.where(mask, peer.config.text_config.pad_token_id)
+    with torch.no_grad():
+        want = peer(input_ids=padded, pixel_values=image).text_embeds
+        assert_near(clip.encode_text(tokens[:, :7], mask[:, :7]), want)
+        assert_near(clip.encode_text(padded[:, :7]), want)
+        assert not torch.allclose(clip.encode_text(tokens), want, atol=0.01)
+
+
+def test_texts_without_an_end_token(tmp_path: Path) -> None:
+    """A text of another tokenizer is read at its last token, not at its first."""
+    clip = arrive(make_peer("clip"), CLIP, tmp_path)
+    tokens = torch.randint(3, 48, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(6) < torch.tensor([[4], [6]])
+    with torch.no_grad():
+        found = clip.encode_text(tokens, mask)
+        assert_near(found[:1], clip.encode_text(tokens[:1, :4]))
+        assert_near(found[1:], clip.encode_text(tokens[1:]))
+        assert not torch.allclose(found[1:], clip.encode_text(tokens[1:, :1]), atol=0.01)
+
+
+def test_settings_and_buffers_of_older_files(tmp_path: Path) -> None:
+    """Sizes in `text_config_dict`, and numbers of positions among the weights, as in OpenAI's folders."""
+    peer = make_peer("clip")
+    peer.save_pretrained(tmp_path)
+    edit(text_config_dict=TEXT, vision_config_dict=IMAGE, text_config={"hidden_size": 99}, vision_config=None)(tmp_path)
+    numbers = {f"{tower}_model.embeddings.position_ids": torch.arange(9)[None] for tower in ("text", "vision")}
+    edit_weights(lambda weights: weights.update(numbers))(tmp_path)
+    assert_same_results(peer, CLIP.from_pretrained(tmp_path).eval())
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
@@ -99,6 +153,9 @@ def test_gradients(name: str, tmp_path: Path) -> None:
     ("name", "part", "option", "message"),
     [
         ("clip", "text_config", {"hidden_act": "mish"}, "a CLIP of transformers with hidden_act=mish cannot"),
+        ("clip", "text_config", {"eos_token_id": 50}, "eos_token_id=50 and vocab_size=50 cannot be converted"),
+        ("clip", "text_config", {"eos_token_id": [3, 4]}, r"eos_token_id=\[3, 4\] and vocab_size=50 cannot"),
+        ("siglip", "text_config", {"pad_token_id": None}, "pad_token_id=None and vocab_size=50 cannot be converted"),
         ("siglip", "vision_config", {"vision_use_head": False}, "a SigLIP of transformers with vision_use_head=False"),
         ("siglip", "text_config", {"projection_size": 7}, "gives texts 7 numbers, but images 32"),
     ],
@@ -117,13 +174,47 @@ def test_one_tower_is_not_a_clip(tmp_path: Path) -> None:
         CLIP.from_pretrained(tmp_path)
 
 
+def from_peer(name: str, **changes: Any) -> CLIPConfig:
+    """The configuration of a peer as ours, changed."""
+    model, config = PEERS[name]
+    found = foreign_family(model.config_class(**config).to_dict(), "a test").config_from(
+        model.config_class(**config).to_dict(), {}
+    )
+    return replace(found, **changes)
+
+
 @pytest.mark.parametrize(
-    ("network", "message"),
+    ("config", "message"),
     [
-        (CLIP(two_towers()), "image tower has with pool=mean cannot become a CLIP of transformers"),
-        (CLIP(shared_trunk()), "text tower is a BERT cannot become a CLIP of transformers"),
+        (two_towers(), "image tower has with pool=mean cannot become a CLIP of transformers"),
+        (shared_trunk(), "text tower is a BERT cannot become a CLIP of transformers"),
+        (from_peer("clip", end_token=2), "end_token=2 cannot become a CLIP of transformers"),
+        (from_peer("clip", end_token=None), "reads a text at its eos_token_id, which the network does not know"),
+        (from_peer("clip", text_padding=0), "text_padding=0 cannot become a CLIP of transformers"),
+        (from_peer("clip", projection_bias=True), "head_bias=True cannot become a CLIP of transformers"),
+        (from_peer("clip", text_pool="mean"), "pool=mean cannot become a CLIP of transformers"),
+        (
+            from_peer("clip", image=replace(from_peer("clip").image, image_size=(16, 24))),
+            r"image_size=\(16, 24\) cannot become a CLIP of transformers",
+        ),
+        (from_peer("siglip", text_padding=None), "text_padding=None cannot become a SigLIP"),
+        (from_peer("siglip", init_logit_bias=None), "init_logit_bias=None cannot become a SigLIP"),
     ],
 )
-def test_networks_that_no_other_can_be(network: CLIP, message: str, tmp_path: Path) -> None:
+def test_networks_that_no_other_can_be(config: CLIPConfig, message: str, tmp_path: Path) -> None:
     with pytest.raises(TrunklineError, match=message):
-        save_foreign(network, tmp_path, "transformers")
+        save_foreign(CLIP(config), tmp_path, "transformers")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_end_token_that_only_the_caller_knows(tmp_path: Path) -> None:
+    network = randomise(CLIP(from_peer("clip", end_token=None))).eval()
+    save_foreign(network, tmp_path, "transformers", {"eos_token_id": END})
+    assert_same_texts(hf.CLIPModel.from_pretrained(tmp_path).eval(), network)
+
+
+@torch.no_grad()
+def assert_same_texts(peer: Any, clip: CLIP) -> None:
+    image, tokens, mask = pairs(peer)
+    want = peer(input_ids=tokens, pixel_values=image, attention_mask=mask.long()).text_embeds
+    assert_near(clip.encode_text(tokens, mask), want)
