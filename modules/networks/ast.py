@@ -222,10 +222,15 @@ class AST(Network):
         network.backbone.load_state_dict(source.backbone.state_dict())
         projection = source.patch_embed.proj
         network.patch_embed.proj.weight.copy_(projection.weight.unflatten(1, (images.in_chans, -1)).sum(dim=1))
-        network.patch_embed.proj.bias.copy_(projection.bias)
+        if projection.bias is None:
+            network.patch_embed.proj.bias.zero_()
+        else:
+            network.patch_embed.proj.bias.copy_(projection.bias)
         for token in (network.cls_token, network.dist_token):
             if token is not None and source.cls_token is not None:
                 token.copy_(source.cls_token)
+                if source.prefix_pos is not None:  # the class token is the first; an AST has its position in it
+                    token.add_(source.prefix_pos[:, :1])
         if source.pos_embed is None:
             network.pos_embed.zero_()
         else:

@@ -46,8 +46,10 @@ def pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
 
 
-def module() -> ContrastiveImageText:
+def module(config: CLIPConfig | None = None) -> ContrastiveImageText:
     torch.manual_seed(0)
+    if config is not None:
+        return ContrastiveImageText(config)
     trunk = TransformerConfig(dim=16, depth=1, num_heads=2)
     text = GPTConfig(len(WORDS), 6, backbone=TransformerConfig(dim=16, depth=1, num_heads=2, causal=True))
     return ContrastiveImageText(CLIPConfig(ViTConfig(8, 4, pool="mean", backbone=trunk), gpt=text, dim=8))
@@ -73,7 +75,7 @@ def overfitted() -> CLIP:
 
 def save(folder: Path, network: CLIP | None = None, **changes: Any) -> str:
     """Write a checkpoint as `trunkline fit` does, of this network or of a random one; returns the path."""
-    made = module()
+    made = module(None if network is None else network.config)
     if network is not None:
         made.network.load_state_dict(network.state_dict())
     data = {"preprocessing": asdict(PREPROCESSING), "tokenizer": tokenizer().to_str(), "max_length": 6}

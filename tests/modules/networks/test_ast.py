@@ -208,10 +208,11 @@ def test_weights_of_images(positions: Any) -> None:
     assert (model.head.weight == 0).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"prefix_positions": 1}, {"patch_bias": False}], ids=str)
 @torch.no_grad()
-def test_a_spectrogram_is_seen_as_a_grey_image() -> None:
+def test_a_spectrogram_is_seen_as_a_grey_image(options: dict[str, Any]) -> None:
     """Where nothing overlaps and the grids are equal, both networks compute the same."""
-    images = randomise(ViT(vit(image_size=(8, 24)))).eval()
+    images = randomise(ViT(vit(image_size=(8, 24), **options))).eval()
     model = AST.from_images(images, spectrogram(num_mels=8, stride=4, pool="cls", head_norm=False)).eval()
     model.head.load_state_dict(images.head.state_dict())
     features = torch.randn(2, 24, 8)

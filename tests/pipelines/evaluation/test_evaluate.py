@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from parity import randomise
 from sklearn.linear_model import LogisticRegression
 from tiny import classifier
 from tiny_clip import (
     COLOURS,
     PREPROCESSING,
+    WORDS,
     encoder,
     folders,
     listed,
@@ -162,6 +165,18 @@ class TestRetrieval:
         assert found["retrieval"]["text_to_image_R@1"] == {"value": 1, "chance": pytest.approx(1 / 3)}
 
 
+def original(kind: str) -> Any:
+    """A random CLIP or SigLIP of transformers for the tiny pictures and their tokenizer, with a padding of its own."""
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 4}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, **ids, "vocab_size": len(WORDS), "max_position_embeddings": 9}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config={**sizes, "image_size": 8, "patch_size": 4}
+    )
+    return randomise(getattr(transformers, f"{kind}Model")(config))
+
+
 class TestZeroShot:
     def test_against_a_loop(self, tmp_path: Path) -> None:
         names, templates = ["photo", "red", "dark thing", "yellow", "of", "a"], ["{}", "a {} thing", "dark {}"]
@@ -186,6 +201,31 @@ class TestZeroShot:
             "top5": {"value": pytest.approx(fifth / 12), "chance": pytest.approx(5 / 6)},
         }
         assert 0 < first < fifth < 12
+
+    @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+    def test_of_a_model_of_transformers(self, kind: str, tmp_path: Path) -> None:
+        """The command finds for each picture what the original finds: it reads the texts at the same places."""
+        peer = original(kind).eval()
+        peer.save_pretrained(tmp_path / "theirs")
+        rows = [(colour, [str(n)]) for colour in COLOURS for n in range(3)]
+        for n, (colour, _) in enumerate(rows):
+            folder = tmp_path / "images" / str(n % 3)
+            folder.mkdir(parents=True, exist_ok=True)
+            picture(colour, n).save(folder / f"{n:02}.png")
+        names = ["photo of", "dark", "a red thing"]
+        tokens, mask, _ = encoder().encode(names)
+        padded = tokens.where(mask, peer.config.text_config.pad_token_id)
+        images = torch.stack([pixels(picture(colour, n)) for n, (colour, _) in enumerate(rows)])
+        with torch.no_grad():
+            logits = peer(input_ids=padded, pixel_values=images).logits_per_image
+        best, second = logits.topk(2).values.T
+        assert (best - second).min() > 1e-3  # no rank depends on rounding
+        right = logits.argmax(dim=1) == torch.arange(12) % 3
+        assert 0 < right.sum() < 12
+        options = {"what": "zero_shot", "class_names": names, "templates": ["{}"]}
+        saved = save(tmp_path, CLIP.from_pretrained(tmp_path / "theirs"))
+        found = judge(saved, tmp_path / "images", tmp_path, **options, **NOTHING)["zero_shot"]
+        assert found["top1"]["value"] == pytest.approx(float(right.float().mean()))
 
     def test_all_of_one_that_knows(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Classes are the folders' names, templates come from a file, and some prompts are too long for the network."""
