@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
-from parity import randomise
+from parity import assert_near, randomise
 from sklearn.linear_model import LogisticRegression
 from tiny import classifier
 from tiny_clip import (
@@ -40,6 +41,7 @@ from trunkline.modules.networks import CLIP
 from trunkline.modules.objectives.arguments import as_plain
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.cli import main
+from trunkline.pipelines.embedding import embed_texts
 from trunkline.pipelines.evaluation import images as command
 from trunkline.pipelines.evaluation.evaluate import evaluate
 from trunkline.pipelines.evaluation.results import Result
@@ -214,17 +216,20 @@ class TestZeroShot:
             picture(colour, n).save(folder / f"{n:02}.png")
         names = ["photo of", "dark", "a red thing"]
         tokens, mask, _ = encoder().encode(names)
-        padded = tokens.where(mask, peer.config.text_config.pad_token_id)
+        padding = peer.config.text_config.pad_token_id
+        padded = F.pad(tokens.where(mask, padding), (0, 3), value=padding)  # to its full length
         images = torch.stack([pixels(picture(colour, n)) for n, (colour, _) in enumerate(rows)])
         with torch.no_grad():
-            logits = peer(input_ids=padded, pixel_values=images).logits_per_image
+            want = peer(input_ids=padded, pixel_values=images)
+        network = CLIP.from_pretrained(tmp_path / "theirs").eval()
+        assert_near(embed_texts(network, encoder(), names, 2, torch.device("cpu")), want.text_embeds)
+        logits = want.logits_per_image
         best, second = logits.topk(2).values.T
         assert (best - second).min() > 1e-3  # no rank depends on rounding
         right = logits.argmax(dim=1) == torch.arange(12) % 3
         assert 0 < right.sum() < 12
         options = {"what": "zero_shot", "class_names": names, "templates": ["{}"]}
-        saved = save(tmp_path, CLIP.from_pretrained(tmp_path / "theirs"))
-        found = judge(saved, tmp_path / "images", tmp_path, **options, **NOTHING)["zero_shot"]
+        found = judge(save(tmp_path, network), tmp_path / "images", tmp_path, **options, **NOTHING)["zero_shot"]
         assert found["top1"]["value"] == pytest.approx(float(right.float().mean()))
 
     def test_all_of_one_that_knows(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
