@@ -1,7 +1,7 @@
 """Convert open_clip's models with Vision Transformers to a `CLIP`, and back."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -90,12 +90,8 @@ def open_clip_to(weights: Mapping[str, Tensor], config: CLIPConfig) -> dict[str,
 
 REFUSED_IN_BOTH: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn"), (False,)),
-    **{
-        "scale_fc": (False,),
-        "block_type": (None, "default"),
-        "final_ln_after_pool": (False,),
-        "act_kwargs": (None, {}),
-    },
+    **{"scale_fc": (False,), "block_type": (None, "default"), "output_tokens": (False,)},
+    "act_kwargs": (None, {}, {"approximate": "none"}, {"approximate": "tanh"}),
 }
 REFUSED_IN_IMAGE: Mapping[str, tuple[Any, ...]] = {
     **REFUSED_IN_BOTH,
@@ -105,9 +101,31 @@ REFUSED_IN_IMAGE: Mapping[str, tuple[Any, ...]] = {
 REFUSED_IN_TEXT: Mapping[str, tuple[Any, ...]] = {
     **REFUSED_IN_BOTH,
     **{"hf_model_name": (None,), "embed_cls": (False,), "no_causal_mask": (False,), "proj_type": ("linear",)},
-    **{"pool_type": ("argmax", "eos"), "proj_bias": (False,)},
+    **{"pool_type": ("argmax", "eos"), "proj_bias": (False,), "final_ln_after_pool": (False,)},
 }
 """Values of options that a `CLIP` has."""
+OPEN_CLIP_EXPRESSED = {"layers", "width", "mlp_ratio", "ls_init_value", "norm_kwargs"}
+OPEN_CLIP_EXPRESSED_IN_IMAGE = {*OPEN_CLIP_EXPRESSED, "head_width", "patch_size", "image_size", "no_ln_pre"}
+OPEN_CLIP_EXPRESSED_IN_TEXT = {*OPEN_CLIP_EXPRESSED, "heads", "vocab_size", "context_length", "eos_id"}
+WITHOUT_EFFECT_IN_IMAGE = {
+    "patch_dropout",  # of training alone
+    "final_ln_after_pool",  # the class token is the same before and after pooling
+    *("attn_pooler_queries", "attn_pooler_heads", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias"),
+    *("timm_drop", "timm_drop_path"),
+}
+WITHOUT_EFFECT_IN_TEXT = {
+    *("pad_id", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
+    *("hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+}
+OPEN_CLIP_KNOWN = {
+    "embed_dim",
+    "vision_cfg",
+    "text_cfg",
+    "quick_gelu",
+    "custom_text",
+    "init_logit_scale",
+    "init_logit_bias",
+}
 
 
 def is_open_clip(config: Mapping[str, Any]) -> bool:
@@ -116,15 +134,38 @@ def is_open_clip(config: Mapping[str, Any]) -> bool:
     return isinstance(model, dict) and {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys()
 
 
-def open_clip_trunk(part: Mapping[str, Any], width: int, heads: int, activation: str) -> TransformerConfig:
-    """The trunk of a tower, from its part of the configuration file."""
+def refuse_unknown(part: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Refuse options that this code does not know, because they may change what the model computes.
+
+    Raises:
+        TrunklineError: with the first of them and its value.
+    """
+    name = next((name for name in part if name not in known), None)
+    if name is not None:
+        raise TrunklineError(
+            f"{OPEN_CLIP} with {name}={part[name]} in {where} cannot be converted: {OUR_CLIP} has no such option"
+        )
+
+
+def open_clip_trunk(part: Mapping[str, Any], width: int, heads: int, quick_gelu: bool) -> TransformerConfig:
+    """The trunk of a tower, from its part of the configuration file.
+
+    Raises:
+        TrunklineError: if options of the activation contradict each other.
+    """
+    norm = part.get("norm_kwargs") or {}
+    refuse_unknown(norm, {"eps"}, "norm_kwargs")
+    options = part.get("act_kwargs") or {}
+    if quick_gelu and options:
+        raise TrunklineError(f"{OPEN_CLIP} with act_kwargs={options} cannot have quick_gelu, which has no such options")
+    activation = "gelu_tanh" if options.get("approximate") == "tanh" else "gelu"
     return TransformerConfig(
         dim=width,
         depth=part.get("layers", 12),
         num_heads=heads,
         mlp_dim=int(width * part.get("mlp_ratio", 4.0)),
-        mlp=activation,  # type: ignore[arg-type]
-        norm_eps=(part.get("norm_kwargs") or {}).get("eps", 1e-5),
+        mlp="quick_gelu" if quick_gelu else activation,  # type: ignore[arg-type]
+        norm_eps=norm.get("eps", 1e-5),
         layer_scale=part.get("ls_init_value"),
     )
 
@@ -142,7 +183,10 @@ def open_clip_config_from(config: Mapping[str, Any]) -> CLIPConfig:
         raise TrunklineError(f"{OPEN_CLIP} with {kind} cannot be converted: {OUR_CLIP} has no such part")
     refuse_options(vision, REFUSED_IN_IMAGE, OPEN_CLIP, OUR_CLIP)
     refuse_options(text, REFUSED_IN_TEXT, OPEN_CLIP, OUR_CLIP)
-    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    refuse_unknown(model, OPEN_CLIP_KNOWN, "model_cfg")
+    refuse_unknown(vision, {*REFUSED_IN_IMAGE, *OPEN_CLIP_EXPRESSED_IN_IMAGE, *WITHOUT_EFFECT_IN_IMAGE}, "vision_cfg")
+    refuse_unknown(text, {*REFUSED_IN_TEXT, *OPEN_CLIP_EXPRESSED_IN_TEXT, *WITHOUT_EFFECT_IN_TEXT}, "text_cfg")
+    quick_gelu = bool(model.get("quick_gelu"))
     width, text_width = vision.get("width", 768), text.get("width", 512)
     image = ViTConfig(
         image_size=image_size(vision.get("image_size", 224)),
@@ -150,16 +194,19 @@ def open_clip_config_from(config: Mapping[str, Any]) -> CLIPConfig:
         embed_norm=not vision.get("no_ln_pre", False),
         prefix_positions=1,
         patch_bias=False,
-        backbone=open_clip_trunk(vision, width, width // vision.get("head_width", 64), activation),
+        backbone=open_clip_trunk(vision, width, width // vision.get("head_width", 64), quick_gelu),
     )
     body = GPTConfig(
         text.get("vocab_size", 49408),
         text.get("context_length", 77),
-        backbone=open_clip_trunk(text, text_width, text.get("heads", 8), activation),
+        backbone=open_clip_trunk(text, text_width, text.get("heads", 8), quick_gelu),
     )
+    by_id = text.get("pool_type", "argmax") == "eos"
     return CLIPConfig(
         image=image,
         gpt=body,
+        # The token with the largest id ends a text; for their tokenizers this is the last of the vocabulary.
+        end_token=text.get("eos_id", 2) if by_id else body.vocab_size - 1,
         dim=model["embed_dim"],
         projection_bias=False,
         init_logit_scale=min(model.get("init_logit_scale", math.log(1 / 0.07)), math.log(100)),
@@ -169,7 +216,12 @@ def open_clip_config_from(config: Mapping[str, Any]) -> CLIPConfig:
 
 def open_clip_part(trunk: TransformerConfig) -> dict[str, Any]:
     """A tower's part of the configuration file."""
-    part: dict[str, Any] = {"width": trunk.dim, "layers": trunk.depth, "mlp_ratio": trunk.hidden_dim / trunk.dim}
+    ratio = trunk.hidden_dim / trunk.dim
+    if int(trunk.dim * ratio) != trunk.hidden_dim:  # rounded down there
+        ratio = (trunk.hidden_dim + 0.5) / trunk.dim
+    part: dict[str, Any] = {"width": trunk.dim, "layers": trunk.depth, "mlp_ratio": ratio}
+    if trunk.mlp == "gelu_tanh":
+        part["act_kwargs"] = {"approximate": "tanh"}
     if trunk.norm_eps != 1e-5:
         part["norm_kwargs"] = {"eps": trunk.norm_eps}
     return part | ({} if trunk.layer_scale is None else {"ls_init_value": trunk.layer_scale})
@@ -182,6 +234,11 @@ def open_clip_config_to(config: CLIPConfig) -> dict[str, Any]:
         TrunklineError: if the network has an option that theirs does not have.
     """
     image, body = config.image, config.text.body
+    if config.end_token is None:
+        raise TrunklineError(
+            f"{OUR_CLIP} with end_token=None cannot become {OPEN_CLIP}, which reads a text at that token; set "
+            "end_token in its configuration to the id with which its tokenizer ends a text"
+        )
     vision = {
         **open_clip_part(image.backbone),
         "image_size": image.image_size if isinstance(image.image_size, int) else list(image.image_size),
@@ -195,6 +252,8 @@ def open_clip_config_to(config: CLIPConfig) -> dict[str, Any]:
         "vocab_size": body.vocab_size,
         "heads": body.backbone.num_heads,
     }
+    if config.end_token != body.vocab_size - 1:
+        text |= {"pool_type": "eos", "eos_id": config.end_token}
     model = {
         "embed_dim": config.dim,
         "quick_gelu": image.backbone.mlp == "quick_gelu",
