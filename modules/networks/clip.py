@@ -83,6 +83,15 @@ class CLIPConfig:
                 f"{self.image.backbone.dim}, or image_projection to true",
                 "model.network.dim",
             )
+        words = self.text.body.vocab_size
+        for name in ("end_token", "text_padding"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < words:
+                raise TrunklineError(
+                    f"{name}={value} is no token of the text tower, whose vocab_size is {words}; set it to the id of a "
+                    "token, or to null",
+                    f"model.network.{name}",
+                )
         own, other = self.image.backbone, self.text.body.backbone
         names = [f.name for f in fields(own) if f.name != "causal"]  # each tower passes this in each call
         different = [name for name in names if getattr(own, name) != getattr(other, name)]
