@@ -159,6 +159,20 @@ def part_of(config: Mapping[str, Any], name: str, usual: Mapping[str, Any]) -> d
     return {**usual, **(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
 
 
+def refuse_one_tower(config: Mapping[str, Any], whole: str) -> None:
+    """Refuse a tower alone and a classifier of images, whose files have the same layout.
+
+    Raises:
+        TrunklineError: with the class of transformers that wrote the file.
+    """
+    kind, writer = config["model_type"], next(iter(config.get("architectures") or ()), whole)
+    if writer != whole or "_" in kind:
+        raise TrunklineError(
+            f"a {writer} of transformers cannot be converted ({kind}): {OUR_CLIP} has an image tower and a text tower; "
+            f"give the folder of a {whole}"
+        )
+
+
 def one_token(text: Mapping[str, Any], name: str, family: str, why: str) -> int:
     """The id of a special token.
 
@@ -180,6 +194,7 @@ def clip_config_from_transformers(config: Mapping[str, Any]) -> CLIPConfig:
     Raises:
         TrunklineError: if it uses an option that a `CLIP` does not have.
     """
+    refuse_one_tower(config, "CLIPModel")
     text = part_of(config, "text_config", TEXT_OF_CLIP)
     vision = part_of(config, "vision_config", IMAGE_OF_CLIP)
     end = one_token(text, "eos_token_id", THEIR_CLIP, "it reads a text at this token")
@@ -210,6 +225,7 @@ def siglip_config_from_transformers(config: Mapping[str, Any]) -> CLIPConfig:
     Raises:
         TrunklineError: if it uses an option that a `CLIP` does not have.
     """
+    refuse_one_tower(config, "SiglipModel")
     text = part_of(config, "text_config", TEXT_OF_SIGLIP)
     vision = part_of(config, "vision_config", IMAGE_OF_SIGLIP)
     refuse_options(vision, {"vision_use_head": (True,)}, THEIR_SIGLIP, OUR_CLIP)
@@ -339,7 +355,7 @@ def clip_family(name: str, kind: str, names: VitNames) -> ForeignFamily:
         name=name,
         library="transformers",
         network=CLIP,
-        recognises=with_model_type(kind),
+        recognises=with_model_type(kind, f"{kind}_text_model", f"{kind}_vision_model"),
         config_from=lambda content, weights: read(content),
         config_to=lambda config: clip_config_to_transformers(config, siglip),
         weights_from=lambda weights, config: clip_from_transformers(weights, config, names),

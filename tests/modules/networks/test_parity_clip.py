@@ -168,9 +168,19 @@ def test_options_that_we_have_not(name: str, part: str, option: dict[str, Any], 
         CLIP.from_pretrained(tmp_path)
 
 
-def test_one_tower_is_not_a_clip(tmp_path: Path) -> None:
-    hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**IMAGE)).save_pretrained(tmp_path)
-    with pytest.raises(TrunklineError, match=r"cannot be converted \(clip_vision_model\)"):
+@pytest.mark.parametrize(
+    ("model", "config", "whole"),
+    [
+        (hf.CLIPVisionModelWithProjection, hf.CLIPVisionConfig(**IMAGE), "CLIPModel"),
+        (hf.CLIPTextModelWithProjection, hf.CLIPTextConfig(**TEXT), "CLIPModel"),
+        (hf.CLIPForImageClassification, hf.CLIPConfig(text_config=TEXT, vision_config=IMAGE), "CLIPModel"),
+        (hf.SiglipVisionModel, hf.SiglipVisionConfig(**IMAGE), "SiglipModel"),
+    ],
+)
+def test_one_tower_is_not_a_clip(model: Any, config: Any, whole: str, tmp_path: Path) -> None:
+    model(config).save_pretrained(tmp_path)
+    message = rf"a {model.__name__} of transformers cannot be converted \({config.model_type}\).*folder of a {whole}"
+    with pytest.raises(TrunklineError, match=message):
         CLIP.from_pretrained(tmp_path)
 
 
