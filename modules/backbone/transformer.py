@@ -9,6 +9,7 @@ F hidden width of the MLP.
 """
 
 import math
+from collections.abc import Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -40,6 +41,8 @@ class TransformerOutput(NamedTuple):
     """With `return_attention=True`: the self-attention weights (B, H, T, S) of each block."""
     cross_attention: list[Tensor] | None = None
     """With `return_attention=True`: the weights (B, H, T, S) over `context` of each block."""
+    states: list[Tensor] | None = None
+    """With `layers`: the states (B, T, D) after each of these blocks."""
 
 
 class MLP(nn.Module):
@@ -243,6 +246,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         keep: Keep | None = None,
         return_attention: bool = False,
+        layers: Collection[int] = (),
     ) -> TransformerOutput:
         """Run the trunk.
 
@@ -261,9 +265,11 @@ class Transformer(nn.Module):
                 only these, which saves most of its work when a model reads one token (the class token, the end of a
                 text) or a few (masked tokens).
             return_attention: also return each block's attention weights (slower, same result).
+            layers: numbers of blocks after which the states are also returned, without the final norm; after the last
+                block only those of the tokens in `keep`.
 
         Returns:
-            `TransformerOutput(x=(B, T, D), attention, cross_attention)`; x is (B, N, D) with `keep`.
+            `TransformerOutput(x=(B, T, D), attention, cross_attention, states)`; x is (B, N, D) with `keep`.
 
         Raises:
             TrunklineError: if `context` is given without `config.cross_attention` or missing with it, or if a mask is
@@ -285,6 +291,7 @@ class Transformer(nn.Module):
         shared = (context, mask, four_dimensional(context_mask), is_causal, rotation, cache)
         attention: list[Tensor] = []
         cross_attention: list[Tensor] = []
+        states: list[Tensor] = []
         recompute = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
@@ -292,9 +299,10 @@ class Transformer(nn.Module):
             x, weights, cross_weights = run(x, *shared, layer, return_attention, kept)
             attention += [] if weights is None else [weights]
             cross_attention += [] if cross_weights is None else [cross_weights]
+            states += [x] if layer in layers else []
         if cache is not None:
             cache.length = end
-        return TransformerOutput(self.norm(x), attention or None, cross_attention or None)
+        return TransformerOutput(self.norm(x), attention or None, cross_attention or None, states or None)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -4,8 +4,10 @@ Shape legend: B batch, T frames, M mel bins, D width, K classes. Patches stand i
 bins, a column for each range of frames.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Self
+from functools import partial
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from trunkline.modules.backbone.attention import make_norm
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import Network, trunk_for
 from trunkline.modules.networks.frames import check_frames, zero_padding
+from trunkline.modules.networks.intermediates import Indices, patch_intermediates, states_of
 from trunkline.modules.networks.patches import resize_positions
 from trunkline.modules.networks.vit import ViT
 
@@ -89,6 +92,8 @@ class ASTFeatures(NamedTuple):
     """(B, rows * columns) bool, False for patches after the end of a clip; None if there are none."""
     attention: list[Tensor] | None
     """On request, the attention weights (B, H, N, N) of each block, with N = P + rows * columns tokens."""
+    states: list[Tensor] | None = None
+    """On request, the states (B, N, D) after chosen blocks."""
 
 
 class SpectrogramPatches(nn.Module):
@@ -258,7 +263,11 @@ class AST(Network):
         return None if patches is None else F.pad(patches, (self.num_prefix_tokens, 0), value=True)
 
     def forward_features(
-        self, features: Tensor, mask: Tensor | None = None, return_attention: bool = False
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        return_attention: bool = False,
+        layers: Collection[int] = (),
     ) -> ASTFeatures:
         """States after the trunk.
 
@@ -267,14 +276,31 @@ class AST(Network):
             mask: (B, T) bool, False for padding, which is on the right; None also where the network is to hear the
                 padding, as it was trained in the paper.
             return_attention: also return the attention weights.
+            layers: blocks after which the states are also returned.
 
         Raises:
             TrunklineError: if the features have another number of mel bins, or more frames than `max_frames`.
         """
         x = self.embed(features, mask)
-        out = self.backbone(x, causal=False, mask=self.token_mask(mask), return_attention=return_attention)
+        options: dict[str, Any] = {"return_attention": return_attention, "layers": layers}
+        out = self.backbone(x, causal=False, mask=self.token_mask(mask), **options)
         split = self.num_prefix_tokens
-        return ASTFeatures(out.x[:, :split], out.x[:, split:], self.output_mask(mask), out.attention)
+        return ASTFeatures(out.x[:, :split], out.x[:, split:], self.output_mask(mask), out.attention, out.states)
+
+    def forward_intermediates(  # type: ignore[override]
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        indices: Indices = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """As `ViT.forward_intermediates`, for sounds; `features` and `mask` are those of `forward_features`."""
+        out, states = states_of(self.backbone, partial(self.forward_features, features, mask), indices, norm)
+        rows = self.config.grid[0]
+        return patch_intermediates(out, states, rows, output_fmt, return_prefix_tokens, intermediates_only)
 
     def forward_head(self, features: ASTFeatures, pre_logits: bool = False) -> Tensor:
         """States -> (B, K) logits, or with `pre_logits` the pooled (B, D) features."""

@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_type_hints
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import Transformer, TransformerConfig
+from trunkline.modules.backbone import Transformer, TransformerConfig, TransformerOutput
+from trunkline.modules.networks.intermediates import Indices, states_of
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -112,6 +114,35 @@ class Network(nn.Module):
 
     def adapt(self, source: Any) -> None:
         """Change a trained network of the same class, in place, so that it accepts this network's inputs."""
+
+    def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
+        """The trunk that reads the inputs, and the method that runs it: it takes `layers`, as the trunk does."""
+        raise TrunklineError(f"a {type(self).__name__} has several parts; take the states of one of them")
+
+    def forward_intermediates(
+        self, *inputs: Any, indices: Indices = None, norm: bool = False, intermediates_only: bool = False, **named: Any
+    ) -> Any:
+        """States between the blocks, as timm's method of this name gives them.
+
+        An encoder-decoder gives those of its encoder.
+
+        Args:
+            inputs: as for `forward_features`, or `encode` of a network that has it.
+            indices: the last n blocks, a list of numbers (negative ones count from the end), or None for all. States
+                come in the order of the blocks.
+            norm: apply the trunk's final norm to them.
+            intermediates_only: leave out the final states.
+            named: further arguments of `forward_features` or `encode`, such as `mask`.
+
+        Returns:
+            (final states, [states (B, T, D) of each chosen block]), or only the list.
+
+        Raises:
+            TrunklineError: for a block that the trunk does not have, or for a network of several parts.
+        """
+        trunk, read = self.read_trunk()
+        out, states = states_of(trunk, partial(read, *inputs, **named), indices, norm)
+        return states if intermediates_only else (out.x, states)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, which is created if missing."""

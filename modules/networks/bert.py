@@ -1,5 +1,6 @@
 """Masked language model: BERT (Devlin et al., 2019, arXiv:1810.04805) and its descendants, by configuration."""
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -147,6 +148,9 @@ class BERT(Network):
             x = x + (self.segment_embed.weight[0] if segment is None else self.segment_embed(segment))
         return self.dropout(self.embed_norm(x))
 
+    def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
+        return self.backbone, self.forward_features
+
     def forward_features(
         self,
         tokens: Tensor,
@@ -155,10 +159,11 @@ class BERT(Network):
         mask: Tensor | None = None,
         keep: Keep | None = None,
         return_attention: bool = False,
+        layers: Collection[int] = (),
     ) -> TransformerOutput:
         """States after the trunk, (B, T, D), and on request the attention weights; arguments as for `forward`."""
         x = self.embed(tokens, segment)
-        return self.backbone(x, causal=False, mask=mask, keep=keep, return_attention=return_attention)
+        return self.backbone(x, causal=False, mask=mask, keep=keep, return_attention=return_attention, layers=layers)
 
     def pool(self, states: Tensor) -> Tensor:
         """(B, T, D) states -> (B, D), made by `pooler` from the first token's.

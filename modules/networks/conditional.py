@@ -4,6 +4,7 @@ The source may be a text or sounds. Shape legend: B batch, S tokens or frames of
 of the target, D width, V vocabulary of the target.
 """
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +30,23 @@ class ConditionalNetwork(Network):
     target_embed_norm: nn.Module
     target_dropout: nn.Module
     target_relative_bias: RelativeBias | None
+    encoder: Transformer
     decoder: Transformer
     head: nn.Linear
 
     def output_modules(self) -> list[nn.Module]:
         return [] if self.config.tie_embeddings else [self.head]
 
-    def encode(self, source: Tensor, mask: Tensor | None = None, return_attention: bool = False) -> TransformerOutput:
+    def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
+        return self.encoder, self.encode
+
+    def encode(
+        self,
+        source: Tensor,
+        mask: Tensor | None = None,
+        return_attention: bool = False,
+        layers: Collection[int] = (),
+    ) -> TransformerOutput:
         """States of the sources (B, S, ...), whose padding is False in the mask (B, S)."""
         raise NotImplementedError
 
@@ -53,6 +64,7 @@ class ConditionalNetwork(Network):
         cache: KVCache | None = None,
         keep: Keep | None = None,
         return_attention: bool = False,
+        layers: Collection[int] = (),
     ) -> TransformerOutput:
         """States of the decoder, which `head_inputs` and `head` turn into logits of each next token.
 
@@ -65,6 +77,7 @@ class ConditionalNetwork(Network):
             cache: keys and values of the tokens before these, and of `context`.
             keep: compute these positions only; T becomes their number.
             return_attention: also return the weights of self-attention and cross-attention.
+            layers: blocks after which the states are also returned.
 
         Returns:
             States, (B, T, D), and on request the weights.
@@ -90,6 +103,7 @@ class ConditionalNetwork(Network):
             cache=cache,
             keep=keep,
             return_attention=return_attention,
+            layers=layers,
         )
 
     def scaled(self, embeddings: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Papers: Vaswani et al., 2017 (arXiv:1706.03762), T5 (arXiv:1910.10683), BART (ar
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -134,13 +135,20 @@ class EncoderDecoder(ConditionalNetwork):
             if given is None:
                 scale_queries(made)
 
-    def encode(self, tokens: Tensor, mask: Tensor | None = None, return_attention: bool = False) -> TransformerOutput:
+    def encode(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        return_attention: bool = False,
+        layers: Collection[int] = (),
+    ) -> TransformerOutput:
         """Encode sources.
 
         Args:
             tokens: (B, S) token ids.
             mask: (B, S) bool, False for padding, which may be on either side.
             return_attention: also return the attention weights.
+            layers: blocks after which the states are also returned.
 
         Returns:
             States of the encoder, (B, S, D), and on request the attention weights.
@@ -156,7 +164,7 @@ class EncoderDecoder(ConditionalNetwork):
         if self.relative_bias is not None:
             mask = self.relative_bias(length, mask=mask)
         x = self.dropout(self.embed_norm(x))
-        return self.encoder(x, causal=False, mask=mask, return_attention=return_attention)
+        return self.encoder(x, causal=False, mask=mask, return_attention=return_attention, layers=layers)
 
     def scaled(self, embeddings: Tensor) -> Tensor:
         """Token embeddings (B, T, D) as they enter the network."""

@@ -1,6 +1,7 @@
 """Causal language model: GPT-2 (Radford et al., 2019) and its successors, by configuration."""
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -133,6 +134,7 @@ class GPT(Network):
         cache: KVCache | None = None,
         keep: Keep | None = None,
         return_attention: bool = False,
+        layers: Collection[int] = (),
     ) -> TransformerOutput:
         """Second step of `forward`: embeddings become states, which `head` turns into logits.
 
@@ -144,6 +146,7 @@ class GPT(Network):
             cache: keys and values of the tokens before these.
             keep: compute these positions only; T becomes their number.
             return_attention: also return the attention weights.
+            layers: blocks after which the states are also returned.
 
         Returns:
             States after the trunk, (B, T, D), and on request the attention weights.
@@ -155,7 +158,8 @@ class GPT(Network):
         if document is not None:
             same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
             mask = restrict(four_dimensional(mask), same)
-        return self.backbone(x, causal=True, mask=mask, cache=cache, keep=keep, return_attention=return_attention)
+        options: dict[str, Any] = {"return_attention": return_attention, "layers": layers}
+        return self.backbone(x, causal=True, mask=mask, cache=cache, keep=keep, **options)
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_length:
@@ -163,6 +167,9 @@ class GPT(Network):
                 f"{length} tokens are more than the {self.config.max_length} the network can see; "
                 "shorten the text, or train with a larger max_length"
             )
+
+    def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
+        return self.backbone, self.forward_features
 
     def forward_features(
         self,
@@ -173,10 +180,12 @@ class GPT(Network):
         cache: KVCache | None = None,
         keep: Keep | None = None,
         return_attention: bool = False,
+        layers: Collection[int] = (),
     ) -> TransformerOutput:
         """States after the trunk, (B, T, D), and on request the attention weights; arguments as for `forward`."""
         x = self.embed(tokens, document, mask, 0 if cache is None else cache.length)
-        return self.run(x, document=document, mask=mask, cache=cache, keep=keep, return_attention=return_attention)
+        options: dict[str, Any] = {"return_attention": return_attention, "layers": layers}
+        return self.run(x, document=document, mask=mask, cache=cache, keep=keep, **options)
 
     def forward(
         self,

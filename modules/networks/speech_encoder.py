@@ -1,6 +1,7 @@
 """Speech recogniser: frames, convolutions, trunk, and logits for CTC (Graves et al., 2006)."""
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -131,13 +132,23 @@ class SpeechEncoder(Network):
         """Mask of frames (B, T) -> mask of states (B, T')."""
         return subsampled_mask(mask, self.subsampling)
 
-    def encode(self, features: Tensor, mask: Tensor | None = None, return_attention: bool = False) -> TransformerOutput:
+    def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
+        return self.backbone, self.encode
+
+    def encode(
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        return_attention: bool = False,
+        layers: Collection[int] = (),
+    ) -> TransformerOutput:
         """States of the trunk.
 
         Args:
             features: (B, T, M) log-mel frames.
             mask: (B, T) bool, False for padding, which is on the right.
             return_attention: also return the attention weights.
+            layers: blocks after which the states are also returned.
 
         Returns:
             States, (B, T', D), and on request the attention weights. States of padding are arbitrary.
@@ -149,9 +160,8 @@ class SpeechEncoder(Network):
         x = self.front(features, mask)
         if self.pos_embed is not None:
             x = x + self.pos_embed(torch.arange(x.shape[1], device=x.device)).to(x.dtype)
-        return self.backbone(
-            self.dropout(x), causal=False, mask=self.output_mask(mask), return_attention=return_attention
-        )
+        x, mask = self.dropout(x), self.output_mask(mask)
+        return self.backbone(x, causal=False, mask=mask, return_attention=return_attention, layers=layers)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, T', V + 1) of the tokens and, at the end, of CTC's blank; arguments as for `encode`."""

@@ -1,6 +1,6 @@
 """An output layer for a task on a language model: classes of texts, classes of tokens, start and end of answers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import Transformer
+from trunkline.modules.backbone import Transformer, TransformerOutput
 from trunkline.modules.backbone.attention import Keep
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import Network, config_from_dict
@@ -100,6 +100,9 @@ class TextHead(Network):
 
     def output_modules(self) -> list[nn.Module]:
         return [self.dropout, self.head]
+
+    def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
+        return self.body.read_trunk()
 
     def states(self, tokens: Tensor, segment: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Inputs of the output layer, (B, D), or (B, T, D) with `pool="none"`; arguments as for `forward`.

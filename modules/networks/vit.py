@@ -1,7 +1,9 @@
 """Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929)."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from trunkline.modules.backbone.attention import make_norm
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.attention_pool import AttentionPool
 from trunkline.modules.networks.base import Network, trunk_for
+from trunkline.modules.networks.intermediates import Indices, patch_intermediates, states_of
 from trunkline.modules.networks.patches import PatchEmbed, resize_positions, sincos_positions_2d
 from trunkline.ranges import check_ranges
 
@@ -87,6 +90,8 @@ class ViTFeatures(NamedTuple):
     """(B, rows * columns, D) states of the patches."""
     attention: list[Tensor] | None
     """On request, the attention weights (B, H, T, T) of each block, with T = P + rows * columns tokens."""
+    states: list[Tensor] | None = None
+    """On request, the states (B, T, D) after chosen blocks."""
 
 
 class ViT(Network):
@@ -186,11 +191,42 @@ class ViT(Network):
         tokens = [t.expand(x.shape[0], -1, -1) for t in tokens]
         return self.dropout(self.embed_norm(torch.cat((*tokens, x), dim=1) if tokens else x))
 
-    def forward_features(self, image: Tensor, return_attention: bool = False) -> ViTFeatures:
-        """(B, C, height, width) -> states after the trunk."""
-        out = self.backbone(self.embed(image), causal=False, return_attention=return_attention)
+    def forward_features(
+        self, image: Tensor, return_attention: bool = False, layers: Collection[int] = ()
+    ) -> ViTFeatures:
+        """(B, C, height, width) -> states after the trunk, and after the blocks `layers`."""
+        out = self.backbone(self.embed(image), causal=False, return_attention=return_attention, layers=layers)
         split = self.num_prefix_tokens
-        return ViTFeatures(out.x[:, :split], out.x[:, split:], out.attention)
+        return ViTFeatures(out.x[:, :split], out.x[:, split:], out.attention, out.states)
+
+    def forward_intermediates(  # type: ignore[override]
+        self,
+        image: Tensor,
+        indices: Indices = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """States between the blocks, as timm's method of this name gives them.
+
+        Args:
+            image: (B, C, height, width).
+            indices: the last n blocks, a list of numbers, or None for all; see `Network.forward_intermediates`.
+            return_prefix_tokens: give each state as a tuple with that of the P tokens before the patches, (B, P, D).
+            norm: apply the trunk's final norm to the states.
+            output_fmt: `NCHW` for states (B, D, rows, columns) of the patches, or `NLC` for (B, rows * columns, D).
+            intermediates_only: leave out the final states (B, P + rows * columns, D).
+
+        Returns:
+            (final states, [states of each chosen block]), or only the list.
+
+        Raises:
+            TrunklineError: for a block that the trunk does not have, or another format.
+        """
+        out, states = states_of(self.backbone, partial(self.forward_features, image), indices, norm)
+        rows = self.patch_embed.grid[0]
+        return patch_intermediates(out, states, rows, output_fmt, return_prefix_tokens, intermediates_only)
 
     def forward_head(self, features: ViTFeatures, pre_logits: bool = False) -> Tensor:
         """States -> (B, num_classes) logits, or with `pre_logits` the pooled (B, D) or (B, 2 D) features."""

@@ -1,6 +1,7 @@
 """Whisper (Radford et al., 2022, arXiv:2212.04356): a text is written about the encoded frames of a clip."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -119,7 +120,13 @@ class Whisper(ConditionalNetwork):
         """Mask of frames (B, T) -> mask of states (B, S)."""
         return subsampled_mask(mask, self.subsampling)
 
-    def encode(self, features: Tensor, mask: Tensor | None = None, return_attention: bool = False) -> TransformerOutput:
+    def encode(
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        return_attention: bool = False,
+        layers: Collection[int] = (),
+    ) -> TransformerOutput:
         """Encode sounds.
 
         Args:
@@ -127,6 +134,7 @@ class Whisper(ConditionalNetwork):
             mask: (B, T) bool, False for padding, which is on the right; None also where the network is to hear the
                 padding, as it was trained (arXiv:2212.04356).
             return_attention: also return the attention weights.
+            layers: blocks after which the states are also returned.
 
         Returns:
             States of the encoder, (B, S, D), and on request the attention weights. States of padding are arbitrary.
@@ -139,4 +147,5 @@ class Whisper(ConditionalNetwork):
         if self.pos_embed is not None:
             x = x + self.pos_embed(torch.arange(x.shape[1], device=x.device)).to(x.dtype)
         mask = self.context_mask(mask)
-        return self.encoder(self.dropout(x), causal=False, mask=mask, return_attention=return_attention)
+        x = self.dropout(x)
+        return self.encoder(x, causal=False, mask=mask, return_attention=return_attention, layers=layers)
