@@ -2,8 +2,9 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -333,6 +334,45 @@ def parameter_groups(network: Network, config: OptimizerConfig) -> list[dict[str
     if not groups:
         raise TrunklineError("every parameter is frozen; lower freeze_blocks, or give the network a head (num_classes)")
     return list(groups.values())
+
+
+def decay_groups(
+    network: Network, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0, no_decay: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Parameter groups for any optimiser of torch: the decay and the rates per layer of `parameter_groups`.
+
+    They are those of timm's `param_groups_layer_decay`, but for final norms, which timm counts to the last block.
+
+    `torch.optim.AdamW(decay_groups(network, lr=1e-4, layer_decay=0.75))`
+
+    Args:
+        network: the network; its frozen parameters are left out.
+        lr: the rate of heads and final norms; the blocks below have smaller ones.
+        weight_decay: decay of the weights of linear layers.
+        layer_decay: the rate of each block is the rate of the block above times this (arXiv:2106.08254).
+        no_decay: names of more parameters that do not decay, with `*` for any text.
+
+    Returns:
+        Groups with the keys `params`, `lr` and `weight_decay`.
+
+    Raises:
+        TrunklineError: if every parameter is frozen, for a value out of its range, or if a name in `no_decay` fits no
+            parameter.
+    """
+    names = {p: name for name, p in network.named_parameters()}
+    unknown = [pattern for pattern in no_decay if not any(fnmatchcase(name, pattern) for name in names.values())]
+    if unknown:
+        raise TrunklineError(f"no_decay names {', '.join(unknown)}, but the network has no such parameter")
+    found = []
+    for group in parameter_groups(
+        network, OptimizerConfig(lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, schedule="constant")
+    ):
+        spared = [p for p in group["params"] if any(fnmatchcase(names[p], pattern) for pattern in no_decay)]
+        held = set(spared)
+        kept = [p for p in group["params"] if p not in held]
+        found += [{**group, "params": kept}] if kept else []
+        found += [{**group, "params": spared, "weight_decay": 0.0}] if spared else []
+    return found
 
 
 def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.Optimizer:

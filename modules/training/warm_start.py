@@ -129,7 +129,16 @@ class TrainedWeights:
 
 
 def freeze(network: Network, blocks: int) -> list[torch.nn.Module]:
-    """Freeze all but the output modules and the blocks from number `blocks` on; returns the frozen modules."""
+    """Freeze all but the output modules and the blocks from number `blocks` on.
+
+    Args:
+        network: the network; before an optimiser gets its parameters.
+        blocks: first blocks to freeze, with the embeddings; with the trunk's depth or more, also its final norm.
+
+    Returns:
+        The frozen modules. They are to stay in evaluation mode, because their dropout would only be noise: in a loop of
+        your own, call `eval()` on each after `network.train()`.
+    """
     learning = [*network.output_modules()]
     for trunk in (m for m in network.modules() if isinstance(m, Transformer)):
         if blocks < len(trunk.blocks):
