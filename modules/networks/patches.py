@@ -59,6 +59,34 @@ class PatchEmbed(nn.Module):
         return self.proj(tiles.reshape(batch, self.grid[0] * self.grid[1], -1))
 
 
+def resize_patches(weight: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """The weight of a patch embedding for patches of another size or images of other channels.
+
+    Another size follows FlexiViT (arXiv:2212.08013): a patch that is enlarged (bicubic, antialiased) gives the token
+    that it gave before. For one channel the weights of all channels are added up; for more, they are repeated and
+    scaled, so that an image whose channels are equal gives the token that it gave before.
+
+    Args:
+        weight: (D, channels * side * side).
+        old: (channels, side) of the weight.
+        new: (channels, side) wanted.
+
+    Returns:
+        (D, channels * side * side).
+    """
+    (channels, side), (new_channels, new_side) = old, new
+    kernel = weight.float().reshape(-1, channels, side**2)
+    if new_channels == 1:
+        kernel = kernel.sum(dim=1, keepdim=True)
+    elif new_channels != channels:
+        kernel = kernel[:, torch.arange(new_channels) % channels] * (channels / new_channels)
+    if new_side != side:
+        unit = torch.eye(side**2, device=weight.device).reshape(side**2, 1, side, side)
+        enlarged = F.interpolate(unit, size=(new_side, new_side), mode="bicubic", antialias=True).flatten(1)
+        kernel = kernel @ torch.linalg.pinv(enlarged).mT
+    return kernel.flatten(1).to(weight.dtype)
+
+
 def sincos_positions_2d(grid: tuple[int, int], dim: int, theta: float = 10_000.0) -> Tensor:
     """Positions (rows * columns, dim) of a grid, half of the width for x and half for y (arXiv:2205.01580).
 

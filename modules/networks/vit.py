@@ -15,7 +15,7 @@ from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.attention_pool import AttentionPool
 from trunkline.modules.networks.base import Network, trunk_for
 from trunkline.modules.networks.intermediates import Indices, patch_intermediates, states_of
-from trunkline.modules.networks.patches import PatchEmbed, resize_positions, sincos_positions_2d
+from trunkline.modules.networks.patches import PatchEmbed, resize_patches, resize_positions, sincos_positions_2d
 from trunkline.ranges import check_ranges
 
 
@@ -156,12 +156,19 @@ class ViT(Network):
         return [module for module in modules if module is not None]
 
     def adapt(self, source: "ViT") -> None:
-        """Interpolate the source's positions to this network's image size."""
-        source.resize(self.config.image_size)
+        """Fit the source's positions and patches to this network's images and patch size."""
+        source.resize(self.config.image_size, self.config.patch_size, self.config.in_chans)
 
     @torch.no_grad()
-    def resize(self, image_size: int | tuple[int, int]) -> None:
-        """Change the size of the images, in place; learned positions are interpolated.
+    def resize(
+        self, image_size: int | tuple[int, int], patch_size: int | None = None, in_chans: int | None = None
+    ) -> None:
+        """Change the images that the network takes, in place; learned positions are interpolated.
+
+        Args:
+            image_size: pixels: one side, or (height, width).
+            patch_size: side of a patch, as `resize_patches` changes it; None keeps it.
+            in_chans: channels of an image, likewise.
 
         Raises:
             TrunklineError: if the patch does not divide the new size.
@@ -169,9 +176,15 @@ class ViT(Network):
         old, old_embed = self.patch_embed.grid, self.patch_embed
         config = self.config
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.patch_embed = PatchEmbed((height, width), config.patch_size, config.in_chans, config.backbone.dim)
-        self.patch_embed.proj = old_embed.proj
-        self.config = replace(config, image_size=image_size)  # other networks may share the old one
+        side, channels = patch_size or config.patch_size, in_chans or config.in_chans
+        self.patch_embed = PatchEmbed((height, width), side, channels, config.backbone.dim)
+        self.patch_embed.proj = proj = old_embed.proj
+        if (channels, side) != (config.in_chans, config.patch_size):
+            weight = resize_patches(proj.weight, (config.in_chans, config.patch_size), (channels, side))
+            proj.weight = nn.Parameter(weight, requires_grad=proj.weight.requires_grad)
+            proj.in_features = weight.shape[1]
+        # Other networks may share the old configuration.
+        self.config = replace(config, image_size=image_size, patch_size=side, in_chans=channels)
         before = self.pos_embed
         if isinstance(before, nn.Parameter):
             positions = resize_positions(before, old, self.patch_embed.grid)
