@@ -11,6 +11,7 @@ import os
 import re
 import struct
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 SHA_DIGITS = 64
@@ -46,26 +47,38 @@ def seal(file: Path) -> None:
         stream.write(value)
 
 
-def seal_folder(folder: Path) -> None:
+def seal_folder(folder: Path, digests: Mapping[str, str] | None = None) -> None:
     """Write `MANIFEST` into a folder: the SHA-256 of each file in it, folders below included.
 
     Each file is flushed to the disk before the manifest is, so that a manifest never vouches for more than is there.
 
+    Args:
+        folder: the folder.
+        digests: file name -> what `flushed_digest` said, perhaps in another process. By default all files are read.
+
     Raises:
         OSError: if a file cannot be read or the manifest not be written.
     """
-    lines = []
-    for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()):
-        if name == MANIFEST:
-            continue
-        with (folder / name).open("rb") as stream:
-            os.fsync(stream.fileno())
-        lines.append(_digest(folder / name).decode() + f"  {name}\n")
+    if digests is None:
+        found = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+        digests = {path.relative_to(folder).as_posix(): flushed_digest(path) for path in found}
+    lines = [f"{value}  {name}\n" for name, value in sorted(digests.items())]
     text = ("".join(lines) + f"trunkline saved={time.time():017.6f} sha256=").encode()
     with (folder / MANIFEST).open("wb") as stream:
         stream.write(text + hashlib.sha256(text).hexdigest().encode())
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def flushed_digest(file: Path) -> str:
+    """Flush a file to the disk, and return its SHA-256 for `seal_folder`.
+
+    Raises:
+        OSError: if it cannot be flushed or read.
+    """
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return _digest(file).decode()
 
 
 def proves_itself(file: Path) -> bool | None:

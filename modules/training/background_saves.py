@@ -4,7 +4,7 @@ import copy
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,12 @@ class BackgroundCheckpointIO(SafeCheckpointIO):
             TrunklineError: if the save before could not be written.
         """
         self.wait()
-        content = snapshot(checkpoint)
+        self.start(super().save_checkpoint, snapshot(checkpoint), path, storage_options)
+
+    def start(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Write in the thread, after `wait`: for `ShardedStrategy`, whose checkpoints are folders."""
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
-        self._jobs = [self._thread.submit(super().save_checkpoint, content, path, storage_options)]
+        self._jobs = [self._thread.submit(write, *arguments)]
 
     def load_checkpoint(self, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> dict[str, Any]:
         self.wait()
@@ -68,6 +71,7 @@ class BackgroundCheckpointIO(SafeCheckpointIO):
 
         Raises:
             TrunklineError: if it could not be written.
+            RuntimeError: if another process that writes with this one has ended.
         """
         if self._thread is None:
             return
@@ -92,7 +96,7 @@ class BackgroundCheckpointIO(SafeCheckpointIO):
         handled = sys.exception()
         try:
             self.wait()
-        except TrunklineError as error:
+        except (TrunklineError, RuntimeError) as error:
             if handled is None:
                 raise
             warnings.warn(str(error), stacklevel=2)  # the error that ends the run comes first

@@ -76,6 +76,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
+        if path.is_dir():  # of sharded training
+            remove(path)
+            return
         super().remove_checkpoint(path)
         digest_file(path).unlink(missing_ok=True)
 

@@ -5,23 +5,25 @@ import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from trunkline import TrunklineError
 from trunkline.files import cannot_write, fsync
 from trunkline.parts import META_FILE, replace_leaves, rows_name
-from trunkline.seal import seal_folder
+from trunkline.seal import flushed_digest, seal_folder
 
 PREVIOUS = "-previous"
 """Between a checkpoint's name and its suffix: the older one of the name, while the new one takes its place."""
 
 
 class Processes(Protocol):
-    """What the writer needs of the processes that write together; a strategy of Lightning has it."""
+    """What the writer needs of the processes that write together."""
 
     @property
     def global_rank(self) -> int:
@@ -31,11 +33,32 @@ class Processes(Protocol):
     def world_size(self) -> int:
         """Number of processes."""
 
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """The first process's object, in all processes."""
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in all of them."""
 
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Whether all processes say yes."""
+
+class Writers:
+    """The processes of a training, with a process group of their own: a thread may wait in it while training goes on.
+
+    All processes must make it together.
+
+    Args:
+        timeout: how long one process may wait for another to reach the same point of a save; None is torch's default.
+    """
+
+    def __init__(self, timeout: timedelta | None) -> None:
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout)
+        self.global_rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in all of them.
+
+        Raises:
+            RuntimeError: if a process has ended, or is too late.
+        """
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value, self.group)
+        return found
 
 
 def own_span(rows: int, rank: int, processes: int) -> tuple[int, int]:
@@ -59,18 +82,15 @@ def split(checkpoint: dict[str, Any], rank: int, processes: int) -> tuple[dict[s
         local = leaf.to_local().detach()
         if not all(placement.is_shard(0) for placement in leaf.placements) or len(local) != last - first:
             raise TrunklineError(f"{place} is not sharded by rows, but {leaf.placements}; it cannot be saved")
-        # A copy: torch.save writes the whole storage of a view.
-        held[place] = (first, local.cpu().clone())
+        # A copy, which training does not change; also, torch.save would write the whole storage of a view.
+        held[place] = (first, local.to("cpu", copy=True))
         return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
 
     return replace_leaves(checkpoint, take), held
 
 
 def save_parts(checkpoint: dict[str, Any], path: Path, processes: Processes) -> None:
-    """Write a checkpoint into a temporary folder, each process its part, and rename it when all are done.
-
-    If the name is taken, the older checkpoint steps aside as `NAME-previous.ckpt`, which is found as well, until the
-    new one has taken its place.
+    """Write a checkpoint as `write_parts` does, before this returns.
 
     Args:
         checkpoint: with DTensors where tensors are sharded.
@@ -78,36 +98,58 @@ def save_parts(checkpoint: dict[str, Any], path: Path, processes: Processes) -> 
         processes: those that hold the shards; all of them call this.
 
     Raises:
-        TrunklineError: in all processes, if one cannot write. Nothing is left of the new checkpoint then.
+        TrunklineError: as `split` and `write_parts`.
     """
-    rank, first = processes.global_rank, processes.global_rank == 0
-    token = processes.broadcast(secrets.token_hex(4))
+    write_parts(*split(checkpoint, processes.global_rank, processes.world_size), path, processes)
+
+
+def write_parts(shared: dict[str, Any], held: dict[str, Any], path: Path, processes: Processes) -> None:
+    """Write what `split` made into a temporary folder, each process its part, and rename it when all are done.
+
+    Each process also makes the digest of its own files. If the name is taken, the older checkpoint steps aside as
+    `NAME-previous.ckpt`, which is found as well, until the new one has taken its place.
+
+    Args:
+        shared: all but the rows of sharded tensors; the first process's is written.
+        held: the rows of this process.
+        path: the folder to write.
+        processes: those that hold the shards; all of them call this.
+
+    Raises:
+        TrunklineError: in all processes, if one cannot write. Nothing is left of the new checkpoint then.
+        RuntimeError: if a process has ended meanwhile.
+    """
+    first = processes.global_rank == 0
+    token = processes.gather(secrets.token_hex(4))[0]
     temporary = path.with_name(f".{path.name}.{token}.tmp")
-    shared, held = split(checkpoint, rank, processes.world_size)
 
-    def write() -> None:
-        torch.save(held, temporary / rows_name(rank))
-        if first:
-            torch.save(shared, temporary / META_FILE)
+    def write() -> dict[str, str]:
+        contents = {rows_name(processes.global_rank): held, **({META_FILE: shared} if first else {})}
+        digests = {}
+        for name, content in contents.items():
+            torch.save(content, temporary / name)
+            digests[name] = flushed_digest(temporary / name)
+        return digests
 
-    steps: list[Callable[[], None]] = [
-        lambda: make_room(path, temporary) if first else None,
-        write,
-        lambda: put_in_place(temporary, path) if first else None,
-    ]
-    for step in steps:
-        error: OSError | RuntimeError | None = None
+    def together(step: Callable[[], Any]) -> list[Any]:
+        """What the step returns in each process; it ends in all before any goes on."""
+        result, error = None, None
         try:
-            step()
+            result = step()
         except (OSError, RuntimeError) as caught:  # torch.save reports a full disk as a RuntimeError
             error = caught
-        if processes.reduce_boolean_decision(error is None):
-            continue
+        answers = processes.gather((error is None, result))
+        if all(done for done, _ in answers):
+            return [found for _, found in answers]
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
         if error is not None:
             raise cannot_write(path, error, "run_dir", then=", then resume the run") from error
         raise TrunklineError(f"another process cannot write its part of {path}; see its message", "run_dir")
+
+    together(lambda: make_room(path, temporary) if first else None)
+    digests = {name: value for found in together(write) for name, value in found.items()}
+    together(lambda: put_in_place(temporary, path, digests) if first else None)
 
 
 def make_room(path: Path, temporary: Path) -> None:
@@ -120,9 +162,9 @@ def make_room(path: Path, temporary: Path) -> None:
     temporary.mkdir()
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Seal the temporary folder and give it the checkpoint's name."""
-    seal_folder(temporary)
+def put_in_place(temporary: Path, path: Path, digests: dict[str, str]) -> None:
+    """Seal the temporary folder with the digests of its files, and give it the checkpoint's name."""
+    seal_folder(temporary, digests)
     fsync(temporary)
     aside = previous_of(path)
     if path.exists():

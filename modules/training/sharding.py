@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor, Shard
 from trunkline import TrunklineError
 from trunkline.files import find_fault, load_checkpoint
 from trunkline.modules.backbone import Transformer
+from trunkline.modules.training.background_saves import BackgroundCheckpointIO, snapshot
 from trunkline.modules.training.exact_resume import averaged_modules
 from trunkline.modules.training.optim import OptimizerConfig
-from trunkline.modules.training.sharded_checkpoints import own_span, remove, save_parts
+from trunkline.modules.training.sharded_checkpoints import Writers, own_span, save_parts, split, write_parts
 from trunkline.parts import is_parts
 
 
@@ -99,6 +100,7 @@ class ShardedStrategy(DDPStrategy):
         self.wholes: list[WholeModule] = []
         """The sharded module, and those of callbacks that average its weights."""
         self.mesh: DeviceMesh | None = None
+        self.writers: Writers | None = None
 
     def setup(self, trainer: L.Trainer) -> None:
         """For a test after `fit`, keep the shards: DDP would broadcast whole weights."""
@@ -175,6 +177,7 @@ class ShardedStrategy(DDPStrategy):
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
+        self.checkpoint_io.teardown()  # waits for the last save
 
     # --- checkpoints
 
@@ -191,12 +194,22 @@ class ShardedStrategy(DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Write a folder in which each process writes its own rows.
+        """Write a folder, each process its own rows; with `BackgroundCheckpointIO`, while training goes on.
 
         Raises:
-            TrunklineError: in all processes, if one cannot write; an older checkpoint of the name stays as it was.
+            TrunklineError: in all processes, if one cannot write, or could not write the save before; an older
+                checkpoint of the name stays as it was.
         """
-        save_parts(checkpoint, Path(self.broadcast(os.fspath(filepath))), self)
+        path = Path(self.broadcast(os.fspath(filepath)))
+        if self.writers is None:
+            self.writers = Writers(self._timeout)
+        writer = self.checkpoint_io
+        if not isinstance(writer, BackgroundCheckpointIO):
+            save_parts(checkpoint, path, self.writers)
+            return
+        writer.wait()
+        shared, held = split(checkpoint, self.global_rank, self.world_size)
+        writer.start(write_parts, snapshot(shared), held, path, self.writers)
 
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
@@ -207,6 +220,8 @@ class ShardedStrategy(DDPStrategy):
             TrunklineError: if it is damaged, or holds more than plain data.
         """
         self.release_weights()
+        if isinstance(self.checkpoint_io, BackgroundCheckpointIO):
+            self.checkpoint_io.wait()
         path = Path(self.broadcast(os.fspath(checkpoint_path)))
         if not self.wholes:
             return super().load_checkpoint(path, weights_only=weights_only)
@@ -239,13 +254,6 @@ class ShardedStrategy(DDPStrategy):
         local = rows(*own_span(shape[0], self.global_rank, self.world_size)).to(self.root_device, copy=True)
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
-
-    def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
-        path = Path(filepath)
-        if not is_parts(path):
-            super().remove_checkpoint(path)
-        elif self.is_global_zero:
-            remove(path)
 
 
 def refuse_flattened(strategy: Strategy, config: OptimizerConfig) -> None:

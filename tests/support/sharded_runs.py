@@ -25,6 +25,7 @@ from trunkline.modules.objectives.contrastive_image_text import ContrastiveImage
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.objectives.seq2seq import Seq2Seq
 from trunkline.modules.training import optim
+from trunkline.modules.training.background_saves import BackgroundCheckpointIO, save_and_wait
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.modules.training.optim import OptimizerConfig
 from trunkline.modules.training.sharding import ShardedStrategy
@@ -160,7 +161,7 @@ def train(
         folder,
         devices=devices,
         strategy=ShardedStrategy() if strategy == "sharded" else strategy,
-        plugins=[SafeCheckpointIO()],
+        plugins=[BackgroundCheckpointIO() if strategy == "sharded" else SafeCheckpointIO()],
         max_epochs=1,
         val_check_interval=5,
         log_every_n_steps=5,
@@ -176,7 +177,7 @@ def train(
     rest = Rest(0 if resume is None else MIDDLE, len(data))
     loaders = [DataLoader(data, None, sampler=order) for order in (rest, range(2))]  # type: ignore[arg-type]
     fitted.fit(module, loaders[0], loaders[1] if images else None, ckpt_path=resume)
-    fitted.save_checkpoint(folder / "last.ckpt")
+    save_and_wait(fitted, folder / "last.ckpt")
     logged = {name: float(value) for name, value in fitted.callback_metrics.items()}
     return {"steps": fitted.global_step, "logged": logged}
 
