@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
             resume_collection()
             run_prepare(arguments)
         else:
-            function = load(FUNCTIONS[command])
+            function = load_function(FUNCTIONS[command])
             resume_collection()
             parameters = inspect.signature(function).parameters
             options = None if "data" in parameters else parameters  # data's flags are those of a config
@@ -203,7 +203,7 @@ def say_that_it_starts(command: str) -> None:
         print(f"trunkline {command}: starting", file=sys.stderr, flush=True)
 
 
-def load(function: Function) -> Callable[..., None]:
+def load_function(function: Function) -> Callable[..., None]:
     """Import the function of a command."""
     found: Callable[..., None] = getattr(import_module(f"trunkline.pipelines.{function.module}"), function.name)
     return found

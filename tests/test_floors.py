@@ -170,14 +170,14 @@ def test_importing_a_command_imports_no_objective() -> None:
     code = """
 import sys
 from importlib import import_module
-from trunkline.pipelines.cli import FUNCTIONS, load
+from trunkline.pipelines.cli import FUNCTIONS, load_function
 from trunkline.pipelines.objectives import KINDS
 
 before = {kind.objective.rpartition(".")[0] for kind in KINDS.values()}
 for name in sys.argv[1:]:
     import_module(name)
 for function in FUNCTIONS.values():
-    load(function)
+    load_function(function)
 print(*before & set(sys.modules), len(before))
 """
     assert "trunkline.pipelines.commands.generate" in COMMANDS

@@ -17,7 +17,7 @@ import yaml
 
 from trunkline import datamodules
 from trunkline.modules.training.optim import multiplies_bfloat16
-from trunkline.pipelines.cli import FUNCTIONS, LISTINGS, POSITIONAL, PREPARATION, TRAINING, load, main
+from trunkline.pipelines.cli import FUNCTIONS, LISTINGS, POSITIONAL, PREPARATION, TRAINING, load_function, main
 from trunkline.pipelines.objectives import import_class
 
 ROOT = Path(__file__).parents[1]
@@ -273,7 +273,7 @@ def test_other_commands_of_the_pages() -> None:
     for name, *options in found:
         if name in POSITIONAL and not options[0].startswith("-"):
             options.insert(0, POSITIONAL[name])
-        known = dict(inspect.signature(load(FUNCTIONS[name])).parameters)
+        known = dict(inspect.signature(load_function(FUNCTIONS[name])).parameters)
         completion = FUNCTIONS[name].completion
         if completion:
             options = import_class(f"trunkline.pipelines.{completion}")(options)

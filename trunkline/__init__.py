@@ -1,5 +1,9 @@
 """Trunkline: every modality through one transformer trunk."""
 
+from importlib import import_module
+from os import PathLike
+from typing import Any
+
 __version__ = "0.1.0"
 
 
@@ -15,3 +19,23 @@ class TrunklineError(ValueError):
     def __init__(self, message: str = "", field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
+
+
+def load(source: str | PathLike[str]) -> Any:
+    """Load any network, in evaluation mode; its class is found by itself.
+
+    What goes with it is attached: `tokenizer` (of the tokenizers library, which is imported when it is asked for) and
+    `transform` (picture -> tensor, as in the evaluation of its training); None where it is not known.
+
+    Args:
+        source: a checkpoint of `trunkline fit` or a run's folder; a folder that `save_pretrained` wrote; a folder or a
+            file of a model of transformers, timm or open_clip; or the name of a Hugging Face hub repository of these.
+
+    Returns:
+        a network of `trunkline.modules.networks`.
+
+    Raises:
+        TrunklineError: if there is no such file, it is damaged, or holds what no network of Trunkline's can be.
+    """
+    # By name, so that importing the package imports nothing, and the ground floor knows no other.
+    return import_module("trunkline.modules.networks.loading").load_network(source)

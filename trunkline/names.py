@@ -56,7 +56,7 @@ def hub_access() -> Iterator[None]:
     """
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or getproxies() or _is_known(urlsplit(constants.ENDPOINT).hostname):
+    if constants.HF_HUB_OFFLINE or hub_reachable():
         yield
         return
     settings = [constants, sys.modules.get("datasets.config")]
@@ -67,6 +67,15 @@ def hub_access() -> Iterator[None]:
     finally:
         for module in filter(None, settings):
             module.HF_HUB_OFFLINE = False  # type: ignore[attr-defined]
+
+
+def hub_reachable() -> bool:
+    """Whether the hub may be asked: it is not switched off, and its host can be found, or a proxy finds it."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    return bool(getproxies()) or _is_known(urlsplit(constants.ENDPOINT).hostname)
 
 
 def _is_known(host: str | None) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
 import torch
@@ -14,7 +15,11 @@ from torch import nn
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer, TransformerConfig, TransformerOutput
+from trunkline.modules.networks.companions import CARD_FILE, Companions
+from trunkline.modules.networks.hub import check_repository, upload
+from trunkline.modules.networks.image_transform import ImageTransform
 from trunkline.modules.networks.intermediates import Indices, states_of
+from trunkline.modules.networks.model_card import model_card
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -107,6 +112,18 @@ class Network(nn.Module):
 
     config_class: ClassVar[type]
     config: Any
+    companions: Companions | None = None
+    """What goes with the network; filled by everything that loads one, written by `save_pretrained`."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that goes with it, of the tokenizers library; None if none is known."""
+        return None if self.companions is None else self.companions.tokenizer
+
+    @property
+    def transform(self) -> ImageTransform | None:
+        """What makes a picture its input (C, H, W), as in the evaluation of its training; None if it is not known."""
+        return None if self.companions is None else self.companions.transform
 
     def output_modules(self) -> list[nn.Module]:
         """The parts after the trunk (pooling, heads): never frozen, and with the full rate in layer-wise decay."""
@@ -145,16 +162,46 @@ class Network(nn.Module):
         return states if intermediates_only else (out.x, states)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, which is created if missing."""
+        """Write the network and what goes with it into `folder`, which is created if missing.
+
+        Always `config.json`, `model.safetensors` and a model card README.md, unless there is one already, which may
+        have been edited; as far as they are known `tokenizer.json`, and `preprocessing.json` with how pictures and
+        sounds are prepared and the names of the classes.
+        """
         from safetensors.torch import save_model
 
         from trunkline.files import replacing  # here, so that importing a network stays light
 
+        folder = Path(folder)
         content = {"network": type(self).__name__, **dataclasses.asdict(self.config)}
+        texts = {CONFIG_FILE: json.dumps(content, indent=2) + "\n"}
+        texts |= {} if self.companions is None else self.companions.files()
+        texts |= {} if (folder / CARD_FILE).exists() else {CARD_FILE: model_card(self)}
         # A network that was read from this folder may still read from its old file, which must stay as it is.
-        with replacing(Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE) as (config_file, weights_file):
-            config_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with replacing(*(folder / name for name in texts), folder / WEIGHTS_FILE) as (*files, weights_file):
+            for file, text in zip(files, texts.values(), strict=True):
+                file.write_text(text, encoding="utf-8")
             save_model(self, str(weights_file))
+
+    def push_to_hub(self, repository: str, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub; needs `huggingface_hub`.
+
+        Args:
+            repository: `owner/name`, or a name of your own account; it is created if missing.
+            private: of a repository that is created: whether others cannot see it. None is the account's setting.
+            token: of the hub; None takes that of the environment (`HF_TOKEN`) or of `hf auth login`.
+
+        Returns:
+            the repository's address.
+
+        Raises:
+            TrunklineError: if the name is none of a repository, there is no token, or the hub cannot be reached or
+                refuses.
+        """
+        check_repository(repository)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repository, private, token)
 
     @classmethod
     def from_pretrained(
@@ -242,4 +289,5 @@ def network_of(network_class: type[NetworkT], content: Mapping[str, Any], path: 
         first = str(error).split("\n")[1:2] or [str(error)]
         raise TrunklineError(f"the weights in {path} do not fit its configuration: {first[0].strip()}") from error
     refuse_nan(network, path)
+    network.companions = Companions.of_checkpoint(content)
     return network

@@ -11,6 +11,8 @@ import torch
 from trunkline import TrunklineError
 from trunkline.modules import networks
 from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, refuse_nan
+from trunkline.modules.networks.companions import COMPANION_FILES, Companions
+from trunkline.modules.networks.convert.companion_files import PREPROCESSOR_FILE, companions_from_theirs
 from trunkline.modules.networks.convert.families import foreign_family
 from trunkline.modules.networks.convert.family import ForeignFamily
 from trunkline.modules.networks.convert.foreign_files import (
@@ -57,6 +59,18 @@ class Pretrained:
             return config_from_dict(self.network_class.config_class, self.content)
         return self.family.config_from(self.content, self.weights)
 
+    @property
+    def companions(self) -> Companions:
+        """What lies beside the network: tokenizer, how pictures are prepared, names of classes.
+
+        Raises:
+            TrunklineError: if a file of it is damaged.
+        """
+        folder = self.source if self.source.is_dir() else self.source.parent
+        if self.family is None:
+            return Companions.in_folder(folder)
+        return companions_from_theirs(folder, self.content, self.family.library)
+
     def network(self, dtype: torch.dtype | None = torch.float32) -> Any:
         """The network, in training mode.
 
@@ -73,6 +87,7 @@ class Pretrained:
             weights = self.family.weights_from(self.weights, self.config)
         assign_weights(network, weights, self.source, dtype)
         refuse_nan(network, self.source)
+        network.companions = self.companions
         return network
 
 
@@ -143,9 +158,9 @@ def pretrained_place(source: str | Path) -> Path:
         from huggingface_hub import snapshot_download
 
         with hub_access():
-            folder = Path(snapshot_download(str(source), allow_patterns=[*CONFIG_FILES, *SAFE]))
+            folder = Path(snapshot_download(str(source), allow_patterns=[*BESIDE, *SAFE]))
             if not any((folder / name).is_file() for name in SAFE):  # older repositories
-                folder = Path(snapshot_download(str(source), allow_patterns=[*CONFIG_FILES, *PICKLED]))
+                folder = Path(snapshot_download(str(source), allow_patterns=[*BESIDE, *PICKLED]))
             return folder
     except Exception as error:  # the hub's client raises many kinds, offline or for a bad name
         raise TrunklineError(f"'{source}' is no folder, and the hub gave no such repository: {error}") from error
@@ -153,3 +168,4 @@ def pretrained_place(source: str | Path) -> Path:
 
 SAFE = [name for name in (*WEIGHTS_FILES, *PART_FILES) if "safetensors" in name]
 PICKLED = [name for name in (*WEIGHTS_FILES, *PART_FILES) if "safetensors" not in name]
+BESIDE = [*CONFIG_FILES, *COMPANION_FILES, PREPROCESSOR_FILE]

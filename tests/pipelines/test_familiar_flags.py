@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from trunkline.pipelines.cli import FUNCTIONS, load, main
+from trunkline.pipelines.cli import FUNCTIONS, load_function, main
 from trunkline.pipelines.errors import flags
 from trunkline.pipelines.familiar_flags import FAMILIAR, familiar
 from trunkline.pipelines.parser import CommandParser, explain_option
@@ -69,7 +69,7 @@ def test_a_flag_of_another_network(known: set[str], monkeypatch: pytest.MonkeyPa
 
 def test_every_flag_that_is_named_exists(known: set[str]) -> None:
     """In `fit` or in another command; and no familiar name stands for two things."""
-    of_commands = {name for f in FUNCTIONS.values() for name in inspect.signature(load(f)).parameters}
+    of_commands = {name for f in FUNCTIONS.values() for name in inspect.signature(load_function(f)).parameters}
     assert {name for ours in FAMILIAR.values() for name in ours} - known - of_commands - {"ckpt_path"} == set()
     typed = [name for names in FAMILIAR for name in names.split()]
     assert len(typed) == len(set(typed)) > 150
@@ -87,7 +87,7 @@ def test_a_command_names_only_its_own_flags(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
 def test_null_takes_away_every_optional_value(command: str) -> None:
-    function = load(FUNCTIONS[command])
+    function = load_function(FUNCTIONS[command])
     optional = [name for name, hint in get_type_hints(function).items() if NoneType in get_args(hint)]
     assert optional
     parser = CommandParser()

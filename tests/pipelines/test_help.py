@@ -11,7 +11,7 @@ import yaml
 
 from trunkline import TrunklineError
 from trunkline.pipelines import cli
-from trunkline.pipelines.cli import FUNCTIONS, POSITIONAL, PREPARATION, TRAINING, load, main
+from trunkline.pipelines.cli import FUNCTIONS, POSITIONAL, PREPARATION, TRAINING, load_function, main
 from trunkline.pipelines.configs import config_names
 from trunkline.pipelines.help import EVALUATION_FLAGS, FLAGS, PREPARATION_FLAGS, class_of, function_page, options
 from trunkline.pipelines.recipes import NOT_RUN, Recipe, machines, recipes
@@ -42,7 +42,7 @@ def test_each_command_has_a_page_with_its_title(command: str, capsys: pytest.Cap
 @pytest.mark.parametrize("command", FUNCTIONS)
 def test_page_has_every_option_as_the_function_declares_it(command: str) -> None:
     """Read from source code: the same names and defaults as of the imported function, each with a sentence."""
-    declared = inspect.signature(function := load(FUNCTIONS[command])).parameters
+    declared = inspect.signature(function := load_function(FUNCTIONS[command])).parameters
     file = Path(inspect.getfile(function))
     found = {option.name: option for option in options(file, function.__name__)[1]}
     assert list(found) == list(declared)
@@ -58,7 +58,7 @@ def test_page_has_every_option_as_the_function_declares_it(command: str) -> None
 
 def test_choices_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     """Also those of a type that another file declares."""
-    declared = inspect.signature(load(FUNCTIONS["generate"])).parameters["dtype"].annotation
+    declared = inspect.signature(load_function(FUNCTIONS["generate"])).parameters["dtype"].annotation
     assert ", ".join(get_args(declared)) in page(["generate", "--help"], capsys)
     assert "--num_samples " in (text := page(["generate", "-h"], capsys))
     assert "(whole number; default: 1)" in text  # not `true`, to which 1 is equal

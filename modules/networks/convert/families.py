@@ -11,6 +11,8 @@ from torch import Tensor
 from trunkline import TrunklineError
 from trunkline.files import replacing
 from trunkline.modules.networks.base import Network
+from trunkline.modules.networks.companions import CARD_FILE
+from trunkline.modules.networks.convert.companion_files import companions_to_theirs
 from trunkline.modules.networks.convert.family import ForeignFamily, Library
 from trunkline.modules.networks.convert.open_clip_vit import OPEN_CLIP_VIT
 from trunkline.modules.networks.convert.timm_vit import TIMM
@@ -20,6 +22,7 @@ from trunkline.modules.networks.convert.transformers_gpt2 import GPT2
 from trunkline.modules.networks.convert.transformers_llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from trunkline.modules.networks.convert.transformers_t5 import T5
 from trunkline.modules.networks.convert.transformers_vit import DEIT, DINOV2, DINOV2_REGISTERS, TRANSFORMERS_VIT
+from trunkline.modules.networks.model_card import model_card
 from trunkline.modules.networks.weights import assign_weights, unfilled
 
 FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (
@@ -107,7 +110,7 @@ def to_foreign(network: Network, library: Library) -> tuple[ForeignFamily, dict[
 def save_foreign(
     network: Network, folder: str | Path, library: Library, ids: Mapping[str, int] | None = None
 ) -> ForeignFamily:
-    """Write a network as the two files from which another library loads it.
+    """Write a network, and what goes with it, as the files from which another library loads it.
 
     Args:
         network: the network.
@@ -121,7 +124,11 @@ def save_foreign(
     """
     from safetensors.torch import save_file
 
+    folder = Path(folder)
     family, content, weights = to_foreign(network, library)
+    texts: dict[str, str] = {}
+    if network.companions is not None:
+        content, texts = companions_to_theirs(content, network.companions, library)
     for part in (content, content.get("text_config")):
         if part is not None:
             part.update(ids or {})
@@ -131,8 +138,16 @@ def save_foreign(
                     f"{family.name} reads a text at its {unknown[0]}, which the network does not know; give it in ids, "
                     "or set end_token in the network's configuration"
                 )
-    config_file, weights_file = (Path(folder) / name for name in FILES[library])
-    with replacing(config_file, weights_file) as (new_config, new_weights):
-        new_config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    config_file, weights_file = FILES[library]
+    texts[config_file] = json.dumps(content, indent=2) + "\n"
+    if not (folder / CARD_FILE).exists():
+        names = {
+            "transformers": content.get("architectures", ["AutoModel"])[0],
+            "timm": content.get("architecture", ""),
+        }
+        texts[CARD_FILE] = model_card(network, library, names.get(library, ""))
+    with replacing(*(folder / name for name in texts), folder / weights_file) as (*files, new_weights):
+        for file, text in zip(files, texts.values(), strict=True):
+            file.write_text(text, encoding="utf-8")
         save_file({name: value.contiguous() for name, value in weights.items()}, new_weights, {"format": "pt"})
     return family

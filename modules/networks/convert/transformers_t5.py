@@ -138,6 +138,7 @@ def t5_config_to_transformers(config: EncoderDecoderConfig) -> dict[str, Any]:
     names = {ours: theirs for theirs, ours in ACTIVATIONS_OF_T5.items()}
     content = {
         "model_type": "t5",
+        "architectures": ["T5ForConditionalGeneration"],
         "vocab_size": config.vocab_size,
         "n_positions": max(config.max_length, config.max_target_length),
         "d_model": encoder.dim,

@@ -1,0 +1,145 @@
+"""What goes with a network so that others can use it: tokenizer, pictures, sounds, names of classes, a model card."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Self
+
+from trunkline import TrunklineError
+from trunkline.modules.networks.image_transform import ImageTransform
+
+TOKENIZER_FILE = "tokenizer.json"
+TARGET_TOKENIZER_FILE = "target_tokenizer.json"
+PREPROCESSING_FILE = "preprocessing.json"
+CARD_FILE = "README.md"
+COMPANION_FILES = (TOKENIZER_FILE, TARGET_TOKENIZER_FILE, PREPROCESSING_FILE)
+
+PLAIN = ("sounds", "class_names", "start_token")
+"""Fields of plain values."""
+
+
+@dataclass
+class Companions:
+    """What goes with a network, as far as it is known."""
+
+    tokenizer_json: str | Path | None = None
+    """Content of a tokenizer.json, or the file, which is read only when it is needed."""
+    target_tokenizer_json: str | Path | None = None
+    """Of the targets of a translation, if it is another."""
+    transform: ImageTransform | None = None
+    """Prepares pictures."""
+    sounds: dict[str, Any] | None = None
+    """How waveforms become log-mel features: the fields of `datamodules.audio.log_mel.LogMel`."""
+    class_names: list[str] | None = None
+    """Names of the outputs."""
+    start_token: str | None = None
+    """With which a decoder begins every text."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """About the training, for the model card: what -> value."""
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """As `tokenizers.Tokenizer`; None if there is none.
+
+        Raises:
+            TrunklineError: if the library is not installed, or cannot read the tokenizer.
+        """
+        return read_tokenizer(self.tokenizer_json)
+
+    @cached_property
+    def target_tokenizer(self) -> Any:
+        """The same of the targets; that of the sources if they share it."""
+        return self.tokenizer if self.target_tokenizer_json is None else read_tokenizer(self.target_tokenizer_json)
+
+    @classmethod
+    def of_checkpoint(cls, content: Mapping[str, Any]) -> Self:
+        """What a training checkpoint holds beside its network."""
+        states = [value for value in content.values() if isinstance(value, dict)]
+        name = str((content.get("classes") or {}).get("data", "")).rpartition(".")[2]
+        kinds = {"preprocessing", "tokenizer", "log_mel"}
+        usual: dict[str, Any] = next((state for state in states if kinds & state.keys()), {})
+        data = content.get(name) or usual
+        pictures, settings = data.get("preprocessing"), data.get("settings")
+        settings = settings if isinstance(settings, dict) else {}
+        return cls(
+            data.get("tokenizer"),
+            data.get("target_tokenizer"),
+            None if pictures is None else ImageTransform.of_preprocessing(pictures),
+            data.get("log_mel"),
+            data.get("class_names"),
+            settings.get("start_token"),
+            facts_of_training(content, name, data),
+        )
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Self:
+        """What `save_pretrained` wrote beside a network.
+
+        Raises:
+            TrunklineError: if a file is damaged.
+        """
+        words, target_words = (folder / name for name in (TOKENIZER_FILE, TARGET_TOKENIZER_FILE))
+        found = cls(words if words.is_file() else None, target_words if target_words.is_file() else None)
+        file = folder / PREPROCESSING_FILE
+        if not file.is_file():
+            return found
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            pictures = content.get("pictures")
+            found.transform = None if pictures is None else ImageTransform(**pictures)
+            for name in PLAIN:
+                setattr(found, name, content.get(name))
+            return found
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise TrunklineError(f"{file} does not say how inputs are prepared: {error}; copy it again") from error
+
+    def files(self) -> dict[str, str]:
+        """Name -> content of the files of `in_folder`, without those that would be empty."""
+        given = {TOKENIZER_FILE: self.tokenizer_json, TARGET_TOKENIZER_FILE: self.target_tokenizer_json}
+        found = {name: text_of(source) for name, source in given.items() if source is not None}
+        pictures = None if self.transform is None else asdict(self.transform)
+        rest = {"pictures": pictures} | {name: getattr(self, name) for name in PLAIN}
+        known = {name: value for name, value in rest.items() if value is not None}
+        return found | ({PREPROCESSING_FILE: json.dumps(known, indent=2) + "\n"} if known else {})
+
+
+def text_of(source: str | Path) -> str:
+    """Content of a tokenizer.json that is given as such or as a file."""
+    return source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+
+
+def read_tokenizer(source: str | Path | None) -> Any:
+    """A tokenizer of the tokenizers library; None for None.
+
+    Raises:
+        TrunklineError: if the library is not installed, or cannot read it.
+    """
+    if source is None:
+        return None
+    place = source if isinstance(source, Path) else "the checkpoint"
+    try:
+        library = import_module("tokenizers")  # by name: networks need only torch
+        return library.Tokenizer.from_str(text_of(source))
+    except ImportError as error:
+        raise TrunklineError("a network's tokenizer needs the library: pip install tokenizers") from error
+    except Exception as error:  # the library raises plain `Exception`
+        raise TrunklineError(f"the tokenizer in {place} is none of the tokenizers library: {error}") from error
+
+
+def facts_of_training(content: Mapping[str, Any], data_name: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says about its training, for the model card."""
+    objective = str((content.get("classes") or {}).get("objective") or content.get("objective") or "")
+    facts = {
+        "objective": objective.rpartition(".")[2],
+        "data": " ".join(filter(None, (data_name, str(data.get("source") or "")))),
+        "steps": content.get("global_step"),
+        "epochs": content.get("epoch"),
+    }
+    for state in (content.get("callbacks") or {}).values():
+        score = state.get("best_model_score") if isinstance(state, dict) else None
+        if score is not None and state.get("monitor") not in (None, "step"):
+            facts[f"best {state['monitor']}"] = f"{float(score):.4g}"
+    return {name: value for name, value in facts.items() if value not in (None, "")}

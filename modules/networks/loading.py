@@ -1,0 +1,47 @@
+"""`trunkline.load`: a network from whatever holds one."""
+
+from pathlib import Path
+from typing import Any
+
+from trunkline import TrunklineError
+from trunkline.files import check_parts, load_checkpoint
+from trunkline.modules import networks
+from trunkline.modules.networks.base import Network, nameless, network_of, stored_config
+from trunkline.modules.networks.convert.foreign_files import CONFIG_FILES
+from trunkline.modules.networks.pretrained import load_pretrained
+from trunkline.run_folders import find_checkpoint, is_checkpoint
+
+
+def load_network(source: str | Path) -> Any:
+    """The network in a checkpoint, a folder or a hub repository, in evaluation mode; see `trunkline.load`."""
+    path = Path(source)
+    if is_checkpoint(path) or (path.is_dir() and not any((path / name).is_file() for name in CONFIG_FILES)):
+        file = find_checkpoint(path)
+        content = load_checkpoint(file)
+        return network_of(class_in_checkpoint(content, file), content, file).eval()
+    return load_pretrained(source).eval()
+
+
+def class_in_checkpoint(content: dict[str, Any], file: Path) -> type[Network]:
+    """Class of the network in a training checkpoint.
+
+    Raises:
+        TrunklineError: if it names none, or one that is not Trunkline's own.
+    """
+    if stored_config(content) is None:
+        raise nameless(file)
+    check_parts(content, file, {"classes": dict} if "classes" in content else {})
+    path = str(content.get("classes", {}).get("network", ""))
+    if not path:
+        raise TrunklineError(
+            f"{file} is of an old version and does not name the class of its network; load it with from_checkpoint of "
+            "that class, such as ViT.from_checkpoint"
+        )
+    name = path.rpartition(".")[2]
+    kind = getattr(networks, name, None) if path.startswith("trunkline.") else None
+    if not (isinstance(kind, type) and issubclass(kind, Network)):
+        raise TrunklineError(
+            f"{file} holds a {path}, which is no network of Trunkline's; import the class and load it with "
+            f"{name}.from_checkpoint"
+        )
+    return kind

@@ -1,0 +1,199 @@
+"""`trunkline.load`: any network, with what goes with it, and nothing imported that is not needed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import transformers
+from handed_out import CLASSES, TEXTS, checkpoint_of
+from parity import randomise
+from PIL import Image
+
+import trunkline
+from trunkline import TrunklineError
+from trunkline.modules.networks.convert.companion_files import companions_from_theirs
+
+ROOT = Path(__file__).parents[1]
+
+
+def photo() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 57, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["vit", "gpt", "bert", "t5"])
+def test_checkpoint_run_and_folder(kind: str, tmp_path: Path) -> None:
+    """All of them give the same network with the same things."""
+    file = tmp_path / "runs/small/2026-01-01_00-00-00/checkpoints/last.ckpt"
+    want = checkpoint_of(kind, file).state_dict()
+    first = trunkline.load(file)
+    first.save_pretrained(tmp_path / "folder")
+    for network in (first, trunkline.load(str(tmp_path / "folder"))):
+        assert not network.training
+        assert network.state_dict().keys() == want.keys()
+        assert all(torch.equal(value, want[name]) for name, value in network.state_dict().items())
+        if kind == "vit":
+            assert network.tokenizer is None
+            assert network.companions.class_names == CLASSES
+            assert network.transform(photo()).shape == (3, 16, 16)
+        else:
+            assert network.transform is None
+            assert network.tokenizer.encode(TEXTS[0]).tokens == first.tokenizer.encode(TEXTS[0]).tokens
+            assert network.companions.target_tokenizer is network.tokenizer
+    assert network.companions.start_token == ("<|endoftext|>" if kind == "t5" else None)
+
+
+OTHERS = (
+    *("PIL", "datasets", "huggingface_hub", "lightning", "matplotlib", "open_clip", "pandas", "peft", "pyarrow"),
+    *("safetensors", "sklearn", "tensorboard", "timm", "tokenizers", "torchmetrics", "torchvision", "transformers"),
+    *("trunkline.datamodules", "trunkline.modules.objectives", "trunkline.pipelines", "yaml"),
+)
+LIGHT = """
+import sys
+import torch
+import trunkline
+assert not any(name.startswith("trunkline.") for name in sys.modules)
+network = trunkline.load(sys.argv[1])
+print(type(network).__name__, network.transform is None, *(name for name in sys.argv[2:] if name in sys.modules))
+print(network.tokenizer is None, "tokenizers" in sys.modules)
+"""
+
+
+def test_nothing_more_is_imported(tmp_path: Path) -> None:
+    """Torch, and safetensors for folders; the tokenizers library when the tokenizer is asked for."""
+    trunkline.load(checkpoint_file("vit", tmp_path)).save_pretrained(tmp_path / "vit")
+    trunkline.load(checkpoint_file("gpt", tmp_path)).save_pretrained(tmp_path / "gpt")
+    for source, words in {
+        "vit.ckpt": ["ViT False", "True False"],
+        "vit": ["ViT False safetensors", "True False"],
+        "gpt": ["GPT True safetensors", "False True"],
+    }.items():
+        command = [sys.executable, "-c", LIGHT, str(tmp_path / source), *OTHERS]
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        assert done.stdout.splitlines() == words
+
+
+def checkpoint_file(kind: str, folder: Path) -> Path:
+    checkpoint_of(kind, folder / f"{kind}.ckpt")
+    return folder / f"{kind}.ckpt"
+
+
+def test_a_network_of_ones_own(tmp_path: Path) -> None:
+    checkpoint_of("vit", tmp_path / "own.ckpt", network="mine.networks.Tree")
+    with pytest.raises(
+        TrunklineError, match=r"own\.ckpt holds a mine\.networks\.Tree, which is no .*; import the class"
+    ):
+        trunkline.load(tmp_path / "own.ckpt")
+    checkpoint_of("vit", tmp_path / "os.ckpt", network="trunkline.modules.networks.base.nn")
+    with pytest.raises(TrunklineError, match="which is no network of Trunkline's"):
+        trunkline.load(tmp_path / "os.ckpt")
+
+
+def test_an_old_checkpoint_says_how_to_load_it() -> None:
+    with pytest.raises(TrunklineError, match=r"of an old version .* such as ViT\.from_checkpoint"):
+        trunkline.load(ROOT / "tests/fixtures/checkpoints/ImageClassifier.ckpt")
+
+
+def test_what_holds_no_network(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TrunklineError, match="holds no checkpoint of a run"):
+        trunkline.load(tmp_path / "empty")
+    with pytest.raises(TrunklineError, match=r"'.*missing/folder' is no folder; fix the path"):
+        trunkline.load(str(tmp_path / "missing/folder"))
+    with pytest.raises(TrunklineError, match=r"missing\.ckpt"):
+        trunkline.load(tmp_path / "missing.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "bare.ckpt")
+    with pytest.raises(TrunklineError, match=r"bare\.ckpt is not a checkpoint of a Trunkline run"):
+        trunkline.load(tmp_path / "bare.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("preprocessing.json", "{", r"preprocessing\.json does not say how inputs are prepared"),
+        (
+            "preprocessing.json",
+            '{"pictures": {"size": 3}}',
+            r"preprocessing\.json does not say how inputs are prepared",
+        ),
+        ("preprocessing.json", "[]", r"preprocessing\.json does not say"),
+    ],
+)
+def test_damaged_companions(name: str, content: str, message: str, tmp_path: Path) -> None:
+    trunkline.load(checkpoint_file("vit", tmp_path)).save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit" / name).write_text(content)
+    with pytest.raises(TrunklineError, match=message):
+        trunkline.load(tmp_path / "vit")
+
+
+def test_a_damaged_tokenizer(tmp_path: Path) -> None:
+    trunkline.load(checkpoint_file("gpt", tmp_path)).save_pretrained(tmp_path / "gpt")
+    (tmp_path / "gpt/tokenizer.json").write_text("{}")
+    network = trunkline.load(tmp_path / "gpt")  # which needs no tokenizer
+    with pytest.raises(TrunklineError, match=r"tokenizer in .*tokenizer\.json is none of the tokenizers library"):
+        _ = network.tokenizer
+
+
+# --- foreign folders
+
+
+def vit_folder(folder: Path, processor: Any) -> Any:
+    """A classifier of transformers with an image processor."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    labels = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: n for n, name in enumerate(CLASSES)}}
+    config = transformers.ViTConfig(image_size=16, patch_size=8, **sizes, **labels)
+    randomise(transformers.ViTForImageClassification(config)).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return trunkline.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("processor", "options"),
+    [
+        ("ViTImageProcessorPil", {"size": {"height": 16, "width": 16}}),
+        (
+            "CLIPImageProcessorPil",
+            {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}, "image_mean": [0.1, 0.2, 0.3]},
+        ),
+    ],
+)
+def test_image_processors_of_transformers(processor: str, options: dict[str, Any], tmp_path: Path) -> None:
+    theirs = getattr(transformers, processor)(**options)
+    network = vit_folder(tmp_path, theirs)
+    want = theirs(photo(), return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(network.transform(photo()), want, rtol=1e-5, atol=1e-5)
+    assert network.companions.class_names == CLASSES
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+def test_preprocessing_of_open_clip(resize_mode: str, tmp_path: Path) -> None:
+    settings: Any = {"size": 16, "mean": [0.1, 0.2, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic"}
+    config = open_clip.transform.PreprocessCfg(**settings, resize_mode=resize_mode)
+    theirs = open_clip.transform.image_transform_v2(config, is_train=False)
+    content = {"preprocess_cfg": settings | {"resize_mode": resize_mode}}
+    transform = companions_from_theirs(tmp_path, content, "open_clip").transform
+    assert transform is not None
+    torch.testing.assert_close(transform(photo()), theirs(photo()), rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_with_borders_are_left_out(tmp_path: Path) -> None:
+    """Better no transform than a wrong one."""
+    content = {"preprocess_cfg": {"size": 16, "mean": [0.1] * 3, "std": [0.2] * 3, "resize_mode": "longest"}}
+    assert companions_from_theirs(tmp_path, content, "open_clip").transform is None
+    timm_content = {"pretrained_cfg": {"input_size": [3, 8, 8], "mean": [0] * 3, "std": [1] * 3, "crop_mode": "border"}}
+    assert companions_from_theirs(tmp_path, timm_content, "timm").transform is None
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"feature_size": 80}))  # of sounds
+    assert companions_from_theirs(tmp_path, {}, "transformers").transform is None
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(TrunklineError, match=r"preprocessor_config\.json does not say how inputs are prepared"):
+        companions_from_theirs(tmp_path, {}, "transformers")
+
+
+def test_settings_of_another_kind_are_named(tmp_path: Path) -> None:
+    with pytest.raises(TrunklineError, match=r"does not say how pictures are prepared: KeyError\('size'\)"):
+        companions_from_theirs(tmp_path, {"preprocess_cfg": {"mean": [0.1] * 3}}, "open_clip")
