@@ -17,7 +17,7 @@ PREPROCESSING_FILE = "preprocessing.json"
 CARD_FILE = "README.md"
 COMPANION_FILES = (TOKENIZER_FILE, TARGET_TOKENIZER_FILE, PREPROCESSING_FILE)
 
-PLAIN = ("sounds", "class_names", "start_token")
+PLAIN_FIELDS = ("sounds", "class_names", "start_token")
 """Fields of plain values."""
 
 
@@ -90,7 +90,7 @@ class Companions:
             content = json.loads(file.read_text(encoding="utf-8"))
             pictures = content.get("pictures")
             found.transform = None if pictures is None else ImageTransform(**pictures)
-            for name in PLAIN:
+            for name in PLAIN_FIELDS:
                 setattr(found, name, content.get(name))
             return found
         except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -99,14 +99,14 @@ class Companions:
     def files(self) -> dict[str, str]:
         """Name -> content of the files of `in_folder`, without those that would be empty."""
         given = {TOKENIZER_FILE: self.tokenizer_json, TARGET_TOKENIZER_FILE: self.target_tokenizer_json}
-        found = {name: text_of(source) for name, source in given.items() if source is not None}
+        found = {name: tokenizer_text(source) for name, source in given.items() if source is not None}
         pictures = None if self.transform is None else asdict(self.transform)
-        rest = {"pictures": pictures} | {name: getattr(self, name) for name in PLAIN}
+        rest = {"pictures": pictures} | {name: getattr(self, name) for name in PLAIN_FIELDS}
         known = {name: value for name, value in rest.items() if value is not None}
         return found | ({PREPROCESSING_FILE: json.dumps(known, indent=2) + "\n"} if known else {})
 
 
-def text_of(source: str | Path) -> str:
+def tokenizer_text(source: str | Path) -> str:
     """Content of a tokenizer.json that is given as such or as a file."""
     return source.read_text(encoding="utf-8") if isinstance(source, Path) else source
 
@@ -122,7 +122,7 @@ def read_tokenizer(source: str | Path | None) -> Any:
     place = source if isinstance(source, Path) else "the checkpoint"
     try:
         library = import_module("tokenizers")  # by name: networks need only torch
-        return library.Tokenizer.from_str(text_of(source))
+        return library.Tokenizer.from_str(tokenizer_text(source))
     except ImportError as error:
         raise TrunklineError("a network's tokenizer needs the library: pip install tokenizers") from error
     except Exception as error:  # the library raises plain `Exception`

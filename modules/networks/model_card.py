@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-TASKS = {
+HUB_TASKS = {
     "AST": "audio-classification",
     "BERT": "fill-mask",
     "CLIP": "zero-shot-image-classification",
@@ -41,7 +41,7 @@ def model_card(network: nn.Module, library: str = "trunkline", model: str = "", 
     companions: Any = network.companions
     facts: dict[str, Any] = {} if companions is None else companions.facts
     weights = sum(parameter.numel() for parameter in network.parameters())
-    task = task or TASKS.get(kind)
+    task = task or HUB_TASKS.get(kind)
     head = [f"library_name: {library.replace('_', '-')}", "tags:", "- trunkline", f"- {kind.lower()}"]
     head += [f"pipeline_tag: {task}"] if task else []
     lines = ["---", *head, "---", "", f"# {kind}", "", f"{weights:,} weights, trained with Trunkline.", ""]
@@ -49,7 +49,12 @@ def model_card(network: nn.Module, library: str = "trunkline", model: str = "", 
         names = companions.class_names
         facts = facts | {"classes": f"{len(names)}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"}
     if facts:
-        lines += ["| training | |", "|---|---|", *(f"| {name} | {cell(value)} |" for name, value in facts.items()), ""]
+        lines += [
+            "| training | |",
+            "|---|---|",
+            *(f"| {name} | {in_table(value)} |" for name, value in facts.items()),
+            "",
+        ]
     loading = LOADING[library].format(repo=NAME_HERE, model=model or kind)
     lines += ["## Use", "", "```python", loading, "```", ""]
     config = json.dumps(dataclasses.asdict(network.config), indent=2)  # type: ignore[call-overload]
@@ -58,6 +63,6 @@ def model_card(network: nn.Module, library: str = "trunkline", model: str = "", 
     return "\n".join(lines)
 
 
-def cell(value: object) -> str:
+def in_table(value: object) -> str:
     """A value in a table of Markdown."""
     return str(value).replace("|", "\\|").replace("\n", " ")

@@ -18,7 +18,7 @@ from trunkline.modules.networks.pretrained import load_pretrained
 from trunkline.pipelines.trained import Trained
 from trunkline.run_folders import find_checkpoint
 
-LIBRARIES: dict[str, Library] = {"hf": "transformers", "timm": "timm", "open_clip": "open_clip"}
+LIBRARY_NAMES: dict[str, Library] = {"hf": "transformers", "timm": "timm", "open_clip": "open_clip"}
 """What a user writes -> the library."""
 
 
@@ -41,7 +41,7 @@ def convert(
         push_to_hub: a repository of the Hugging Face hub, `owner/name`, to which the folder is uploaded; it is created
             if missing. The token is that of HF_TOKEN or of `hf auth login`.
     """
-    library = LIBRARIES.get(to)
+    library = LIBRARY_NAMES.get(to)
     source = find_checkpoint(checkpoint, "checkpoint")
     beside = source.with_suffix("") if library is None else source.with_name(f"{source.stem}-{to}")
     folder = beside if output is None else Path(output)
@@ -62,7 +62,7 @@ def convert(
             reader = f"{type(network).__name__}.from_pretrained loads it"
         else:
             family = save_foreign(network, folder, library)
-            compare(network, folder)
+            check_weights(network, folder)
             reader = f"{library} loads it as {family.name}"
     except OSError as error:
         raise cannot_write(folder, error, "output") from error
@@ -81,7 +81,7 @@ def facts_of_run(checkpoint: Path) -> dict[str, str]:
         return {}
 
 
-def compare(network: Network, folder: Path) -> None:
+def check_weights(network: Network, folder: Path) -> None:
     """Read a folder that was just written, and compare its weights bit for bit.
 
     Raises:

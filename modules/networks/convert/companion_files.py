@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trunkline import TrunklineError
-from trunkline.modules.networks.companions import TOKENIZER_FILE, Companions, text_of
+from trunkline.modules.networks.companions import TOKENIZER_FILE, Companions, tokenizer_text
 from trunkline.modules.networks.convert.family import Library
 from trunkline.modules.networks.image_transform import RESAMPLING, ImageTransform
 
@@ -153,7 +153,7 @@ def companions_to_theirs(
         return content | {"pretrained_cfg": settings | labels}, {}
     files = {}
     if companions.tokenizer_json is not None and companions.target_tokenizer_json is None:
-        words = text_of(companions.tokenizer_json)
+        words = tokenizer_text(companions.tokenizer_json)
         special = special_tokens(words)
         files = {TOKENIZER_FILE: with_frame(words, content), TOKENIZER_CONFIG_FILE: tokenizer_config(special, content)}
         if library == "transformers":

@@ -292,7 +292,11 @@ def test_bfloat16(name: str) -> None:
 def test_save_and_load_is_bit_identical(name: str, tmp_path: Path) -> None:
     network, inputs = build_with_inputs(name)
     network.save_pretrained(tmp_path / "new" / "folder")
-    assert {file.name for file in (tmp_path / "new" / "folder").iterdir()} == {"config.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "new" / "folder").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
     again = type(network).from_pretrained(tmp_path / "new" / "folder")
     assert again.config == network.config
     assert_same_weights(again, network)
