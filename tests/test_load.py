@@ -94,6 +94,18 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
         trunkline.load(tmp_path / "os.ckpt")
 
 
+def test_a_datamodule_of_ones_own_may_keep_other_things(tmp_path: Path) -> None:
+    content = torch.load(checkpoint_file("vit", tmp_path), weights_only=True)
+    content["ImageData"] = {"preprocessing": 3, "tokenizer": [1], "class_names": "none", "settings": 1, "log_mel": ""}
+    content["callbacks"] = [1]
+    torch.save(content, tmp_path / "other.ckpt")
+    companions = trunkline.load(tmp_path / "other.ckpt").companions
+    assert (companions.transform, companions.tokenizer_json, companions.class_names) == (None, None, None)
+    content["ImageData"] = 3
+    torch.save(content, tmp_path / "other.ckpt")
+    assert trunkline.load(tmp_path / "other.ckpt").transform is None
+
+
 def test_an_old_checkpoint_says_how_to_load_it() -> None:
     with pytest.raises(TrunklineError, match=r"of an old version .* such as ViT\.from_checkpoint"):
         trunkline.load(ROOT / "tests/fixtures/checkpoints/ImageClassifier.ckpt")

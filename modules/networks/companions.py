@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
+from torch import Tensor
+
 from trunkline import TrunklineError
 from trunkline.modules.networks.image_transform import ImageTransform
 
@@ -56,21 +58,27 @@ class Companions:
 
     @classmethod
     def of_checkpoint(cls, content: Mapping[str, Any]) -> Self:
-        """What a training checkpoint holds beside its network."""
-        states = [value for value in content.values() if isinstance(value, dict)]
-        name = str((content.get("classes") or {}).get("data", "")).rpartition(".")[2]
+        """What a training checkpoint holds beside its network.
+
+        A datamodule of somebody's own may keep other things under the same names; those are passed over.
+        """
+        classes = content.get("classes")
+        name = str(classes.get("data", "")).rpartition(".")[2] if isinstance(classes, dict) else ""
         kinds = {"preprocessing", "tokenizer", "log_mel"}
-        usual: dict[str, Any] = next((state for state in states if kinds & state.keys()), {})
-        data = content.get(name) or usual
-        pictures, settings = data.get("preprocessing"), data.get("settings")
-        settings = settings if isinstance(settings, dict) else {}
+        usual = (state for state in content.values() if isinstance(state, dict) and kinds & state.keys())
+        data = content.get(name) or next(usual, {})
+        if not isinstance(data, dict):
+            return cls()
+        words, target_words, class_names = (data.get(n) for n in ("tokenizer", "target_tokenizer", "class_names"))
+        settings, sounds = data.get("settings"), data.get("log_mel")
+        start = settings.get("start_token") if isinstance(settings, dict) else None
         return cls(
-            data.get("tokenizer"),
-            data.get("target_tokenizer"),
-            None if pictures is None else ImageTransform.of_preprocessing(pictures),
-            data.get("log_mel"),
-            data.get("class_names"),
-            settings.get("start_token"),
+            words if isinstance(words, str) else None,
+            target_words if isinstance(target_words, str) else None,
+            transform_in(data),
+            sounds if isinstance(sounds, dict) else None,
+            [str(each) for each in class_names] if isinstance(class_names, list) else None,
+            start if isinstance(start, str) else None,
             facts_of_training(content, name, data),
         )
 
@@ -106,6 +114,14 @@ class Companions:
         return found | ({PREPROCESSING_FILE: json.dumps(known, indent=2) + "\n"} if known else {})
 
 
+def transform_in(data: Mapping[str, Any]) -> ImageTransform | None:
+    """What a datamodule saved about its pictures, as a transform; None if it says nothing that is known here."""
+    try:
+        return ImageTransform.of_preprocessing(data["preprocessing"])
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
+        return None
+
+
 def tokenizer_text(source: str | Path) -> str:
     """Content of a tokenizer.json that is given as such or as a file."""
     return source.read_text(encoding="utf-8") if isinstance(source, Path) else source
@@ -131,15 +147,16 @@ def read_tokenizer(source: str | Path | None) -> Any:
 
 def facts_of_training(content: Mapping[str, Any], data_name: str, data: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint says about its training, for the model card."""
-    objective = str((content.get("classes") or {}).get("objective") or content.get("objective") or "")
+    classes, callbacks = content.get("classes"), content.get("callbacks")
+    named = classes.get("objective") if isinstance(classes, dict) else content.get("objective")
     facts = {
-        "objective": objective.rpartition(".")[2],
+        "objective": str(named or "").rpartition(".")[2],
         "data": " ".join(filter(None, (data_name, str(data.get("source") or "")))),
         "steps": content.get("global_step"),
         "epochs": content.get("epoch"),
     }
-    for state in (content.get("callbacks") or {}).values():
+    for state in callbacks.values() if isinstance(callbacks, dict) else ():
         score = state.get("best_model_score") if isinstance(state, dict) else None
-        if score is not None and state.get("monitor") not in (None, "step"):
+        if isinstance(score, float | Tensor) and state.get("monitor") not in (None, "step"):
             facts[f"best {state['monitor']}"] = f"{float(score):.4g}"
     return {name: value for name, value in facts.items() if value not in (None, "")}

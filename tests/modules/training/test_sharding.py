@@ -141,7 +141,7 @@ def test_convert(kind: str, network: type[Network], runs: Path, tmp_path: Path) 
     """One safetensors file of all shards: the network of DDP's checkpoint, averaged if that was kept."""
     checkpoint = runs / f"{kind}-sharded/last.ckpt"
     main(["convert", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")])
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     found = network.from_pretrained(tmp_path / "out").state_dict()
     assert_close(found, network.from_checkpoint(runs / f"{kind}-ddp/last.ckpt").state_dict(), 1e-5)
     assert_close(found, network.from_checkpoint(checkpoint).state_dict(), 0.0)
