@@ -12,7 +12,7 @@ from trunkline.modules.networks.clip import CLIP, CLIPConfig
 from trunkline.modules.networks.convert.family import ForeignFamily
 from trunkline.modules.networks.convert.key_tables import KeyTable, refuse_options
 from trunkline.modules.networks.convert.transformers_clip import OUR_CLIP, SCALES, refuse_another_clip
-from trunkline.modules.networks.convert.vit_tables import VitNames, image_size, one_side
+from trunkline.modules.networks.convert.vit_tables import VitNames, image_size, one_side, ratio_of
 from trunkline.modules.networks.gpt import GPTConfig
 from trunkline.modules.networks.vit import ViTConfig
 
@@ -216,9 +216,7 @@ def open_clip_config_from(config: Mapping[str, Any]) -> CLIPConfig:
 
 def open_clip_part(trunk: TransformerConfig) -> dict[str, Any]:
     """A tower's part of the configuration file."""
-    ratio = trunk.hidden_dim / trunk.dim
-    if int(trunk.dim * ratio) != trunk.hidden_dim:  # rounded down there
-        ratio = (trunk.hidden_dim + 0.5) / trunk.dim
+    ratio = ratio_of(trunk.hidden_dim, trunk.dim)
     part: dict[str, Any] = {"width": trunk.dim, "layers": trunk.depth, "mlp_ratio": ratio}
     if trunk.mlp == "gelu_tanh":
         part["act_kwargs"] = {"approximate": "tanh"}

@@ -15,7 +15,15 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks.convert.family import ForeignFamily
 from trunkline.modules.networks.convert.key_tables import KeyTable, refuse_difference
-from trunkline.modules.networks.convert.vit_tables import OUR_VIT, VitNames, image_size, one_side
+from trunkline.modules.networks.convert.vit_tables import (
+    OUR_VIT,
+    VitNames,
+    image_size,
+    one_side,
+    ratio_of,
+    tokens_before,
+    with_learned_positions,
+)
 from trunkline.modules.networks.vit import ViT, ViTConfig
 
 TIMM_VIT = "a Vision Transformer of timm"
@@ -67,6 +75,16 @@ OTHER_NETWORKS = re.compile(
     r"relpos|rope|dinov3|sapiens|lingbot|_pe_|_xp_|\dx\d|rpn|_r\d*_s|_r\d\d|resnet|mci|distilled|_d?pwee|_dwee|_dlittle|radio"
 )
 """Architectures with another attention, patch embedding or block, although their names look alike."""
+OF_SHAPES = """img_size patch_size in_chans num_classes embed_dim depth mlp_ratio qkv_bias qk_norm scale_attn_norm
+    scale_mlp_norm proj_bias class_token pos_embed no_embed_class reg_tokens pre_norm final_norm fc_norm"""
+"""Options of timm that the weights show."""
+OF_TRAINING = """drop_rate pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate weight_init fix_init
+    dynamic_img_size dynamic_img_pad"""
+"""Options of timm that change no result, for images of the network's own size."""
+OPTIONS = {*OF_SHAPES.split(), *OF_TRAINING.split()} | {
+    *("num_heads", "init_values", "global_pool", "act_layer", "drop_path_rate"),
+}
+"""All options that can be converted."""
 ARCHITECTURE = re.compile(r"(vit|deit3?)_([a-z0-9]+)_")
 
 
@@ -85,10 +103,15 @@ def timm_config_from(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -
     """
     name = str(config["architecture"]).partition(".")[0]
     options = dict(config.get("model_args") or {})
+    for option, value in options.items():
+        if option not in OPTIONS and value not in (None, False):
+            raise TrunklineError(
+                f"timm's {name} with {option}={value} cannot be converted: {OUR_VIT} has no such option"
+            )
     heads = heads_of(name, options)
     pool = options.get("global_pool", config.get("global_pool", default_pool(weights)))
     kinds = {"token": "cls", "avg": "mean", "map": "map"}
-    if pool not in kinds or options.get("pool_include_prefix"):
+    if pool not in kinds:
         raise TrunklineError(f"timm's {name} with global_pool={pool!r} cannot be converted: {OUR_VIT} cannot pool so")
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     first, second = (f"blocks.0.mlp.{layer}.weight" for layer in ("fc1", "fc2"))
@@ -112,6 +135,7 @@ def timm_config_from(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -
         qk_norm="blocks.0.attn.q_norm.weight" in shapes,
         qkv_bias=None if "blocks.0.attn.qkv.bias" in shapes else False,
         layer_scale=options.get("init_values", 1e-5) if "blocks.0.ls1.gamma" in shapes else None,
+        drop_path=options.get("drop_path_rate", 0.0),
     )
     return ViTConfig(
         image_size=image_size(size),
@@ -190,7 +214,6 @@ def timm_config_to(config: ViTConfig) -> dict[str, Any]:
         )
     if trunk.mlp in ("swiglu", "geglu", "relu2"):
         raise TrunklineError(f"{OUR_VIT} with mlp={trunk.mlp} cannot become {TIMM_VIT}")
-    tokens = (config.pool == "cls") + config.num_registers
     options = {
         "img_size": list(config.size),
         "patch_size": config.patch_size,
@@ -199,18 +222,19 @@ def timm_config_to(config: ViTConfig) -> dict[str, Any]:
         "embed_dim": trunk.dim,
         "depth": trunk.depth,
         "num_heads": trunk.num_heads,
-        "mlp_ratio": trunk.hidden_dim / trunk.dim,
+        "mlp_ratio": ratio_of(trunk.hidden_dim, trunk.dim),
         "qkv_bias": trunk.attention_bias,
         "qk_norm": trunk.qk_norm,
         "init_values": trunk.layer_scale,
         "class_token": config.pool == "cls",
-        "no_embed_class": tokens > 0 and config.prefix_positions == 0,
+        "no_embed_class": config.prefix_positions == 0 and tokens_before(config) > 0,
         "reg_tokens": config.num_registers,
         "pre_norm": config.embed_norm,
         "final_norm": trunk.final_norm or config.fc_norm,
         "fc_norm": config.fc_norm,
         "global_pool": pool,
         "act_layer": trunk.mlp,
+        "drop_path_rate": trunk.drop_path,
     }
     content = {
         "architecture": name,
@@ -228,7 +252,7 @@ def timm_config_to(config: ViTConfig) -> dict[str, Any]:
         pool=config.pool if config.pool != "cls_mean" else "cls",
         num_registers=config.num_registers,
         embed_norm=config.embed_norm,
-        prefix_positions=tokens if config.prefix_positions else 0,
+        prefix_positions=positions_before(config),
         patch_bias=not config.embed_norm,
         fc_norm=config.fc_norm,
         backbone=TransformerConfig(
@@ -244,8 +268,18 @@ def timm_config_to(config: ViTConfig) -> dict[str, Any]:
             layer_scale=trunk.layer_scale,
         ),
     )
-    refuse_difference(config, expressed, TIMM_VIT, OUR_VIT)
+    refuse_difference(with_learned_positions(config, positions_before(config)), expressed, TIMM_VIT, OUR_VIT)
     return content
+
+
+def positions_before(config: ViTConfig) -> int:
+    """Number of tokens before the patches that have a position in timm: all or none."""
+    return tokens_before(config) if config.prefix_positions else 0
+
+
+def timm_weights_to(weights: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
+    """Our state dict -> timm's; errors as in `VitNames.weights_to`."""
+    return TIMM_NAMES.weights_to(weights, config, prefix=positions_before(config))
 
 
 TIMM = ForeignFamily(
@@ -256,5 +290,5 @@ TIMM = ForeignFamily(
     config_from=timm_config_from,
     config_to=timm_config_to,
     weights_from=lambda weights, config: TIMM_NAMES.weights_from(dict(weights), config),
-    weights_to=TIMM_NAMES.weights_to,
+    weights_to=timm_weights_to,
 )

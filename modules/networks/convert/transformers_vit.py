@@ -9,7 +9,13 @@ from torch import Tensor
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks.convert.family import ForeignFamily, with_model_type
 from trunkline.modules.networks.convert.key_tables import KeyTable, refuse_difference, refuse_options
-from trunkline.modules.networks.convert.vit_tables import OUR_VIT, VitNames, image_size, one_side
+from trunkline.modules.networks.convert.vit_tables import (
+    OUR_VIT,
+    VitNames,
+    image_size,
+    one_side,
+    with_learned_positions,
+)
 from trunkline.modules.networks.vit import ViT, ViTConfig
 
 ACTIVATIONS_OF_VIT = {
@@ -67,6 +73,10 @@ class VitLike:
     """Our tokens -> theirs."""
     eps: float
     """The usual `layer_norm_eps`."""
+    patch_size: int = 16
+    """The usual one."""
+    prefix_positions: int = 1
+    """Number of tokens before the patches that have a position."""
 
     @property
     def is_dino(self) -> bool:
@@ -95,7 +105,8 @@ class VitLike:
     def weights_to(self, weights: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
         """Our state dict -> theirs; errors as in `VitNames.weights_to`."""
         names = self.names(not config.num_classes, config.backbone.mlp == "swiglu")
-        converted = names.weights_to(weights, config, {names.tokens.get("mask_token", ""): 2})
+        flat = {names.tokens.get("mask_token", ""): 2}
+        converted = names.weights_to(weights, config, flat, self.prefix_positions)
         return {name.replace(".gamma", ".lambda1"): value for name, value in converted.items()}
 
     def config_from(self, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ViTConfig:
@@ -108,24 +119,24 @@ class VitLike:
         refuse_options(config, {"hidden_act": ACTIVATIONS_OF_VIT, "pooler_act": ("tanh",)}, self.name, OUR_VIT)
         dim = config.get("hidden_size", 768)
         body = "classifier.weight" not in weights
-        hidden = config.get("intermediate_size", int(dim * config.get("mlp_ratio", 4)))
+        hidden = int(dim * config.get("mlp_ratio", 4)) if self.is_dino else config.get("intermediate_size", 3072)
         qkv_bias = config.get("qkv_bias", True)
         dino = self.is_dino
         return ViTConfig(
             image_size=image_size(config.get("image_size", 224)),
-            patch_size=one_side(config.get("patch_size", 16), "patch_size", self.name),
+            patch_size=one_side(config.get("patch_size", self.patch_size), "patch_size", self.name),
             in_chans=config.get("num_channels", 3),
             num_classes=0 if body else len(config.get("id2label", range(2))),  # files leave out what is usual
             pool="cls" if body or not dino else "cls_mean",
             num_registers=self.registers(config),
-            prefix_positions=2 if self.model_type == "deit" else 1,
-            pooler=any(name.endswith("pooler.dense.weight") for name in weights),
+            prefix_positions=self.prefix_positions,
+            pooler=body and not dino and "pooler.dense.weight" in weights,  # classifiers do not read one
             mask_token=any(name.endswith("embeddings.mask_token") for name in weights),
             backbone=TransformerConfig(
                 dim=dim,
                 depth=config.get("num_hidden_layers", 12),
                 num_heads=config.get("num_attention_heads", 12),
-                mlp_dim=(int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden,
+                mlp_dim=gated_width(hidden) if gated else hidden,
                 mlp="swiglu" if gated else ACTIVATIONS_OF_VIT[config.get("hidden_act", "gelu")],  # type: ignore[arg-type]
                 norm_eps=config.get("layer_norm_eps", self.eps),
                 qkv_bias=None if qkv_bias else False,
@@ -172,9 +183,9 @@ class VitLike:
             content["id2label"] = {str(number): label for number, label in enumerate(labels)}
             content["label2id"] = {label: number for number, label in enumerate(labels)}
         if self.is_dino:
-            hidden = next_ratio(trunk.hidden_dim, trunk.dim) if gated else trunk.hidden_dim / trunk.dim
-            content |= {"mlp_ratio": int(hidden) if hidden == int(hidden) else hidden, "use_swiglu_ffn": gated}
-            content |= {"layerscale_value": trunk.layer_scale, "drop_path_rate": trunk.drop_path}
+            content |= {"mlp_ratio": whole_ratio(trunk.hidden_dim, trunk.dim, gated), "use_swiglu_ffn": gated}
+            content |= {"drop_path_rate": trunk.drop_path}
+            content |= {} if trunk.layer_scale is None else {"layerscale_value": trunk.layer_scale}
             content |= {"use_mask_token": config.mask_token, "num_register_tokens": config.num_registers}
         else:
             content["intermediate_size"] = trunk.hidden_dim
@@ -182,7 +193,7 @@ class VitLike:
         present += ["embeddings.mask_token"] if config.mask_token else []
         present += ["pooler.dense.weight"] if config.pooler else []
         expressed = self.config_from(content, dict.fromkeys(present))  # type: ignore[arg-type]
-        refuse_difference(config, expressed, self.name, OUR_VIT)
+        refuse_difference(with_learned_positions(config, self.prefix_positions), expressed, self.name, OUR_VIT)
         return content
 
     def family(self) -> ForeignFamily:
@@ -199,9 +210,15 @@ class VitLike:
         )
 
 
-def next_ratio(hidden: int, dim: int) -> float:
-    """The `mlp_ratio` of a DINOv2 whose gated MLP has this hidden width: two thirds of it, rounded up to eights."""
-    return next((r for r in range(1, 9) if (int(dim * r * 2 / 3) + 7) // 8 * 8 == hidden), 1.5 * hidden / dim)
+def gated_width(hidden: int) -> int:
+    """Hidden width of a DINOv2's gated MLP: two thirds of the width without a gate, rounded up to eights."""
+    return (int(hidden * 2 / 3) + 7) // 8 * 8
+
+
+def whole_ratio(hidden: int, dim: int, gated: bool) -> int:
+    """The `mlp_ratio` of a DINOv2 with this hidden width, or a near one: transformers takes whole numbers alone."""
+    exact = [ratio for ratio in range(1, 33) if (gated_width(dim * ratio) if gated else dim * ratio) == hidden]
+    return exact[0] if exact else max(1, hidden // dim)
 
 
 CLASS_TOKEN = {"cls_token": "cls_token"}
@@ -223,6 +240,7 @@ VIT_LIKE = (
         blocks=OF_VIT,
         tokens={**CLASS_TOKEN, "reg_token": "distillation_token"},
         eps=1e-12,
+        prefix_positions=2,
     ),
     VitLike(
         name="a DINOv2",
@@ -232,6 +250,7 @@ VIT_LIKE = (
         blocks=OF_DINOV2,
         tokens={**CLASS_TOKEN, "mask_token": "mask_token"},
         eps=1e-6,
+        patch_size=14,
     ),
     VitLike(
         name="a DINOv2 with registers",

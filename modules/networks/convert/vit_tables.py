@@ -1,6 +1,8 @@
 """What the image networks of other libraries have in common: patches as a convolution, one table of positions."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.modules.networks.convert.key_tables import KeyTable, from_theirs, to_theirs
+from trunkline.modules.networks.patches import sincos_positions_2d
 from trunkline.modules.networks.vit import ViTConfig
 
 OUR_VIT = "a ViT"
@@ -55,7 +58,11 @@ class VitNames(NamedTuple):
         return converted
 
     def weights_to(
-        self, weights: Mapping[str, Tensor], config: ViTConfig, shapes: Mapping[str, int] | None = None
+        self,
+        weights: Mapping[str, Tensor],
+        config: ViTConfig,
+        shapes: Mapping[str, int] | None = None,
+        prefix: int = 0,
     ) -> dict[str, Tensor]:
         """Our state dict -> theirs.
 
@@ -63,6 +70,8 @@ class VitNames(NamedTuple):
             weights: our state dict.
             config: our configuration.
             shapes: number of dimensions of single tensors, by their name, where it is not 3.
+            prefix: number of the tokens before the patches, from the first, that have a position there. Where ours have
+                none, it is zero; computed positions of patches are written as learned ones.
 
         Raises:
             TrunklineError: for a weight that theirs does not have.
@@ -78,13 +87,40 @@ class VitNames(NamedTuple):
                 value = weights[ours]
                 wanted = (shapes or {}).get(theirs, value.ndim)
                 converted[theirs] = value.reshape(value.shape[value.ndim - wanted :]).clone()
-        if config.positions == "learned":
-            kept = [f"{self.place}{name}" for name in ("prefix_pos", "pos_embed")]
-            parts = [weights[name] for name in kept if name in weights]
-            positions = torch.cat(parts, dim=1)
+        if config.positions != "none":
+            dim, grid = config.backbone.dim, [pixels // side for pixels in config.size]
+            of_patches = weights.get(f"{self.place}pos_embed")
+            if of_patches is None:
+                of_patches = sincos_positions_2d((grid[0], grid[1]), dim)[None].to(converted[projection])
+            of_tokens = [weights[name] for name in (f"{self.place}prefix_pos",) if name in weights]
+            zeros = of_patches.new_zeros(1, max(0, prefix - config.prefix_positions), dim)
+            positions = torch.cat((*of_tokens, zeros, of_patches), dim=1)
             wanted = (shapes or {}).get(self.positions, 3)
             converted[self.positions] = positions.reshape(positions.shape[3 - wanted :]).clone()
         return converted
+
+
+def with_learned_positions(config: ViTConfig, prefix: int) -> ViTConfig:
+    """What `VitNames.weights_to` writes: a `ViT` with the same results whose positions are learned ones.
+
+    Args:
+        config: of the network.
+        prefix: number of the tokens before the patches that have a position there.
+    """
+    kind = "learned" if config.positions == "sincos2d" else config.positions
+    wanted = max(config.prefix_positions, min(prefix, tokens_before(config)))
+    return replace(config, positions=kind, prefix_positions=wanted)
+
+
+def tokens_before(config: ViTConfig) -> int:
+    """Number of tokens before the patches: class token and registers."""
+    return ("cls" in config.pool) + config.num_registers
+
+
+def ratio_of(hidden: int, dim: int) -> float:
+    """The `mlp_ratio` of which other libraries make this hidden width: they round its product with `dim` down."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def one_side(value: Any, what: str, family: str) -> int:

@@ -24,6 +24,7 @@ CHOICES: dict[str, list[Any]] = {
     "cross_attention": [False, True],
     "bias": [True, False],
     "final_norm": [True, False],
+    "layer_scale": [None, 0.5],
 }
 
 

@@ -86,6 +86,13 @@ NETWORKS: dict[str, tuple[type[Network], Any, list[int], list[int]]] = {  # clas
     "vit-rotary": (ViT, vit({"rope_theta": 100.0}, positions="none"), [2, 3, 16, 16], [2, 6]),
     "vit-grey-wide": (ViT, vit(in_chans=1, image_size=(8, 20)), [2, 1, 8, 20], [2, 6]),
     "vit-5-channels": (ViT, vit(in_chans=5, positions="sincos2d", image_size=(20, 8)), [2, 5, 20, 8], [2, 6]),
+    "vit-dinov2": (
+        ViT,
+        vit({"layer_scale": 0.5}, pool="cls_mean", num_registers=2, prefix_positions=1, fc_norm=True),
+        [2, 3, 16, 16],
+        [2, 6],
+    ),
+    "vit-pooler": (ViT, vit(num_classes=0, pooler=True, prefix_positions=1), [2, 3, 16, 16], [2, 32]),
     "vit-features": (ViT, vit(num_classes=0), [2, 3, 16, 16], [2, 32]),
     "vit-modern": (
         ViT,

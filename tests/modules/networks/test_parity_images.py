@@ -1,5 +1,6 @@
 """ViT, DeiT and DINOv2 of transformers become a ViT and go back, bit for bit."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from parity import assert_near, randomise
+from safetensors.torch import load_file, save_file
 from test_pretrained import edit
 from torch import Tensor
 from travels import arrive, go_back, gradients
@@ -16,6 +18,7 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import ViT, ViTConfig
 from trunkline.modules.networks.convert.families import save_foreign
+from trunkline.modules.networks.convert.transformers_vit import DEIT, DINOV2, DINOV2_REGISTERS, TRANSFORMERS_VIT
 
 SIZES = {
     **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 24, "patch_size": 8},
@@ -109,10 +112,70 @@ def test_two_classifiers_are_refused(tmp_path: Path) -> None:
         ViT.from_pretrained(tmp_path)
 
 
-def test_a_network_that_no_other_can_be(tmp_path: Path) -> None:
-    trunk = TransformerConfig(dim=32, depth=1, num_heads=4)
-    with pytest.raises(TrunklineError, match=r"pool=mean cannot become a ViT of transformers"):
-        save_foreign(ViT(ViTConfig(24, 8, pool="mean", backbone=trunk)), tmp_path, "transformers")
+def test_a_classifier_does_not_read_a_pooler(tmp_path: Path) -> None:
+    """They leave it unread in transformers too; a head behind it would give other results without a word."""
+    make_peer("vit").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    pooler = {"vit.pooler.dense.weight": torch.eye(32), "vit.pooler.dense.bias": torch.zeros(32)}
+    save_file(load_file(file) | pooler, file)
+    with pytest.raises(TrunklineError, match=r"'pooler\.weight' has no place in it"):
+        ViT.from_pretrained(tmp_path)
+
+
+TRUNK = TransformerConfig(dim=32, depth=1, num_heads=4)
+SCALED = TransformerConfig(dim=32, depth=1, num_heads=4, layer_scale=0.1)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (ViTConfig(24, 8, pool="mean", backbone=TRUNK), "pool=mean cannot become a ViT of transformers"),
+        (ViTConfig(24, 8, pooler=True, backbone=TRUNK), "pooler=True cannot become a ViT of transformers"),
+        (ViTConfig(24, 8, num_classes=0, pooler=True, backbone=SCALED), "pooler=True cannot become a DINOv2"),
+        (ViTConfig(24, 8, pool="cls_mean", backbone=TRUNK), "layer_scale=None cannot become a DINOv2"),
+        (
+            ViTConfig(24, 8, pool="cls_mean", backbone=replace(SCALED, mlp_dim=40)),
+            "mlp_dim=40 cannot become a DINOv2, which has backbone.mlp_dim=32",
+        ),
+        (ViTConfig(24, 8, positions="none", backbone=TRUNK), "positions=none cannot become a ViT of transformers"),
+    ],
+    ids=["pool", "pooler", "pooler-of-dinov2", "no-layer-scale", "part-of-a-ratio", "no-positions"],
+)
+def test_a_network_that_no_other_can_be(network: ViTConfig, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TrunklineError, match=message):
+        save_foreign(ViT(network), tmp_path, "transformers")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ViTConfig(24, 8, num_classes=5, backbone=TRUNK),
+        ViTConfig((16, 32), 8, num_classes=5, positions="sincos2d", num_registers=1, backbone=TRUNK),
+        ViTConfig(24, 8, num_classes=5, pool="cls_mean", num_registers=2, backbone=SCALED),
+    ],
+    ids=["vit", "deit", "dinov2"],
+)
+def test_ours_with_other_positions(config: ViTConfig, tmp_path: Path) -> None:
+    """Positions that are computed, or that tokens lack, are written as learned ones with the same results."""
+    vit = randomise(ViT(config).eval(), 0.1)
+    save_foreign(vit, tmp_path, "transformers")
+    peer = hf.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    image = torch.randn(2, 3, *config.size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = vit(image)
+        assert want.std() > 0.1
+        assert_near(peer(image).logits, want)
+        assert_near(ViT.from_pretrained(tmp_path).eval()(image), want)
+
+
+def test_usual_values_that_a_file_leaves_out() -> None:
+    """The same as those of transformers."""
+    for config_class, family in ((hf.ViTConfig, TRANSFORMERS_VIT), (hf.DeiTConfig, DEIT), (hf.Dinov2Config, DINOV2)):
+        usual = {"id2label": {0: "a"}}
+        assert family.config_from(usual, {}) == family.config_from(config_class().to_dict() | usual, {})
+    registers = {"hidden_size": 32, "num_attention_heads": 4}
+    full = hf.Dinov2WithRegistersConfig(**registers).to_dict()
+    assert DINOV2_REGISTERS.config_from(registers, {}) == DINOV2_REGISTERS.config_from(full, {})
 
 
 def test_too_many_positions_before_the_patches() -> None:

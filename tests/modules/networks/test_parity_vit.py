@@ -19,7 +19,8 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import ViT, ViTConfig
 from trunkline.modules.networks.convert.families import save_foreign
-from trunkline.modules.networks.convert.timm_vit import HEADS_OF_TIMM, timm_config_from
+from trunkline.modules.networks.convert.timm_vit import HEADS_OF_TIMM, TIMM_NAMES, timm_config_from
+from trunkline.modules.networks.weights import unfilled
 
 TINY = {"depth": 2, "embed_dim": 48, "img_size": 32, "patch_size": 8, "num_classes": 5, "num_heads": 4}
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {  # timm's architecture, and options
@@ -31,6 +32,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {  # timm's architecture, and opt
     "deit3": ("deit3_small_patch16_224", {"reg_tokens": 2}),
     "mean": ("vit_medium_patch16_reg4_gap_256", {}),
     "mean-before": ("vit_medium_patch16_gap_256", {}),
+    "narrow": ("vit_tiny_patch16_224", {"embed_dim": 88, "mlp_ratio": 1.3637}),  # 120 / 88 * 88 is less than 120
     "map": ("vit_base_patch32_siglip_256", {}),
     "clip": ("vit_base_patch16_clip_quickgelu_224", {}),
     "dinov2": ("vit_giant_patch14_reg4_dinov2", {"mlp_ratio": 2}),
@@ -92,6 +94,33 @@ def test_a_checkpoint_of_ours_in_an_architecture_of_theirs(tmp_path: Path) -> No
         assert_near(vit(image), peer(image))
 
 
+TRUNK = TransformerConfig(48, 2, 4, drop_path=0.1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ViTConfig(32, 8, num_classes=5, backbone=TRUNK),
+        ViTConfig((32, 80), 8, num_classes=5, pool="mean", positions="sincos2d", backbone=TRUNK),
+        ViTConfig(32, 8, num_classes=5, num_registers=2, prefix_positions=1, backbone=TRUNK),
+    ],
+    ids=["no-positions-before", "computed-positions", "some-positions-before"],
+)
+def test_ours_with_other_positions(config: ViTConfig, tmp_path: Path) -> None:
+    """Positions that are computed, or that tokens lack, are written as learned ones with the same results."""
+    vit = randomise(ViT(config).eval(), 0.1)
+    save_foreign(vit, tmp_path, "timm")
+    peer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    image = images({"img_size": config.size})
+    with torch.no_grad():
+        want = vit(image)
+        assert want.std() > 0.1
+        assert_near(peer(image), want)
+        assert_near(ViT.from_pretrained(tmp_path).eval()(image), want)
+    assert peer.blocks[1].drop_path1.drop_prob == pytest.approx(0.1)
+    assert ViT.from_pretrained(tmp_path).config.backbone.drop_path == 0.1
+
+
 @pytest.mark.parametrize("name", ["cls", "deit3", "mean", "map"])
 def test_gradients(name: str, tmp_path: Path) -> None:
     peer, options = make_peer(name)
@@ -122,10 +151,16 @@ def expressed(name: str, network: VisionTransformer) -> str:
         config = timm_config_from({"architecture": name}, network.state_dict())
     except TrunklineError as error:
         return f"refused: {error}"
+    weights = TIMM_NAMES.weights_from(network.state_dict(), config)
+    own = unfilled(ViT, config).state_dict()
     block: Any = network.blocks[0]
     norm = next((m for m in network.modules() if isinstance(m, nn.LayerNorm)), None)
     kinds = {"gelu": "GELU", "gelu_tanh": "GELUTanh", "quick_gelu": "QuickGELU", "swiglu": "SiLU"}
     wrong = {
+        "weights": {key: value.shape for key, value in weights.items()}
+        != {key: value.shape for key, value in own.items()},
+        "gate": getattr(block.mlp, "gate_last", False),
+        "prefix in the pool": network.pool_include_prefix,
         "heads": config.backbone.num_heads != block.attn.num_heads,
         "activation": kinds[config.backbone.mlp] != type(block.mlp.act).__name__,
         "eps": norm is None or config.backbone.norm_eps != norm.eps,
@@ -174,6 +209,14 @@ def test_architectures_are_expressed(name: str) -> None:
         (
             {"architecture": "vit_tiny_patch16_224", "model_args": {"act_layer": "mish"}},
             "act_layer=mish cannot be converted",
+        ),
+        (
+            {"architecture": "vit_tiny_patch16_224", "model_args": {"norm_layer": "rmsnorm"}},
+            "vit_tiny_patch16_224 with norm_layer=rmsnorm cannot be converted",
+        ),
+        (
+            {"architecture": "vit_tiny_patch16_224", "model_args": {"pool_include_prefix": True}},
+            "pool_include_prefix=True cannot be converted",
         ),
         ({"architecture": "resnet50"}, r"a kind that cannot be converted \(resnet50\)"),
     ],

@@ -77,7 +77,7 @@ POOL_WEIGHTS = {f"attn_pool.{part}.weight" for part in ("attn.q", "attn.kv", "at
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_only_linear_weights_decay(name: Any) -> None:
-    network = vit(pool="map", num_registers=2)
+    network = vit(pool="map", num_registers=2, prefix_positions=2, fc_norm=True, trunk={"layer_scale": 0.1})
     groups = by_name(network, OptimizerConfig(name, weight_decay=0.3))
     decaying = {key for key, group in groups.items() if group["weight_decay"]}
     assert decaying == BLOCK_WEIGHTS | POOL_WEIGHTS | {"patch_embed.proj.weight", "head.weight"}
