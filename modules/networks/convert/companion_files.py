@@ -253,6 +253,14 @@ def tokenizer_config(special: Mapping[str, str], content: Mapping[str, Any]) -> 
     return json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special, **limit, **inputs}, indent=2) + "\n"
 
 
+def end_of_text(companions: Companions | None) -> int | None:
+    """Id of the token with which the tokenizer ends a text; None if that is not known."""
+    if companions is None or companions.tokenizer_json is None:
+        return None
+    words = tokenizer_text(companions.tokenizer_json)
+    return vocabulary(words).get(special_tokens(words).get("eos_token", ""))
+
+
 def token_ids(
     special: Mapping[str, str], tokenizer: str, content: Mapping[str, Any], start: str | None = None
 ) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from trunkline import TrunklineError
 from trunkline.files import replacing
 from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.companions import CARD_FILE
-from trunkline.modules.networks.convert.companion_files import companions_to_theirs
+from trunkline.modules.networks.convert.companion_files import companions_to_theirs, end_of_text
 from trunkline.modules.networks.convert.family import ForeignFamily, Library
 from trunkline.modules.networks.convert.open_clip_vit import OPEN_CLIP_VIT
 from trunkline.modules.networks.convert.timm_vit import TIMM
@@ -97,10 +98,14 @@ def to_foreign(network: Network, library: Library) -> tuple[ForeignFamily, dict[
     """
     candidates = [f for f in FOREIGN_FAMILIES if f.library == library and isinstance(network, f.network)]
     reasons = []
+    config = network.config
+    if library == "open_clip" and getattr(config, "end_token", 0) is None:
+        # Ours may read the last token of the mask; theirs looks for that token.
+        config = replace(config, end_token=end_of_text(network.companions))
     for family in candidates:
         try:
-            content = family.config_to(network.config)
-            return family, content, family.weights_to(network.state_dict(), network.config)
+            content = family.config_to(config)
+            return family, content, family.weights_to(network.state_dict(), config)
         except TrunklineError as error:
             reasons.append(str(error))
     kind = type(network).__name__
