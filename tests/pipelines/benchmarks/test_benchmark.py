@@ -176,6 +176,7 @@ def test_all_is_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     monkeypatch.setattr(module, "dtw_errors", lambda: {"spoken_digits:voices": 0.125})
     started = {"command": "fit", "first": 1.0, "whole": 2.0, "end": 0.5, "ratio": 1.5}
     monkeypatch.setattr(module, "start_times", lambda rounds: [started])
+    monkeypatch.setattr(module, "loading_times", lambda rounds: [])
     benchmark(rounds=3, batch_size=7, output=str(tmp_path / "figures.json"))
     rows = json.loads((tmp_path / "figures.json").read_text())
     assert {row["case"]: row["given"] for row in rows} == {name: [3, 7] for name in cases}
