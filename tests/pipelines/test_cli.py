@@ -144,7 +144,7 @@ BAD_INPUT = [
     ([*DIGITS, "--trainer.max_epochs", "two"], "--trainer.max_epochs must be int or null, not 'two'"),
     (
         [*DIGITS, "--model.network.pool", "max"],
-        r"--model.network.pool must be Literal\['cls', 'mean', 'map'\], not 'max'",
+        r"--model.network.pool must be Literal\['cls', 'mean', 'map', 'cls_mean'\], not 'max'",
     ),
     (
         [*DIGITS, "--model", "ImageClasifier"],
