@@ -43,12 +43,27 @@ class ForeignWeights(Mapping[str, Tensor]):
         self.files = files
         self._place: dict[str, Any] = {}
         """Name -> its place in a safetensors file, or the tensor itself."""
+        self._scratch = torch.empty(0, dtype=torch.uint8)
         for file in files:
             self._place |= _places_in(file) if file.suffix == ".safetensors" else _read_torch(file)
 
     def __getitem__(self, name: str) -> Tensor:
         place = self._place[name]
         return place if isinstance(place, Tensor) else place.read()
+
+    def transposed(self, name: str) -> Tensor:
+        """The transpose of a weight, contiguous.
+
+        The file is read into memory that is used again for the next weight: new memory would take longer than reading.
+        """
+        place = self._place[name]
+        if isinstance(place, Tensor):
+            return place.T
+        if len(self._scratch) < place.length:
+            self._scratch = torch.empty(place.length, dtype=torch.uint8)
+        matrix = self._scratch[: place.length].view(place.dtype).view(place.shape)
+        place.read_into(matrix)
+        return torch.empty(place.shape[::-1], dtype=place.dtype).copy_(matrix.T)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._place)
@@ -61,6 +76,11 @@ class ForeignWeights(Mapping[str, Tensor]):
 
     def __str__(self) -> str:
         return str(self.files[0]) if len(self.files) == 1 else str(self.files[0].parent)
+
+
+def transposed(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """The transpose of one of the weights; those in files are read only once for it."""
+    return weights.transposed(name) if isinstance(weights, ForeignWeights) else weights[name].T
 
 
 class _Place(NamedTuple):
@@ -77,14 +97,22 @@ class _Place(NamedTuple):
     def read(self) -> Tensor:
         """The weight. It is read, not mapped into memory as the library does, which would keep a second copy there."""
         weight = torch.empty(self.shape, dtype=self.dtype)
+        self.read_into(weight)
+        return weight
+
+    def read_into(self, weight: Tensor) -> None:
+        """Fill a contiguous tensor of the weight's type and size.
+
+        Raises:
+            TrunklineError: if the file ends before.
+        """
         if not self.length:
-            return weight
+            return
         memory = (ctypes.c_char * self.length).from_address(weight.data_ptr())  # NumPy may not be there
         with self.file.open("rb") as stream:
             stream.seek(self.start)
             if stream.readinto(memory) != self.length:
                 raise TrunklineError(f"{self.file} has been cut off while it was read; copy or download it again")
-        return weight
 
 
 TYPES = {

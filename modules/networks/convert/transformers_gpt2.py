@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks.convert.family import ForeignFamily, with_model_type
+from trunkline.modules.networks.convert.foreign_files import transposed
 from trunkline.modules.networks.convert.key_tables import (
     KeyTable,
     from_theirs,
@@ -47,8 +48,8 @@ def gpt2_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         TrunklineError: for a weight that a `GPT` does not have.
     """
     own = {
-        name.removeprefix(PREFIX_OF_GPT2): value.T if CONV1D.search(name) else value
-        for name, value in weights.items()
+        name.removeprefix(PREFIX_OF_GPT2): transposed(weights, name) if CONV1D.search(name) else weights[name]
+        for name in weights
         if not name.endswith(MASKS_OF_GPT2)
     }
     return from_theirs(own, GPT2_TABLE, THEIR_GPT2, OUR_GPT)
