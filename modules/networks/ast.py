@@ -44,6 +44,9 @@ class ASTConfig:
     """Outputs K of the head; 0 leaves the head out, and the network returns pooled features."""
     pool: Literal["cls", "distilled", "mean"] = "distilled"
     """A class token, the mean of a class token and a distillation token (arXiv:2012.12877), or the mean of patches."""
+    prefix_positions: int = 0
+    """Number of the tokens before the patches, from the first, that have a learned position of their own. It could be
+    part of the token; separate, it lets weights of other libraries go back to them bit for bit."""
     head_norm: bool = True
     """A norm of the pooled features before the head."""
     backbone: TransformerConfig = field(default_factory=TransformerConfig)
@@ -54,6 +57,12 @@ class ASTConfig:
             raise TrunklineError(
                 "the trunk of an AST cannot be causal, because every patch sees every other; leave causal out",
                 "model.network.backbone.causal",
+            )
+        if not 0 <= self.prefix_positions <= self.prefix_tokens:
+            raise TrunklineError(
+                f"prefix_positions={self.prefix_positions} is out of range; set it to at most {self.prefix_tokens}, the "
+                f"number of tokens before the patches with pool={self.pool}",
+                "model.network.prefix_positions",
             )
         if self.max_frames < 1:
             raise TrunklineError(f"max_frames={self.max_frames} must be at least 1", "model.network.max_frames")
@@ -68,6 +77,11 @@ class ASTConfig:
                 "nothing",
                 "model.network.stride",
             )
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Number of tokens before the patches."""
+        return {"cls": 1, "distilled": 2, "mean": 0}[self.pool]
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -141,12 +155,14 @@ class AST(Network):
         self.patch_embed = SpectrogramPatches(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.pool != "mean" else None
         self.dist_token = nn.Parameter(torch.empty(1, 1, dim)) if config.pool == "distilled" else None
+        positions = config.prefix_positions
+        self.prefix_pos = nn.Parameter(torch.empty(1, positions, dim)) if positions else None
         self.pos_embed = nn.Parameter(torch.empty(1, rows * columns, dim))
         self.dropout = nn.Dropout(config.backbone.dropout)
         self.backbone = trunk_for(config.backbone, trunk)
         self.head_norm = make_norm(config.backbone, dim) if config.head_norm else nn.Identity()
         self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
-        for token in (self.cls_token, self.dist_token, self.pos_embed):
+        for token in (self.cls_token, self.dist_token, self.prefix_pos, self.pos_embed):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
         if isinstance(self.head, nn.Linear):  # a zero head starts at the loss of a uniform guess
@@ -156,7 +172,7 @@ class AST(Network):
     @property
     def num_prefix_tokens(self) -> int:
         """Number P of tokens before the patches."""
-        return (self.cls_token is not None) + (self.dist_token is not None)
+        return self.config.prefix_tokens
 
     def output_modules(self) -> list[nn.Module]:
         return [self.head_norm, self.head]
@@ -234,8 +250,10 @@ class AST(Network):
         for token in (network.cls_token, network.dist_token):
             if token is not None and source.cls_token is not None:
                 token.copy_(source.cls_token)
-                if source.prefix_pos is not None:  # the class token is the first; an AST has its position in it
+                if source.prefix_pos is not None:  # the class token is the first; here its position is part of it
                     token.add_(source.prefix_pos[:, :1])
+        if network.prefix_pos is not None:
+            network.prefix_pos.zero_()
         if source.pos_embed is None:
             network.pos_embed.zero_()
         else:
@@ -254,7 +272,11 @@ class AST(Network):
         columns = self.columns(features.shape[1])
         positions = self.pos_embed.unflatten(1, self.config.grid)[:, :, :columns].flatten(1, 2)
         x = self.patch_embed(zero_padding(features, mask), columns) + positions
-        tokens = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.dist_token) if t is not None]
+        tokens: list[Tensor] = [t for t in (self.cls_token, self.dist_token) if t is not None]
+        if self.prefix_pos is not None:
+            prefix, count = torch.cat(tokens, dim=1), self.config.prefix_positions
+            tokens = [prefix[:, :count] + self.prefix_pos, prefix[:, count:]]
+        tokens = [t.expand(x.shape[0], -1, -1) for t in tokens]
         return self.dropout(torch.cat((*tokens, x), dim=1) if tokens else x)
 
     def token_mask(self, mask: Tensor | None) -> Tensor | None:

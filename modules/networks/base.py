@@ -93,7 +93,7 @@ def refuse_nan(network: nn.Module, source: str | Path) -> None:
         TrunklineError: if one is not; names the first.
     """
     # A sum is finite only if all numbers are (or if they are huge), and it needs no memory.
-    suspects = (pair for pair in network.named_parameters() if not pair[1].sum().isfinite())
+    suspects = (pair for pair in network.state_dict().items() if not pair[1].sum().isfinite())
     wrong = next((name for name, weight in suspects if not weight.isfinite().all()), None)
     if wrong is not None:
         raise TrunklineError(

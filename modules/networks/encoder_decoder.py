@@ -50,8 +50,11 @@ class EncoderDecoderConfig:
     """Largest number of tokens of a source."""
     max_target_length: int = 512
     """Largest number of tokens of a target, including the start token."""
-    positions: Literal["learned", "sinusoidal", "relative", "none"] = "sinusoidal"
-    """Absolute positions, T5's relative bias in self-attention, or none (for rotary trunks)."""
+    positions: Literal["learned", "sinusoidal", "fixed", "relative", "none"] = "sinusoidal"
+    """Absolute positions, T5's relative bias in self-attention, or none (for rotary trunks). `fixed` are sinusoidal ones
+    in a table that is kept with the weights, as in files of Marian."""
+    first_position: int = 0
+    """Row of the tables of learned positions for the first token; BART's is the third."""
     relative_buckets: int = 32
     """Number of distances that the relative bias tells apart."""
     relative_distance: int = 128
@@ -75,7 +78,7 @@ class EncoderDecoderConfig:
 
     def __post_init__(self) -> None:
         names = ("vocab_size", "target_vocab_size", "max_length", "max_target_length")
-        check_ranges("model.network", self, **dict.fromkeys(names, "[1, inf)"))
+        check_ranges("model.network", self, **dict.fromkeys(names, "[1, inf)"), first_position="[0, inf)")
         self.encoder = replace(self.encoder, causal=False, cross_attention=False)
         self.decoder = replace(self.decoder, causal=True, cross_attention=True)
         check_widths(self.encoder, self.decoder)
@@ -115,8 +118,9 @@ class EncoderDecoder(ConditionalNetwork):
         dim = config.encoder.dim
         self.token_embed = nn.Embedding(config.vocab_size, dim)
         self.target_embed = self.token_embed if config.one_embedding else nn.Embedding(config.target_vocabulary, dim)
-        self.pos_embed = absolute_positions(config.positions, config.max_length, dim)
-        self.target_pos_embed = absolute_positions(config.positions, config.max_target_length, dim)
+        kind, first = config.positions, config.first_position
+        self.pos_embed = absolute_positions(kind, config.max_length, dim, first=first)
+        self.target_pos_embed = absolute_positions(kind, config.max_target_length, dim, first=first)
         self.embed_norm = make_norm(config.encoder, dim) if config.embed_norm else nn.Identity()
         self.target_embed_norm = make_norm(config.decoder, dim) if config.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(config.encoder.dropout)

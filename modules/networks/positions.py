@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
@@ -64,16 +65,60 @@ class SinusoidalPositions(nn.Module):
         return sincos(positions.float(), self.frequencies().to(positions.device))
 
 
-def absolute_positions(kind: str, length: int, dim: int, with_end: bool = False) -> nn.Module | None:
-    """An embedding (length, dim) of absolute positions; None unless `kind` is "learned" or "sinusoidal".
+class FixedPositions(nn.Module):
+    """A table of positions (length, D) that is kept with the weights and not trained, called like an embedding.
 
-    `with_end` as for `SinusoidalPositions`.
+    Models of other libraries have such tables in their files, with their own rounding of sines. Positions after the
+    last get the last: only padding stands there.
+
+    Args:
+        table: the positions at first.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", table)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Positions of any shape (...) -> (..., D)."""
+        return F.embedding(positions.clamp(max=len(self.weight) - 1), self.weight)
+
+
+class LearnedPositions(nn.Embedding):
+    """A trained table of positions, called like an embedding.
+
+    Args:
+        length: number of positions.
+        dim: width D.
+        first: row of the first position; nothing reads those before it.
+    """
+
+    def __init__(self, length: int, dim: int, first: int = 0) -> None:
+        super().__init__(first + length, dim)
+        self.first = first
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Positions of any shape (...) -> (..., D)."""
+        return super().forward(positions + self.first)
+
+
+def absolute_positions(kind: str, length: int, dim: int, with_end: bool = False, first: int = 0) -> nn.Module | None:
+    """Something that is called like an embedding (length, dim) of absolute positions; None for other kinds.
+
+    Args:
+        kind: "learned"; "sinusoidal", which are computed; or "fixed", which are the same in a table that is kept.
+        length: number of positions.
+        dim: width D.
+        with_end: as for `SinusoidalPositions`.
+        first: as for `LearnedPositions`.
     """
     if kind == "learned":
-        embedding = nn.Embedding(length, dim)
-        nn.init.trunc_normal_(embedding.weight, std=0.02)
-        return embedding
-    return SinusoidalPositions(dim, with_end) if kind == "sinusoidal" else None
+        return LearnedPositions(length, dim, first)
+    if kind not in ("sinusoidal", "fixed"):
+        return None
+    computed = SinusoidalPositions(dim, with_end)
+    return computed if kind == "sinusoidal" else FixedPositions(computed(torch.arange(length)))
 
 
 def real_positions(mask: Tensor | None, start: int, end: int, device: torch.device) -> Tensor:

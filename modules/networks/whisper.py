@@ -47,8 +47,9 @@ class WhisperConfig:
     """Frames of the longest clip."""
     max_target_length: int = 448
     """Largest number of tokens of a text, including the start tokens."""
-    positions: Literal["learned", "sinusoidal", "none"] = "sinusoidal"
-    """Absolute positions of the encoder; `none` is for a rotary trunk."""
+    positions: Literal["learned", "sinusoidal", "fixed", "none"] = "sinusoidal"
+    """Absolute positions of the encoder; `none` is for a rotary trunk. `fixed` are sinusoidal ones in a table that is
+    kept with the weights, as in files of Whisper."""
     target_positions: Literal["learned", "sinusoidal", "none"] = "learned"
     """Absolute positions of the decoder."""
     tie_embeddings: bool = True
@@ -90,7 +91,8 @@ class Whisper(ConditionalNetwork):
         super().__init__()
         self.config = config
         dim = config.encoder.dim
-        states = -(-frame_limit(config.max_frames) // self.subsampling)
+        limit = config.max_frames if config.positions == "fixed" else frame_limit(config.max_frames)
+        states = -(-limit // self.subsampling)
         self.front = FrameConvolutions(config.num_mels, (dim, dim), kernel_size=3, strides=STRIDES)
         self.pos_embed = absolute_positions(config.positions, states, dim, with_end=True)
         self.dropout = nn.Dropout(config.encoder.dropout)
