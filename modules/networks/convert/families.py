@@ -17,12 +17,15 @@ from trunkline.modules.networks.convert.companion_files import companions_to_the
 from trunkline.modules.networks.convert.family import ForeignFamily, Library
 from trunkline.modules.networks.convert.open_clip_vit import OPEN_CLIP_VIT
 from trunkline.modules.networks.convert.timm_vit import TIMM
+from trunkline.modules.networks.convert.transformers_ast import TRANSFORMERS_AST
+from trunkline.modules.networks.convert.transformers_bart import BART, MARIAN
 from trunkline.modules.networks.convert.transformers_bert import DISTILBERT, ROBERTA, TRANSFORMERS_BERT
 from trunkline.modules.networks.convert.transformers_clip import SIGLIP, TRANSFORMERS_CLIP
 from trunkline.modules.networks.convert.transformers_gpt2 import GPT2
 from trunkline.modules.networks.convert.transformers_llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from trunkline.modules.networks.convert.transformers_t5 import T5
 from trunkline.modules.networks.convert.transformers_vit import DEIT, DINOV2, DINOV2_REGISTERS, TRANSFORMERS_VIT
+from trunkline.modules.networks.convert.transformers_whisper import TRANSFORMERS_WHISPER
 from trunkline.modules.networks.model_card import model_card
 from trunkline.modules.networks.weights import assign_weights, unfilled
 
@@ -44,6 +47,10 @@ FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (
     SIGLIP,
     OPEN_CLIP_VIT,
     T5,
+    BART,
+    MARIAN,
+    TRANSFORMERS_WHISPER,
+    TRANSFORMERS_AST,
 )
 """If several can be what a network becomes, the first that has its options is taken: a BERT without segments is a
 DistilBERT."""
@@ -122,7 +129,7 @@ def save_foreign(
         folder: the folder to write, which is created if missing.
         library: "transformers", "timm" or "open_clip".
         ids: numbers of special tokens for the configuration file, such as `eos_token_id`, which a network does not
-            know: the text tower of a CLIP is read at that token.
+            know. The text tower of a CLIP is read at that token; others need them to write texts.
 
     Raises:
         TrunklineError: if no model of that library is such a network, or an id is needed that neither knows.
@@ -134,15 +141,15 @@ def save_foreign(
     texts: dict[str, str] = {}
     if network.companions is not None:
         content, texts = companions_to_theirs(content, network.companions, library)
-    for part in (content, content.get("text_config")):
-        if part is not None:
-            part.update(ids or {})
-            unknown = [name for name, value in part.items() if value is None and name.endswith("_token_id")]
-            if unknown:
-                raise TrunklineError(
-                    f"{family.name} reads a text at its {unknown[0]}, which the network does not know; give it in ids, "
-                    "or set end_token in the network's configuration"
-                )
+    content.update(ids or {})
+    if isinstance(of_text := content.get("text_config"), dict):
+        of_text.update(ids or {})
+        unknown = [name for name, value in of_text.items() if value is None and name.endswith("_token_id")]
+        if unknown:
+            raise TrunklineError(
+                f"{family.name} reads a text at its {unknown[0]}, which the network does not know; give it in ids, or "
+                "set end_token in the network's configuration"
+            )
     config_file, weights_file = FILES[library]
     texts[config_file] = json.dumps(content, indent=2) + "\n"
     if not (folder / CARD_FILE).exists():

@@ -61,6 +61,20 @@ def from_theirs(weights: dict[str, Tensor], table: KeyTable, family: str, ours: 
     return converted
 
 
+def shared_weight(weights: dict[str, Tensor], names: Sequence[str], family: str) -> dict[str, Tensor]:
+    """Take a weight that may be there under several names out of a state dict, and give it the first of them.
+
+    Raises:
+        TrunklineError: if the copies differ.
+    """
+    copies = {name: weights.pop(name) for name in names if name in weights}
+    for name, value in copies.items():
+        first, *_ = copies
+        if value is not copies[first] and not torch.equal(value, copies[first]):
+            raise TrunklineError(f"'{name}' and '{first}' of {family} differ, but are one weight")
+    return {names[0]: value for value in list(copies.values())[:1]}
+
+
 def to_theirs(
     weights: Mapping[str, Tensor],
     table: KeyTable,
@@ -159,11 +173,12 @@ def resolved(config: Any) -> dict[str, Any]:
 
 def explicit(config: EncoderDecoderConfig) -> EncoderDecoderConfig:
     """The same encoder-decoder, without None, and with the usual values where an option has no effect."""
-    relative, usual = config.positions == "relative", EncoderDecoderConfig
+    relative, learned, usual = config.positions == "relative", config.positions == "learned", EncoderDecoderConfig
     return dataclasses.replace(
         config,
         target_vocab_size=config.target_vocabulary,
         share_embeddings=config.one_embedding,
+        first_position=config.first_position if learned else 0,
         relative_buckets=config.relative_buckets if relative else usual.relative_buckets,
         relative_distance=config.relative_distance if relative else usual.relative_distance,
     )

@@ -1,22 +1,24 @@
 """Convert weights and configuration of BART and Marian in transformers to those of an `EncoderDecoder`, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks.convert.family import ForeignFamily, with_model_type
 from trunkline.modules.networks.convert.key_tables import (
     KeyTable,
     explicit,
     from_theirs,
     refuse_difference,
     refuse_options,
+    shared_weight,
     to_theirs,
 )
-from trunkline.modules.networks.encoder_decoder import EncoderDecoderConfig
+from trunkline.modules.networks.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
 ACTIVATIONS_OF_BART = {
     "gelu": "gelu",
@@ -27,14 +29,12 @@ ACTIVATIONS_OF_BART = {
     "silu": "silu",
 }
 """`activation_function` of BART and Marian -> `mlp` of the trunk."""
-OFFSET = 2
-"""BART's positions begin in the third row of its table."""
 
 
-def bart_table() -> KeyTable:
-    """Names of an `EncoderDecoder` -> of BART and Marian."""
+def bart_table(one_embedding: bool) -> KeyTable:
+    """Names of an `EncoderDecoder` -> of BART and Marian, with one embedding for both sides or two."""
     table = {
-        "token_embed": ("model.encoder.embed_tokens",),
+        "token_embed": ("model.shared" if one_embedding else "model.encoder.embed_tokens",),
         "target_embed": ("model.decoder.embed_tokens",),
         "pos_embed": ("model.encoder.embed_positions",),
         "target_pos_embed": ("model.decoder.embed_positions",),
@@ -66,89 +66,12 @@ def layers_table() -> KeyTable:
     }
 
 
-SHARED = "model.shared.weight"
-TOKENS = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
+SHARED = ("model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
+"""Names of one embedding for both sides; files have the first."""
 POSITIONS = ("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight")
 LOGITS_BIAS = "final_logits_bias"
-
-
-def bart_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of a transformers `BartForConditionalGeneration` -> state dict of an `EncoderDecoder`.
-
-    Raises:
-        TrunklineError: for a weight that an `EncoderDecoder` does not have.
-    """
-    return _from(weights, "a BART", {name: weights[name][OFFSET:] for name in POSITIONS if name in weights})
-
-
-def marian_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of a transformers `MarianMTModel` -> state dict of an `EncoderDecoder`.
-
-    Raises:
-        TrunklineError: for a weight that an `EncoderDecoder` does not have.
-    """
-    return _from(weights, "a Marian", {})
-
-
-def _from(weights: Mapping[str, Tensor], family: str, positions: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a state dict, with these positions. In files, copies of a shared embedding are absent."""
-    special = (SHARED, LOGITS_BIAS, *POSITIONS)
-    own = {name: value for name, value in weights.items() if name not in special} | positions
-    for name in TOKENS:
-        if SHARED in weights:
-            own.setdefault(name, weights[SHARED])
-    own.setdefault("lm_head.weight", own[TOKENS[1]])
-    converted = from_theirs(own, bart_table(), family)
-    return converted | {"head.bias": weights[LOGITS_BIAS][0]}
-
-
-def bart_to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of an `EncoderDecoder` -> state dict of a transformers `BartForConditionalGeneration`.
-
-    Raises:
-        TrunklineError: for a weight that a BART does not have.
-    """
-    converted = _to(weights, "a BART")
-    return converted | {name: F.pad(converted[name], (0, 0, OFFSET, 0)) for name in POSITIONS}
-
-
-def marian_to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of an `EncoderDecoder` -> state dict of a transformers `MarianMTModel`, which makes positions itself.
-
-    Raises:
-        TrunklineError: for a weight that a Marian does not have.
-    """
-    return _to(weights, "a Marian")
-
-
-def _to(weights: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
-    own = {name: value for name, value in weights.items() if name != "head.bias"}
-    converted = to_theirs(own, bart_table(), family)
-    converted[LOGITS_BIAS] = weights["head.bias"][None].clone()
-    if torch.equal(*(weights[f"{side}_embed.weight"] for side in ("token", "target"))):
-        converted[SHARED] = weights["token_embed.weight"].clone()
-    return converted
-
-
-def _trunks(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The two trunks of a BART or Marian."""
-    encoder, decoder = (
-        TransformerConfig(
-            dim=config["d_model"],
-            depth=config[f"{side}_layers"],
-            num_heads=config[f"{side}_attention_heads"],
-            mlp_dim=config[f"{side}_ffn_dim"],
-            mlp=ACTIVATIONS_OF_BART[config.get("activation_function", "gelu")],  # type: ignore[arg-type]
-            norm_eps=1e-5,
-            norm_first=False,
-            final_norm=False,
-            dropout=config.get("dropout", 0.1),
-        )
-        for side in ("encoder", "decoder")
-    )
-    return {"encoder": encoder, "decoder": decoder}
-
-
+UNKNOWN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_eos_token_id")
+"""Ids of tokens, which a network does not know; the usual ones may be outside of its vocabulary."""
 USUAL = {
     "is_encoder_decoder": (True,),
     "tie_word_embeddings": (True,),
@@ -159,97 +82,156 @@ USUAL = {
 """Values of options that can be converted; some of them are only in old files."""
 
 
-def bart_config_from_transformers(config: Mapping[str, Any]) -> EncoderDecoderConfig:
-    """Content of the config.json of a transformers BART -> configuration of the same `EncoderDecoder`.
-
-    Dropout takes place where the trunk has it, which is not everywhere where BART can have it.
-
-    Raises:
-        TrunklineError: if the BART uses an option that an `EncoderDecoder` does not have.
-    """
-    refuse_options(config, {"model_type": ("bart",), "normalize_embedding": (True,), **USUAL}, "a BART")
-    return EncoderDecoderConfig(
-        vocab_size=config["vocab_size"],
-        max_length=config.get("max_position_embeddings", 1024),
-        max_target_length=config.get("max_position_embeddings", 1024),
-        positions="learned",
-        scale_embeddings=config.get("scale_embedding", False),
-        embed_norm=True,
-        output_bias=True,
-        **_trunks(config),
-    )
+def with_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in the names of a model with an output layer: those of a body alone lack `model.`."""
+    body = not any(name.startswith("model.") for name in weights)
+    return {f"model.{name}" if body else name: weights[name] for name in weights}
 
 
-def marian_config_from_transformers(config: Mapping[str, Any]) -> EncoderDecoderConfig:
-    """Content of the config.json of a transformers Marian -> configuration of the same `EncoderDecoder`.
+@dataclass(frozen=True)
+class BartLike:
+    """What BART and Marian differ in."""
 
-    Dropout takes place where the trunk has it, which is not everywhere where Marian can have it.
+    name: str
+    """With its article, for messages."""
+    model_type: str
+    classes: tuple[str, str]
+    """Their models: a body, and with a bias of the output layer."""
+    embed_norm: bool
+    first_position: int
+    """Row of the first position in a learned table; 0 for positions that are not learned."""
 
-    Raises:
-        TrunklineError: if the Marian uses an option that an `EncoderDecoder` does not have.
-    """
-    refuse_options(config, {"model_type": ("marian",), "normalize_embedding": (False,), **USUAL}, "a Marian")
-    shared = config.get("share_encoder_decoder_embeddings", True)
-    return EncoderDecoderConfig(
-        vocab_size=config["vocab_size"],
-        target_vocab_size=None if shared else config.get("decoder_vocab_size"),
-        max_length=config.get("max_position_embeddings", 1024),
-        max_target_length=config.get("max_position_embeddings", 1024),
-        share_embeddings=shared,
-        scale_embeddings=config.get("scale_embedding", False),
-        output_bias=True,
-        **_trunks(config),
-    )
+    def weights_from(self, weights: Mapping[str, Tensor], config: EncoderDecoderConfig) -> dict[str, Tensor]:
+        """Their state dict -> ours. Copies of a shared embedding may be absent, and so may the tied output layer.
 
+        Raises:
+            TrunklineError: for a weight that an `EncoderDecoder` does not have.
+        """
+        own = {name: value for name, value in with_prefix(weights).items() if not name.endswith(".version")}  # old files
+        bias = own.pop(LOGITS_BIAS, None)
+        if config.one_embedding:
+            own |= shared_weight(own, SHARED, self.name)
+        converted = from_theirs(own, bart_table(config.one_embedding), self.name)
+        return converted if bias is None else converted | {"head.bias": bias[0]}
 
-def _content(config: EncoderDecoderConfig) -> dict[str, Any]:
-    """What the config.json files of BART and Marian have in common."""
-    content: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": max(config.max_length, config.max_target_length),
-        "d_model": config.encoder.dim,
-        "dropout": config.encoder.dropout,
-        "activation_function": {"gelu_tanh": "gelu_new", "relu": "relu", "silu": "swish"}.get(
-            config.encoder.mlp, "gelu"
-        ),
-        "scale_embedding": config.scale_embeddings,
-    }
-    for side, trunk in (("encoder", config.encoder), ("decoder", config.decoder)):
-        content |= {
-            f"{side}_layers": trunk.depth,
-            f"{side}_attention_heads": trunk.num_heads,
-            f"{side}_ffn_dim": trunk.hidden_dim,
+    def weights_to(self, weights: Mapping[str, Tensor], config: EncoderDecoderConfig) -> dict[str, Tensor]:
+        """Our state dict -> theirs, in the names of their files, which lack copies of shared weights.
+
+        Raises:
+            TrunklineError: for a weight that theirs does not have.
+        """
+        left = {"head.weight", "head.bias", *(["target_embed.weight"] if config.one_embedding else [])}
+        own = {name: value for name, value in weights.items() if name not in left}
+        converted = to_theirs(own, bart_table(config.one_embedding), self.name)
+        if config.positions == "learned":  # nothing reads the rows before the first position
+            rows = self.first_position - config.first_position
+            converted |= {name: F.pad(converted[name], (0, 0, rows, 0)) for name in POSITIONS}
+        if config.output_bias:
+            return converted | {LOGITS_BIAS: weights["head.bias"][None].clone()}
+        return {name.removeprefix("model."): value for name, value in converted.items()}
+
+    def config_from(self, config: Mapping[str, Any], weights: Collection[str]) -> EncoderDecoderConfig:
+        """Content of their config.json -> our configuration; the weights tell whether there is a bias of the output.
+
+        Dropout takes place where the trunk has it, which is not everywhere where theirs can have it.
+
+        Raises:
+            TrunklineError: if theirs uses an option that an `EncoderDecoder` does not have.
+        """
+        refuse_options(config, {"normalize_embedding": (self.embed_norm,), **USUAL}, self.name)
+        encoder, decoder = (
+            TransformerConfig(
+                dim=config["d_model"],
+                depth=config[f"{side}_layers"],
+                num_heads=config[f"{side}_attention_heads"],
+                mlp_dim=config[f"{side}_ffn_dim"],
+                mlp=ACTIVATIONS_OF_BART[config.get("activation_function", "gelu")],  # type: ignore[arg-type]
+                norm_eps=1e-5,
+                norm_first=False,
+                final_norm=False,
+                dropout=config.get("dropout", 0.1),
+            )
+            for side in ("encoder", "decoder")
+        )
+        kept = any(name.endswith(POSITIONS[0].removeprefix("model.")) for name in weights)
+        shared = config.get("share_encoder_decoder_embeddings", True)
+        return EncoderDecoderConfig(
+            vocab_size=config["vocab_size"],
+            target_vocab_size=None if shared else config.get("decoder_vocab_size"),
+            max_length=config.get("max_position_embeddings", 1024),
+            max_target_length=config.get("max_position_embeddings", 1024),
+            positions="learned" if self.first_position else "fixed" if kept else "sinusoidal",
+            first_position=self.first_position,
+            share_embeddings=shared,
+            scale_embeddings=config.get("scale_embedding", False),
+            embed_norm=self.embed_norm,
+            output_bias=LOGITS_BIAS in weights,
+            encoder=encoder,
+            decoder=decoder,
+        )
+
+    def config_to(self, config: EncoderDecoderConfig) -> dict[str, Any]:
+        """Our configuration -> content of their config.json, in which token ids are unknown.
+
+        Raises:
+            TrunklineError: if ours has an option that theirs does not have.
+        """
+        names = {ours: theirs for theirs, ours in ACTIVATIONS_OF_BART.items()}
+        content: dict[str, Any] = {
+            "model_type": self.model_type,
+            "architectures": [self.classes[1 if config.output_bias else 0]],
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": max(config.max_length, config.max_target_length),
+            "d_model": config.encoder.dim,
+            "dropout": config.encoder.dropout,
+            "activation_function": names.get(config.encoder.mlp, "gelu"),
+            "scale_embedding": config.scale_embeddings,
+            "tie_word_embeddings": True,
+            **dict.fromkeys(UNKNOWN_IDS),
         }
-    return content
+        for side, trunk in (("encoder", config.encoder), ("decoder", config.decoder)):
+            content |= {
+                f"{side}_layers": trunk.depth,
+                f"{side}_attention_heads": trunk.num_heads,
+                f"{side}_ffn_dim": trunk.hidden_dim,
+            }
+        if not self.first_position:
+            content["decoder_vocab_size"] = config.target_vocabulary
+            content["share_encoder_decoder_embeddings"] = config.one_embedding
+        present = [LOGITS_BIAS] if config.output_bias else []
+        present += POSITIONS if config.positions == "fixed" else []
+        own = explicit(config)
+        if self.first_position and not own.first_position:
+            own = replace(own, first_position=self.first_position)
+        free = ("max_length", "max_target_length") if config.positions == "sinusoidal" else ()
+        refuse_difference(own, explicit(self.config_from(content, present)), self.name, free=free)
+        return content
+
+    def family(self) -> ForeignFamily:
+        """Its entry among the families."""
+        return ForeignFamily(
+            name=self.name,
+            library="transformers",
+            network=EncoderDecoder,
+            recognises=with_model_type(self.model_type),
+            config_from=self.config_from,
+            config_to=self.config_to,
+            weights_from=self.weights_from,
+            weights_to=self.weights_to,
+        )
 
 
-def bart_config_to_transformers(config: EncoderDecoderConfig) -> dict[str, Any]:
-    """Configuration of an `EncoderDecoder` -> content of the config.json of the same transformers BART.
-
-    Token ids, such as that of padding, are not in it.
-
-    Raises:
-        TrunklineError: if the network has an option that BART does not have.
-    """
-    content = {"model_type": "bart", **_content(config)}
-    refuse_difference(explicit(config), explicit(bart_config_from_transformers(content)), "a BART")
-    return content
-
-
-def marian_config_to_transformers(config: EncoderDecoderConfig) -> dict[str, Any]:
-    """Configuration of an `EncoderDecoder` -> content of the config.json of the same transformers Marian.
-
-    Token ids, such as that of padding, are not in it.
-
-    Raises:
-        TrunklineError: if the network has an option that Marian does not have.
-    """
-    content = {
-        "model_type": "marian",
-        **_content(config),
-        "decoder_vocab_size": config.target_vocabulary,
-        "share_encoder_decoder_embeddings": config.one_embedding,
-    }
-    expressed = marian_config_from_transformers(content)
-    refuse_difference(explicit(config), explicit(expressed), "a Marian", free=("max_length", "max_target_length"))
-    return content
+BART = BartLike(
+    name="a BART",
+    model_type="bart",
+    classes=("BartModel", "BartForConditionalGeneration"),
+    embed_norm=True,
+    first_position=2,
+).family()
+MARIAN = BartLike(
+    name="a Marian",
+    model_type="marian",
+    classes=("MarianModel", "MarianMTModel"),
+    embed_norm=False,
+    first_position=0,
+).family()

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.backbone.config import GATED
 from trunkline.modules.networks.convert.family import ForeignFamily, with_model_type
 from trunkline.modules.networks.convert.key_tables import (
     KeyTable,
@@ -14,6 +15,7 @@ from trunkline.modules.networks.convert.key_tables import (
     from_theirs,
     refuse_difference,
     refuse_options,
+    shared_weight,
     to_theirs,
 )
 from trunkline.modules.networks.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
@@ -54,35 +56,38 @@ def t5_table(gated: bool) -> KeyTable:
     }
 
 
-COPIES_OF_SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+SHARED_IN_T5 = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+"""Names of the embedding of both sides; files have the first."""
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in files of T5 1.0
 
 
-def t5_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def t5_from_transformers(weights: Mapping[str, Tensor], config: EncoderDecoderConfig) -> dict[str, Tensor]:
     """State dict of a transformers `T5ForConditionalGeneration` -> state dict of an `EncoderDecoder`.
 
     Raises:
         TrunklineError: for a weight that an `EncoderDecoder` does not have.
     """
     gated = any(".wi_0." in name for name in weights)
-    own = {name: value for name, value in weights.items() if name not in (*COPIES_OF_SHARED, UNUSED)}
+    own = {name: value for name, value in weights.items() if name != UNUSED}
+    own |= shared_weight(own, SHARED_IN_T5, "a T5")
     converted = from_theirs(own, t5_table(gated), "a T5")
-    converted["target_embed.weight"] = converted["token_embed.weight"]
-    converted.setdefault("head.weight", converted["token_embed.weight"])  # absent in files if it is tied
+    if not config.tie_embeddings and "head.weight" not in converted:  # version 5 of transformers ties every T5
+        converted["head.weight"] = converted["token_embed.weight"].clone()
     return converted
 
 
-def t5_to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def t5_to_transformers(weights: Mapping[str, Tensor], config: EncoderDecoderConfig) -> dict[str, Tensor]:
     """State dict of an `EncoderDecoder` -> state dict of a transformers `T5ForConditionalGeneration`.
+
+    In the names of its files, which lack copies of shared weights.
 
     Raises:
         TrunklineError: for a weight that a T5 does not have.
     """
-    first, second = (weights[f"encoder.blocks.0.mlp.{layer}.weight"] for layer in ("fc1", "fc2"))
-    own = {name: value for name, value in weights.items() if name != "target_embed.weight"}
-    gated = len(first) == 2 * second.shape[1]
-    converted = to_theirs(own, t5_table(gated), "a T5", kinds=("weight",))
-    return converted | {name: converted["shared.weight"].clone() for name in COPIES_OF_SHARED}
+    left = {"target_embed.weight", *(["head.weight"] if config.tie_embeddings else [])}
+    own = {name: value for name, value in weights.items() if name not in left}
+    gated = config.encoder.mlp in GATED
+    return to_theirs(own, t5_table(gated), "a T5", kinds=("weight",))
 
 
 def t5_config_from_transformers(config: Mapping[str, Any]) -> EncoderDecoderConfig:
@@ -166,6 +171,6 @@ T5 = ForeignFamily(
     recognises=with_model_type("t5", "mt5"),
     config_from=lambda content, weights: t5_config_from_transformers(content),
     config_to=t5_config_to_transformers,
-    weights_from=lambda weights, config: t5_from_transformers(weights),
-    weights_to=lambda weights, config: t5_to_transformers(weights),
+    weights_from=t5_from_transformers,
+    weights_to=t5_to_transformers,
 )

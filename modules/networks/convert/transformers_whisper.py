@@ -1,13 +1,14 @@
 """Convert weights and configuration of the Whisper in transformers to those of a `Whisper`, and back."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks.convert.family import ForeignFamily, with_model_type
 from trunkline.modules.networks.convert.key_tables import (
     KeyTable,
     from_theirs,
@@ -15,14 +16,15 @@ from trunkline.modules.networks.convert.key_tables import (
     refuse_options,
     to_theirs,
 )
-from trunkline.modules.networks.convert.transformers_bart import layers_table
+from trunkline.modules.networks.convert.transformers_bart import UNKNOWN_IDS, layers_table, with_prefix
 from trunkline.modules.networks.positions import SinusoidalPositions
-from trunkline.modules.networks.whisper import WhisperConfig
+from trunkline.modules.networks.whisper import Whisper, WhisperConfig
 
 OUR_WHISPER, THEIR_WHISPER = "our Whisper", "a Whisper of transformers"
 ACTIVATIONS_OF_WHISPER = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 """`activation_function` of Whisper -> `mlp` of the trunk."""
 FRAME_POSITIONS = "model.encoder.embed_positions.weight"
+UNKNOWN_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 
 
 def whisper_table() -> KeyTable:
@@ -31,6 +33,7 @@ def whisper_table() -> KeyTable:
         "front.convs.0": ("model.encoder.conv1",),
         "front.convs.1": ("model.encoder.conv2",),
         "encoder.norm": ("model.encoder.layer_norm",),
+        "pos_embed": (FRAME_POSITIONS.removesuffix(".weight"),),
         "target_embed": ("model.decoder.embed_tokens",),
         "target_pos_embed": ("model.decoder.embed_positions",),
         "decoder.norm": ("model.decoder.layer_norm",),
@@ -40,55 +43,36 @@ def whisper_table() -> KeyTable:
 
 
 def whisper_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of a transformers `WhisperForConditionalGeneration` -> state dict of a `Whisper`.
+    """State dict of a transformers `WhisperForConditionalGeneration` or `WhisperModel` -> state dict of a `Whisper`.
 
-    Their keys have no bias, ours gets zeros. The encoder's positions are computed here, and no weights.
+    Their keys have no bias, ours gets zeros. The tied output layer may be absent.
 
     Raises:
-        TrunklineError: for a weight that a `Whisper` does not have, and for positions of frames that were trained.
+        TrunklineError: for a weight that a `Whisper` does not have.
     """
-    own = {name: value for name, value in weights.items() if name != FRAME_POSITIONS}
-    if FRAME_POSITIONS in weights:
-        check_frame_positions(weights[FRAME_POSITIONS])
-    for name, value in weights.items():
+    own = with_prefix(weights)
+    for name, value in list(own.items()):
         if name.endswith(".k_proj.weight"):
             own.setdefault(name.removesuffix("weight") + "bias", value.new_zeros(len(value)))
-    own.setdefault("proj_out.weight", own["model.decoder.embed_tokens.weight"])  # absent in files, since it is tied
     return from_theirs(own, whisper_table(), THEIR_WHISPER, OUR_WHISPER)
 
 
-def whisper_to_transformers(weights: Mapping[str, Tensor], max_frames: int = 3000) -> dict[str, Tensor]:
+def whisper_to_transformers(weights: Mapping[str, Tensor], config: WhisperConfig) -> dict[str, Tensor]:
     """State dict of a `Whisper` -> state dict of a transformers `WhisperForConditionalGeneration`.
 
-    The bias of our keys is left out: it adds the same number to all scores of a query, which changes no attention.
-
-    Args:
-        weights: of our network.
-        max_frames: frames of the longest clip, as in its configuration.
+    In the names of its files, which lack the tied output layer. The bias of our keys is left out: it adds the same
+    number to all scores of a query, which changes no attention.
 
     Raises:
         TrunklineError: for a weight that theirs does not have.
     """
-    converted = to_theirs(weights, whisper_table(), THEIR_WHISPER, OUR_WHISPER)
-    table = frame_positions(max_frames // 2, weights["target_embed.weight"])
-    return {name: value for name, value in converted.items() if not name.endswith(".k_proj.bias")} | {
-        FRAME_POSITIONS: table
-    }
-
-
-def frame_positions(states: int, like: Tensor) -> Tensor:
-    """Their table (states, D) of the encoder's positions."""
-    return SinusoidalPositions(like.shape[1], with_end=True)(torch.arange(states, device=like.device)).to(like.dtype)
-
-
-def check_frame_positions(table: Tensor) -> None:
-    """Refuse positions that our network would not compute."""
-    difference = (table.float() - frame_positions(len(table), table.float())).abs().max().item()
-    if difference > 0.01:  # files in half precision are 5e-4 off
-        raise TrunklineError(
-            f"'{FRAME_POSITIONS}' differs by {difference:.2g} from the sines and cosines that {OUR_WHISPER} computes: "
-            "these positions were trained, so the weights cannot be converted"
-        )
+    own = {name: value for name, value in weights.items() if name != "head.weight"}
+    converted = to_theirs(own, whisper_table(), THEIR_WHISPER, OUR_WHISPER)
+    if config.positions == "sinusoidal":
+        like = weights["target_embed.weight"]
+        computed = SinusoidalPositions(config.encoder.dim, with_end=True)(torch.arange(config.max_frames // 2))
+        converted[FRAME_POSITIONS] = computed.to(like)
+    return {name: value for name, value in converted.items() if not name.endswith(".k_proj.bias")}
 
 
 def whisper_config_from_transformers(config: Mapping[str, Any]) -> WhisperConfig:
@@ -100,7 +84,6 @@ def whisper_config_from_transformers(config: Mapping[str, Any]) -> WhisperConfig
         TrunklineError: if it uses an option that a `Whisper` does not have.
     """
     usual = {
-        "model_type": ("whisper",),
         "is_encoder_decoder": (True,),
         "tie_word_embeddings": (True,),
         "scale_embedding": (False,),
@@ -124,6 +107,7 @@ def whisper_config_from_transformers(config: Mapping[str, Any]) -> WhisperConfig
         num_mels=config.get("num_mel_bins", 80),
         max_frames=2 * config.get("max_source_positions", 1500),
         max_target_length=config.get("max_target_positions", 448),
+        positions="fixed",
         encoder=encoder,
         decoder=decoder,
     )
@@ -132,7 +116,7 @@ def whisper_config_from_transformers(config: Mapping[str, Any]) -> WhisperConfig
 def whisper_config_to_transformers(config: WhisperConfig) -> dict[str, Any]:
     """Configuration of a `Whisper` -> content of the config.json of the same Whisper in transformers.
 
-    Token ids, such as those at the start, are not in it.
+    Token ids are unknown in it.
 
     Raises:
         TrunklineError: if the network has an option that theirs does not have.
@@ -140,6 +124,7 @@ def whisper_config_to_transformers(config: WhisperConfig) -> dict[str, Any]:
     names = {ours: theirs for theirs, ours in ACTIVATIONS_OF_WHISPER.items()}
     content: dict[str, Any] = {
         "model_type": "whisper",
+        "architectures": ["WhisperForConditionalGeneration"],
         "vocab_size": config.vocab_size,
         "num_mel_bins": config.num_mels,
         "max_source_positions": config.max_frames // 2,
@@ -147,6 +132,8 @@ def whisper_config_to_transformers(config: WhisperConfig) -> dict[str, Any]:
         "d_model": config.encoder.dim,
         "dropout": config.encoder.dropout,
         "activation_function": names.get(config.encoder.mlp, "gelu"),
+        "tie_word_embeddings": True,
+        **dict.fromkeys((*UNKNOWN_IDS, *UNKNOWN_LISTS)),
     }
     for side, trunk in (("encoder", config.encoder), ("decoder", config.decoder)):
         content |= {
@@ -154,5 +141,18 @@ def whisper_config_to_transformers(config: WhisperConfig) -> dict[str, Any]:
             f"{side}_attention_heads": trunk.num_heads,
             f"{side}_ffn_dim": trunk.hidden_dim,
         }
-    refuse_difference(config, whisper_config_from_transformers(content), THEIR_WHISPER, OUR_WHISPER)
+    own = replace(config, positions="fixed") if config.positions == "sinusoidal" else config  # written as a table
+    refuse_difference(own, whisper_config_from_transformers(content), THEIR_WHISPER, OUR_WHISPER)
     return content
+
+
+TRANSFORMERS_WHISPER = ForeignFamily(
+    name=THEIR_WHISPER,
+    library="transformers",
+    network=Whisper,
+    recognises=with_model_type("whisper"),
+    config_from=lambda content, weights: whisper_config_from_transformers(content),
+    config_to=whisper_config_to_transformers,
+    weights_from=lambda weights, config: whisper_from_transformers(weights),
+    weights_to=whisper_to_transformers,
+)
