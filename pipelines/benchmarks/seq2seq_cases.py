@@ -10,7 +10,7 @@ from torch import Tensor
 from trunkline.modules.generation.sampling import GenerationConfig, generate
 from trunkline.modules.losses import linear_cross_entropy
 from trunkline.modules.networks import EncoderDecoder
-from trunkline.modules.networks.convert import t5_config_from_transformers, t5_to_transformers
+from trunkline.modules.networks.convert.transformers_t5 import t5_config_from_transformers, t5_to_transformers
 from trunkline.pipelines.benchmarks.text_cases import transformers
 from trunkline.pipelines.benchmarks.timing import Side, bare_loop, compare
 
@@ -36,7 +36,7 @@ def _t5_pair() -> tuple[EncoderDecoder, Any]:
     theirs = library.T5ForConditionalGeneration(library.T5Config(**SHAPE, **options, dropout_rate=0.0))
     config = t5_config_from_transformers(theirs.config.to_dict())
     ours = EncoderDecoder(replace(config, tie_embeddings=True))  # transformers ties whatever is not loaded from a file
-    theirs.load_state_dict(t5_to_transformers(ours.state_dict()))
+    theirs.load_state_dict(t5_to_transformers(ours.state_dict(), ours.config), strict=False)  # tied weights are absent
     return ours.to(device), theirs.to(device)
 
 

@@ -25,10 +25,10 @@ ACTIVATIONS_OF_BART = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "relu": "relu",
-    "swish": "silu",
     "silu": "silu",
+    "swish": "silu",
 }
-"""`activation_function` of BART and Marian -> `mlp` of the trunk."""
+"""`activation_function` of BART and Marian -> `mlp` of the trunk; of several names, the last is written."""
 
 
 def bart_table(one_embedding: bool) -> KeyTable:
