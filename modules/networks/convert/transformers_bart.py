@@ -70,8 +70,11 @@ SHARED = ("model.shared.weight", "model.encoder.embed_tokens.weight", "model.dec
 """Names of one embedding for both sides; files have the first."""
 POSITIONS = ("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight")
 LOGITS_BIAS = "final_logits_bias"
-UNKNOWN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_eos_token_id")
-"""Ids of tokens, which a network does not know; the usual ones may be outside of its vocabulary."""
+UNKNOWN_IDS = {
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "forced_eos_token_id")),
+    "decoder_start_token_id": -1,  # some of their classes refuse null
+}
+"""Ids of tokens, which a network does not know; the usual ones could be other tokens of its vocabulary."""
 USUAL = {
     "is_encoder_decoder": (True,),
     "tie_word_embeddings": (True,),
@@ -187,7 +190,7 @@ class BartLike:
             "activation_function": names.get(config.encoder.mlp, "gelu"),
             "scale_embedding": config.scale_embeddings,
             "tie_word_embeddings": True,
-            **dict.fromkeys(UNKNOWN_IDS),
+            **UNKNOWN_IDS,
         }
         for side, trunk in (("encoder", config.encoder), ("decoder", config.decoder)):
             content |= {

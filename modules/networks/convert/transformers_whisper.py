@@ -24,7 +24,6 @@ OUR_WHISPER, THEIR_WHISPER = "our Whisper", "a Whisper of transformers"
 ACTIVATIONS_OF_WHISPER = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 """`activation_function` of Whisper -> `mlp` of the trunk."""
 FRAME_POSITIONS = "model.encoder.embed_positions.weight"
-UNKNOWN_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 
 
 def whisper_table() -> KeyTable:
@@ -133,7 +132,8 @@ def whisper_config_to_transformers(config: WhisperConfig) -> dict[str, Any]:
         "dropout": config.encoder.dropout,
         "activation_function": names.get(config.encoder.mlp, "gelu"),
         "tie_word_embeddings": True,
-        **dict.fromkeys((*UNKNOWN_IDS, *UNKNOWN_LISTS)),
+        **UNKNOWN_IDS,
+        **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens")),
     }
     for side, trunk in (("encoder", config.encoder), ("decoder", config.decoder)):
         content |= {
