@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from PIL import Image
 
 import trunkline
 from trunkline import TrunklineError
+from trunkline.datamodules.audio.log_mel import LogMel
 from trunkline.modules.networks.convert.companion_files import companions_from_theirs
+from trunkline.modules.networks.convert.feature_extractors import extractor_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -207,5 +210,90 @@ def test_pictures_with_borders_are_left_out(tmp_path: Path) -> None:
 
 
 def test_settings_of_another_kind_are_named(tmp_path: Path) -> None:
-    with pytest.raises(TrunklineError, match=r"does not say how pictures are prepared: KeyError\('size'\)"):
+    with pytest.raises(TrunklineError, match=r"does not say how inputs are prepared: KeyError\('size'\)"):
         companions_from_theirs(tmp_path, {"preprocess_cfg": {"mean": [0.1] * 3}}, "open_clip")
+
+
+# --- sounds
+
+
+def sound() -> np.ndarray:
+    """1.7 seconds at 16 kHz."""
+    noise = np.random.default_rng(0).normal(0, 0.1, 27_200)
+    return (noise + 0.3 * np.sin(np.arange(27_200) / 9)).astype(np.float32)
+
+
+def same_features(extractor: Any, sounds: dict[str, Any]) -> None:
+    """A `LogMel` with these fields makes the features of an extractor of transformers."""
+    (want,) = extractor(sound(), sampling_rate=16_000, return_tensors="pt").values()
+    want = want[0].mT if isinstance(extractor, transformers.WhisperFeatureExtractor) else want[0]
+    torch.testing.assert_close(LogMel(**sounds).features(torch.from_numpy(sound())), want, rtol=1e-3, atol=1e-3)
+
+
+WHISPER_EXTRACTOR = transformers.WhisperFeatureExtractor
+AST_EXTRACTOR = transformers.ASTFeatureExtractor
+
+
+@pytest.mark.parametrize(
+    "extractor",
+    [
+        WHISPER_EXTRACTOR(feature_size=20, chunk_length=2),
+        WHISPER_EXTRACTOR(feature_size=24, chunk_length=1, n_fft=321, hop_length=150),
+        AST_EXTRACTOR(num_mel_bins=20, max_length=200),
+        AST_EXTRACTOR(num_mel_bins=24, max_length=33, mean=1.0, std=0.3),
+        AST_EXTRACTOR(num_mel_bins=20, max_length=200, do_normalize=False),
+    ],
+    ids=["whisper", "whisper-others", "ast", "ast-others", "ast-raw"],
+)
+@pytest.mark.parametrize("processor", [False, True], ids=["extractor", "processor"])
+def test_feature_extractors_of_transformers(extractor: Any, processor: bool, tmp_path: Path) -> None:
+    extractor.save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    if processor:  # the file that version 5 writes for a processor
+        content = {"feature_extractor": json.loads(file.read_text()), "processor_class": "WhisperProcessor"}
+        file.rename(tmp_path / "processor_config.json").write_text(json.dumps(content))
+    found = companions_from_theirs(tmp_path, {}, "transformers")
+    assert found.transform is None
+    assert found.sounds is not None
+    same_features(extractor, found.sounds)
+    assert found.sounds.keys() == asdict(LogMel()).keys()
+    kind = "whisper" if isinstance(extractor, WHISPER_EXTRACTOR) else "audio-spectrogram-transformer"
+    again = type(extractor)(**extractor_settings(found.sounds, kind))
+    same_features(again, found.sounds)
+
+
+@pytest.mark.parametrize(
+    "extractor",
+    [
+        WHISPER_EXTRACTOR(dither=0.1),
+        WHISPER_EXTRACTOR(sampling_rate=8000),
+        AST_EXTRACTOR(padding_value=1.0),
+        transformers.Wav2Vec2FeatureExtractor(),
+    ],
+)
+def test_extractors_that_hear_otherwise_are_left_out(extractor: Any, tmp_path: Path) -> None:
+    extractor.save_pretrained(tmp_path)
+    assert companions_from_theirs(tmp_path, {}, "transformers").sounds is None
+
+
+@pytest.mark.parametrize("change", [{"padding": "batch"}, {"per_clip": "mean"}, {"max_seconds": 1.5}, {"mean": 0.1}])
+def test_sounds_that_no_extractor_hears_are_left_out(change: dict[str, Any]) -> None:
+    sounds = asdict(LogMel(convention="whisper", padding="fixed"))
+    assert extractor_settings(sounds, "whisper")["chunk_length"] == 30
+    assert extractor_settings(sounds, "audio-spectrogram-transformer") == {}
+    assert extractor_settings(sounds, "bert") == {}
+    assert extractor_settings(sounds | change, "whisper") == {}
+    del sounds["num_mels"]
+    assert extractor_settings(sounds, "whisper") == {}
+
+
+def test_the_start_token_of_a_foreign_decoder(tmp_path: Path) -> None:
+    words = {"added_tokens": [{"id": 0, "content": "<pad>"}, {"id": 7, "content": "<begin>"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(words))
+
+    def found(number: int | None) -> str | None:
+        return companions_from_theirs(tmp_path, {"decoder_start_token_id": number}, "transformers").start_token
+
+    assert [found(7), found(0), found(3), found(None)] == ["<begin>", "<pad>", None, None]
+    (tmp_path / "tokenizer.json").write_text("[")
+    assert found(7) is None  # who asks for the tokenizer is told that it is damaged

@@ -12,7 +12,7 @@ from trunkline import TrunklineError
 from trunkline.modules import networks
 from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, refuse_nan
 from trunkline.modules.networks.companions import COMPANION_FILES, Companions
-from trunkline.modules.networks.convert.companion_files import PREPROCESSOR_FILE, companions_from_theirs
+from trunkline.modules.networks.convert.companion_files import PREPROCESSOR_FILE, PROCESSOR_FILE, companions_from_theirs
 from trunkline.modules.networks.convert.families import foreign_family
 from trunkline.modules.networks.convert.family import ForeignFamily
 from trunkline.modules.networks.convert.foreign_files import (
@@ -168,4 +168,4 @@ def pretrained_place(source: str | Path) -> Path:
 
 SAFE = [name for name in (*WEIGHTS_FILES, *PART_FILES) if "safetensors" in name]
 PICKLED = [name for name in (*WEIGHTS_FILES, *PART_FILES) if "safetensors" not in name]
-BESIDE = [*CONFIG_FILES, *COMPANION_FILES, PREPROCESSOR_FILE]
+BESIDE = [*CONFIG_FILES, *COMPANION_FILES, PREPROCESSOR_FILE, PROCESSOR_FILE]

@@ -11,7 +11,7 @@ from trunkline.files import cannot_write
 from trunkline.modules.networks import Network
 from trunkline.modules.networks.base import CONFIG_FILE, WEIGHTS_FILE
 from trunkline.modules.networks.companions import CARD_FILE
-from trunkline.modules.networks.convert.families import FILES, save_foreign
+from trunkline.modules.networks.convert.families import FILES, save_foreign, to_foreign
 from trunkline.modules.networks.convert.family import Library
 from trunkline.modules.networks.hub import check_repository, upload
 from trunkline.modules.networks.pretrained import load_pretrained
@@ -62,7 +62,7 @@ def convert(
             reader = f"{type(network).__name__}.from_pretrained loads it"
         else:
             family = save_foreign(network, folder, library)
-            check_weights(network, folder)
+            check_weights(network, folder, library)
             reader = f"{library} loads it as {family.name}"
     except OSError as error:
         raise cannot_write(folder, error, "output") from error
@@ -81,14 +81,17 @@ def facts_of_run(checkpoint: Path) -> dict[str, str]:
         return {}
 
 
-def check_weights(network: Network, folder: Path) -> None:
-    """Read a folder that was just written, and compare its weights bit for bit.
+def check_weights(network: Network, folder: Path, library: Library) -> None:
+    """Read a folder that was just written, and compare the weights bit for bit, as the library has them.
+
+    What is read may have more weights than the network: the other library has positions for tokens that have none here,
+    or a table of positions that are computed here.
 
     Raises:
         TrunklineError: if one differs.
     """
     again = load_pretrained(folder, (type(network),), dtype=None)
-    want, found = network.state_dict(), again.state_dict()
+    want, found = (to_foreign(each, library)[2] for each in (network, again))
     differs = [n for n in want.keys() | found.keys() if n not in want or n not in found or not same(want[n], found[n])]
     if differs:
         raise TrunklineError(

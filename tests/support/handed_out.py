@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from parity import randomise
 
+from trunkline.datamodules.audio.log_mel import LogMel
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import (
+    AST,
     BERT,
     CLIP,
     GPT,
+    ASTConfig,
     BERTConfig,
     CLIPConfig,
     EncoderDecoder,
@@ -19,6 +22,8 @@ from trunkline.modules.networks import (
     GPTConfig,
     ViT,
     ViTConfig,
+    Whisper,
+    WhisperConfig,
 )
 
 TEXTS = ["the lion and the lamb", "a lamb in the field", "the field of the lion"] * 4
@@ -50,6 +55,12 @@ def small_vit() -> tuple[ViT, dict[str, Any]]:
     options: dict[str, Any] = {"num_classes": 3, "pool": "cls", "prefix_positions": 1}  # as the ViT of transformers
     network = ViT(ViTConfig(image_size=16, patch_size=8, **options, backbone=trunk()))
     return network, {"preprocessing": PICTURES, "class_names": CLASSES, "source": "pets"}
+
+
+def small_sincos() -> tuple[ViT, dict[str, Any]]:
+    """A classifier whose positions are computed, and of patches alone."""
+    network, data = small_vit()
+    return ViT(replace(network.config, positions="sincos2d", prefix_positions=0)), data
 
 
 def small_gpt() -> tuple[GPT, dict[str, Any]]:
@@ -84,6 +95,22 @@ def small_clip() -> tuple[CLIP, dict[str, Any]]:
     return CLIP(CLIPConfig(image=pictures, bert=None, gpt=texts, dim=8, projection_bias=False)), data
 
 
+def small_whisper() -> tuple[Whisper, dict[str, Any]]:
+    """With positions that are computed, as in training from scratch; clips have three seconds."""
+    sounds = {"convention": "whisper", "num_mels": 20, "max_seconds": 3.0, "padding": "fixed"}
+    shape = trunk(norm_eps=1e-5)
+    config = WhisperConfig(vocab_size=320, num_mels=20, max_frames=300, max_target_length=24, encoder=shape, decoder=shape)
+    data = {"tokenizer": words("bpe"), "settings": {"start_token": "<|endoftext|>"}, "log_mel": asdict(LogMel(**sounds))}
+    return Whisper(config), data
+
+
+def small_ast() -> tuple[AST, dict[str, Any]]:
+    """With positions inside the tokens, as in training from scratch; clips have half a second."""
+    sounds = {"window": "hanning", "num_mels": 20, "max_seconds": 0.5, "padding": "fixed", "mean": -4.0, "std": 9.0}
+    config = ASTConfig(num_mels=20, max_frames=50, patch_size=8, stride=5, num_classes=3, backbone=trunk())
+    return AST(config), {"class_names": CLASSES, "log_mel": asdict(LogMel(**sounds))}
+
+
 KINDS = {
     "clip": (
         small_clip,
@@ -91,9 +118,12 @@ KINDS = {
         "pairs.image_text_data.ImageTextData",
     ),
     "vit": (small_vit, "image_classifier.ImageClassifier", "images.image_data.ImageData"),
+    "vit-sincos": (small_sincos, "image_classifier.ImageClassifier", "images.image_data.ImageData"),
     "bert": (small_bert, "masked_lm.MaskedLM", "text.masked_text.MaskedTextData"),
     "gpt": (small_gpt, "causal_lm.CausalLM", "text.text_data.TextData"),
     "t5": (small_t5, "seq2seq.Seq2Seq", "translation.translation_data.TranslationData"),
+    "whisper": (small_whisper, "speech_to_text.SpeechToText", "audio.speech_data.SpeechData"),
+    "ast": (small_ast, "audio_classifier.AudioClassifier", "audio.audio_data.AudioData"),
 }
 
 

@@ -9,9 +9,11 @@ from typing import Any
 from trunkline import TrunklineError
 from trunkline.modules.networks.companions import TOKENIZER_FILE, Companions, tokenizer_text
 from trunkline.modules.networks.convert.family import Library
+from trunkline.modules.networks.convert.feature_extractors import extractor_settings, sounds_of_extractor
 from trunkline.modules.networks.image_transform import RESAMPLING, ImageTransform
 
-PREPROCESSOR_FILE = "preprocessor_config.json"
+PREPROCESSOR_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
+"""How inputs are prepared; version 5 of transformers writes it into the second, beside what a processor adds."""
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS = {
     "bos_token": ("<|startoftext|>", "<s>", "[CLS]", "<|endoftext|>", "<bos>"),
@@ -33,7 +35,7 @@ def companions_from_theirs(folder: Path, content: Mapping[str, Any], library: Li
     A way of preparing pictures that `ImageTransform` does not have, such as borders around them, is left out.
 
     Args:
-        folder: with tokenizer.json and preprocessor_config.json, if there are such.
+        folder: with tokenizer.json and preprocessor_config.json or processor_config.json, if there are such.
         content: of its configuration file.
         library: whose files they are.
 
@@ -53,17 +55,34 @@ def companions_from_theirs(folder: Path, content: Mapping[str, Any], library: Li
     labels = content.get("id2label") or {}
     named = {int(number): str(name) for number, name in labels.items()}
     names = None if all(name == f"LABEL_{n}" for n, name in named.items()) else [named[n] for n in sorted(named)]
-    file = folder / PREPROCESSOR_FILE
-    if not file.is_file():
-        return Companions(words, class_names=names)
+    found = Companions(words, class_names=names, start_token=start_token(words, content))
+    file = next((folder / name for name in (PREPROCESSOR_FILE, PROCESSOR_FILE) if (folder / name).is_file()), None)
+    if file is None:
+        return found
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-        return Companions(words, transform=guarded(processor_transform, settings, file), class_names=names)
-    except (OSError, ValueError) as error:
+        if file.name == PROCESSOR_FILE:
+            settings = settings.get("image_processor") or settings.get("feature_extractor")
+        found.transform = guarded(processor_transform, settings, file)
+        found.sounds = guarded(sounds_of_extractor, settings, file)
+        return found
+    except (OSError, ValueError, AttributeError) as error:
         raise TrunklineError(f"{file} does not say how inputs are prepared: {error}; copy it again") from error
 
 
-def guarded(read: Any, settings: Any, place: Path) -> ImageTransform | None:
+def start_token(tokenizer: Path | None, content: Mapping[str, Any]) -> str | None:
+    """The token with which a decoder begins every text; None if the tokenizer does not know it or cannot be read."""
+    number = content.get("decoder_start_token_id")
+    if tokenizer is None or number is None:
+        return None
+    try:
+        known = vocabulary(tokenizer.read_text(encoding="utf-8"))
+        return next((token for token, place in known.items() if place == number), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # whoever asks for the tokenizer is told
+        return None
+
+
+def guarded(read: Any, settings: Any, place: Path) -> Any:
     """What `read` makes of settings; None for none.
 
     Raises:
@@ -72,7 +91,7 @@ def guarded(read: Any, settings: Any, place: Path) -> ImageTransform | None:
     try:
         return read(settings) if settings else None
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise TrunklineError(f"{place} does not say how pictures are prepared: {error!r}; copy it again") from error
+        raise TrunklineError(f"{place} does not say how inputs are prepared: {error!r}; copy it again") from error
 
 
 def two_sides(size: Any) -> tuple[int, int]:
@@ -166,7 +185,7 @@ def companions_to_theirs(
     if names and len(names) == len(content.get("id2label") or {}):
         numbered = {str(number): name for number, name in enumerate(names)}
         content = content | {"id2label": numbered, "label2id": {name: int(n) for n, name in numbered.items()}}
-    processor = processor_settings(transform)
+    processor = processor_settings(transform) or extractor_settings(companions.sounds, content.get("model_type"))
     return content, files | ({PREPROCESSOR_FILE: json.dumps(processor, indent=2) + "\n"} if processor else {})
 
 

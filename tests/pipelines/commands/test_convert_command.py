@@ -16,6 +16,7 @@ from PIL import Image
 
 import trunkline
 from trunkline import TrunklineError
+from trunkline.datamodules.audio.log_mel import LogMel
 from trunkline.files import write_json
 from trunkline.modules.networks import hub
 from trunkline.pipelines.cli import main
@@ -91,6 +92,16 @@ def test_vit_for_transformers() -> None:
     assert torch.equal(again.transform(photo()), ours)
 
 
+def test_positions_that_are_computed_become_learned_ones() -> None:
+    """Weights that only the other library has are no fault of the files."""
+    network = run("vit-sincos")
+    convert("--to", "hf", "--output", "out")
+    theirs = transformers.AutoModelForImageClassification.from_pretrained("out").eval()
+    with torch.no_grad():
+        pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        assert_near(theirs(pixel_values=pixels).logits, network(pixels))
+
+
 def test_vit_for_timm() -> None:
     network = run("vit")
     convert("--to", "timm", "--output", "out")
@@ -119,12 +130,13 @@ def test_gpt_for_transformers() -> None:
     assert 'model = transformers.GPT2LMHeadModel.from_pretrained("' in Path("out/README.md").read_text()
 
 
-def check_tokenizer(folder: str) -> None:
-    """Theirs and ours make the same tokens of a text, and the same text of them."""
+def check_tokenizer(folder: str) -> Any:
+    """Theirs, which it returns, and ours make the same tokens of a text, and the same text of them."""
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), trunkline.load(folder).tokenizer
     numbers = theirs(TEXTS[0])["input_ids"]
     assert numbers == ours.encode(TEXTS[0]).ids
     assert theirs.decode(numbers, skip_special_tokens=True) == ours.decode(numbers)
+    return theirs
 
 
 def test_bert_for_transformers() -> None:
@@ -152,6 +164,47 @@ def test_t5_for_transformers() -> None:
     check_tokenizer("out")
     start = transformers.AutoTokenizer.from_pretrained("out").convert_tokens_to_ids("<|endoftext|>")
     assert theirs.config.decoder_start_token_id == start
+
+
+def waveform() -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.1, 8000).astype(np.float32)
+
+
+def test_whisper_for_transformers() -> None:
+    """Its positions are computed, as in training from scratch; theirs are a table."""
+    network = run("whisper")
+    convert("--to", "hf", "--output", "out")
+    theirs = transformers.AutoModelForSpeechSeq2Seq.from_pretrained("out").eval()
+    extractor, words = transformers.AutoFeatureExtractor.from_pretrained("out"), check_tokenizer("out")
+    features = extractor(waveform(), sampling_rate=16_000, return_tensors="pt")["input_features"]
+    sounds = trunkline.load(f"{RUN}/checkpoints/last.ckpt").companions.sounds
+    assert_near(features[0].mT, LogMel(**sounds).features(torch.from_numpy(waveform())), 1e-3)
+    with torch.no_grad():
+        given = tokens()[:1]
+        assert_near(theirs(input_features=features, decoder_input_ids=given).logits, network(features.mT, given))
+        assert theirs.config.decoder_start_token_id == words.convert_tokens_to_ids("<|endoftext|>")
+        written = transformers.GenerationMixin.generate(theirs, features, max_new_tokens=3, do_sample=False)
+    assert written.shape[0] == 1
+    again = trunkline.load("out")
+    assert again.companions.sounds == sounds
+    assert again.companions.start_token == "<|endoftext|>"
+
+
+def test_ast_for_transformers() -> None:
+    """The positions of its tokens are part of them, as in training from scratch; theirs are zero."""
+    network = run("ast")
+    convert("--to", "hf", "--output", "out")
+    theirs = transformers.AutoModelForAudioClassification.from_pretrained("out").eval()
+    assert theirs.config.id2label == dict(enumerate(CLASSES))
+    extractor = transformers.AutoFeatureExtractor.from_pretrained("out")
+    features = extractor(waveform(), sampling_rate=16_000, return_tensors="pt")["input_values"]
+    with torch.no_grad():
+        assert_near(theirs(features).logits, network(features))
+        found = transformers.pipeline("audio-classification", "out")(waveform())
+    assert {entry["label"] for entry in found} == set(CLASSES)
+    again = trunkline.load("out")
+    assert again.companions.sounds == trunkline.load(f"{RUN}/checkpoints/last.ckpt").companions.sounds
+    assert again.companions.class_names == CLASSES
 
 
 @pytest.mark.parametrize("library", ["hf", "open_clip"])
@@ -295,7 +348,8 @@ def test_a_hub_that_cannot_be_used(fake_hub: FakeHub, monkeypatch: pytest.Monkey
 
 
 def test_the_configuration_names_their_class() -> None:
-    for kind, name in {"t5": "T5ForConditionalGeneration", "bert": "BertForMaskedLM"}.items():
+    names = {"t5": "T5ForConditionalGeneration", "bert": "BertForMaskedLM", "ast": "ASTForAudioClassification"}
+    for kind, name in names.items():
         run(kind)
         convert("--to", "hf", "--output", kind)
         assert json.loads(Path(kind, "config.json").read_text())["architectures"] == [name]
