@@ -60,8 +60,8 @@ class ASTConfig:
             )
         if not 0 <= self.prefix_positions <= self.prefix_tokens:
             raise TrunklineError(
-                f"prefix_positions={self.prefix_positions} is out of range; set it to at most {self.prefix_tokens}, the "
-                f"number of tokens before the patches with pool={self.pool}",
+                f"prefix_positions={self.prefix_positions} is out of range; set it to at most {self.prefix_tokens}, "
+                f"the number of tokens before the patches with pool={self.pool}",
                 "model.network.prefix_positions",
             )
         if self.max_frames < 1:

@@ -51,8 +51,8 @@ class EncoderDecoderConfig:
     max_target_length: int = 512
     """Largest number of tokens of a target, including the start token."""
     positions: Literal["learned", "sinusoidal", "fixed", "relative", "none"] = "sinusoidal"
-    """Absolute positions, T5's relative bias in self-attention, or none (for rotary trunks). `fixed` are sinusoidal ones
-    in a table that is kept with the weights, as in files of Marian."""
+    """Absolute positions, T5's relative bias in self-attention, or none (for rotary trunks). `fixed` are sinusoidal
+    ones in a table that is kept with the weights, as in files of Marian."""
     first_position: int = 0
     """Row of the tables of learned positions for the first token; BART's is the third."""
     relative_buckets: int = 32

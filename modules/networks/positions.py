@@ -75,6 +75,8 @@ class FixedPositions(nn.Module):
         table: the positions at first.
     """
 
+    weight: Tensor
+
     def __init__(self, table: Tensor) -> None:
         super().__init__()
         self.register_buffer("weight", table)

@@ -99,8 +99,14 @@ def small_whisper() -> tuple[Whisper, dict[str, Any]]:
     """With positions that are computed, as in training from scratch; clips have three seconds."""
     sounds = {"convention": "whisper", "num_mels": 20, "max_seconds": 3.0, "padding": "fixed"}
     shape = trunk(norm_eps=1e-5)
-    config = WhisperConfig(vocab_size=320, num_mels=20, max_frames=300, max_target_length=24, encoder=shape, decoder=shape)
-    data = {"tokenizer": words("bpe"), "settings": {"start_token": "<|endoftext|>"}, "log_mel": asdict(LogMel(**sounds))}
+    config = WhisperConfig(
+        vocab_size=320, num_mels=20, max_frames=300, max_target_length=24, encoder=shape, decoder=shape
+    )
+    data = {
+        "tokenizer": words("bpe"),
+        "settings": {"start_token": "<|endoftext|>"},
+        "log_mel": asdict(LogMel(**sounds)),
+    }
     return Whisper(config), data
 
 

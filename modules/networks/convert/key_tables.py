@@ -72,7 +72,7 @@ def shared_weight(weights: dict[str, Tensor], names: Sequence[str], family: str)
         first, *_ = copies
         if value is not copies[first] and not torch.equal(value, copies[first]):
             raise TrunklineError(f"'{name}' and '{first}' of {family} differ, but are one weight")
-    return {names[0]: value for value in list(copies.values())[:1]}
+    return dict(zip(names, list(copies.values())[:1], strict=False))
 
 
 def to_theirs(

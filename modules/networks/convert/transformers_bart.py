@@ -70,6 +70,8 @@ SHARED = ("model.shared.weight", "model.encoder.embed_tokens.weight", "model.dec
 """Names of one embedding for both sides; files have the first."""
 POSITIONS = ("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight")
 LOGITS_BIAS = "final_logits_bias"
+VERSION = "coder.version"
+"""A number in old files."""
 UNKNOWN_IDS = {
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "forced_eos_token_id")),
     "decoder_start_token_id": -1,  # some of their classes refuse null
@@ -110,7 +112,7 @@ class BartLike:
         Raises:
             TrunklineError: for a weight that an `EncoderDecoder` does not have.
         """
-        own = {name: value for name, value in with_prefix(weights).items() if not name.endswith(".version")}  # old files
+        own = {name: value for name, value in with_prefix(weights).items() if not name.endswith(VERSION)}
         bias = own.pop(LOGITS_BIAS, None)
         if config.one_embedding:
             own |= shared_weight(own, SHARED, self.name)

@@ -130,6 +130,7 @@ NETWORKS: dict[str, tuple[type[Network], Any, list[int], list[int]]] = {  # clas
         [2, 9],
         [2, 5, 19],
     ),
+    "marian-tables": (EncoderDecoder, pair(POST_NORM, positions="fixed", scale_embeddings=True), [2, 9], [2, 5, 19]),
     "two-vocabularies": (
         EncoderDecoder,
         pair({"rope_theta": 1e4}, positions="none", target_vocab_size=23, tie_embeddings=False, vocab_size=27),
@@ -150,6 +151,7 @@ NETWORKS: dict[str, tuple[type[Network], Any, list[int], list[int]]] = {  # clas
     "speech-patches": (SpeechEncoder, speech(front="patches", positions="learned"), [2, 21, 8], [2, 6, 19]),
     "ast": (AST, spectrogram(), [2, 24, 10], [2, 6]),
     "ast-shorter": (AST, spectrogram(pool="cls", stride=(4, 2)), [2, 17, 10], [2, 6]),
+    "ast-positions": (AST, spectrogram(prefix_positions=1), [2, 24, 10], [2, 6]),
     "ast-modern": (
         AST,
         spectrogram(
@@ -161,6 +163,7 @@ NETWORKS: dict[str, tuple[type[Network], Any, list[int], list[int]]] = {  # clas
         [2, 6],
     ),
     "whisper": (Whisper, whisper(), [2, 21, 8], [2, 5, 19]),
+    "whisper-table": (Whisper, whisper(positions="fixed"), [2, 21, 8], [2, 5, 19]),
     "whisper-modern": (
         Whisper,
         whisper(

@@ -126,7 +126,9 @@ def test_the_usual_sizes() -> None:
 
 
 def test_an_activation_that_the_network_lacks() -> None:
-    with pytest.raises(TrunklineError, match="with hidden_act=quick_gelu cannot be converted: our AST has no such option"):
+    with pytest.raises(
+        TrunklineError, match="with hidden_act=quick_gelu cannot be converted: our AST has no such option"
+    ):
         ast_config_from_transformers({**pair("usual").theirs.config.to_dict(), "hidden_act": "quick_gelu"}, HEAD)
 
 

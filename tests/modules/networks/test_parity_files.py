@@ -177,14 +177,22 @@ def other_copy(name: str) -> Callable[[dict[str, Tensor]], None]:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("bart", edit_weights(other_copy("model.encoder.embed_tokens.weight")), "'.*encoder.*' and 'model.shared.weight'"),
+        (
+            "bart",
+            edit_weights(other_copy("model.encoder.embed_tokens.weight")),
+            "'.*encoder.*' and 'model.shared.weight'",
+        ),
         ("bart", edit_weights(other_copy("lm_head.weight")), "'head.weight' and '.*' differ, but are one here"),
         ("bart", edit_weights(lambda w: w.pop("model.shared.weight")), "'token_embed.weight' is missing"),
         ("bart", edit(max_position_embeddings=24), r"'pos_embed.weight' is \(22, 32\) there and \(26, 32\) here"),
         ("bart", edit_weights(lambda w: w.update(qa=torch.zeros(1))), "of a BART have no place in .*: 'qa'"),
         ("bart", edit(model_type="mbart"), r"cannot be converted \(mbart\); known are .*BART"),
         ("t5", edit_weights(other_copy("decoder.embed_tokens.weight")), "of a T5 differ, but are one weight"),
-        ("whisper", edit_weights(lambda w: w.pop("model.encoder.embed_positions.weight")), "'pos_embed.weight' is missing"),
+        (
+            "whisper",
+            edit_weights(lambda w: w.pop("model.encoder.embed_positions.weight")),
+            "'pos_embed.weight' is missing",
+        ),
         (
             "whisper",
             edit_weights(lambda w: w["model.encoder.embed_positions.weight"].fill_(torch.nan)),
