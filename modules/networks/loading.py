@@ -7,7 +7,7 @@ from trunkline import TrunklineError
 from trunkline.files import check_parts, load_checkpoint
 from trunkline.modules import networks
 from trunkline.modules.networks.base import Network, nameless, network_of, stored_config
-from trunkline.modules.networks.convert.foreign_files import CONFIG_FILES
+from trunkline.modules.networks.convert.foreign_files import CONFIG_FILES, other_content
 from trunkline.modules.networks.pretrained import load_pretrained
 from trunkline.run_folders import find_checkpoint, is_checkpoint
 
@@ -16,6 +16,11 @@ def load_network(source: str | Path) -> Any:
     """The network in a checkpoint, a folder or a hub repository, in evaluation mode; see `trunkline.load`."""
     path = Path(source)
     if is_checkpoint(path) or (path.is_dir() and not any((path / name).is_file() for name in CONFIG_FILES)):
+        if not is_checkpoint(path) and (other := other_content(path)):
+            raise TrunklineError(
+                f"the folder {path} holds no network that can be loaded{other}; give a folder with a configuration "
+                f"({' or '.join(CONFIG_FILES)}) and weights, a run or a checkpoint"
+            )
         file = find_checkpoint(path)
         content = load_checkpoint(file)
         return network_of(class_in_checkpoint(content, file), content, file).eval()

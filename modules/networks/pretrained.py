@@ -13,7 +13,7 @@ from trunkline.modules import networks
 from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, refuse_nan
 from trunkline.modules.networks.companions import COMPANION_FILES, Companions
 from trunkline.modules.networks.convert.companion_files import PREPROCESSOR_FILE, PROCESSOR_FILE, companions_from_theirs
-from trunkline.modules.networks.convert.families import foreign_family
+from trunkline.modules.networks.convert.families import described_by, foreign_family
 from trunkline.modules.networks.convert.family import ForeignFamily
 from trunkline.modules.networks.convert.foreign_files import (
     CONFIG_FILES,
@@ -57,7 +57,8 @@ class Pretrained:
         """
         if self.family is None:
             return config_from_dict(self.network_class.config_class, self.content)
-        return self.family.config_from(self.content, self.weights)
+        with described_by(self.family, self.source):
+            return self.family.config_from(self.content, self.weights)
 
     @property
     def companions(self) -> Companions:
@@ -80,11 +81,14 @@ class Pretrained:
         Raises:
             TrunklineError: if the weights do not fit the configuration, or are not finite.
         """
-        network = unfilled(self.network_class, self.config)
+        config = self.config
         if self.family is None:
+            network = unfilled(self.network_class, config)
             weights = {name: self.weights[name] for name in self.weights}
         else:
-            weights = self.family.weights_from(self.weights, self.config)
+            with described_by(self.family, self.source):
+                network = unfilled(self.network_class, config)
+            weights = self.family.weights_from(self.weights, config)
         assign_weights(network, weights, self.source, dtype)
         refuse_nan(network, self.source)
         network.companions = self.companions
@@ -150,7 +154,8 @@ def pretrained_place(source: str | Path) -> Path:
             return path
         raise TrunklineError(
             f"{source} is a file, but from_pretrained takes a folder that save_pretrained wrote, a file of weights, or "
-            "a hub name; load a checkpoint of `trunkline fit` with from_checkpoint"
+            "a hub name; load a checkpoint of `trunkline fit` with from_checkpoint, and convert other formats, such as "
+            "GGUF or ONNX, to safetensors"
         )
     if looks_like_path(str(source)):
         raise TrunklineError(f"'{source}' is no folder; fix the path, or give the name of a hub repository")

@@ -68,6 +68,12 @@ def assign_weights(
         for name, value in own.items()
         if name in weights and weights[name].shape != value.shape
     ]
+    faults += [
+        f"'{name}' is of type {str(weights[name].dtype).removeprefix('torch.')}, so it is quantised; take the files of "
+        "the model before quantisation"
+        for name, value in own.items()
+        if name in weights and isinstance(value, nn.Parameter) and not weights[name].is_floating_point()
+    ]
     for names in shared.values():
         given = [name for name in names if name in weights]
         faults += [

@@ -1,7 +1,8 @@
 """All families of foreign models, and the conversion of a network by its family."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,29 @@ def foreign_family(config: Mapping[str, Any], source: object) -> ForeignFamily:
     return found
 
 
+@contextmanager
+def described_by(family: ForeignFamily, source: object) -> Iterator[None]:
+    """Read a configuration file of theirs, which may lack a field, or have one of another kind.
+
+    Raises:
+        TrunklineError: if it does.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise TrunklineError(
+            f"the configuration of {source} has no field {error}, without which {family.name} is not described; copy "
+            "or download the file again"
+        ) from error
+    except (TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        if isinstance(error, TrunklineError):
+            raise
+        raise TrunklineError(
+            f"the configuration of {source} has a value that {family.name} cannot have ({error}); copy or download the "
+            "file again"
+        ) from error
+
+
 def from_foreign(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float32
 ) -> Any:
@@ -90,8 +114,9 @@ def from_foreign(
         TrunklineError: if no network of ours can be such a model, or the weights do not fit.
     """
     family = foreign_family(config, "the given configuration")
-    own = family.config_from(config, weights)
-    network = unfilled(family.network, own)
+    with described_by(family, "the given model"):
+        own = family.config_from(config, weights)
+        network = unfilled(family.network, own)
     converted = family.weights_from(weights, own)
     assign_weights(network, {name: value.clone() for name, value in converted.items()}, "the given weights", dtype)
     return network

@@ -8,7 +8,7 @@ from typing import Any
 
 USUAL_SOUNDS: dict[str, Any] = {"mean": 0.0, "std": 1.0, "per_clip": False, "range_db": None, "padding": "fixed"}
 RATE, WINDOW, HOP = 16_000, 400, 160
-"""Samples a second, in a window, and from one frame to the next. Mel bands end at 8 kHz there, at half the rate here."""
+"""Samples a second, in a window, and in a hop. Their mel bands end at 8 kHz, ours at half the rate."""
 
 
 def sounds_of_extractor(settings: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -182,6 +182,24 @@ def read_config(place: Path) -> dict[str, Any]:
     return content
 
 
+OTHER_CONTENT = {
+    "tf_model*.h5": "weights of TensorFlow",
+    "flax_model*.msgpack": "weights of Flax",
+    "*.gguf": "weights in the format GGUF",
+    "adapter_config.json": "an adapter of PEFT, which has to be merged into its base model first",
+    "modules.json": "a model of sentence-transformers, whose network is in a folder of its own",
+    "*.safetensors": "weights without the config.json of their network",
+    "pytorch_model*.bin": "weights without the config.json of their network",
+}
+"""Patterns of files -> what they are."""
+
+
+def other_content(folder: Path) -> str:
+    """What a folder holds that cannot be loaded as it is, as part of a message; empty if nothing is known of it."""
+    found = next((what for pattern, what in OTHER_CONTENT.items() if any(folder.glob(pattern))), None)
+    return "" if found is None else f", but {found}"
+
+
 def open_weights(source: Path) -> ForeignWeights:
     """The weights in a folder, or in one file.
 
@@ -192,7 +210,7 @@ def open_weights(source: Path) -> ForeignWeights:
     if source.is_dir():
         found = next((source / name for name in WEIGHTS_FILES if (source / name).is_file()), None)
         if found is None:
-            raise TrunklineError(f"{source} holds no weights; it needs one of {', '.join(WEIGHTS_FILES)}")
+            raise TrunklineError(f"{source} holds no weights{other_content(source)}; it needs one of {', '.join(WEIGHTS_FILES)}")
         file = found
     if not file.name.endswith(".index.json"):
         return ForeignWeights(file)

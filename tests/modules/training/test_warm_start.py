@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from tiny import batches, classifier, fit, vit, weights
 
+import trunkline
 from trunkline import TrunklineError
 from trunkline.files import load_checkpoint
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import GPT, GPTConfig, ViT
+from trunkline.modules.objectives.audio_classifier import AudioClassifier
 from trunkline.modules.objectives.image_classifier import ImageClassifier
+from trunkline.modules.objectives.seq2seq import Seq2Seq
+from trunkline.modules.objectives.speech_to_text import SpeechToText
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.modules.training.warm_start import TrainedWeights, network_class_of
 from trunkline.seal import seal
@@ -171,6 +176,42 @@ def test_a_foreign_class_is_not_taken_for_another() -> None:
     content = {"classes": {"network": "mine.Net"}, "objective": "CausalLM"}
     assert network_class_of(content) is None
     assert network_class_of({"objective": "CausalLM"}) is GPT
+
+
+@pytest.mark.parametrize("name", ["bart", "marian", "whisper", "ast"])
+def test_init_from_files_of_transformers(name: str, tmp_path: Path) -> None:
+    """A recipe that states what the files have begins with their weights; a network that differs is refused."""
+    theirs: dict[str, tuple[Any, Any, type[Any]]] = {
+        "bart": (transformers.BartForConditionalGeneration, SMALL_PAIR, Seq2Seq),
+        "marian": (transformers.MarianMTModel, SMALL_PAIR, Seq2Seq),
+        "whisper": (
+            transformers.WhisperForConditionalGeneration,
+            SMALL_PAIR | {"num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 9},
+            SpeechToText,
+        ),
+        "ast": (
+            transformers.ASTForAudioClassification,
+            {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+            | {"num_mel_bins": 16, "max_length": 24, "patch_size": 8, "time_stride": 5, "frequency_stride": 5},
+            AudioClassifier,
+        ),
+    }
+    model, sizes, objective = theirs[name]
+    model(model.config_class(**sizes)).save_pretrained(tmp_path)
+    want = trunkline.load(tmp_path)
+    network = objective(want.config, init_from=str(tmp_path)).network
+    torch.testing.assert_close(network.state_dict(), want.state_dict(), rtol=0, atol=0)
+    trunk = "backbone" if name == "ast" else "encoder"
+    other = {trunk: dataclasses.replace(getattr(want.config, trunk), mlp_dim=40)}
+    with pytest.raises(TrunklineError, match="init_from"):
+        objective(dataclasses.replace(want.config, **other), init_from=str(tmp_path))
+
+
+SMALL_PAIR = {
+    **{"vocab_size": 30, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 12},
+    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24},
+    **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2},
+}
 
 
 # --- a plain network
