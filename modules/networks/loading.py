@@ -16,12 +16,15 @@ def load_network(source: str | Path) -> Any:
     """The network in a checkpoint, a folder or a hub repository, in evaluation mode; see `trunkline.load`."""
     path = Path(source)
     if is_checkpoint(path) or (path.is_dir() and not any((path / name).is_file() for name in CONFIG_FILES)):
-        if not is_checkpoint(path) and (other := other_content(path)):
+        try:
+            file = find_checkpoint(path)
+        except TrunklineError as error:
+            if not (other := other_content(path)):
+                raise
             raise TrunklineError(
                 f"the folder {path} holds no network that can be loaded{other}; give a folder with a configuration "
                 f"({' or '.join(CONFIG_FILES)}) and weights, a run or a checkpoint"
-            )
-        file = find_checkpoint(path)
+            ) from error
         content = load_checkpoint(file)
         return network_of(class_in_checkpoint(content, file), content, file).eval()
     return load_pretrained(source).eval()

@@ -69,8 +69,7 @@ def assign_weights(
         if name in weights and weights[name].shape != value.shape
     ]
     faults += [
-        f"'{name}' is of type {str(weights[name].dtype).removeprefix('torch.')}, so it is quantised; take the files of "
-        "the model before quantisation"
+        f"'{name}' is {str(weights[name].dtype).removeprefix('torch.')} there, as after quantisation, and float here"
         for name, value in own.items()
         if name in weights and isinstance(value, nn.Parameter) and not weights[name].is_floating_point()
     ]

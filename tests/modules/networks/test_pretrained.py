@@ -11,6 +11,7 @@ import transformers
 from parity import assert_near, randomise
 from safetensors.torch import load_file, save_file
 
+import trunkline
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import EncoderDecoder, EncoderDecoderConfig, ViT
@@ -130,6 +131,15 @@ def edit(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def lose(field: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text())
+        del content[field]
+        (folder / "config.json").write_text(json.dumps(content))
+
+    return change
+
+
 def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         file = next(folder.glob("*.safetensors"))
@@ -177,6 +187,14 @@ NAME = "encoder.block.0.layer.0.SelfAttention"
         (False, edit_weights(lambda w: w.pop(f"{NAME}.o.weight")), r"'encoder\.blocks\.0\.attn\.proj.* is missing"),
         (False, edit_weights(lambda w: w.update(a=torch.ones(1), b=torch.ones(1))), "no place in .*: 'a'; 'b'"),
         (False, edit_weights(lambda w: w["shared.weight"].fill_(torch.nan)), "not finite, first in token_embed"),
+        (
+            False,
+            edit_weights(lambda w: w.update({"shared.weight": w["shared.weight"].char()})),
+            "_embed.* is int8 there",
+        ),
+        (False, edit(d_model="big"), "has a value that a T5 cannot have"),
+        (False, edit(vocab_size=None), "has a value that a T5 cannot have"),
+        (False, lose("d_model"), "has no field 'd_model', without which a T5 is not described; copy"),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -212,3 +230,29 @@ def test_another_network(theirs: Any, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     with pytest.raises(TrunklineError, match="describes a EncoderDecoder, not a ViT; load it with EncoderDecoder"):
         ViT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model.gguf", "but weights in the format GGUF"),
+        ("tf_model.h5", "but weights of TensorFlow"),
+        ("flax_model.msgpack", "but weights of Flax"),
+        ("adapter_config.json", "but an adapter of PEFT, which has to be merged"),
+        ("modules.json", "but a model of sentence-transformers"),
+        ("model.safetensors", r"but weights without the config\.json"),
+    ],
+)
+def test_folders_of_other_formats(file: str, message: str, theirs: Any, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / file).write_bytes(b"")
+    with pytest.raises(TrunklineError, match=rf"holds no network that can be loaded, {message}.*; give a folder with"):
+        trunkline.load(tmp_path / "folder")
+    if file != "model.safetensors":
+        theirs.config.save_pretrained(tmp_path / "folder")
+        with pytest.raises(TrunklineError, match=rf"holds no weights, {message}.*; it needs one of model\.safetensors"):
+            trunkline.load(tmp_path / "folder")
+    (tmp_path / file).write_bytes(b"")
+    if file.endswith((".gguf", ".h5", ".msgpack")):
+        with pytest.raises(TrunklineError, match="convert other formats, such as GGUF or ONNX, to safetensors"):
+            trunkline.load(tmp_path / file)
