@@ -210,8 +210,8 @@ def open_weights(source: Path) -> ForeignWeights:
     if source.is_dir():
         found = next((source / name for name in WEIGHTS_FILES if (source / name).is_file()), None)
         if found is None:
-            names = ", ".join(WEIGHTS_FILES)
-            raise TrunklineError(f"{source} holds no weights{other_content(source)}; it needs one of {names}")
+            wanted = ", ".join(WEIGHTS_FILES)
+            raise TrunklineError(f"{source} holds no weights{other_content(source)}; it needs one of {wanted}")
         file = found
     if not file.name.endswith(".index.json"):
         return ForeignWeights(file)
