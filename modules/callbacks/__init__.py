@@ -12,6 +12,7 @@ from trunkline.modules.callbacks.speech import Transcripts
 from trunkline.modules.callbacks.text import AttentionHeads, FilledMasks, TextSamples
 from trunkline.modules.callbacks.throughput import Throughput
 from trunkline.modules.callbacks.translation import Translations
+from trunkline.modules.callbacks.weight_average import WeightAverage
 
 __all__ = [
     "AttentionHeads",
@@ -30,4 +31,5 @@ __all__ = [
     "Throughput",
     "Transcripts",
     "Translations",
+    "WeightAverage",
 ]

@@ -55,7 +55,8 @@ def shortest(path: Path) -> Path:
 class ProgressBar(TQDMProgressBar):
     """Lightning's progress bar, with the time left to the end of training, and units per second.
 
-    The bar has always the same width; values that do not fit into the terminal are left out.
+    The bar has always the same width; values that do not fit into the terminal are left out. The loss is that of the
+    last step that was logged, or of the first one: another would have to be fetched from the device.
 
     Args:
         refresh_rate: number of batches between two updates.
@@ -64,6 +65,7 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self.started, self.first_step = 0.0, 0
+        self.loss: dict[str, float] = {}
 
     def init_train_tqdm(self) -> Any:
         bar = super().init_train_tqdm()
@@ -82,9 +84,15 @@ class ProgressBar(TQDMProgressBar):
         of = "" if epochs is None else f"/{epochs}"
         self.train_progress_bar.set_description_str(f"Epoch {trainer.current_epoch + 1}{of}", refresh=False)
 
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        name, interval = "train/loss", trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (not self.loss or trainer.global_step % interval == 0) and name in trainer.callback_metrics:
+            self.loss = {name: float(trainer.callback_metrics[name])}
+        super().on_train_batch_end(trainer, *rest)
+
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The values that the bar shows, as texts, as many as fit."""
-        found = dict(super().get_metrics(trainer, pl_module))
+        found = self.loss | dict(super().get_metrics(trainer, pl_module))
         found.pop(UNSHOWN, None)
         shown = {name.removeprefix("train/"): digits(value) for name, value in found.items()}
         left = self.seconds_left(trainer)

@@ -121,10 +121,9 @@ class AudioClassifier(AudioTask):
     def loss(self, batch: AudioBatch) -> Loss:
         """The loss over the clips."""
         losses = self.clip_losses(self.outputs(batch), batch, self.label_smoothing)
-        if "valid" in batch:
-            losses = losses[batch["valid"]]
-        # A tensor, because batches of like length have different numbers of clips in different processes.
-        return Loss(losses.sum(), torch.full((), len(losses), device=losses.device))
+        # Its sum is a tensor, because batches of like length have different numbers of clips in different processes.
+        valid = batch.get("valid", torch.ones_like(losses, dtype=torch.bool))
+        return Loss(losses.where(valid, 0.0).sum(), valid.sum())
 
     # --- evaluation
 

@@ -102,7 +102,7 @@ class TrunklineModule(L.LightningModule):
         self.held: list[Any] = []
         """Batches of the current accumulation, for a joint loss."""
         self.counts = torch.nn.ModuleDict(
-            {f"{stage}_{name}": SumMetric() for stage in ("train", *STAGES) for name in self.counted}
+            {f"{stage}_{name}": SumMetric("disable") for stage in ("train", *STAGES) for name in self.counted}
         )
 
     # --- from arguments to a network
@@ -227,9 +227,13 @@ class TrunklineModule(L.LightningModule):
         return sum(others, start=first)
 
     def log_terms(self, means: list[tuple[Loss, Any]]) -> None:
-        """Log the means of a training step, and the further values that the objective wants logged."""
+        """Log the means of a training step, and the further values that the objective wants logged.
+
+        None with `prog_bar`: Lightning would read it, and so wait for the device, in every step. `ProgressBar` reads
+        the loss in logging steps.
+        """
         for term, mean in means:
-            self.log(f"train/{term.name}", mean, prog_bar=term.name == "loss")
+            self.log(f"train/{term.name}", mean)
             for name, value in term.logs.items():
                 self.log(f"train/{name}", value)
 

@@ -124,7 +124,7 @@ class SpeechRecognizer(AudioTask):
         unfit = states_needed(batch["targets"]) > self.network.output_lengths(frames_of(batch))
         if "valid" in batch:
             unfit = unfit & batch["valid"]
-        if stage not in self.warned and bool(unfit.any()):  # CTC's loss waits for the device anyway
+        if stage not in self.warned and bool(unfit.any()):  # PyTorch's CTC loss waits for the device anyway
             self.warned.add(stage)
             warnings.warn(self.what_is_unfit(batch, unfit, stage), stacklevel=2)
         super().count({**batch, "unfit": unfit}, stage)

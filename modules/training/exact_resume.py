@@ -4,6 +4,7 @@ Lightning may change private names in any release. So pyproject.toml allows only
 `tests/modules/training/test_exact_resume.py` fails if one of the names is missing or means something else.
 """
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from torch.distributed.constants import default_pg_timeout
+from torch.optim.swa_utils import AveragedModel
 
 LONGEST_WAIT = timedelta(minutes=5)
 """How long a process waits for another one, unless the strategy in the recipe has a `timeout` of its own."""
@@ -64,11 +66,15 @@ def limit_waiting(trainer: L.Trainer) -> None:
         strategy._timeout = LONGEST_WAIT
 
 
+def averages_of(callbacks: Sequence[Callback]) -> list[AveragedModel]:
+    """The averages that some of the callbacks hold."""
+    copies = [callback._average_model for callback in callbacks if isinstance(callback, WeightAveraging)]
+    return [copy for copy in copies if copy is not None]
+
+
 def averaged_modules(trainer: L.Trainer) -> list[torch.nn.Module]:
     """The copies of the trained module in which callbacks average its weights."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    copies = [callback._average_model for callback in callbacks if isinstance(callback, WeightAveraging)]
-    return [copy.module for copy in copies if copy is not None]
+    return [copy.module for copy in averages_of(trainer.callbacks)]  # type: ignore[attr-defined]
 
 
 def end_data_workers(trainer: L.Trainer) -> None:

@@ -33,7 +33,7 @@ def write_extra(folder: Path) -> Path:
                 {"class_path": f"trunkline.modules.callbacks.{name}"} for name in ("GracefulStop", "LastCheckpoint")
             ]
             + [
-                {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}},
+                {"class_path": "trunkline.modules.callbacks.WeightAverage", "init_args": {"decay": 0.9}},
                 {"class_path": "recorded_run.Recorder", "init_args": {"folder": str(folder)}},
                 {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint},
             ],

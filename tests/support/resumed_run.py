@@ -56,7 +56,7 @@ def write_config(
             "enable_model_summary": False,
             **trainer,
             "callbacks+": [
-                {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}},
+                {"class_path": "trunkline.modules.callbacks.WeightAverage", "init_args": {"decay": 0.9}},
                 {"class_path": "recorded_run.Recorder", "init_args": recorder},
                 {"class_path": checkpoint, "init_args": {"filename": "best", "monitor": "val/loss", "mode": "min"}},
                 {

@@ -52,7 +52,7 @@ def bar(columns: int, monkeypatch: pytest.MonkeyPatch, steps: float = 190) -> tu
     monkeypatch.setattr(progress.time, "monotonic", lambda: 120.0)
     speed = Throughput()
     speed.per_second = 1384.2
-    metrics = {"v_num": 0, "train/loss": 1.8759, "val/acc": 0.12778}
+    metrics = {"v_num": 0, "val/acc": 0.12778}
     trainer: Any = SimpleNamespace(
         callbacks=[speed], global_step=29, estimated_stepping_batches=steps, current_epoch=11, max_epochs=45
     )

@@ -1,0 +1,75 @@
+"""No training step makes the host wait for its device, unless it logs."""
+
+from pathlib import Path
+from typing import Any
+
+import device_reads
+import pytest
+import torch
+import yaml
+from device_reads import HostReads, no_reads
+from lightning.pytorch.callbacks import Callback
+from resumed_run import arguments, write_config
+from tasks import BATCHES, TASKS
+
+from trunkline.modules.training.finite_steps import FiniteSteps
+from trunkline.pipelines.cli import main
+
+
+def run(folder: Path, task: str, monkeypatch: pytest.MonkeyPatch, *callbacks: str) -> None:
+    """One epoch of a task, as on an accelerator, with weights averaged; it logs in every fifth step."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["trunkline"])
+    # On an accelerator the optimiser leaves a bad step out by itself, and the host learns of it at the next step.
+    monkeypatch.setattr(FiniteSteps, "host_may_wait", lambda self, result: False)
+    config = write_config(folder, task, max_epochs=1, log_every_n_steps=5, val_check_interval=1.0)
+    content = yaml.safe_load(config.read_text())
+    content["trainer"]["callbacks+"] = [
+        *(each for each in content["trainer"]["callbacks+"] if each["class_path"].endswith("WeightAverage")),
+        *({"class_path": path} for path in callbacks),
+    ]
+    config.write_text(yaml.safe_dump(content))
+    main(arguments(config, 1))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_step_reads_nothing(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if task == "speech":  # PyTorch's CTC loss waits itself, so its objective may
+        monkeypatch.setattr(device_reads, "ALLOWED", (*device_reads.ALLOWED, "objectives/speech_recognizer.py"))
+    quiet: list[int] = []
+    monkeypatch.setattr(device_reads, "QUIET", quiet)
+    run(tmp_path, task, monkeypatch, "device_reads.NoReads")
+    assert quiet == [step for step in range(1, BATCHES) if (step + 1) % 5]
+
+
+class Reader(Callback):
+    """Reads the loss in every step, as a careless callback would."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        outputs["loss"].item()
+
+
+def test_a_reading_callback_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(HostReads, match="_local_scalar_dense.*test_no_waiting"):
+        run(tmp_path, "own", monkeypatch, "test_no_waiting.Reader", "device_reads.NoReads")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.item(),
+        lambda x: bool(x > 0),
+        lambda x: float(x),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: x.expand(3)[x.expand(3) > 0],
+        lambda x: x.expand(3).nonzero(),
+        lambda x: torch.equal(x, x),
+        lambda x: x.expand(3).clone().masked_select(x > 0),
+        lambda x: torch.arange(3).repeat_interleave(torch.arange(3)),
+    ],
+)
+def test_every_kind_of_read_is_found(read: Any) -> None:
+    with no_reads(), pytest.raises(HostReads):
+        read(torch.tensor(1.0))
