@@ -186,6 +186,7 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
             vocab_size=words.vocab_size,
             max_length=words.max_length,
             caption=self.caption,
+            equal_shares=True,
         )
 
     def prepare_data(self) -> None:

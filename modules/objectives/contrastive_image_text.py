@@ -101,6 +101,8 @@ class ContrastiveImageText(TrunklineModule):
         for tower, blocks in zip((self.network.image, self.network.text), frozen, strict=True):
             self.frozen += freeze(tower, blocks) if blocks > 0 else []
         self.train()
+        self.equal_shares = False
+        """Whether the data says so; see `DataFacts`."""
         self.evaluated: list[tuple[Embeddings, Tensor]] = []
         """Embeddings and caption keys of the batches evaluated so far."""
 
@@ -138,7 +140,9 @@ class ContrastiveImageText(TrunklineModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        check_tokenizer(facts_of(self.trainer), self.init_text_from if self.begins else None, "init_text_from")
+        facts = facts_of(self.trainer)
+        self.equal_shares = facts.equal_shares
+        check_tokenizer(facts, self.init_text_from if self.begins else None, "init_text_from")
 
     def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Embeddings:
         """Embeddings of images and texts, as in `CLIP.forward`."""
@@ -176,7 +180,7 @@ class ContrastiveImageText(TrunklineModule):
             TrunklineError: if there is only one pair, which has no wrong answers to be compared with.
         """
         keys = torch.cat([batch["caption_key"] for batch in batches])
-        embeddings, gather = self.embed(*batches, chunk=self.chunk_size), self.gather(keys)
+        embeddings, gather = self.embed(*batches, chunk=self.chunk_size), self.gather(keys, self.equal_shares)
         if gather.total < 2:
             raise TrunklineError(
                 "a batch of one pair has no other pair to compare it with; set batch_size to 2 or more",

@@ -111,19 +111,23 @@ class Gather:
     """Concatenates the rows of all processes, in the order of the processes; the result is the same in each.
 
     The processes may have different numbers of rows, or none. The constructor exchanges these numbers, for which it
-    waits for the device: if they were assumed equal and were not, the run would hang or mix up rows.
+    waits for the device, unless they are known to be equal: if they were assumed equal and were not, the run would
+    hang or mix up rows.
 
     Args:
         rows: a tensor with this process's rows; only its length is used.
+        equal: whether all processes have equally many rows.
     """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, equal: bool = False) -> None:
         self.counts, self.rank = [len(rows)], 0
         """Number of rows of each process; rank of this process."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            counts = rows.new_empty(dist.get_world_size(), dtype=torch.long)
-            dist.all_gather_into_tensor(counts, counts.new_tensor([len(rows)]))
-            self.counts, self.rank = counts.tolist(), dist.get_rank()
+            self.counts, self.rank = self.counts * dist.get_world_size(), dist.get_rank()
+            if not equal:
+                counts = rows.new_empty(dist.get_world_size(), dtype=torch.long)
+                dist.all_gather_into_tensor(counts, counts.new_tensor([len(rows)]))
+                self.counts = counts.tolist()
 
     @property
     def total(self) -> int:

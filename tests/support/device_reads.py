@@ -79,3 +79,6 @@ class NoReads(Callback):
             return None
 
         loop.advance = watched  # type: ignore[method-assign]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert QUIET

@@ -61,7 +61,7 @@ def bar(columns: int, monkeypatch: pytest.MonkeyPatch, steps: float = 190) -> tu
     shown = ProgressBar()
     shown.setup(trainer, None, "fit")  # type: ignore[arg-type]
     shown._train_progress_bar = shown.init_train_tqdm()
-    shown.started, shown.first_step = 100.0, 10
+    shown.started, shown.first_step, shown.loss = 100.0, 10, {"train/loss": 1.8759}
     shown.on_train_epoch_start(trainer)
     found = shown.get_metrics(trainer, SimpleNamespace(unit="images"))  # type: ignore[arg-type]
     shown.train_progress_bar.set_postfix(found)
@@ -86,6 +86,18 @@ def test_the_bar_keeps_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_without_end_has_no_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "left" not in bar(200, monkeypatch, steps=math.inf)[1]
+
+
+def test_the_loss_is_that_of_the_last_logged_step(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Watched(ProgressBar):
+        def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+            super().on_train_batch_end(trainer, *rest)
+            seen.append(self.loss["train/loss"] == float(trainer.callback_metrics["train/loss"]))
+
+    fit(classifier(), tmp_path, batches(7), callbacks=[Watched()], enable_progress_bar=True, log_every_n_steps=3)
+    assert seen == [True, False, True, False, False, True, False]
 
 
 def test_the_overview(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,9 @@ import device_reads
 import pytest
 import torch
 import yaml
-from device_reads import HostReads, no_reads
+from device_reads import HostReads, NoReads, no_reads
 from lightning.pytorch.callbacks import Callback
+from recorded_run import Run
 from resumed_run import arguments, write_config
 from tasks import BATCHES, TASKS
 
@@ -16,12 +17,8 @@ from trunkline.modules.training.finite_steps import FiniteSteps
 from trunkline.pipelines.cli import main
 
 
-def run(folder: Path, task: str, monkeypatch: pytest.MonkeyPatch, *callbacks: str) -> None:
-    """One epoch of a task, as on an accelerator, with weights averaged; it logs in every fifth step."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.argv", ["trunkline"])
-    # On an accelerator the optimiser leaves a bad step out by itself, and the host learns of it at the next step.
-    monkeypatch.setattr(FiniteSteps, "host_may_wait", lambda self, result: False)
+def recipe(folder: Path, task: str, *callbacks: str) -> Path:
+    """One epoch of a task, with weights averaged; it logs in every fifth step."""
     config = write_config(folder, task, max_epochs=1, log_every_n_steps=5, val_check_interval=1.0)
     content = yaml.safe_load(config.read_text())
     content["trainer"]["callbacks+"] = [
@@ -29,7 +26,16 @@ def run(folder: Path, task: str, monkeypatch: pytest.MonkeyPatch, *callbacks: st
         *({"class_path": path} for path in callbacks),
     ]
     config.write_text(yaml.safe_dump(content))
-    main(arguments(config, 1))
+    return config
+
+
+def run(folder: Path, task: str, monkeypatch: pytest.MonkeyPatch, *callbacks: str) -> None:
+    """Train a task as on an accelerator."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["trunkline"])
+    # There the optimiser leaves a bad step out by itself, and the host learns of it at the next step.
+    monkeypatch.setattr(FiniteSteps, "host_may_wait", lambda self, result: False)
+    main(arguments(recipe(folder, task, *callbacks), 1))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -40,6 +46,20 @@ def test_a_step_reads_nothing(task: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(device_reads, "QUIET", quiet)
     run(tmp_path, task, monkeypatch, "device_reads.NoReads")
     assert quiet == [step for step in range(1, BATCHES) if (step + 1) % 5]
+
+
+class TwoOnAnAccelerator(NoReads):
+    """As in `run`, for a process that does not inherit the patch."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        pl_module.finite_steps.host_may_wait = lambda result: False
+
+
+def test_two_processes_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """A contrastive loss compares the pairs of all processes, and knows without asking how many each has."""
+    path = recipe(tmp_path, "pairs", "test_no_waiting.TwoOnAnAccelerator")
+    run = Run(arguments(path, 2), tmp_path, processes=2)
+    assert run.wait() == [0, 0], run.log.read_text()
 
 
 class Reader(Callback):
