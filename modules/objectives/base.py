@@ -282,6 +282,22 @@ class TrunklineModule(L.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, "test")
 
+    # A compiled network runs uncompiled in evaluations, whose batches have other sizes: the first one would come before
+    # training, and training would then be compiled for sizes that vary.
+
+    def on_validation_start(self) -> None:
+        torch.compiler.set_stance("force_eager")
+        drop_half_done_validation(self.trainer)
+
+    def on_validation_end(self) -> None:
+        torch.compiler.set_stance("default")
+
+    def on_test_start(self) -> None:
+        torch.compiler.set_stance("force_eager")
+
+    def on_test_end(self) -> None:
+        torch.compiler.set_stance("default")
+
     def on_validation_epoch_start(self) -> None:
         self.start_evaluation()
 
@@ -367,9 +383,6 @@ class TrunklineModule(L.LightningModule):
         checkpoint["classes"] = {role: class_path(kind) for role, kind in kinds.items() if kind is not type(None)}
         settle_progress(self.trainer, checkpoint["loops"]["fit_loop"], (self.position.epoch, self.position.batch))
         self.position.save(self.trainer, checkpoint)
-
-    def on_validation_start(self) -> None:
-        drop_half_done_validation(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another architecture, and find the sample at which training goes on.
