@@ -70,7 +70,7 @@ class Reader(Callback):
 
 
 def test_a_reading_callback_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(HostReads, match="_local_scalar_dense.*test_no_waiting"):
+    with pytest.raises(HostReads, match=r"_local_scalar_dense.*test_no_waiting"):
         run(tmp_path, "own", monkeypatch, "test_no_waiting.Reader", "device_reads.NoReads")
 
 
