@@ -196,9 +196,12 @@ class AST(Network):
         columns = torch.arange(self.columns(mask.shape[1]), device=mask.device)
         return (columns < self.output_lengths(mask.sum(dim=1))[:, None]).repeat(1, self.config.grid[0])
 
-    def adapt(self, source: "AST") -> None:
+    def adapt(self, source: "AST") -> list[str]:
         """Interpolate the source's positions to this network's clips and mel bins."""
-        source.resize(self.config)
+        (rows, columns), old, new = source.config.grid, source.config, self.config
+        source.resize(new)
+        changed = [] if (rows, columns) == new.grid else [f"positions {rows}x{columns} to {new.grid[0]}x{new.grid[1]}"]
+        return changed + ([] if old.steps == new.steps else [f"stride {old.steps} to {new.steps}"])
 
     @torch.no_grad()
     def resize(self, size: ASTConfig) -> None:

@@ -20,6 +20,7 @@ from trunkline.modules.networks.hub import check_repository, upload
 from trunkline.modules.networks.image_transform import ImageTransform
 from trunkline.modules.networks.intermediates import Indices, states_of
 from trunkline.modules.networks.model_card import model_card
+from trunkline.modules.networks.resizing import resize_positions_of_text
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -102,6 +103,10 @@ def refuse_nan(network: nn.Module, source: str | Path) -> None:
         )
 
 
+WORD_FOR = {"pos_embed": "positions", "target_pos_embed": "positions of targets"}
+"""Name of a table of positions -> what messages call it."""
+
+
 class Network(nn.Module):
     """A plain torch network that can be rebuilt from its configuration, and that is saved as two standard files.
 
@@ -129,8 +134,30 @@ class Network(nn.Module):
         """The parts after the trunk (pooling, heads): never frozen, and with the full rate in layer-wise decay."""
         return []
 
-    def adapt(self, source: Any) -> None:
-        """Change a trained network of the same class, in place, so that it accepts this network's inputs."""
+    def word_weights(self) -> dict[str, str]:
+        """Weights with a row for each token -> whose tokens they are: those of `tokenizer` or `target_tokenizer`."""
+        return {}
+
+    extra_words: ClassVar[int] = 0
+    """Rows at the end of the `word_weights` that are for no token."""
+
+    def text_positions(self) -> dict[str, tuple[nn.Embedding, int]]:
+        """Learned positions of texts or frames by their names, and the number of rows before the first position."""
+        return {}
+
+    def adapt(self, source: Any) -> list[str]:
+        """Change the weights of a trained network of the same class, in place, to the sizes of this network's inputs.
+
+        Returns:
+            what was changed, such as `positions 512 to 1024`, for a message.
+        """
+        changed, trained = [], source.text_positions()
+        for name, (own, first) in self.text_positions().items():
+            table, _ = trained.get(name, (own, first))
+            if own.num_embeddings != table.num_embeddings:
+                changed.append(f"{WORD_FOR[name]} {table.num_embeddings - first} to {own.num_embeddings - first}")
+                resize_positions_of_text(table, own.num_embeddings, first)
+        return changed
 
     def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
         """The trunk that reads the inputs, and the method that runs it: it takes `layers`, as the trunk does."""

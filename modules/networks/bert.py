@@ -128,6 +128,13 @@ class BERT(Network):
     def output_modules(self) -> list[nn.Module]:
         return [m for m in (self.masked_head, self.head, self.pooler, self.next_head) if m is not None]
 
+    def word_weights(self) -> dict[str, str]:
+        heads = ["head.weight", "head.bias"] if isinstance(self.head, nn.Linear) else []
+        return dict.fromkeys(["token_embed.weight", *heads], "tokenizer")
+
+    def text_positions(self) -> dict[str, tuple[nn.Embedding, int]]:
+        return {} if self.pos_embed is None else {"pos_embed": (self.pos_embed, self.config.first_position)}
+
     def embed(self, tokens: Tensor, segment: Tensor | None = None) -> Tensor:
         """Token ids (B, T) and segments (B, T), all 0 if None -> embeddings (B, T, D).
 

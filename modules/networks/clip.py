@@ -190,9 +190,13 @@ class CLIP(Network):
     def output_modules(self) -> list[nn.Module]:
         return [*self.image.output_modules(), *self.text.output_modules(), self.scale]
 
-    def adapt(self, source: "CLIP") -> None:
-        """Interpolate the source's positions to this network's image size."""
-        self.image.adapt(source.image)
+    def word_weights(self) -> dict[str, str]:
+        return {f"text.{name}": whose for name, whose in self.text.word_weights().items()}
+
+    def adapt(self, source: "CLIP") -> list[str]:
+        """Fit the towers of the source to this network's images and the length of its texts."""
+        texts = [f"{each} of texts" for each in self.text.adapt(source.text)]
+        return [*self.image.adapt(source.image), *texts]
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, C, height, width) -> (B, E) of length 1, in float32 or wider."""

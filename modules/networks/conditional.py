@@ -25,6 +25,7 @@ class ConditionalNetwork(Network):
     """
 
     config: Any
+    pos_embed: nn.Module | None
     target_embed: nn.Embedding
     target_pos_embed: nn.Module | None
     target_embed_norm: nn.Module
@@ -36,6 +37,18 @@ class ConditionalNetwork(Network):
 
     def output_modules(self) -> list[nn.Module]:
         return [] if self.config.tie_embeddings else [self.head]
+
+    def word_weights(self) -> dict[str, str]:
+        return self.target_words("tokenizer")
+
+    def target_words(self, whose: str) -> dict[str, str]:
+        """The `word_weights` of the decoder."""
+        bias = [] if self.head.bias is None else ["head.bias"]
+        return dict.fromkeys(["target_embed.weight", "head.weight", *bias], whose)
+
+    def text_positions(self) -> dict[str, tuple[nn.Embedding, int]]:
+        tables = {"pos_embed": self.pos_embed, "target_pos_embed": self.target_pos_embed}
+        return {name: (table, 0) for name, table in tables.items() if isinstance(table, nn.Embedding)}
 
     def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
         return self.encoder, self.encode

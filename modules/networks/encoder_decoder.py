@@ -170,6 +170,9 @@ class EncoderDecoder(ConditionalNetwork):
         x = self.dropout(self.embed_norm(x))
         return self.encoder(x, causal=False, mask=mask, return_attention=return_attention, layers=layers)
 
+    def word_weights(self) -> dict[str, str]:
+        return {"token_embed.weight": "tokenizer", **self.target_words("target_tokenizer")}
+
     def scaled(self, embeddings: Tensor) -> Tensor:
         """Token embeddings (B, T, D) as they enter the network."""
         return embeddings * math.sqrt(embeddings.shape[-1]) if self.config.scale_embeddings else embeddings

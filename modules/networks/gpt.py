@@ -97,6 +97,13 @@ class GPT(Network):
     def output_modules(self) -> list[nn.Module]:
         return [] if self.config.tie_embeddings else [self.head]
 
+    def word_weights(self) -> dict[str, str]:
+        heads = ["head.weight"] if isinstance(self.head, nn.Linear) else []
+        return dict.fromkeys(["token_embed.weight", *heads], "tokenizer")
+
+    def text_positions(self) -> dict[str, tuple[nn.Embedding, int]]:
+        return {} if self.pos_embed is None else {"pos_embed": (self.pos_embed, 0)}
+
     def embed(
         self, tokens: Tensor, document: Tensor | None = None, mask: Tensor | None = None, start: int = 0
     ) -> Tensor:

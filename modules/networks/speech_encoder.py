@@ -121,8 +121,16 @@ class SpeechEncoder(Network):
         """Frames for one state."""
         return self.config.subsampling
 
+    extra_words = 1  # the blank
+
     def output_modules(self) -> list[nn.Module]:
         return [self.head]
+
+    def word_weights(self) -> dict[str, str]:
+        return dict.fromkeys(("head.weight", "head.bias"), "tokenizer")
+
+    def text_positions(self) -> dict[str, tuple[nn.Embedding, int]]:
+        return {"pos_embed": (self.pos_embed, 0)} if isinstance(self.pos_embed, nn.Embedding) else {}
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Number of frames -> number of states; any shape."""

@@ -101,6 +101,12 @@ class TextHead(Network):
     def output_modules(self) -> list[nn.Module]:
         return [self.dropout, self.head]
 
+    def word_weights(self) -> dict[str, str]:
+        return {f"body.{name}": whose for name, whose in self.body.word_weights().items()}
+
+    def text_positions(self) -> dict[str, tuple[nn.Embedding, int]]:
+        return self.body.text_positions()
+
     def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
         return self.body.read_trunk()
 

@@ -155,9 +155,17 @@ class ViT(Network):
         modules = (self.attn_pool, self.fc_norm, self.pooler, self.head)
         return [module for module in modules if module is not None]
 
-    def adapt(self, source: "ViT") -> None:
+    def adapt(self, source: "ViT") -> list[str]:
         """Fit the source's positions and patches to this network's images and patch size."""
-        source.resize(self.config.image_size, self.config.patch_size, self.config.in_chans)
+        old, own = source.config, self.config
+        grids = [source.patch_embed.grid, self.patch_embed.grid] if isinstance(source.pos_embed, nn.Parameter) else []
+        source.resize(own.image_size, own.patch_size, own.in_chans)
+        changed = {
+            "positions": [f"{rows}x{columns}" for rows, columns in grids],
+            "patches": [old.patch_size, own.patch_size],
+            "channels": [old.in_chans, own.in_chans],
+        }
+        return [f"{name} {pair[0]} to {pair[1]}" for name, pair in changed.items() if len({*pair}) == 2]
 
     @torch.no_grad()
     def resize(
