@@ -17,30 +17,25 @@ class SharedWords:
     here: Tensor
     """(N,) their ids in the new one."""
     old: int
-    """Ids of the old vocabulary, those of gaps included; further rows of an embedding only fill it up."""
+    """Largest id of the old vocabulary + 1; further rows of an embedding only fill it up."""
     new: int
-    """Ids of the new vocabulary."""
-    added: bool
-    """Whether a token of the new vocabulary has the id of another one, or of none, that the old vocabulary uses."""
+    """Number of tokens of the new vocabulary."""
+    taken: bool
+    """Whether a token that only the new vocabulary has stands among the ids of the old one."""
 
     @classmethod
     def of(cls, old: Mapping[str, int], new: Mapping[str, int]) -> Self:
         """Compare vocabularies, token -> id, by the text of the tokens."""
         common = sorted((old[token], number) for token, number in new.items() if token in old)
         there, here = torch.tensor(common, dtype=torch.int64).reshape(-1, 2).unbind(1)
-        sizes = [max(vocabulary.values(), default=-1) + 1 for vocabulary in (old, new)]
-        added = any(token not in old and number < sizes[0] for token, number in new.items())
-        return cls(there, here, *sizes, added)
+        size = max(old.values(), default=-1) + 1
+        taken = any(token not in old and number < size for token, number in new.items())
+        return cls(there, here, size, len(new), taken)
 
     @property
     def same_ids(self) -> bool:
         """Whether each id that both vocabularies use means the same token; new tokens may follow the old ones."""
-        return not self.added and torch.equal(self.there, self.here)
-
-    @property
-    def share(self) -> float:
-        """Share of the new vocabulary that the old one knows."""
-        return len(self.here) / max(self.new, 1)
+        return not self.taken and torch.equal(self.there, self.here)
 
     def rows(self, weight: Tensor, count: int, extra: int = 0) -> Tensor:
         """The rows of a weight for the new vocabulary.

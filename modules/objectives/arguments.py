@@ -7,6 +7,7 @@ from typing import Any
 
 from trunkline.contract import DataFacts
 from trunkline.modules.networks.base import ConfigT, config_from_dict
+from trunkline.modules.networks.resizing import SharedWords
 from trunkline.modules.training.warm_start import TrainedWeights
 
 
@@ -16,6 +17,8 @@ class Beginning:
 
     facts: DataFacts = dataclasses.field(default_factory=DataFacts)
     weights: TrainedWeights | None = None
+    words: Mapping[str, SharedWords] = dataclasses.field(default_factory=dict)
+    """What their vocabulary and that of the data have in common; see `load_matching`."""
 
 
 def as_config(config_class: type[ConfigT], value: Any) -> ConfigT:

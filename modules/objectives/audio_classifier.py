@@ -16,6 +16,7 @@ from trunkline.modules.networks.ast import AST, ASTConfig
 from trunkline.modules.networks.base import Network
 from trunkline.modules.objectives.audio_task import AudioTask
 from trunkline.modules.objectives.checks import check_loss_options, facts_of
+from trunkline.modules.training.start_parts import announce
 from trunkline.modules.training.warm_start import TrainedWeights, load_matching
 
 
@@ -79,7 +80,7 @@ class AudioClassifier(AudioTask):
         source = weights.network()
         if isinstance(source, ViT):
             source = AST.from_images(source, self.network.config)
-        load_matching(self.network, source, weights.name, weights.argument)
+        announce(self.network, weights, load_matching(self.network, source, weights.name, weights.argument))
 
     def setup(self, stage: str) -> None:
         """Also check that the data has as many labels a clip as the objective expects.

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import numpy as np
@@ -18,12 +18,14 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts, Loss
 from trunkline.modules.networks.base import ConfigT, Network
+from trunkline.modules.networks.companions import Companions
+from trunkline.modules.networks.resizing import SharedWords
 from trunkline.modules.objectives.arguments import Beginning, as_config, as_plain
 from trunkline.modules.objectives.checks import (
     check_architecture,
     check_sizes,
-    check_tokenizer,
     facts_of,
+    shared_words,
     with_sizes_of_data,
     with_trained_shape,
 )
@@ -41,7 +43,8 @@ from trunkline.modules.training.flops import counted_flops, training_flops
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.position import Position
 from trunkline.modules.training.sharding import refuse_flattened
-from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze, load_matching
+from trunkline.modules.training.start_parts import donors, part_for, sizes_from, start_from
+from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze
 from trunkline.ranges import check_ranges
 
 STAGES = ("val", "test")
@@ -57,8 +60,12 @@ class TrunklineModule(L.LightningModule):
 
     Args:
         optimizer: the optimiser and its schedule.
-        init_from: trained weights to start from: a training checkpoint, a folder that `save_pretrained` wrote, or a hub
-            name. Output modules (heads) whose shape differs keep their initial weights.
+        init_from: trained weights to start from: a training checkpoint, a run, a folder that `save_pretrained` wrote, a
+            folder or file of transformers, timm or open_clip, or a hub name. Output modules (heads) whose shape differs
+            keep their initial weights, positions and patches are resized; of other networks, a part is taken over
+            (`trunkline.modules.training.start_parts.PARTS`). A line says what was taken over, resized and left new.
+        init_vocabulary: `same`: the data must have the tokenizer of `init_from`, to which tokens may have been added.
+            `matched`: the tokens that both tokenizers have are taken over, the others begin as the mean of all tokens.
         freeze_blocks: the embeddings and this many first blocks keep their weights and run in evaluation mode. With the
             trunk's depth or more, only the output modules learn (linear probing).
         seed: seed of dropout and of everything else that is random during a step.
@@ -83,6 +90,7 @@ class TrunklineModule(L.LightningModule):
         self,
         optimizer: OptimizerConfig | None = None,
         init_from: str | None = None,
+        init_vocabulary: Literal["same", "matched"] = "same",
         freeze_blocks: int = 0,
         seed: int = 0,
         facts: DataFacts | None = None,
@@ -91,6 +99,9 @@ class TrunklineModule(L.LightningModule):
         check_ranges("model", {"freeze_blocks": freeze_blocks, "seed": seed}, freeze_blocks="[0, inf)", seed="[0, inf)")
         self.optimizer_config: OptimizerConfig = as_config(OptimizerConfig, optimizer)
         self.init_from, self.freeze_blocks, self.seed = init_from, freeze_blocks, seed
+        self.init_vocabulary = init_vocabulary
+        self.unchecked: list[tuple[Companions, str, str]] = []
+        """Whose tokenizers are yet to be compared with the data's: what goes with the weights, argument and name."""
         self.beginning = Beginning(facts or DataFacts())
         self.begins = self.beginning.facts.network_instead is None
         """Whether the weights to start from are needed: not if a checkpoint replaces all weights."""
@@ -109,7 +120,7 @@ class TrunklineModule(L.LightningModule):
 
     def accepted(self) -> tuple[type[Network], ...]:
         """Networks whose weights this objective can start from."""
-        return (self.network_class,)
+        return donors(self.network_class)
 
     def read_weights(
         self, name: str | None, argument: str = "init_from", accepted: tuple[type[Network], ...] = ()
@@ -118,27 +129,50 @@ class TrunklineModule(L.LightningModule):
         needed = name is not None and self.begins
         return TrainedWeights.read(name, argument, accepted or self.accepted()) if name and needed else None
 
-    def configured(self, config_class: type[ConfigT], network: ConfigT | None, source: Any = None) -> ConfigT:
+    def words_of(self, weights: TrainedWeights, network_class: type[Network]) -> Mapping[str, SharedWords]:
+        """What the vocabularies of weights for such a network and of the data have in common, as far as known.
+
+        Raises:
+            TrunklineError: if the tokenizers differ and `init_vocabulary` does not allow it.
+        """
+        if part_for(network_class, weights).is_trunk:  # which sees no words
+            return {}
+        given = (weights.companions, weights.argument, weights.name)
+        if self.beginning.facts.tokenizer is None:
+            self.unchecked.append(given)
+        return shared_words(*given, self.beginning.facts, self.init_vocabulary)
+
+    def configured(
+        self,
+        config_class: type[ConfigT],
+        network: ConfigT | None,
+        source: Any = None,
+        words: Mapping[str, SharedWords] | None = None,
+    ) -> ConfigT:
         """The network's configuration; what the recipe leaves out comes from the weights to start from and the data.
 
         Args:
             config_class: class of the configuration.
             network: as the recipe states it.
             source: configuration of the weights to start from; None takes that of `init_from`, if there is one.
+            words: what their vocabulary and the data's have in common; None compares with `init_from`.
         """
-        if source is None and self.beginning.weights is not None:
-            source = self.beginning.weights.config
+        weights = self.beginning.weights
+        if weights is not None:
+            source = sizes_from(self.network_class, weights) if source is None else source
+            self.beginning.words = self.words_of(weights, self.network_class)
         facts = self.beginning.facts
         if facts.network_instead is not None:
             source = as_config(config_class, facts.network_instead)
         config = with_trained_shape(as_config(config_class, network), source, facts.stated)
-        return with_sizes_of_data(config, facts, source)
+        return with_sizes_of_data(config, facts, source, words=self.beginning.words if words is None else words)
 
     def keep_hyperparameters(self, **arguments: Any) -> None:
         """Store the constructor's arguments as plain data, which any checkpoint reader can load safely."""
         shared = {
             "optimizer": self.optimizer_config,
             "init_from": self.init_from,
+            "init_vocabulary": self.init_vocabulary,
             "freeze_blocks": self.freeze_blocks,
             "seed": self.seed,
         }
@@ -156,7 +190,7 @@ class TrunklineModule(L.LightningModule):
 
     def copy_weights(self, weights: TrainedWeights) -> None:
         """Copy the weights of an `accepted` network into this objective's network."""
-        load_matching(self.network, weights.network(), weights.name, weights.argument)
+        start_from(self.network, weights, self.beginning.words)
 
     def setup(self, stage: str) -> None:
         """Compare the network with the data before the first step.
@@ -165,8 +199,8 @@ class TrunklineModule(L.LightningModule):
             TrunklineError: for sizes or a tokenizer that do not fit.
         """
         facts = facts_of(self.trainer)
-        if stage == "fit":
-            check_tokenizer(facts, self.init_from if self.begins else None)
+        for given in self.unchecked if stage == "fit" else ():
+            shared_words(*given, facts)
         check_sizes(self.network.config, facts)
 
     def train(self, mode: bool = True) -> "TrunklineModule":

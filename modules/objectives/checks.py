@@ -3,18 +3,20 @@
 import dataclasses
 import inspect
 from collections.abc import Collection, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts, HasFacts
-from trunkline.files import load_checkpoint
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.networks.base import CONFIG_FILE, ConfigT
+from trunkline.modules.networks.base import ConfigT
+from trunkline.modules.networks.companions import Companions
+from trunkline.modules.networks.resizing import SharedWords
 from trunkline.modules.training.warm_start import FREE
-from trunkline.run_folders import find_checkpoint
 
 
 def facts_of(trainer: L.Trainer) -> DataFacts:
@@ -63,7 +65,17 @@ PLACE_IN_DATA = {
 }
 
 
-def with_sizes_of_data(config: ConfigT, facts: DataFacts, source: Any = None, place: str = "model.network") -> ConfigT:
+VOCABULARIES = {"vocab_size": "tokenizer", "target_vocab_size": "target_tokenizer"}
+"""Size of a vocabulary -> whose it is."""
+
+
+def with_sizes_of_data(
+    config: ConfigT,
+    facts: DataFacts,
+    source: Any = None,
+    place: str = "model.network",
+    words: Mapping[str, SharedWords] = MappingProxyType({}),
+) -> ConfigT:
     """Fill the sizes that a recipe leaves out of the network's configuration with the data's sizes.
 
     A size that still has its default counts as left out, unless `facts.stated` has it. The vocabulary and the row
@@ -75,6 +87,8 @@ def with_sizes_of_data(config: ConfigT, facts: DataFacts, source: Any = None, pl
         facts: what the data knows.
         source: the configuration, of the same class, of a network whose weights will be copied.
         place: where the configuration stands in a recipe, for messages.
+        words: what known vocabularies of `source` and of the data have in common. If they differ, or if tokens were
+            added for which `source` has no rows, the network gets the data's size.
 
     Raises:
         TrunklineError: if a stated size differs from the data's, or if `source` is too small for the data.
@@ -84,9 +98,11 @@ def with_sizes_of_data(config: ConfigT, facts: DataFacts, source: Any = None, pl
         own, at = getattr(config, field.name), f"{place}.{field.name}"
         trained = getattr(source, field.name, None)
         if dataclasses.is_dataclass(own) and not isinstance(own, TransformerConfig):
-            changed[field.name] = with_sizes_of_data(own, facts, trained, at)
+            changed[field.name] = with_sizes_of_data(own, facts, trained, at, words)
             continue
-        size = sizes.get(field.name)
+        size, shared = sizes.get(field.name), words.get(VOCABULARIES.get(field.name, ""))
+        if shared is not None and trained is not None and (not shared.same_ids or trained < (size or 0)):
+            trained = None
         roomy = field.name in ROOMY
         left_out = own == field.default and at not in facts.stated
         if left_out and roomy and trained is not None:
@@ -138,7 +154,8 @@ def check_trained(name: str, trained: int, size: int | None) -> None:
     if size is not None and trained < size:
         raise TrunklineError(
             f"the weights to start from have {name}={trained}, but the data needs at least {size}; "
-            + ROOMY[name].format(trained),
+            + ROOMY[name].format(trained)
+            + ("" if name in VOCABULARIES else f", or state {name} in the network, whose positions are then resized"),
             field=PLACE_IN_DATA[name],
         )
 
@@ -177,36 +194,52 @@ def check_sizes(config: Any, facts: DataFacts, place: str = "model.network") -> 
             check_size(field.name, own, sizes.get(field.name), at)
 
 
-def check_tokenizer(facts: DataFacts, source: str | None, argument: str = "init_from") -> None:
-    """Compare the data's tokenizers with those of the checkpoint that a run starts from.
+def shared_words(
+    companions: Companions,
+    argument: str,
+    source: str,
+    facts: DataFacts,
+    vocabulary: Literal["same", "matched"] = "same",
+) -> dict[str, SharedWords]:
+    """Compare the data's tokenizers with those of the weights that a run starts from.
 
     Args:
+        companions: what goes with the weights.
+        argument: the argument that names the weights, for messages.
+        source: their name.
         facts: what the data knows.
-        source: the checkpoint or its run; other folders and hub names hold no tokenizer and are not checked.
-        argument: the argument that names the checkpoint, for the message.
+        vocabulary: `matched` if the tokenizers may differ.
+
+    Returns:
+        what they have in common, for each of `tokenizer` and `target_tokenizer` that is known on both sides.
 
     Raises:
-        TrunklineError: if the tokenizers differ: the same ids would mean other words.
+        TrunklineError: if a tokenizer differs although it must not: the same ids would mean other words.
     """
-    if facts.tokenizer is None or source is None:
-        return
-    file = find_checkpoint(source, f"model.{argument}", other=CONFIG_FILE)
-    if not file.is_file():
-        return
-    states = [s for s in load_checkpoint(file).values() if isinstance(s, dict) and s.get("tokenizer")]
-    if not states:
-        return
-    trained, own = [states[0]["tokenizer"]], [facts.tokenizer.to_str()]
+    if facts.tokenizer is None:
+        return {}
+    own, found = {"tokenizer": facts.tokenizer}, {}
     if facts.max_target_length is not None:  # sources and targets
-        trained.append(states[0].get("target_tokenizer") or trained[0])
-        own.append(own[0] if facts.target_tokenizer is None else facts.target_tokenizer.to_str())
-    for name, before, now in zip(("tokenizer", "target_tokenizer"), trained, own, strict=False):
-        if before != now:
+        own["target_tokenizer"] = facts.target_tokenizer or facts.tokenizer
+    for name, tokenizer in own.items():
+        trained = getattr(companions, name)
+        if trained is None:
+            continue
+        words = SharedWords.of(trained.get_vocab(), tokenizer.get_vocab())
+        if not words.same_ids and vocabulary == "same":
             raise TrunklineError(
                 f"{argument} {source} was trained with another {name} than the data's, so that its ids mean other "
-                f"words; set {name} to {source}",
+                f"words; set {name} to {source}, or the model's init_vocabulary to matched, which takes over the "
+                f"{len(words.here)} of the data's {words.new} tokens that both have",
                 field=f"data.{name}",
             )
+        if 2 * len(words.here) < words.new:
+            rank_zero_warn(
+                f"{argument} {source}: its {name} knows only {len(words.here)} of the data's {words.new} tokens, and "
+                f"the others begin as the mean of all; if that is not meant, set data.{name} to {source}"
+            )
+        found[name] = words
+    return found
 
 
 def check_loss_options(label_smoothing: float, z_loss: float = 0.0) -> None:

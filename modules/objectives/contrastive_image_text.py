@@ -13,14 +13,15 @@ from trunkline import TrunklineError
 from trunkline.contract import Loss, PairBatch
 from trunkline.modules.losses import infonce_loss, sigmoid_loss
 from trunkline.modules.metrics.retrieval import retrieval_metrics
-from trunkline.modules.networks import BERT, CLIP, GPT, CLIPConfig, TextHead, ViT
+from trunkline.modules.networks import CLIP, CLIPConfig, TextHead, ViT
 from trunkline.modules.networks.clip import Embeddings
 from trunkline.modules.objectives.arguments import as_config
 from trunkline.modules.objectives.base import TrunklineModule
-from trunkline.modules.objectives.checks import check_tokenizer, facts_of
+from trunkline.modules.objectives.checks import facts_of
 from trunkline.modules.objectives.reduction import Terms
 from trunkline.modules.training.distributed import Gather
-from trunkline.modules.training.warm_start import freeze, load_matching, start_text_head, text_sizes
+from trunkline.modules.training.start_parts import donors, sizes_from, start_from
+from trunkline.modules.training.warm_start import freeze
 
 INPUTS: tuple[Literal["image", "tokens", "mask"], ...] = ("image", "tokens", "mask")
 """Fields of a batch that the network takes."""
@@ -43,8 +44,9 @@ class ContrastiveImageText(TrunklineModule):
         chunk_size: pairs per process that run through the towers at a time. Each chunk runs twice, and memory holds the
             activations of one chunk (gradient caching, arXiv:2101.06983). None runs the whole batch at once; with
             accumulated gradients, each batch is a chunk.
-        init_image_from: trained weights for the image tower alone: a ViT.
-        init_text_from: trained weights for the text tower alone: a BERT, a GPT, or a task's network built on one.
+        init_image_from: trained weights for the image tower alone: a ViT, or that of another CLIP.
+        init_text_from: trained weights for the text tower alone: a BERT, a GPT, a task's network built on one, or the
+            text tower of another CLIP.
         freeze_image_blocks: number of first blocks of the image tower that keep their weights. With the depth or more,
             only the tower's projection learns (LiT, arXiv:2111.07991).
         freeze_text_blocks: the same for the text tower.
@@ -73,15 +75,15 @@ class ContrastiveImageText(TrunklineModule):
     ) -> None:
         super().__init__(**shared)
         self.kind, self.same_captions, self.chunk_size = loss, same_captions, chunk_size
-        self.init_text_from = init_text_from
         stated, frozen = as_config(CLIPConfig, network), (freeze_image_blocks, freeze_text_blocks)
         self.check_options(stated, (init_image_from, init_text_from), frozen)
-        image = self.read_weights(init_image_from, "init_image_from", (ViT,))
-        text = self.read_weights(init_text_from, "init_text_from", (TextHead, BERT, GPT))
-        sizes = text and text_sizes(text)
+        image = self.read_weights(init_image_from, "init_image_from", donors(ViT))
+        text = self.read_weights(init_text_from, "init_text_from", donors(TextHead))
+        sizes = text and sizes_from(TextHead, text)
         towers = {name: getattr(sizes, name, None) for name in ("bert", "gpt")}
-        source = SimpleNamespace(image=image and image.config, **towers)
-        config = self.configured(CLIPConfig, stated, source if image or text else None)
+        source = SimpleNamespace(image=image and sizes_from(ViT, image), **towers)
+        words = None if text is None else self.words_of(text, TextHead)
+        config = self.configured(CLIPConfig, stated, source if image or text else None, words)
         self.keep_hyperparameters(
             network=config,
             loss=loss,
@@ -95,9 +97,9 @@ class ContrastiveImageText(TrunklineModule):
         self.network = CLIP(config)
         self.start()
         if image is not None:
-            load_matching(self.network.image, image.network(), image.name, image.argument, "model.network.image")
+            start_from(self.network.image, image, place="model.network.image")
         if text is not None:
-            start_text_head(self.network.text, text)
+            start_from(self.network.text, text, words or {})
         for tower, blocks in zip((self.network.image, self.network.text), frozen, strict=True):
             self.frozen += freeze(tower, blocks) if blocks > 0 else []
         self.train()
@@ -140,9 +142,7 @@ class ContrastiveImageText(TrunklineModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        facts = facts_of(self.trainer)
-        self.equal_shares = facts.equal_shares
-        check_tokenizer(facts, self.init_text_from if self.begins else None, "init_text_from")
+        self.equal_shares = facts_of(self.trainer).equal_shares
 
     def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Embeddings:
         """Embeddings of images and texts, as in `CLIP.forward`."""

@@ -156,9 +156,10 @@ class Seq2Seq(TrunklineModule):
         self.start()
 
     def copy_weights(self, weights: TrainedWeights) -> None:
-        free = (FREE - {"tie_embeddings"}) | SHOWN | SIZES
-        named = f"{weights.argument} {weights.name}"
-        check_same_sizes(weights.config, self.network.config, named, "model.network", free)
+        if weights.network_class is self.network_class:
+            free = (FREE - {"tie_embeddings"}) | SHOWN | SIZES
+            named = f"{weights.argument} {weights.name}"
+            check_same_sizes(weights.config, self.network.config, named, "model.network", free)
         super().copy_weights(weights)
 
     def setup(self, stage: str) -> None:

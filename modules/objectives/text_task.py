@@ -1,32 +1,18 @@
 """Base class of the tasks on labelled text: a BERT or GPT with a new output layer."""
 
-from typing import Any
-
 from torch import Tensor
 
 from trunkline.contract import TextBatch
-from trunkline.modules.networks import BERT, GPT, TextHead, TextHeadConfig
-from trunkline.modules.networks.base import ConfigT, Network
+from trunkline.modules.networks import TextHead, TextHeadConfig
 from trunkline.modules.objectives.base import TrunklineModule
-from trunkline.modules.training.warm_start import TrainedWeights, start_text_head, text_sizes
 
 
 class TextTask(TrunklineModule):
-    """Base class of the tasks on a `TextHead`; they can start from a BERT, a GPT, or another such task."""
+    """Base class of the tasks on a `TextHead`; they can start from a BERT, a GPT, another such task, or a CLIP."""
 
     network: TextHead
     network_class = TextHead
     unit = "texts"
-
-    def accepted(self) -> tuple[type[Network], ...]:
-        return (TextHead, BERT, GPT)
-
-    def configured(self, config_class: type[ConfigT], network: ConfigT | None, source: Any = None) -> ConfigT:
-        weights = self.beginning.weights
-        return super().configured(config_class, network, source or (weights and text_sizes(weights)))
-
-    def copy_weights(self, weights: TrainedWeights) -> None:
-        start_text_head(self.network, weights)
 
     def make_network(self, config: TextHeadConfig) -> None:
         """Make the network and call `start`."""

@@ -3,16 +3,16 @@
 import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.files import load_checkpoint
 from trunkline.modules import networks
 from trunkline.modules.backbone import Transformer, TransformerConfig
-from trunkline.modules.networks import BERT, TextHead
 from trunkline.modules.networks.base import (
     CONFIG_FILE,
     Network,
@@ -21,8 +21,9 @@ from trunkline.modules.networks.base import (
     network_of,
     stored_config,
 )
+from trunkline.modules.networks.companions import Companions
 from trunkline.modules.networks.pretrained import Pretrained, find_pretrained
-from trunkline.modules.networks.text_head import without_heads
+from trunkline.modules.networks.resizing import SharedWords
 from trunkline.run_folders import find_checkpoint
 
 N = TypeVar("N", bound=Network)
@@ -30,7 +31,10 @@ FREE = {"dropout", "drop_path", "activation_checkpointing", "next_sentence", "ti
 """Configuration fields that may differ between a network and the one whose weights it starts from."""
 SHOWN = {"dim", "depth", "mlp_dim", "num_kv_heads"}
 """Fields of a trunk's configuration that show in the shapes of its weights, which are compared anyway."""
+RESIZED = {"vocab_size", "target_vocab_size", "max_length", "max_target_length"}
+"""Sizes of texts, which may differ where rows can be resized or matched."""
 ADAPTED = {"image_size", "max_frames", "num_mels", "num_classes", "num_outputs", "pool"}
+ADAPTED |= {"max_length", "max_target_length"}
 """Fields in which a network may differ although they show in its weights: see `Network.adapt` and `output_modules`."""
 NETWORK_OF = {
     "CausalLM": "GPT",
@@ -119,6 +123,11 @@ class TrainedWeights:
         except TrunklineError as error:
             raise TrunklineError(f"{argument}={name}: {error}", f"model.{argument}") from error
         return cls(name, argument, kind, config, content, pretrained)
+
+    @property
+    def companions(self) -> Companions:
+        """What goes with the network, such as its tokenizer."""
+        return Companions.of_checkpoint(self.content or {}) if self.pretrained is None else self.pretrained.companions
 
     def network(self) -> Any:
         """The network, in training mode."""
@@ -211,70 +220,124 @@ def trunks_of(config: Any, place: str) -> dict[str, TransformerConfig]:
     return found
 
 
+class Taken(NamedTuple):
+    """What a network took over."""
+
+    weights: list[Tensor]
+    """Its parameters and buffers that have trained values now; each once."""
+    resized: list[str]
+    """What had another size, such as `positions 512 to 1024`."""
+
+
 def load_matching(
-    network: Network, source: Network, name: str, argument: str = "init_from", place: str = "model.network"
-) -> None:
-    """Copy weights from `source`; output modules may have another shape, everything else must fit.
+    network: Network,
+    source: Network,
+    name: str,
+    argument: str = "init_from",
+    place: str = "model.network",
+    words: Mapping[str, SharedWords] = MappingProxyType({}),
+) -> Taken:
+    """Copy weights from `source`; output modules may have another shape, everything else must fit or can be resized.
 
     Args:
         network: the network that is changed.
-        source: a network of the same class.
+        source: a network of the same class; it is changed too.
         name: name of the source, for messages.
         argument: the argument that gave the name, for messages.
         place: where the network's configuration stands in a recipe, for messages.
+        words: tokens in common, for each of `tokenizer` and `target_tokenizer` that are known on both sides.
 
     Raises:
         TrunklineError: with the first weight or option that does not fit.
     """
-    network.adapt(source)
-    outputs = {p for m in network.output_modules() for p in m.parameters()}
-    weights = source.state_dict()
-    for key, own in network.state_dict(keep_vars=True).items():
-        if key in weights and weights[key].shape == own.shape:
-            continue
-        if own not in outputs:
-            found = tuple(weights[key].shape) if key in weights else "missing"
-            unlike = differences(source.config, network.config, place, FREE | ADAPTED)
-            raise TrunklineError(
-                f"{argument} {name} does not fit: {key} is {found} there and {tuple(own.shape)} here; "
-                f"give {place.removeprefix('model.')} the sizes that it has there"
-                + (f": set {listed([d.mend for d in unlike])}" if unlike else ""),
-                field=f"model.{argument}",
-            )
-        weights[key] = own.detach()
+    unlike = differences(source.config, network.config, place, FREE | ADAPTED)
+    untied = differences(source.config, network.config, place, (FREE | ADAPTED) - {"tie_embeddings"})
+    resized = network.adapt(source)
+    weights, own = source.state_dict(), network.state_dict(keep_vars=True)
+    resized += match_words(network, weights, own, f"{argument} {name}", words)
+    fresh, taken = own_outputs(network), []
+
+    def refuse(key: str, what: str, differing: list[Difference] = unlike) -> TrunklineError:
+        mend = f": set {listed([d.mend for d in differing])}" if differing else ""
+        if key in network.word_weights() and key in weights:
+            mend += "; tokens can be matched only if the tokenizers of both are known"
+        return TrunklineError(
+            f"{argument} {name} does not fit: {what}; give {place.removeprefix('model.')} the sizes that it has "
+            f"there{mend}",
+            field=f"model.{argument}",
+        )
+
+    for keys in tied(own):
+        given, value = [key for key in keys if key in weights], own[keys[0]]
+        for other in given[1:]:
+            if not torch.equal(weights[other], weights[given[0]]):
+                raise refuse(other, f"{given[0]} and {other} differ there and are one here", untied)
+        if given and weights[given[0]].shape == value.shape:
+            taken.append(value)
+        elif value in fresh:
+            weights |= dict.fromkeys(keys, value.detach())
+        else:
+            shape = tuple(weights[given[0]].shape) if given else "missing"
+            raise refuse(keys[0], f"{keys[0]} is {shape} there and {tuple(value.shape)} here")
+        weights |= {key: weights[given[0]] for key in keys if given and key not in weights}
     there = trunks_of(source.config, place)
     for trunk_place, trunk in trunks_of(network.config, place).items():
         check_same_sizes(there[trunk_place], trunk, f"{argument} {name}", trunk_place, FREE | SHOWN)
-    network.load_state_dict({key: weights[key] for key in network.state_dict()})
+    network.load_state_dict({key: weights[key] for key in own})
+    return Taken(taken, resized)
 
 
-def text_sizes(weights: TrainedWeights) -> Any:
-    """The configuration of a text network by the field, `bert` or `gpt`, in which a `TextHead` or a CLIP has it."""
-    if weights.network_class is TextHead:
-        return weights.config
-    return SimpleNamespace(**{"bert" if weights.network_class is BERT else "gpt": weights.config})
+def tied(weights: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each weight in a state dict that keeps its parameters; a tied one has several."""
+    names: dict[int, list[str]] = {}
+    for name, value in weights.items():
+        names.setdefault(id(value), []).append(name)
+    return [*names.values()]
 
 
-def start_text_head(network: TextHead, weights: TrainedWeights) -> None:
-    """Copy the weights of another `TextHead`, or copy a BERT or GPT into the body.
+def own_outputs(network: Network) -> set[Tensor]:
+    """The parameters of the output modules that no other part has: not an embedding to which an output is tied."""
+    outputs = {m for module in network.output_modules() for m in module.modules()}
+    others = {p for m in network.modules() if m not in outputs for p in m.parameters(recurse=False)}
+    return {p for m in outputs for p in m.parameters() if p not in others}
+
+
+def match_words(
+    network: Network,
+    weights: dict[str, Tensor],
+    own: Mapping[str, Tensor],
+    source: str,
+    words: Mapping[str, SharedWords],
+) -> list[str]:
+    """Give the weights that have a row for each token the rows of the network's own tokens, in place.
+
+    Args:
+        network: the network that will take the weights.
+        weights: the trained weights.
+        own: those of the network.
+        source: where they come from, for messages.
+        words: as for `load_matching`.
+
+    Returns:
+        what was changed, for a message.
 
     Raises:
-        TrunklineError: if the body is of another kind or has other sizes.
+        TrunklineError: if the trained vocabulary has more tokens than the weights have rows.
     """
-    config, named = network.config, f"{weights.argument} {weights.name}"
-    own = "bert" if config.bert is not None else "gpt"
-    place = f"model.network.{own}"
-    whole = isinstance(weights.config, type(config))
-    body = weights.config.body if whole else weights.config
-    if type(body) is not type(config.body):
-        other = "gpt" if own == "bert" else "bert"
-        raise TrunklineError(
-            f"{named} holds a {other.upper()}; set network.{other} instead of network.{own}",
-            field=f"model.{weights.argument}",
-        )
-    check_same_sizes(body, config.body, named, place)
-    source = weights.network()
-    if whole:
-        load_matching(network, source, weights.name, weights.argument)
-    else:
-        load_matching(network.body, without_heads(source), weights.name, weights.argument, place)
+    changed: dict[str, str] = {}
+    for key, whose in network.word_weights().items():
+        if key not in weights or whose not in words:
+            continue
+        shared, extra = words[whose], network.extra_words
+        before, after = (len(each[key]) - extra for each in (weights, own))
+        if shared.old > before:
+            raise TrunklineError(
+                f"the {whose} of {source} has {shared.old} tokens, but its {key} only {before} rows; put the "
+                f"{whose}.json beside it that belongs to the weights"
+            )
+        weights[key] = shared.rows(weights[key], after + extra, extra)
+        if before != after or not shared.same_ids:
+            known = "" if shared.same_ids else f" ({len(shared.here)} of {shared.new} tokens known)"
+            name = "vocabulary" if whose == "tokenizer" else "vocabulary of targets"
+            changed[whose] = f"{name} {before} to {after}{known}"
+    return [*changed.values()]
