@@ -15,7 +15,7 @@ from torch import nn
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer, TransformerConfig, TransformerOutput
-from trunkline.modules.networks.companions import CARD_FILE, Companions
+from trunkline.modules.networks.companions import CARD_FILE, Companions, check_rows
 from trunkline.modules.networks.hub import check_repository, upload
 from trunkline.modules.networks.image_transform import ImageTransform
 from trunkline.modules.networks.intermediates import Indices, states_of
@@ -122,8 +122,16 @@ class Network(nn.Module):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer that goes with it, of the tokenizers library; None if none is known."""
-        return None if self.companions is None else self.companions.tokenizer
+        """The tokenizer that goes with it, of the tokenizers library; None if none is known.
+
+        Raises:
+            TrunklineError: if it has more tokens than the network's embedding has rows.
+        """
+        found = None if self.companions is None else self.companions.tokenizer
+        weights = [name for name, whose in self.word_weights().items() if whose == "tokenizer"]
+        if found is not None and self.companions is not None and weights:
+            check_rows(found, self.companions, len(self.get_parameter(weights[0])) - self.extra_words)
+        return found
 
     @property
     def transform(self) -> ImageTransform | None:

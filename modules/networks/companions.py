@@ -114,6 +114,21 @@ class Companions:
         return found | ({PREPROCESSING_FILE: json.dumps(known, indent=2) + "\n"} if known else {})
 
 
+def check_rows(tokenizer: Any, companions: Companions, rows: int) -> None:
+    """Compare the tokenizer that goes with a network with the rows of its embedding.
+
+    Raises:
+        TrunklineError: if it has more tokens; names the file and both sizes.
+    """
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if size > rows:
+        file = companions.tokenizer_json if isinstance(companions.tokenizer_json, Path) else "that of the checkpoint"
+        raise TrunklineError(
+            f"the tokenizer has {size} tokens, but the network's embedding only {rows} rows ({file}); take the "
+            "tokenizer.json that belongs to the weights"
+        )
+
+
 def transform_in(data: Mapping[str, Any]) -> ImageTransform | None:
     """What a datamodule saved about its pictures, as a transform; None if it says nothing that is known here."""
     try:

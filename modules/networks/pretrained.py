@@ -150,7 +150,7 @@ def pretrained_place(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix in (".safetensors", ".bin", ".pth", ".pt", ".json"):
+        if path.suffix in WEIGHTS_SUFFIXES:
             return path
         raise TrunklineError(
             f"{source} is a file, but from_pretrained takes a folder that save_pretrained wrote, a file of weights, or "
@@ -171,6 +171,8 @@ def pretrained_place(source: str | Path) -> Path:
         raise TrunklineError(f"'{source}' is no folder, and the hub gave no such repository: {error}") from error
 
 
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json")
+"""Of files of weights, and of the list of their parts."""
 SAFE = [name for name in (*WEIGHTS_FILES, *PART_FILES) if "safetensors" in name]
 PICKLED = [name for name in (*WEIGHTS_FILES, *PART_FILES) if "safetensors" not in name]
 BESIDE = [*CONFIG_FILES, *COMPANION_FILES, PREPROCESSOR_FILE, PROCESSOR_FILE]

@@ -63,7 +63,7 @@ class TrunklineModule(L.LightningModule):
         init_from: trained weights to start from: a training checkpoint, a run, a folder that `save_pretrained` wrote, a
             folder or file of transformers, timm or open_clip, or a hub name. Output modules (heads) whose shape differs
             keep their initial weights, positions and patches are resized; of other networks, a part is taken over
-            (`trunkline.modules.training.start_parts.PARTS`). A line says what was taken over, resized and left new.
+            (`trunkline.modules.training.start_parts.FITS`). A line says what was taken over, resized and left new.
         init_vocabulary: `same`: the data must have the tokenizer of `init_from`, to which tokens may have been added.
             `matched`: the tokens that both tokenizers have are taken over, the others begin as the mean of all tokens.
         freeze_blocks: the embeddings and this many first blocks keep their weights and run in evaluation mode. With the

@@ -28,7 +28,7 @@ from trunkline.modules.training.warm_start import (
 )
 
 
-class Part(NamedTuple):
+class Fit(NamedTuple):
     """A part of a network, and the part of other weights that it can take over; "" is all of it."""
 
     here: str
@@ -40,22 +40,22 @@ class Part(NamedTuple):
         return self.here in ("backbone", "encoder", "decoder")
 
 
-WHOLE = Part("", "")
-PARTS: dict[tuple[type[Network], type[Network]], Part] = {
-    (BERT, CLIP): Part("", "text.body"),
-    (BERT, TextHead): Part("", "body"),
-    (EncoderDecoder, BERT): Part("encoder", "backbone"),
-    (EncoderDecoder, GPT): Part("decoder", "backbone"),
-    (GPT, CLIP): Part("", "text.body"),
-    (GPT, TextHead): Part("", "body"),
-    (SpeechEncoder, AST): Part("backbone", "backbone"),
-    (SpeechEncoder, Whisper): Part("backbone", "encoder"),
-    (TextHead, BERT): Part("body", ""),
-    (TextHead, CLIP): Part("body", "text.body"),
-    (TextHead, GPT): Part("body", ""),
-    (ViT, CLIP): Part("", "image"),
-    (Whisper, GPT): Part("decoder", "backbone"),
-    (Whisper, SpeechEncoder): Part("encoder", "backbone"),
+WHOLE = Fit("", "")
+FITS: dict[tuple[type[Network], type[Network]], Fit] = {
+    (BERT, CLIP): Fit("", "text.body"),
+    (BERT, TextHead): Fit("", "body"),
+    (EncoderDecoder, BERT): Fit("encoder", "backbone"),
+    (EncoderDecoder, GPT): Fit("decoder", "backbone"),
+    (GPT, CLIP): Fit("", "text.body"),
+    (GPT, TextHead): Fit("", "body"),
+    (SpeechEncoder, AST): Fit("backbone", "backbone"),
+    (SpeechEncoder, Whisper): Fit("backbone", "encoder"),
+    (TextHead, BERT): Fit("body", ""),
+    (TextHead, CLIP): Fit("body", "text.body"),
+    (TextHead, GPT): Fit("body", ""),
+    (ViT, CLIP): Fit("", "image"),
+    (Whisper, GPT): Fit("decoder", "backbone"),
+    (Whisper, SpeechEncoder): Fit("encoder", "backbone"),
 }
 """(network, weights of) -> what fits. A trunk alone, as in arXiv:1907.12461, leaves the rest of the network as made."""
 CROSS = {"causal", "cross_attention"}
@@ -64,12 +64,12 @@ CROSS = {"causal", "cross_attention"}
 
 def donors(network_class: type[Network]) -> tuple[type[Network], ...]:
     """The networks whose weights one of this class can start from, itself first."""
-    return (network_class, *(there for here, there in PARTS if here is network_class))
+    return (network_class, *(there for here, there in FITS if here is network_class))
 
 
-def part_for(network_class: type[Network], weights: TrainedWeights) -> Part:
+def part_for(network_class: type[Network], weights: TrainedWeights) -> Fit:
     """What of a network takes over what of these weights."""
-    return PARTS.get((network_class, weights.network_class), WHOLE)
+    return FITS.get((network_class, weights.network_class), WHOLE)
 
 
 def within(whole: Any, path: str) -> Any:
@@ -103,7 +103,7 @@ def start_from(
     words: Mapping[str, SharedWords] = MappingProxyType({}),
     place: str = "model.network",
 ) -> None:
-    """Copy trained weights into a network, or into the part of it that `PARTS` names, and say what was taken over.
+    """Copy trained weights into a network, or into the part of it that `FITS` names, and say what was taken over.
 
     Args:
         network: the network.
@@ -180,7 +180,7 @@ def copy_trunk(trunk: Transformer, source: Transformer, name: str, place: str) -
     return Taken([own[key] for key in weights], [])
 
 
-def announce(network: Network, weights: TrainedWeights, taken: Taken, part: Part = WHOLE) -> None:
+def announce(network: Network, weights: TrainedWeights, taken: Taken, part: Fit = WHOLE) -> None:
     """Say in one line, in the first process, what a network took over, what was resized, and what it has not."""
     kind, count = weights.network_class.__name__, sum(value.numel() for value in taken.weights)
     origin = f"{part.there} of {kind}" if part.there else kind

@@ -22,9 +22,10 @@ from trunkline.modules.networks.base import (
     stored_config,
 )
 from trunkline.modules.networks.companions import Companions
-from trunkline.modules.networks.pretrained import Pretrained, find_pretrained
+from trunkline.modules.networks.convert.foreign_files import CONFIG_FILES
+from trunkline.modules.networks.pretrained import WEIGHTS_SUFFIXES, Pretrained, find_pretrained
 from trunkline.modules.networks.resizing import SharedWords
-from trunkline.run_folders import find_checkpoint
+from trunkline.run_folders import find_checkpoint, is_checkpoint
 
 N = TypeVar("N", bound=Network)
 FREE = {"dropout", "drop_path", "activation_checkpointing", "next_sentence", "tie_embeddings"}
@@ -76,7 +77,7 @@ def network_from_checkpoint(network_class: type[N], path: str | Path) -> N:
 
 @dataclasses.dataclass
 class TrainedWeights:
-    """Weights to start from: a training checkpoint, the folder of a run or one of `save_pretrained`, or a hub name."""
+    """Weights to start from: a training checkpoint, a run, or whatever `find_pretrained` reads."""
 
     name: str
     """Name of the file, folder or repository."""
@@ -98,7 +99,7 @@ class TrainedWeights:
             TrunklineError: if nothing can be read, or if the network is not of an accepted class.
         """
         content, pretrained, file = None, None, find_checkpoint(name, f"model.{argument}", other=CONFIG_FILE)
-        if file.is_file():
+        if is_checkpoint(file) or (file.is_file() and not has_configuration(file)):
             content = load_checkpoint(file, field=f"model.{argument}")
             kind = network_class_of(content, accepted)
             config = stored_config(content)
@@ -135,6 +136,12 @@ class TrainedWeights:
             return self.pretrained.network()
         assert self.content is not None
         return network_of(self.network_class, self.content, self.name)
+
+
+def has_configuration(file: Path) -> bool:
+    """Whether a file is one of weights that has, or needs, its configuration file beside it: it is no checkpoint."""
+    beside = any((file.parent / name).is_file() for name in CONFIG_FILES)
+    return file.suffix == ".safetensors" or (file.suffix in WEIGHTS_SUFFIXES and beside)
 
 
 def freeze(network: Network, blocks: int) -> list[torch.nn.Module]:
@@ -333,7 +340,8 @@ def match_words(
         if shared.old > before:
             raise TrunklineError(
                 f"the {whose} of {source} has {shared.old} tokens, but its {key} only {before} rows; put the "
-                f"{whose}.json beside it that belongs to the weights"
+                f"{whose}.json beside it that belongs to the weights",
+                field=f"model.{source.partition(' ')[0]}",
             )
         weights[key] = shared.rows(weights[key], after + extra, extra)
         if before != after or not shared.same_ids:

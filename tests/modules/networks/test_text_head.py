@@ -181,16 +181,6 @@ def test_init_from(source: tuple[str, str, dict[str, Tensor]]) -> None:
             rf"num_heads=2, but the network has 4; set {place}\.backbone\.num_heads to 2",
         ),
         ({"backbone": trunk(depth=3)}, "backbone.depth", rf"{place}\.backbone\.depth to 2"),
-        (
-            {"max_length": 16},
-            "max_length",
-            rf"max_length=8, but the network has 16; set {place}\.max_length to 8",
-        ),
-        (
-            {"vocab_size": 70},
-            "vocab_size",
-            rf"vocab_size=50, but the network has 70; set {place}\.vocab_size to 50",
-        ),
     ):
         wrong = bert(**own) if kind == "bert" else gpt(**own)
         with pytest.raises(TrunklineError, match=message) as caught:

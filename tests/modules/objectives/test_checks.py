@@ -23,10 +23,11 @@ from trunkline.modules.networks import (
     TextHeadConfig,
     ViTConfig,
 )
+from trunkline.modules.networks.companions import Companions
 from trunkline.modules.objectives.arguments import as_plain
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.objectives.causal_lm import CausalLM
-from trunkline.modules.objectives.checks import check_sizes, check_tokenizer, with_sizes_of_data
+from trunkline.modules.objectives.checks import check_sizes, shared_words, with_sizes_of_data
 from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.objectives.masked_lm import MaskedLM
@@ -266,13 +267,12 @@ def test_sizes_of_the_data_are_in_the_checkpoint() -> None:
 # --- tokenizers
 
 
-def test_tokenizers_of_both_sides_are_those_of_the_weights_to_start_from(tmp_path: Path) -> None:
+def test_tokenizers_of_both_sides_are_those_of_the_weights_to_start_from() -> None:
     first, second, third = (Tokenizer(models.WordLevel({word: 0}, unk_token=word)) for word in "abc")
 
     def check(facts: DataFacts, *, own: Tokenizer = first, target: Tokenizer | None = second) -> None:
         state = {"tokenizer": own.to_str(), "target_tokenizer": None if target is None else target.to_str()}
-        torch.save({"state_dict": {}, "SomeData": state}, tmp_path / "a.ckpt")
-        check_tokenizer(facts, str(tmp_path / "a.ckpt"))
+        shared_words(Companions.of_checkpoint({"state_dict": {}, "SomeData": state}), "init_from", "a.ckpt", facts)
 
     two = DataFacts(tokenizer=first, target_tokenizer=second, max_target_length=5)
     one = DataFacts(tokenizer=first, max_target_length=5)

@@ -21,7 +21,7 @@ from trunkline import TrunklineError
 from trunkline.contract import IGNORE, DataFacts
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.generation.decoding import GenerationConfig
-from trunkline.modules.networks import GPT, EncoderDecoder, EncoderDecoderConfig, GPTConfig
+from trunkline.modules.networks import EncoderDecoder, EncoderDecoderConfig, ViT, ViTConfig
 from trunkline.modules.objectives.seq2seq import Seq2Seq, Written
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.modules.training.optim import OptimizerConfig
@@ -336,6 +336,6 @@ def test_weights_that_do_not_fit(options: dict[str, Any], message: str, field: s
 
 
 def test_weights_of_another_network(tmp_path: Path) -> None:
-    GPT(GPTConfig(9, 8, backbone=TransformerConfig(dim=16, depth=1, num_heads=2))).save_pretrained(tmp_path)
-    with pytest.raises(TrunklineError, match="holds a GPT; give a checkpoint or a folder of EncoderDecoder"):
+    ViT(ViTConfig(8, 4, backbone=TransformerConfig(dim=16, depth=1, num_heads=2))).save_pretrained(tmp_path)
+    with pytest.raises(TrunklineError, match="holds a ViT; give a checkpoint or a folder of EncoderDecoder or BERT"):
         Seq2Seq(config(), init_from=str(tmp_path))

@@ -145,8 +145,8 @@ def test_weights_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     """The ids of a pre-trained body mean the words of its own tokenizer."""
     own = model()
     content = {"objective": "TextClassifier", "hyper_parameters": dict(own.hparams), "state_dict": own.state_dict()}
-    for size, name in ((3, "own"), (4, "other")):
-        words = Tokenizer(models.WordLevel({str(n): n for n in range(size)}, "0"))
+    for tokens, name in (("0123", "own"), ("0132", "other")):
+        words = Tokenizer(models.WordLevel({token: n for n, token in enumerate(tokens)}, "0"))
         torch.save({**content, "MaskedTextData": {"tokenizer": words.to_str()}}, tmp_path / f"{name}.ckpt")
     data = RowsData(replace(RowsData.facts, tokenizer=words))
     trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(

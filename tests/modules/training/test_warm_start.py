@@ -155,7 +155,7 @@ def test_a_checkpoint_says_what_it_is_of(tmp_path: Path) -> None:
 )
 def test_weights_of_another_network_are_refused(content: dict[str, Any], found: str, tmp_path: Path) -> None:
     SafeCheckpointIO().save_checkpoint({**content, "hyper_parameters": {"network": {}}}, tmp_path / "a.ckpt")
-    message = rf"^init_from .*a\.ckpt holds {found}; give a checkpoint or a folder of ViT$"
+    message = rf"^init_from .*a\.ckpt holds {found}; give a checkpoint or a folder of ViT or CLIP$"
     with pytest.raises(TrunklineError, match=message) as caught:
         ImageClassifier(vit(), init_from=str(tmp_path / "a.ckpt"))
     assert caught.value.field == "model.init_from"
