@@ -210,6 +210,6 @@ def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "b.ckpt")
     for name in ("a.ckpt", "b.ckpt"):
         with pytest.raises(
-            TrunklineError, match=rf"init_from .*{name} holds weights of something else; give .* BERT or GPT"
+            TrunklineError, match=rf"init_from .*{name} holds weights of something else; give .* BERT or CLIP or GPT"
         ):
             TextClassifier(config("bert", "cls"), init_from=str(tmp_path / name))

@@ -183,7 +183,8 @@ def test_left_out_sizes_are_those_of_the_weights_to_start_from() -> None:
         (
             "max_length",
             GPTConfig(12, 8),
-            "=8, but the data needs at least 9; set the data's max_length to at most 8",
+            "=8, but the data needs at least 9; set the data's max_length to at most 8, or state max_length in the "
+            "network, whose positions are then resized",
             "data.max_length",
         ),
     ],

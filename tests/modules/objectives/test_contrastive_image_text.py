@@ -216,7 +216,7 @@ def test_towers_that_only_look_alike(tmp_path: Path) -> None:
         ContrastiveImageText(config, init_image_from=str(tmp_path / "image"))
     assert caught.value.field == "model.network.image.backbone.num_heads"
     with pytest.raises(
-        TrunklineError, match=r"^init_text_from .*image holds a ViT; .* TextHead or BERT or GPT$"
+        TrunklineError, match=r"^init_text_from .*image holds a ViT; .* TextHead or BERT or CLIP or GPT$"
     ) as caught:
         ContrastiveImageText(config, init_text_from=str(tmp_path / "image"))
     assert caught.value.field == "model.init_text_from"
