@@ -113,5 +113,7 @@ def test_an_output_that_is_tied_here_alone_is_refused() -> None:
 
 def test_a_vocabulary_with_more_tokens_than_rows_is_refused() -> None:
     source, own = (GPT(GPTConfig(2, 4, backbone=TRUNK)) for _ in range(2))
-    with pytest.raises(TrunklineError, match=r"of init_from file has 3 tokens, but its token_embed\.weight only 2 rows"):
+    with pytest.raises(
+        TrunklineError, match=r"of init_from file has 3 tokens, but its token_embed\.weight only 2 rows"
+    ):
         load_matching(own, source, "file", words={"tokenizer": SharedWords.of(OLD, OLD)})
