@@ -26,7 +26,7 @@ FLAGS = {
     "--model.optimizer.lr X": "peak learning rate",
     "--model.optimizer.weight_decay X": "of matrices; norms and biases have none",
     "--model.optimizer.warmup X": "steps, or below 1 the share of all steps",
-    "--model.init_from FILE": "fine-tune: a checkpoint, or a folder of save_pretrained",
+    "--model.init_from FILE": "fine-tune: a checkpoint, a run, a folder or a hub name",
     "--model.freeze_blocks N": "keep the first blocks of the trunk as they are",
     "--model.network.backbone.depth N": "blocks of the trunk; dim, num_heads, dropout likewise",
     "--trainer.max_epochs N": "length of the training; or --trainer.max_steps N",
