@@ -221,7 +221,7 @@ def test_towers_that_only_look_alike(tmp_path: Path) -> None:
         ContrastiveImageText(config, init_text_from=str(tmp_path / "image"))
     assert caught.value.field == "model.init_text_from"
     GPT(GPTConfig(50, 6, backbone=TRUNK)).save_pretrained(tmp_path / "text")
-    message = r"^init_image_from .*text holds a GPT; give a checkpoint or a folder of ViT$"
+    message = r"^init_image_from .*text holds a GPT; give a checkpoint or a folder of ViT or CLIP$"
     with pytest.raises(TrunklineError, match=message) as caught:
         ContrastiveImageText(config, init_image_from=str(tmp_path / "text"))
     assert caught.value.field == "model.init_image_from"
