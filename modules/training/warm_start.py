@@ -266,7 +266,8 @@ def load_matching(
 
     def refuse(key: str, what: str, differing: list[Difference] = unlike) -> TrunklineError:
         mend = f": set {listed([d.mend for d in differing])}" if differing else ""
-        if key in network.word_weights() and key in weights:
+        whose = network.word_weights().get(key)
+        if whose and whose not in words and key in weights and len(weights[key]) != len(own[key]):
             mend += "; tokens can be matched only if the tokenizers of both are known"
         return TrunklineError(
             f"{argument} {name} does not fit: {what}; give {place.removeprefix('model.')} the sizes that it has "
