@@ -257,8 +257,9 @@ def load_matching(
     Raises:
         TrunklineError: with the first weight or option that does not fit.
     """
-    unlike = differences(source.config, network.config, place, FREE | ADAPTED)
-    untied = differences(source.config, network.config, place, (FREE | ADAPTED) - {"tie_embeddings"})
+    free = FREE | ADAPTED | (RESIZED if words else set())
+    unlike = differences(source.config, network.config, place, free)
+    untied = differences(source.config, network.config, place, free - {"tie_embeddings"})
     resized = network.adapt(source)
     weights, own = source.state_dict(), network.state_dict(keep_vars=True)
     resized += match_words(network, weights, own, f"{argument} {name}", words)
