@@ -18,7 +18,8 @@ from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.backbone.attention import make_norm
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import Network, trunk_for
-from trunkline.modules.networks.frames import check_frames, zero_padding
+from trunkline.modules.networks.frames import check_frames, frame_axis, zero_padding
+from trunkline.modules.networks.graphs import Graph, numbers, padding_mask
 from trunkline.modules.networks.intermediates import Indices, patch_intermediates, states_of
 from trunkline.modules.networks.patches import resize_positions
 from trunkline.modules.networks.vit import ViT
@@ -177,6 +178,13 @@ class AST(Network):
     def output_modules(self) -> list[nn.Module]:
         return [self.head_norm, self.head]
 
+    def graphs(self) -> list[Graph]:
+        """Clips have two columns of patches at least: a graph of one would be another one."""
+        config = self.config
+        name, frames = "logits" if config.num_classes else "features", frame_axis(config.max_frames, config.patch_size)
+        inputs = {"features": numbers(frames, config.num_mels), "mask": padding_mask(frames)}
+        return [Graph(lambda features, mask: {name: self(features, mask)}, inputs)]
+
     # --- sizes
 
     def columns(self, frames: int) -> int:
@@ -273,7 +281,11 @@ class AST(Network):
         """
         check_frames(features, self.config.num_mels, self.config.max_frames)
         columns = self.columns(features.shape[1])
-        positions = self.pos_embed.unflatten(1, self.config.grid)[:, :, :columns].flatten(1, 2)
+        positions = (
+            self.pos_embed.unflatten(1, self.config.grid)
+            .index_select(2, torch.arange(columns, device=features.device))
+            .flatten(1, 2)
+        )
         x = self.patch_embed(zero_padding(features, mask), columns) + positions
         tokens: list[Tensor] = [t for t in (self.cls_token, self.dist_token) if t is not None]
         if self.prefix_pos is not None:

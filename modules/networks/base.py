@@ -16,6 +16,7 @@ from torch import nn
 from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer, TransformerConfig, TransformerOutput
 from trunkline.modules.networks.companions import CARD_FILE, Companions, check_rows
+from trunkline.modules.networks.graphs import Graph
 from trunkline.modules.networks.hub import check_repository, upload
 from trunkline.modules.networks.image_transform import ImageTransform
 from trunkline.modules.networks.intermediates import Indices, states_of
@@ -166,6 +167,10 @@ class Network(nn.Module):
                 changed.append(f"{WORD_FOR[name]} {table.num_embeddings - first} to {own.num_embeddings - first}")
                 resize_positions_of_text(table, own.num_embeddings, first)
         return changed
+
+    def graphs(self) -> list[Graph]:
+        """What of it `trunkline export` writes: a function with named inputs and outputs, or several."""
+        raise TrunklineError(f"a {type(self).__name__} does not say what of it is exported; give it a method `graphs`")
 
     def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
         """The trunk that reads the inputs, and the method that runs it: it takes `layers`, as the trunk does."""

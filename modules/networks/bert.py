@@ -13,6 +13,7 @@ from trunkline.modules.backbone import Transformer, TransformerConfig, Transform
 from trunkline.modules.backbone.attention import Keep, make_norm
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import Network, trunk_for
+from trunkline.modules.networks.graphs import Axis, Graph, padding_mask, token_ids
 from trunkline.ranges import check_ranges
 
 
@@ -154,6 +155,24 @@ class BERT(Network):
         if self.segment_embed is not None:
             x = x + (self.segment_embed.weight[0] if segment is None else self.segment_embed(segment))
         return self.dropout(self.embed_norm(x))
+
+    def graphs(self) -> list[Graph]:
+        config, length = self.config, Axis("length", high=self.config.max_length)
+        inputs = {"tokens": token_ids(config.vocab_size, length), "mask": padding_mask(length)}
+        if self.segment_embed is not None:
+            inputs["segment"] = token_ids(config.num_segments, length)
+        return [Graph(self.outputs, inputs)]
+
+    def outputs(self, tokens: Tensor, mask: Tensor, segment: Tensor | None = None) -> dict[str, Tensor]:
+        """All that it computes, by name: states, and with the heads for them logits, pooled and follows."""
+        found = {"states": self.forward_features(tokens, segment, mask=mask).x}
+        if self.config.predicts_tokens:
+            found["logits"] = self.head(self.masked_head(found["states"]))
+        if self.pooler is not None:
+            found["pooled"] = self.pool(found["states"])
+        if self.next_head is not None:
+            found["follows"] = self.next_head(found["pooled"])
+        return found
 
     def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
         return self.backbone, self.forward_features

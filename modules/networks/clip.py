@@ -14,6 +14,7 @@ from trunkline.modules.backbone import Transformer
 from trunkline.modules.networks.base import Network, config_from_dict
 from trunkline.modules.networks.bert import BERTConfig
 from trunkline.modules.networks.gpt import GPTConfig
+from trunkline.modules.networks.graphs import Graph
 from trunkline.modules.networks.text_head import TextHead, TextHeadConfig
 from trunkline.modules.networks.vit import ViT, ViTConfig
 
@@ -197,6 +198,18 @@ class CLIP(Network):
         """Fit the towers of the source to this network's images and the length of its texts."""
         texts = [f"{each} of texts" for each in self.text.adapt(source.text)]
         return [*self.image.adapt(source.image), *texts]
+
+    def graphs(self) -> list[Graph]:
+        """One for each tower, because most uses embed pictures and texts at different times."""
+        text = self.text.graphs()[0].inputs
+        inputs = {name: text[name] for name in ("tokens", "mask")}
+        scale = {"logit_scale": float(self.scale.factor)}
+        if self.scale.logit_bias is not None:
+            scale["logit_bias"] = float(self.scale.logit_bias)
+        return [
+            Graph(lambda image: {"embedding": self.encode_image(image)}, self.image.graphs()[0].inputs, "image", scale),
+            Graph(lambda tokens, mask: {"embedding": self.encode_text(tokens, mask)}, inputs, "text", scale),
+        ]
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, C, height, width) -> (B, E) of length 1, in float32 or wider."""

@@ -15,6 +15,7 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, TransformerOutput
 from trunkline.modules.backbone.attention import Keep
 from trunkline.modules.networks.base import Network
+from trunkline.modules.networks.graphs import Axis, Graph, Input, numbers, padding_mask, token_ids
 from trunkline.modules.networks.positions import RelativeBias, real_positions
 
 
@@ -49,6 +50,37 @@ class ConditionalNetwork(Network):
     def text_positions(self) -> dict[str, tuple[nn.Embedding, int]]:
         tables = {"pos_embed": self.pos_embed, "target_pos_embed": self.target_pos_embed}
         return {name: (table, 0) for name, table in tables.items() if isinstance(table, nn.Embedding)}
+
+    def source_input(self) -> tuple[str, Input]:
+        """What `encode` calls the sources, and what they are: an input (B, S, ...)."""
+        raise NotImplementedError
+
+    def graphs(self) -> list[Graph]:
+        """The encoder, to be run once, and the decoder, for each token; one's outputs are the other's inputs.
+
+        Only its last logits are new at each token: for long texts, the caches of `trunkline translate` are faster.
+        """
+        (name, source), states = self.source_input(), Axis("states")
+        target = Axis("target_length", high=self.config.max_target_length)
+        read = {
+            "target_tokens": token_ids(self.target_embed.num_embeddings, target),
+            "context": numbers(states, self.config.decoder.dim),
+            "context_mask": padding_mask(states),
+        }
+
+        def encoder(mask: Tensor, **sources: Tensor) -> dict[str, Any]:
+            context = self.encode(sources[name], mask).x
+            return {"context": context, "context_mask": self.context_mask(mask)}
+
+        def decoder(target_tokens: Tensor, context: Tensor, context_mask: Tensor) -> dict[str, Any]:
+            return {"logits": self.head(self.head_inputs(self.decode(target_tokens, context, context_mask).x))}
+
+        steps = source.shape[1]
+        assert isinstance(steps, Axis)
+        return [
+            Graph(encoder, {name: source, "mask": padding_mask(steps)}, "encoder"),
+            Graph(decoder, read, "decoder"),
+        ]
 
     def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
         return self.encoder, self.encode

@@ -5,12 +5,14 @@ Shape legend: B batch, T frames, M mel bins, D width, T' states, one for every `
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
 from trunkline.contract import FRAME_MULTIPLE
 from trunkline.modules.backbone.transformer import init_linear
+from trunkline.modules.networks.graphs import Axis
 
 
 class FrameConvolutions(nn.Module):
@@ -60,8 +62,10 @@ class FramePatches(nn.Module):
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, M) and a mask (B, T), False for padding -> (B, T', D); states of padding are arbitrary."""
-        x = F.pad(zero_padding(features, mask), (0, 0, 0, -features.shape[1] % self.patch_frames))
-        return self.proj(x.unflatten(1, (-1, self.patch_frames)).flatten(2))  # (B, T', frames * M) -> (B, T', D)
+        (length, bins), size = features.shape[1:], self.patch_frames
+        states = (length + size - 1) // size
+        x = F.pad(zero_padding(features, mask), (0, 0, 0, states * size - length))
+        return self.proj(x.reshape(-1, states, size * bins))
 
 
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -74,7 +78,7 @@ def subsampled_mask(mask: Tensor | None, subsampling: int) -> Tensor | None:
 
     State t stands at frame `t * subsampling`, so it is real if that frame is.
     """
-    return None if mask is None else mask[:, ::subsampling]
+    return None if mask is None else mask[:, torch.arange(0, mask.shape[1], subsampling, device=mask.device)]
 
 
 def subsampled_lengths(lengths: Tensor, subsampling: int) -> Tensor:
@@ -85,6 +89,11 @@ def subsampled_lengths(lengths: Tensor, subsampling: int) -> Tensor:
 def frame_limit(max_frames: int) -> int:
     """Frames of the longest batch, if its longest clip has `max_frames`."""
     return -(-max_frames // FRAME_MULTIPLE) * FRAME_MULTIPLE
+
+
+def frame_axis(max_frames: int, frames_of_state: int) -> Axis:
+    """Frames that an exported network takes: enough for two states, because a graph of one would be another one."""
+    return Axis("frames", frames_of_state + 1, frame_limit(max_frames))
 
 
 def check_frames(features: Tensor, num_mels: int, max_frames: int) -> None:

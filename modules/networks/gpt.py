@@ -13,6 +13,7 @@ from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, 
 from trunkline.modules.backbone.attention import Keep
 from trunkline.modules.backbone.transformer import four_dimensional, restrict
 from trunkline.modules.networks.base import Network, trunk_for
+from trunkline.modules.networks.graphs import Axis, Graph, token_ids
 from trunkline.ranges import check_ranges
 
 
@@ -174,6 +175,11 @@ class GPT(Network):
                 f"{length} tokens are more than the {self.config.max_length} the network can see; "
                 "shorten the text, or train with a larger max_length"
             )
+
+    def graphs(self) -> list[Graph]:
+        """No mask: of padding on the right no token before it sees anything."""
+        tokens = token_ids(self.config.vocab_size, Axis("length", high=self.config.max_length))
+        return [Graph(lambda tokens: {"logits": self(tokens)}, {"tokens": tokens})]
 
     def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
         return self.backbone, self.forward_features

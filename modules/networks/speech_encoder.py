@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,12 @@ from trunkline.modules.networks.frames import (
     FrameConvolutions,
     FramePatches,
     check_frames,
+    frame_axis,
     frame_limit,
     subsampled_lengths,
     subsampled_mask,
 )
+from trunkline.modules.networks.graphs import Graph, numbers, padding_mask
 from trunkline.modules.networks.positions import absolute_positions
 
 
@@ -139,6 +141,16 @@ class SpeechEncoder(Network):
     def output_mask(self, mask: Tensor | None) -> Tensor | None:
         """Mask of frames (B, T) -> mask of states (B, T')."""
         return subsampled_mask(mask, self.subsampling)
+
+    def graphs(self) -> list[Graph]:
+        frames = frame_axis(self.config.max_frames, self.subsampling)
+        inputs = {"features": numbers(frames, self.config.num_mels), "mask": padding_mask(frames)}
+        return [Graph(self.outputs, inputs)]
+
+    def outputs(self, features: Tensor, mask: Tensor) -> dict[str, Any]:
+        """Log-probabilities (B, T', V + 1) for a decoder of CTC, and which states are real, (B, T')."""
+        log_probs = self(features, mask).log_softmax(dim=-1)
+        return {"log_probs": log_probs, "state_mask": self.output_mask(mask)}
 
     def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
         return self.backbone, self.encode

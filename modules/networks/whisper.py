@@ -16,10 +16,12 @@ from trunkline.modules.networks.conditional import ConditionalNetwork, check_wid
 from trunkline.modules.networks.frames import (
     FrameConvolutions,
     check_frames,
+    frame_axis,
     frame_limit,
     subsampled_lengths,
     subsampled_mask,
 )
+from trunkline.modules.networks.graphs import Input, numbers
 from trunkline.modules.networks.positions import absolute_positions
 
 STRIDES = (1, 2)
@@ -121,6 +123,9 @@ class Whisper(ConditionalNetwork):
     def context_mask(self, mask: Tensor | None) -> Tensor | None:
         """Mask of frames (B, T) -> mask of states (B, S)."""
         return subsampled_mask(mask, self.subsampling)
+
+    def source_input(self) -> tuple[str, Input]:
+        return "features", numbers(frame_axis(self.config.max_frames, self.subsampling), self.config.num_mels)
 
     def encode(
         self,
