@@ -55,6 +55,7 @@ FUNCTIONS = {
         "judge a network: retrieval, zero-shot, k-NN, linear probe; BLEU and exact match; word error rate",
         completion="evaluation.data.with_data_class",
     ),
+    "export": Function("commands.export", "export", "write a checkpoint's network as ONNX or as a program of torch"),
     "fill-mask": Function(
         "commands.fill_mask", "fill_mask", "predict the masked words of a sentence with a checkpoint"
     ),

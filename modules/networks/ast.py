@@ -190,12 +190,12 @@ class AST(Network):
     def columns(self, frames: int) -> int:
         """Columns of patches in a clip of this many frames."""
         time, size = self.config.steps[0], self.config.patch_size
-        return min(max(-(-(frames - size) // time) + 1, 1), self.config.grid[1])
+        return min(max((frames - size + time - 1) // time + 1, 1), self.config.grid[1])
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Number of frames -> number of columns of patches; any shape."""
         time, size = self.config.steps[0], self.config.patch_size
-        return (-(-(lengths - size) // time) + 1).clamp(min=1, max=self.config.grid[1])
+        return ((lengths - size + time - 1) // time + 1).clamp(min=1, max=self.config.grid[1])
 
     def output_mask(self, mask: Tensor | None) -> Tensor | None:
         """Mask of frames (B, T) -> of patches (B, rows * columns)."""

@@ -4,6 +4,7 @@ Needs onnx, onnxscript and onnxruntime, but only for ONNX.
 """
 
 import json
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +44,8 @@ class Exported(NamedTuple):
 
     path: Path
     graph: Graph
+    outputs: list[str]
+    """Their names."""
     difference: float
     """The largest one from the network, in times its largest output."""
     sizes: list[dict[str, int]]
@@ -92,8 +95,8 @@ def export_network(network: Network, output: Path, to: Format) -> list[Exported]
         with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as place:
             for path, graph in zip(paths, graphs, strict=True):
                 file = Path(place, path.name)
-                difference, sizes = write_and_compare(network, graph, file, to, {**about, **graph.facts})
-                found.append(Exported(path, graph, difference, sizes))
+                compared = write_and_compare(network, graph, file, to, {**about, **graph.facts})
+                found.append(compared._replace(path=path))
             for name, text in texts.items():
                 Path(place, name).write_text(text, encoding="utf-8")
             files = sorted(Path(place).iterdir())  # with the weights of an ONNX file that is too large for them
@@ -128,10 +131,8 @@ def facts_of(network: Network) -> dict[str, Any]:
     return {"network": type(network).__name__} | ({} if names is None else {"class_names": names})
 
 
-def write_and_compare(
-    network: Network, graph: Graph, file: Path, to: Format, facts: Mapping[str, Any]
-) -> tuple[float, list[dict[str, int]]]:
-    """Write one graph, read it again, and run it; returns the largest difference, and the sizes that were tried."""
+def write_and_compare(network: Network, graph: Graph, file: Path, to: Format, facts: Mapping[str, Any]) -> Exported:
+    """Write one graph, read it again, and compare its results with the network's."""
     trials = trial_sizes(graph)
     what = f"the {graph.name} of a {type(network).__name__}" if graph.name else f"a {type(network).__name__}"
     with torch.no_grad(), quiet_exporters():
@@ -158,7 +159,7 @@ def write_and_compare(
             f"{file.name} gives other results than {what}: at {at} they differ by {max(found):.1e} of the largest, "
             f"more than {TOLERANCE:.0e}. It was not kept; try the other format, or report this as a defect"
         )
-    return max(found), trials
+    return Exported(file, graph, outputs, max(found), trials)
 
 
 def axes_of(graph: Graph) -> list[Axis]:
@@ -262,7 +263,15 @@ def largest_difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 
 @contextmanager
 def quiet_exporters() -> Iterator[None]:
-    """A block in which the exporters do not report what our checks find out."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """A block in which the exporters do not report what our comparison finds out."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
