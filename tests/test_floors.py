@@ -37,6 +37,7 @@ LIBRARIES = {
     "safetensors",
     "huggingface_hub",
     "trunkline.TrunklineError",
+    "trunkline.__version__",
     "trunkline.ranges",
 }
 FLOOR_1 = LIBRARIES | {"trunkline.modules.backbone", "trunkline.names", "trunkline.ranges"}

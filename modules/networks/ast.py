@@ -19,7 +19,7 @@ from trunkline.modules.backbone.attention import make_norm
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import Network, trunk_for
 from trunkline.modules.networks.frames import check_frames, frame_axis, zero_padding
-from trunkline.modules.networks.graphs import Graph, numbers, padding_mask
+from trunkline.modules.networks.graphs import Graph, mask_input, number_input
 from trunkline.modules.networks.intermediates import Indices, patch_intermediates, states_of
 from trunkline.modules.networks.patches import resize_positions
 from trunkline.modules.networks.vit import ViT
@@ -182,7 +182,7 @@ class AST(Network):
         """Clips have two columns of patches at least: a graph of one would be another one."""
         config = self.config
         name, frames = "logits" if config.num_classes else "features", frame_axis(config.max_frames, config.patch_size)
-        inputs = {"features": numbers(frames, config.num_mels), "mask": padding_mask(frames)}
+        inputs = {"features": number_input(frames, config.num_mels), "mask": mask_input(frames)}
         return [Graph(lambda features, mask: {name: self(features, mask)}, inputs)]
 
     # --- sizes

@@ -13,7 +13,7 @@ from trunkline.modules.backbone import Transformer, TransformerConfig, Transform
 from trunkline.modules.backbone.attention import Keep, make_norm
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import Network, trunk_for
-from trunkline.modules.networks.graphs import Axis, Graph, padding_mask, token_ids
+from trunkline.modules.networks.graphs import Axis, Graph, mask_input, token_input
 from trunkline.ranges import check_ranges
 
 
@@ -158,9 +158,9 @@ class BERT(Network):
 
     def graphs(self) -> list[Graph]:
         config, length = self.config, Axis("length", high=self.config.max_length)
-        inputs = {"tokens": token_ids(config.vocab_size, length), "mask": padding_mask(length)}
+        inputs = {"tokens": token_input(config.vocab_size, length), "mask": mask_input(length)}
         if self.segment_embed is not None:
-            inputs["segment"] = token_ids(config.num_segments, length)
+            inputs["segment"] = token_input(config.num_segments, length)
         return [Graph(self.outputs, inputs)]
 
     def outputs(self, tokens: Tensor, mask: Tensor, segment: Tensor | None = None) -> dict[str, Tensor]:

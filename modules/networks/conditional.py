@@ -15,7 +15,7 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, TransformerOutput
 from trunkline.modules.backbone.attention import Keep
 from trunkline.modules.networks.base import Network
-from trunkline.modules.networks.graphs import Axis, Graph, Input, numbers, padding_mask, token_ids
+from trunkline.modules.networks.graphs import Axis, Graph, Input, mask_input, number_input, token_input
 from trunkline.modules.networks.positions import RelativeBias, real_positions
 
 
@@ -63,9 +63,9 @@ class ConditionalNetwork(Network):
         (name, source), states = self.source_input(), Axis("states")
         target = Axis("target_length", high=self.config.max_target_length)
         read = {
-            "target_tokens": token_ids(self.target_embed.num_embeddings, target),
-            "context": numbers(states, self.config.decoder.dim),
-            "context_mask": padding_mask(states),
+            "target_tokens": token_input(self.target_embed.num_embeddings, target),
+            "context": number_input(states, self.config.decoder.dim),
+            "context_mask": mask_input(states),
         }
 
         def encoder(mask: Tensor, **sources: Tensor) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class ConditionalNetwork(Network):
         steps = source.shape[1]
         assert isinstance(steps, Axis)
         return [
-            Graph(encoder, {name: source, "mask": padding_mask(steps)}, "encoder"),
+            Graph(encoder, {name: source, "mask": mask_input(steps)}, "encoder"),
             Graph(decoder, read, "decoder"),
         ]
 

@@ -16,7 +16,7 @@ from trunkline.modules.backbone.attention import Attention, make_norm
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import trunk_for
 from trunkline.modules.networks.conditional import ConditionalNetwork, check_length, check_widths
-from trunkline.modules.networks.graphs import Axis, Input, token_ids
+from trunkline.modules.networks.graphs import Axis, Input, token_input
 from trunkline.modules.networks.positions import RelativeBias, absolute_positions, real_positions
 from trunkline.ranges import check_ranges
 
@@ -141,7 +141,7 @@ class EncoderDecoder(ConditionalNetwork):
                 scale_queries(made)
 
     def source_input(self) -> tuple[str, Input]:
-        return "tokens", token_ids(self.config.vocab_size, Axis("length", high=self.config.max_length))
+        return "tokens", token_input(self.config.vocab_size, Axis("length", high=self.config.max_length))
 
     def encode(
         self,

@@ -26,17 +26,15 @@ from trunkline.modules.networks.graphs import BATCH, Axis, Graph
 Format = Literal["onnx", "torch-export"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
 OPSET = 20
-"""Of ONNX: the first with GELU, so that a runtime of 2024 runs it with its own kernel; later ones have nothing we need."""
-TOLERANCE = 1e-4
+"""Of ONNX: the first with GELU. Attention, of opset 23, would be no faster, and fewer programs can read it."""
+LARGEST_DIFFERENCE = 1e-4
 """Largest difference from the network, in times its largest output."""
-LONGEST = 1024
+CHECKED_SIZE = 1024
 """A size without a limit, or with a larger one, is checked up to this one."""
 ONE_FILE = 2**31 - 2**20
 """Bytes of weights up to which an ONNX file holds them itself; the format ends at 2 GiB."""
 FACTS_FILE = "trunkline.json"
 """In a program of torch: what `load` of `torch.export` returns for it in `extra_files`."""
-Runner = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""Runs a graph's inputs, by name."""
 
 
 class Exported(NamedTuple):
@@ -86,7 +84,7 @@ def export_network(network: Network, output: Path, to: Format) -> list[Exported]
     """
     if to == "onnx":
         require_onnx()
-    graphs, about = network.graphs(), facts_of(network)
+    graphs, about = network.graphs(), facts_about(network)
     texts = {} if network.companions is None else network.companions.files()
     paths = [output.with_stem(f"{output.stem}_{graph.name}") if graph.name else output for graph in graphs]
     refuse_taken(paths, {output.with_name(name): text for name, text in texts.items()})
@@ -122,10 +120,11 @@ def refuse_taken(paths: list[Path], companions: dict[Path, str]) -> None:
     taken = [path for path in paths if path.exists()]
     taken += [p for p, text in companions.items() if p.exists() and (p.is_dir() or p.read_bytes() != text.encode())]
     if taken:
-        raise TrunklineError(f"{' and '.join(map(str, taken))} exists already; choose another folder or name", "output")
+        names = " and ".join(map(str, taken))
+        raise TrunklineError(f"there is {names} already; choose another folder or name", "output")
 
 
-def facts_of(network: Network) -> dict[str, Any]:
+def facts_about(network: Network) -> dict[str, Any]:
     """What a file says about the network in it."""
     names = None if network.companions is None else network.companions.class_names
     return {"network": type(network).__name__} | ({} if names is None else {"class_names": names})
@@ -134,7 +133,7 @@ def facts_of(network: Network) -> dict[str, Any]:
 def write_and_compare(network: Network, graph: Graph, file: Path, to: Format, facts: Mapping[str, Any]) -> Exported:
     """Write one graph, read it again, and compare its results with the network's."""
     trials = trial_sizes(graph)
-    what = f"the {graph.name} of a {type(network).__name__}" if graph.name else f"a {type(network).__name__}"
+    what = f"the {graph.name} of the {type(network).__name__}" if graph.name else f"the {type(network).__name__}"
     with torch.no_grad(), quiet_exporters():
         try:
             outputs = list(graph.run(**example(graph, trials[0])))
@@ -143,21 +142,20 @@ def write_and_compare(network: Network, graph: Graph, file: Path, to: Format, fa
                 write_onnx(program, graph, outputs, file, facts)
             else:
                 torch.export.save(program, file, extra_files={FACTS_FILE: json.dumps(facts)})
-            run = opened(file, to, outputs)
+            run, found = runner_of(file, to, outputs), []
+            for sizes in trials:
+                inputs = example(graph, sizes)
+                found.append(largest_difference(run(inputs), graph.run(**inputs)))
         except OSError:
             raise
-        except Exception as error:  # torch raises many kinds
+        except Exception as error:  # torch and onnxruntime raise many kinds
             reason = str(error).strip().split("\n")[0]
             raise TrunklineError(f"{what} cannot be exported to {to}: {type(error).__name__}: {reason}") from error
-        found = []
-        for sizes in trials:
-            inputs = example(graph, sizes)
-            found.append(largest_difference(run(inputs), graph.run(**inputs)))
-    if not max(found) <= TOLERANCE:
+    if not max(found) <= LARGEST_DIFFERENCE:
         at = ", ".join(f"{name} {size}" for name, size in trials[found.index(max(found))].items())
         raise TrunklineError(
             f"{file.name} gives other results than {what}: at {at} they differ by {max(found):.1e} of the largest, "
-            f"more than {TOLERANCE:.0e}. It was not kept; try the other format, or report this as a defect"
+            f"more than {LARGEST_DIFFERENCE:.0e}. It was not kept; try the other format, or report this as a defect"
         )
     return Exported(file, graph, outputs, max(found), trials)
 
@@ -170,7 +168,7 @@ def axes_of(graph: Graph) -> list[Axis]:
 def trial_sizes(graph: Graph) -> list[dict[str, int]]:
     """Sizes to compare with: the largest, the smallest and some between, in batches of one row and of several."""
     trials = []
-    for number, (batch, limit) in enumerate(((1, LONGEST), (3, LONGEST), (2, 65), (5, 23))):
+    for number, (batch, limit) in enumerate(((1, CHECKED_SIZE), (3, CHECKED_SIZE), (2, 65), (5, 23))):
         shares, sizes = (1.0, 0.0, 0.4, 0.7), {}
         for place, axis in enumerate(axes_of(graph)):
             high = max(axis.low, min(axis.high or limit, limit))
@@ -189,7 +187,7 @@ def example(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Tensor]:
 def traced(network: Network, graph: Graph) -> ExportedProgram:
     """The graph as a program for all sizes that it takes."""
     # A size in the middle: torch would take one at the end of its range for a constant.
-    middle = {a.name: a.low + (min(a.high or LONGEST, LONGEST) - a.low + 1) // 2 for a in axes_of(graph)}
+    middle = {a.name: a.low + (min(a.high or CHECKED_SIZE, CHECKED_SIZE) - a.low + 1) // 2 for a in axes_of(graph)}
     dims = {a.name: Dim(a.name, min=a.low, max=a.high) for a in axes_of(graph) if a.high is None or a.low < a.high}
     shapes = {
         name: {place: dims[a.name] for place, a in enumerate(each.shape) if isinstance(a, Axis) and a.name in dims}
@@ -228,7 +226,7 @@ def write_onnx(
     written.save(file, external_data=size > ONE_FILE)
 
 
-def opened(file: Path, to: Format, outputs: list[str]) -> Runner:
+def runner_of(file: Path, to: Format, outputs: list[str]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """Read a file that was written, with the library that others will read it with."""
     if to == "torch-export":
         module = torch.export.load(file).module()

@@ -13,7 +13,7 @@ from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, 
 from trunkline.modules.backbone.attention import Keep
 from trunkline.modules.backbone.transformer import four_dimensional, restrict
 from trunkline.modules.networks.base import Network, trunk_for
-from trunkline.modules.networks.graphs import Axis, Graph, token_ids
+from trunkline.modules.networks.graphs import Axis, Graph, token_input
 from trunkline.ranges import check_ranges
 
 
@@ -178,7 +178,7 @@ class GPT(Network):
 
     def graphs(self) -> list[Graph]:
         """No mask: of padding on the right no token before it sees anything."""
-        tokens = token_ids(self.config.vocab_size, Axis("length", high=self.config.max_length))
+        tokens = token_input(self.config.vocab_size, Axis("length", high=self.config.max_length))
         return [Graph(lambda tokens: {"logits": self(tokens)}, {"tokens": tokens})]
 
     def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:

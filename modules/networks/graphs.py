@@ -1,4 +1,4 @@
-"""What of a network can be exported: functions of tensors with named inputs and outputs, and the sizes that may vary."""
+"""What of a network can be exported: functions with named inputs and outputs, and the sizes that may vary."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,12 +29,12 @@ class Input(NamedTuple):
     """Makes an example of a given shape."""
 
 
-def token_ids(vocab_size: int, length: Axis) -> Input:
+def token_input(vocab_size: int, length: Axis) -> Input:
     """Token ids (B, T), int64."""
     return Input((BATCH, length), lambda shape, draws: torch.randint(vocab_size, tuple(shape), generator=draws))
 
 
-def padding_mask(length: Axis) -> Input:
+def mask_input(length: Axis) -> Input:
     """(B, T) bool, False for padding, which is on the right in the examples."""
 
     def draw(shape: Sequence[int], draws: Generator) -> Tensor:
@@ -46,7 +46,7 @@ def padding_mask(length: Axis) -> Input:
     return Input((BATCH, length), draw)
 
 
-def numbers(*shape: Axis | int) -> Input:
+def number_input(*shape: Axis | int) -> Input:
     """Pictures, frames or states (B, ...), float32."""
     return Input((BATCH, *shape), lambda sizes, draws: torch.randn(tuple(sizes), generator=draws))
 

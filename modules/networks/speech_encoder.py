@@ -21,7 +21,7 @@ from trunkline.modules.networks.frames import (
     subsampled_lengths,
     subsampled_mask,
 )
-from trunkline.modules.networks.graphs import Graph, numbers, padding_mask
+from trunkline.modules.networks.graphs import Graph, mask_input, number_input
 from trunkline.modules.networks.positions import absolute_positions
 
 
@@ -144,7 +144,7 @@ class SpeechEncoder(Network):
 
     def graphs(self) -> list[Graph]:
         frames = frame_axis(self.config.max_frames, self.subsampling)
-        inputs = {"features": numbers(frames, self.config.num_mels), "mask": padding_mask(frames)}
+        inputs = {"features": number_input(frames, self.config.num_mels), "mask": mask_input(frames)}
         return [Graph(self.outputs, inputs)]
 
     def outputs(self, features: Tensor, mask: Tensor) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.base import Network, config_from_dict
 from trunkline.modules.networks.bert import BERT, BERTConfig
 from trunkline.modules.networks.gpt import GPT, GPTConfig
-from trunkline.modules.networks.graphs import Axis, Graph, padding_mask, token_ids
+from trunkline.modules.networks.graphs import Axis, Graph, mask_input, token_input
 
 
 @dataclass
@@ -114,11 +114,11 @@ class TextHead(Network):
     def graphs(self) -> list[Graph]:
         """A mask only where something reads it: no token of a GPT sees padding on its right."""
         body, length = self.config.body, Axis("length", high=self.config.body.max_length)
-        inputs = {"tokens": token_ids(body.vocab_size, length)}
+        inputs = {"tokens": token_input(body.vocab_size, length)}
         if isinstance(self.body, BERT) or self.config.pool != "none":
-            inputs["mask"] = padding_mask(length)
+            inputs["mask"] = mask_input(length)
         if isinstance(body, BERTConfig) and body.num_segments:
-            inputs["segment"] = token_ids(body.num_segments, length)
+            inputs["segment"] = token_input(body.num_segments, length)
         return [Graph(lambda **given: {"logits": self(**given)}, inputs)]
 
     def states(self, tokens: Tensor, segment: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from trunkline.modules.backbone.attention import make_norm
 from trunkline.modules.backbone.transformer import init_linear
 from trunkline.modules.networks.attention_pool import AttentionPool
 from trunkline.modules.networks.base import Network, trunk_for
-from trunkline.modules.networks.graphs import Graph, numbers
+from trunkline.modules.networks.graphs import Graph, number_input
 from trunkline.modules.networks.intermediates import Indices, patch_intermediates, states_of
 from trunkline.modules.networks.patches import PatchEmbed, resize_patches, resize_positions, sincos_positions_2d
 from trunkline.ranges import check_ranges
@@ -149,7 +149,7 @@ class ViT(Network):
 
     def graphs(self) -> list[Graph]:
         name = "logits" if self.config.num_classes else "features"
-        image = numbers(self.config.in_chans, *self.config.size)
+        image = number_input(self.config.in_chans, *self.config.size)
         return [Graph(lambda image: {name: self(image)}, {"image": image})]
 
     @property

@@ -21,7 +21,7 @@ from trunkline.modules.networks.frames import (
     subsampled_lengths,
     subsampled_mask,
 )
-from trunkline.modules.networks.graphs import Input, numbers
+from trunkline.modules.networks.graphs import Input, number_input
 from trunkline.modules.networks.positions import absolute_positions
 
 STRIDES = (1, 2)
@@ -125,7 +125,7 @@ class Whisper(ConditionalNetwork):
         return subsampled_mask(mask, self.subsampling)
 
     def source_input(self) -> tuple[str, Input]:
-        return "features", numbers(frame_axis(self.config.max_frames, self.subsampling), self.config.num_mels)
+        return "features", number_input(frame_axis(self.config.max_frames, self.subsampling), self.config.num_mels)
 
     def encode(
         self,

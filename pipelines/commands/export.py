@@ -10,7 +10,7 @@ from trunkline.pipelines.commands.output import check_output
 
 
 def export(checkpoint: str, output: str, to: Literal["onnx", "torch-export"] = "onnx") -> None:
-    """Write the network of a checkpoint as a file that runs without Trunkline, and compare its results with the network's.
+    """Write the network of a checkpoint as a file that runs without Trunkline, and compare the results of both.
 
     Batch and lengths may vary. With it go the tokenizer, how pictures and sounds are prepared, and in the file the
     names of the classes. A CLIP becomes two files, of images and of texts, and a network that writes texts becomes an
