@@ -117,7 +117,9 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 def take(x: Tensor, keep: Keep) -> Tensor:
     """Select tokens: (B, T, ...) -> (B, N, ...)."""
-    return x[:, keep] if isinstance(keep, slice) else x[torch.arange(len(keep), device=x.device)[:, None], keep]
+    if isinstance(keep, slice):
+        return x[:, keep]
+    return x[torch.arange(keep.shape[0], device=x.device)[:, None], keep]  # `len` would be a constant in an export
 
 
 def take_queries(mask: Tensor | None, keep: Keep) -> Tensor | None:
@@ -125,7 +127,7 @@ def take_queries(mask: Tensor | None, keep: Keep) -> Tensor | None:
     if mask is None or mask.shape[2] == 1:
         return mask
     if isinstance(keep, Tensor):
-        mask = mask.expand(len(keep), -1, -1, -1)
+        mask = mask.expand(keep.shape[0], -1, -1, -1)
     return take(mask.transpose(1, 2), keep).transpose(1, 2)
 
 

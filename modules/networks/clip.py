@@ -207,8 +207,10 @@ class CLIP(Network):
         if self.scale.logit_bias is not None:
             scale["logit_bias"] = float(self.scale.logit_bias)
         return [
-            Graph(lambda image: {"embedding": self.encode_image(image)}, self.image.graphs()[0].inputs, "image", scale),
-            Graph(lambda tokens, mask: {"embedding": self.encode_text(tokens, mask)}, inputs, "text", scale),
+            Graph(
+                lambda image: {"embeddings": self.encode_image(image)}, self.image.graphs()[0].inputs, "image", scale
+            ),
+            Graph(lambda tokens, mask: {"embeddings": self.encode_text(tokens, mask)}, inputs, "text", scale),
         ]
 
     def encode_image(self, image: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
+from inspect import Parameter, Signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -60,11 +62,11 @@ class Exportable(nn.Module):
 
     def __init__(self, network: Network, graph: Graph) -> None:
         super().__init__()
-        self.network, self.run = network, graph.run
-
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Inputs by name -> outputs by name."""
-        return self.run(**inputs)
+        self.network = network
+        # torch names what it asserts about sizes after the parameters; it cannot with `**inputs`.
+        names = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in graph.inputs]
+        self.forward = partial(graph.run)
+        self.forward.__signature__ = Signature(names)  # type: ignore[attr-defined]
 
 
 def export_network(network: Network, output: Path, to: Format) -> list[Exported]:
@@ -197,7 +199,7 @@ def traced(network: Network, graph: Graph) -> ExportedProgram:
         Exportable(network, graph),
         (),
         example(graph, middle | {BATCH.name: 2}),
-        dynamic_shapes={"inputs": shapes},
+        dynamic_shapes=shapes,
         # Equations of sizes that hold but that torch cannot prove are then checked in each call, and not refused.
         prefer_deferred_runtime_asserts_over_guards=True,
     )

@@ -179,6 +179,6 @@ def last_position(mask: Tensor) -> Tensor:
 
 def first_position(found: Tensor, otherwise: Keep) -> Tensor:
     """(B, T) bool -> (B, 1) position of each row's first True; in a row without one, `otherwise`."""
-    places = torch.arange(found.shape[1], device=found.device).expand(len(found), -1)
+    places = torch.arange(found.shape[1], device=found.device).expand_as(found)
     last = places[:, otherwise] if isinstance(otherwise, slice) else otherwise
     return torch.where(found.any(dim=1, keepdim=True), found.int().argmax(dim=1, keepdim=True), last)

@@ -173,8 +173,8 @@ def test_results_at_new_sizes(name: str, to: Format, tmp_path: Path) -> None:
         pictures, texts = (opened(tmp_path / f"out_{part}{suffix}") for part in ("image", "text"))
         for rows, length in sizes_to_try(network):
             image, tokens, mask = torch.randn(rows, 3, 16, 16), ids(rows, length), right_padding(rows, length)
-            check(pictures({"image": image}), {"embedding": network.encode_image(image)})
-            check(texts({"tokens": tokens, "mask": mask}), {"embedding": network.encode_text(tokens, mask)})
+            check(pictures({"image": image}), {"embeddings": network.encode_image(image)})
+            check(texts({"tokens": tokens, "mask": mask}), {"embeddings": network.encode_text(tokens, mask)})
     else:
         assert names == [f"out{suffix}"]
         run = opened(tmp_path / f"out{suffix}")
@@ -314,9 +314,9 @@ def test_what_cannot_be_exported(network: Callable[[], Network], message: str, t
 
 
 def test_a_failure_of_the_second_file_leaves_no_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = network_called("clip")
-    monkeypatch.setattr(network, "encode_text", lambda tokens, mask: drift.append(1) or torch.ones(1) * len(drift))
-    drift: list[int] = []
+    network, calls = network_called("clip"), []
+    real = network.encode_text
+    monkeypatch.setattr(network, "encode_text", lambda *given: calls.append(1) or real(*given) * len(calls))
     with pytest.raises(TrunklineError, match=r"out_text\.pt2 gives other results than the text of the CLIP"):
         export_network(network, tmp_path / "out.pt2", "torch-export")
     assert list(tmp_path.iterdir()) == []
