@@ -14,6 +14,7 @@ from trunkline.pipelines.benchmarks.audio_cases import audio
 from trunkline.pipelines.benchmarks.clip_cases import clip_chunks, clip_compiled, clip_eager
 from trunkline.pipelines.benchmarks.ddp import ddp_scaling
 from trunkline.pipelines.benchmarks.dtw import dtw_errors
+from trunkline.pipelines.benchmarks.export_cases import exported_forward
 from trunkline.pipelines.benchmarks.image_cases import (
     muon_step,
     svm_accuracy,
@@ -55,6 +56,7 @@ CASES = {
     "overhead": trainer_overhead,
     "saves": save_stalls,
     "ddp": ddp_scaling,
+    "export": exported_forward,
 }
 """Cases that measure times, by name."""
 DATE_TESTS = ("dates:years", "dates:locales", "dates:forms", "dates:languages")
@@ -81,6 +83,7 @@ def benchmark(
         "overhead",
         "saves",
         "ddp",
+        "export",
         "svm",
         "ngram",
         "dates",
@@ -111,14 +114,16 @@ def benchmark(
             `trainer.fit` with progress bar, throughput, TensorBoard and signal handling, against a bare loop with the
             same network and batch size. `saves`: how long a save of 500 MB holds up training, against writing it at
             once; and a step beside it, against a step alone. `ddp`: two processes of one thread that train the ViT
-            together, against two that each train one, at the same time. `svm`: test accuracy of an RBF SVM on the
-            splits of vit/digits. `ngram`: test accuracy of a logistic regression on character n-grams on the splits of
-            bert/classify_demo. `dates`: dates that logistic regressions on character n-grams read right in the test
-            sets of seq2seq/dates, in about 80 seconds of CPU time. `dtw`: digit errors of time warping with recorded
-            templates on test sets of audio/digits. `start`: what a user waits for, in seconds and in times `import
-            torch`: the first line, help pages, `--print_config`, a first step, the end after the last line. `loading`:
-            time and peak memory to load GPT-2 124M, BERT-base, ViT-B/16 and CLIP ViT-B/32 from files of transformers
-            and timm, against the library's own loading, each time in a fresh process (Linux).
+            together, against two that each train one, at the same time. `export`: forward passes of GPT-2 124M with 1
+            and 4 rows of 256 tokens, exported to onnxruntime, against our own in float32 eager, and memory. `svm`: test
+            accuracy of an RBF SVM on the splits of vit/digits. `ngram`: test accuracy of a logistic regression on
+            character n-grams on the splits of bert/classify_demo. `dates`: dates that logistic regressions on character
+            n-grams read right in the test sets of seq2seq/dates, in about 80 seconds of CPU time. `dtw`: digit errors
+            of time warping with recorded templates on test sets of audio/digits. `start`: what a user waits for, in
+            seconds and in times `import torch`: the first line, help pages, `--print_config`, a first step, the end
+            after the last line. `loading`: time and peak memory to load GPT-2 124M, BERT-base, ViT-B/16 and CLIP
+            ViT-B/32 from files of transformers and timm, against the library's own loading, each time in a fresh
+            process (Linux).
         rounds: number of measurements of each side.
         batch_size: images or rows per step; default: 16 images or sounds, 8 rows of a GPT, 32 rows of BERT or T5, 64
             pairs, 1 in generation, 8 with beams.

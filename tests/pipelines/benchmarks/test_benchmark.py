@@ -14,9 +14,10 @@ from torch import nn
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.networks import ViT
+from trunkline.modules.networks import GPTConfig, ViT
 from trunkline.pipelines.benchmarks import benchmark as module
 from trunkline.pipelines.benchmarks import clip_cases as benchmark_clip
+from trunkline.pipelines.benchmarks import export_cases as benchmark_export
 from trunkline.pipelines.benchmarks import image_cases as benchmark_image
 from trunkline.pipelines.benchmarks import saves, timing
 from trunkline.pipelines.benchmarks import seq2seq_cases as benchmark_seq2seq
@@ -88,6 +89,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_image, "TransformerConfig", lambda **options: config.backbone)
     monkeypatch.setattr(nn.Module, "compile", lambda self: None)
     monkeypatch.setattr(saves, "SIDE", 50)
+    monkeypatch.setattr(benchmark_export, "SHAPE", GPTConfig(50, 8, backbone=TransformerConfig(16, 1, 2)))
+    monkeypatch.setattr(benchmark_export, "LENGTH", 8)
+    monkeypatch.setattr(benchmark_export, "peak_memory", lambda prepare: [prepare()()] and 3 << 20)
     monkeypatch.setattr(benchmark_text, "LENGTH", 8)
     monkeypatch.setattr(benchmark_text, "MASKED_LENGTH", 8)
     monkeypatch.setattr(benchmark_text, "NEW_TOKENS", 2)
@@ -133,6 +137,7 @@ CASES = {
     "tokenization": [("BPE of 4.2 MB", "tokenizers' encode_batch_fast")],
     "muon": [("Muon step", "torch.optim.Muon")],
     "overhead": [("trainer.fit", "bare loop")],
+    "export": [("GPT-2 in onnxruntime, 2 x 8", "our own eager")],
     "saves": [("training held up by a save", "written at once"), ("a step beside a save", "a step alone")],
 }
 
@@ -149,6 +154,8 @@ def test_case(what: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert row["ratio"] == pytest.approx(row["peer_ms"] / row["ms"])  # of the one round
         assert row["range"] == [row["ratio"], row["ratio"]]
         assert f"{row['ratio']:.3f}" in shown
+    if what == "export":
+        assert "peak memory of loading and one row: 3 MiB, eager 3 MiB" in shown
     if what == "clip_chunks":
         assert "2 pairs 2 MiB, 4 in chunks of 2 4 MiB" in shown
 
