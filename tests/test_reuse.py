@@ -35,6 +35,7 @@ with torch.no_grad():
     assert torch.allclose(network.eval()(batches[0][0]), want, atol=1e-5) and want.std() > 0
     kept = trunkline.load("runs/vit/digits")(batches[0][0])
     assert torch.allclose(model.eval()(batches[0][0]), kept, atol=1e-5) and not torch.allclose(kept, want, atol=1e-4)
+assert logits.shape == (1, 10) and abs(logits - scores.detach().numpy()).max() <= 1e-4 * abs(logits).max()
 assert scores.shape == (1, 10) and torch.equal(trunkline.load("my_vit").transform(picture), image)
 print("done")
 """
@@ -50,7 +51,7 @@ def test_every_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     main(["fit", "--config", "vit/digits", "--config", "small.yaml"])
     kinds = [kind for kind, _ in BLOCKS]
     assert set(kinds) == {"sh", "python"}
-    assert kinds.count("python") >= 3
+    assert kinds.count("python") >= 4
     for command in (line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()):
         program, *arguments = shlex.split(command, comments=True)
         assert program == "trunkline"
