@@ -14,17 +14,17 @@ from trunkline.modules.networks.export import export_network, runner_of
 from trunkline.pipelines.benchmarks.memory import peak_memory
 from trunkline.pipelines.benchmarks.timing import Side, compare
 
-SHAPE = GPTConfig()
+EXPORTED_SHAPE = GPTConfig()
 """GPT-2 124M."""
-LENGTH = 256
+EXPORTED_LENGTH = 256
 """Tokens of a row."""
-BATCHES = (1, 4)
+EXPORTED_ROWS = (1, 4)
 """Rows at once."""
 
 
 def some_tokens(rows: int) -> torch.Tensor:
-    """Random token ids (rows, LENGTH)."""
-    return torch.randint(SHAPE.vocab_size, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
+    """Random token ids (rows, EXPORTED_LENGTH)."""
+    return torch.randint(EXPORTED_SHAPE.vocab_size, (rows, EXPORTED_LENGTH), generator=torch.Generator().manual_seed(0))
 
 
 def timed(work: Callable[[], Any]) -> Side:
@@ -41,16 +41,16 @@ def timed(work: Callable[[], Any]) -> Side:
 
 def exported_forward(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     """Forward passes; both sides have torch's number of threads."""
-    network, rows = GPT(SHAPE).eval(), []
+    network, rows = GPT(EXPORTED_SHAPE).eval(), []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "gpt2.onnx")
         (found,) = export_network(network, file, "onnx")
         network.save_pretrained(folder)
         run = runner_of(file, "onnx", ["logits"])
-        for size in BATCHES if batch_size is None else (batch_size,):
+        for size in EXPORTED_ROWS if batch_size is None else (batch_size,):
             tokens = some_tokens(size)
             case, ours, theirs = (
-                f"GPT-2 in onnxruntime, {size} x {LENGTH}",
+                f"GPT-2 in onnxruntime, {size} x {EXPORTED_LENGTH}",
                 partial(run, {"tokens": tokens}),
                 partial(network, tokens),
             )

@@ -58,8 +58,7 @@ MORE: dict[str, Callable[[], Network]] = {
     "clip-shared": lambda: CLIP(towers(bert=bert({"norm_first": True, "final_norm": True}), share_trunk=True)),
 }
 FAST = {
-    *("vit-cls", "gpt-2", "gpt-modern", "bert-next", "classes", "classes-gpt", "clip"),
-    *("t5", "speech-conv", "ast", "whisper"),
+    *("vit-cls", "gpt-modern", "bert-next", "clip", "classes", "t5", "speech-conv", "ast", "whisper"),
 }
 ALL = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in (*NETWORKS, *MORE)]
 

@@ -23,13 +23,13 @@ def files() -> set[str]:
     return {file.name for file in Path().iterdir()}
 
 
-def test_a_run_as_onnx(capsys: pytest.CaptureFixture[str]) -> None:
-    network = checkpoint_of("vit", Path("runs/small/2026-01-01_00-00-00/checkpoints/last.ckpt"))
-    main(["export", "--checkpoint", "runs/small", "--output", "pets.onnx"])
+def test_a_checkpoint_as_onnx(capsys: pytest.CaptureFixture[str]) -> None:
+    network = checkpoint_of("vit", Path("vit.ckpt"))
+    main(["export", "--checkpoint", "vit.ckpt", "--output", "pets.onnx"])
     shown = capsys.readouterr().out
     assert "pets.onnx: ONNX, opset 20, 0.0 MB; image (batch, 3, 16, 16) -> logits" in shown
     assert "compared with the network at 4 sizes: results differ by" in shown
-    assert files() == {"runs", "pets.onnx", "preprocessing.json"}
+    assert files() == {"vit.ckpt", "pets.onnx", "preprocessing.json"}
     session = onnxruntime.InferenceSession("pets.onnx")
     image = torch.randn(6, 3, 16, 16)
     with torch.no_grad():
@@ -66,10 +66,7 @@ def test_what_failed_leaves_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     Path("gpt.onnx").write_text("mine")
     with pytest.raises(SystemExit):
         main(["export", "--checkpoint", "gpt.ckpt", "--output", "gpt.onnx"])
-    assert (
-        "error: there is gpt.onnx already; choose another folder or name\n  (--output gpt.onnx)"
-        in capsys.readouterr().err
-    )
+    assert "error: there is gpt.onnx already; choose another folder or name\n  (--output" in capsys.readouterr().err
     assert Path("gpt.onnx").read_text() == "mine"
 
 
