@@ -27,7 +27,7 @@ def test_a_checkpoint_as_onnx(capsys: pytest.CaptureFixture[str]) -> None:
     network = checkpoint_of("vit", Path("vit.ckpt"))
     main(["export", "--checkpoint", "vit.ckpt", "--output", "pets.onnx"])
     shown = capsys.readouterr().out
-    assert "pets.onnx: ONNX, opset 20, 0.0 MB; image (batch, 3, 16, 16) -> logits" in shown
+    assert "pets.onnx: ONNX, opset 20, 0.2 MB; image (batch, 3, 16, 16) -> logits" in shown
     assert "compared with the network at 4 sizes: results differ by" in shown
     assert files() == {"vit.ckpt", "pets.onnx", "preprocessing.json"}
     session = onnxruntime.InferenceSession("pets.onnx")
