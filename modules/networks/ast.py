@@ -281,11 +281,8 @@ class AST(Network):
         """
         check_frames(features, self.config.num_mels, self.config.max_frames)
         columns = self.columns(features.shape[1])
-        positions = (
-            self.pos_embed.unflatten(1, self.config.grid)
-            .index_select(2, torch.arange(columns, device=features.device))
-            .flatten(1, 2)
-        )
+        seen = torch.arange(columns, device=features.device)  # an export would take the end of a slice for fixed
+        positions = self.pos_embed.unflatten(1, self.config.grid).index_select(2, seen).flatten(1, 2)
         x = self.patch_embed(zero_padding(features, mask), columns) + positions
         tokens: list[Tensor] = [t for t in (self.cls_token, self.dist_token) if t is not None]
         if self.prefix_pos is not None:

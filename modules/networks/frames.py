@@ -65,7 +65,7 @@ class FramePatches(nn.Module):
         (length, bins), size = features.shape[1:], self.patch_frames
         states = (length + size - 1) // size
         x = F.pad(zero_padding(features, mask), (0, 0, 0, states * size - length))
-        return self.proj(x.reshape(-1, states, size * bins))
+        return self.proj(x.reshape(-1, states, size * bins))  # (B, T', frames * M) -> (B, T', D)
 
 
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -78,7 +78,10 @@ def subsampled_mask(mask: Tensor | None, subsampling: int) -> Tensor | None:
 
     State t stands at frame `t * subsampling`, so it is real if that frame is.
     """
-    return None if mask is None else mask[:, torch.arange(0, mask.shape[1], subsampling, device=mask.device)]
+    if mask is None:
+        return None
+    # The strides of `mask[:, ::subsampling]` would be fixed by an export to odd or to even lengths.
+    return mask[:, torch.arange(0, mask.shape[1], subsampling, device=mask.device)]
 
 
 def subsampled_lengths(lengths: Tensor, subsampling: int) -> Tensor:
@@ -93,7 +96,8 @@ def frame_limit(max_frames: int) -> int:
 
 def frame_axis(max_frames: int, frames_of_state: int) -> Axis:
     """Frames that an exported network takes: enough for two states, because a graph of one would be another one."""
-    return Axis("frames", frames_of_state + 1, frame_limit(max_frames))
+    limit = frame_limit(max_frames)
+    return Axis("frames", min(frames_of_state + 1, limit), limit)
 
 
 def check_frames(features: Tensor, num_mels: int, max_frames: int) -> None:
