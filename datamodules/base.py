@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,9 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         of the fields that change samples or their order, the tokenizers, `data_key`, and the number of samples in each
         split. None if a datamodule has neither `datasets` nor a `data_key`.
         """
-        key = self.data_key()
-        if not self.datasets and not key:
+        if not self.datasets and not self._key:
             return None
-        key = [key, *self._tokenizers()]
+        key = [self._key, *self._tokenizers()]
         settings = {part.name: plain_value(getattr(self, part.name)) for part in fields(self)}
         sizes = {split: len(rows) for split, rows in self.datasets.items()}  # type: ignore[arg-type]
         content = [{name: settings[name] for name in settings.keys() - ONLY_SPEED}, sizes, key]
@@ -142,6 +142,11 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         names and sizes of files, or the digest of a tokenizer; without the folder in which the data is.
         """
         return []
+
+    @cached_property
+    def _key(self) -> list[Any]:
+        """`data_key`, found once: the processes compare it before a run, and the run's record holds it."""
+        return self.data_key()
 
     def compare_tokenizers(self) -> None:
         """Check that all processes of a training have the same tokenizers. All of them must call this, in `setup`.

@@ -1,5 +1,6 @@
 """The digest of what training reads."""
 
+import json
 import os
 import re
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import lightning as L
 import pytest
 import torch
 from own_task import CloudData
@@ -37,7 +39,10 @@ from trunkline.datamodules import (
     TranslationData,
 )
 from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.folders import FileNames
 from trunkline.datamodules.tokenizers import train_tokenizer
+from trunkline.pipelines.preflight import leave_token, survey
+from trunkline.pipelines.record import RunRecord
 
 
 @dataclass
@@ -142,6 +147,26 @@ def test_digest_of_files_is_the_same_anywhere_until_they_change(
         return data.digest()
 
     assert None is not found("here") == found("there") != found("elsewhere", changed=True)
+
+
+def test_the_files_are_looked_at_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes compare the digest, and the run's record holds it."""
+    looks: list[int] = []
+    names = FileNames.digest
+    monkeypatch.setattr(FileNames, "digest", lambda self: (looks.append(len(self)), names(self))[1])
+    monkeypatch.setenv("TRUNKLINE_CACHE", str(tmp_path / "cache"))
+    data = ImageData(write_folders(tmp_path / "in", 40), image_size=8, channels=1)
+    data.setup("fit")
+    ranks = {"global_rank": 0, "world_size": 1, "is_global_zero": True}
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    options = {"fast_dev_run": False, "precision": "32-true", "strategy": strategy}
+    trainer: Any = SimpleNamespace(datamodule=data, **ranks, **options)
+    compared = survey(trainer, tmp_path, leave_token(tmp_path)).data
+    RunRecord(tmp_path / "record.json", []).on_fit_start(trainer, L.LightningModule())
+    assert json.loads((tmp_path / "record.json").read_text())["data"]["digest"] == compared == data.digest() is not None
+    assert looks == [40]
+    data.seed = 1
+    assert data.digest() != compared
 
 
 @pytest.mark.parametrize("second", ["another", "the same"])
