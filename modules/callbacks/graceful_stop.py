@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from trunkline.modules.training.background_saves import save_and_wait
 from trunkline.modules.training.exact_resume import accumulates, take_signals
 from trunkline.modules.training.late import LateReduction
-from trunkline.modules.training.slurm import requeue, slurm_job
+from trunkline.modules.training.slurm import end_without_fault, requeue, slurm_job
 
 
 class LastCheckpoint(Callback):
@@ -245,6 +245,7 @@ class GracefulStop(Callback):
         self._leave_together(trainer)
 
     def _leave_together(self, trainer: L.Trainer) -> None:
+        end_without_fault()  # before the job is queued again, which may end this process and the script
         environment = getattr(trainer.strategy, "cluster_environment", None)
         # Lightning kills the first process, even while it requeues the job, once one that it started ends with a code.
         quiet = trainer.local_rank > 0 and isinstance(environment, LightningEnvironment)

@@ -2,9 +2,13 @@
 
 import os
 import subprocess
+from contextlib import suppress
+from pathlib import Path
 
 SECONDS = 30
 """How long the controller may take to answer."""
+FAULT = "TRUNKLINE_FAULT"
+"""Environment variable with the file by which a job's script counts this attempt as a fault."""
 
 
 def slurm_job() -> str | None:
@@ -24,3 +28,10 @@ def requeue(job: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         fault = str(error)
     return f"SLURM does not requeue job {job} ({fault}); submit it again" if fault else f"requeued job {job}"
+
+
+def end_without_fault() -> None:
+    """Let the job's script not count this attempt as a fault: the run was asked to end, and goes on from there."""
+    if file := os.environ.get(FAULT):
+        with suppress(OSError):
+            Path(file).unlink(missing_ok=True)

@@ -74,13 +74,7 @@ def test_settings_of_the_job(tmp_path: Path) -> None:
         ("exit 2", {}, 2, False, "refused its input"),  # also that of srun if there is no such program
         ('touch "$TRUNKLINE_REFUSED"; exit 143', {}, 2, False, "refused its input"),
         (f"exit {TRY_AGAIN}", {}, TRY_AGAIN, True, "started again"),
-        (
-            "exit 1",
-            {"SLURM_RESTART_COUNT": "3", "MAX_RESTARTS": "3"},
-            1,
-            False,
-            "code 1, and MAX_RESTARTS=3 allows",
-        ),
+        ("exit 1", {"MAX_RESTARTS": "0"}, 1, False, "code 1, and MAX_RESTARTS=0 allows"),
         ("kill -TERM $PPID; exit 143", {}, 143, False, "attempt 1"),  # cancelled or preempted
     ],
 )
@@ -90,13 +84,40 @@ def test_how_an_attempt_ends(
     attempt = Attempt(tmp_path, srun, "vit/digits", **environ)
     assert (attempt.code, attempt.requeued) == (code, requeued)
     assert said in attempt.said
-    assert not list(tmp_path.glob(".trunkline*"))
+    left = [file.name for file in tmp_path.glob(".trunkline*")]
+    goes_on = requeued or "$PPID" in srun
+    assert left == [f".trunkline-7.fault.{environ.get('SLURM_RESTART_COUNT', 0)}"] * goes_on
 
 
-def test_too_many_restarts_by_slurm_itself(tmp_path: Path) -> None:
-    attempt = Attempt(tmp_path, "exit 0", "vit/digits", SLURM_RESTART_COUNT="21")
-    assert (attempt.code, attempt.calls("srun")) == (1, [])
-    assert "MAX_RESTARTS=20 allows no other attempt" in attempt.said
+FAILS, LOST = "exit 137", "kill -KILL $PPID"  # LOST: as a node ends the script too, and SLURM starts it again
+SAVED = 'rm "$TRUNKLINE_FAULT"; exit 138'  # what a run does at a time limit and a preemption
+
+
+@pytest.mark.parametrize(
+    ("attempts", "requeued"),
+    [
+        ([FAILS, FAILS], True),
+        ([FAILS, FAILS, FAILS], False),
+        ([SAVED, SAVED, SAVED, SAVED, SAVED], True),
+        ([FAILS, SAVED, LOST, SAVED], True),
+        ([FAILS, SAVED, LOST, SAVED, FAILS], False),
+        ([FAILS, LOST, "kill -TERM $PPID; exit 143", FAILS], None),
+        ([LOST, LOST, LOST, "exit 0"], None),
+    ],
+)
+def test_only_faults_use_up_the_restarts(attempts: list[str], requeued: bool | None, tmp_path: Path) -> None:
+    """Of which the job may have two; None: another attempt is not even begun."""
+    (tmp_path / ".trunkline-7.fault.8").touch()  # of an old job with the same number
+    for number, srun in enumerate(attempts):
+        (tmp_path / "notes").unlink(missing_ok=True)
+        attempt = Attempt(tmp_path, srun, "vit/digits", MAX_RESTARTS="2", SLURM_RESTART_COUNT=str(number))
+        last = number == len(attempts) - 1
+        assert len(attempt.calls("srun")) == (not last or requeued is not None)
+        if not last:
+            assert attempt.requeued == (srun in (FAILS, SAVED))
+    assert attempt.requeued == bool(requeued)
+    assert ("MAX_RESTARTS=2 allows no other attempt" in attempt.said) == (not requeued)
+    assert bool(list(tmp_path.glob(".trunkline*"))) == (bool(requeued) and FAILS in attempts)
 
 
 def test_a_recipe_is_needed(tmp_path: Path) -> None:

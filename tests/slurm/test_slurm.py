@@ -55,7 +55,7 @@ class Job:
 
     def __init__(self, cluster: Slurm, folder: Path, *flags: str, environ: dict[str, str] | None = None) -> None:
         self.cluster, self.folder = cluster, folder
-        cluster.environ |= {"MAX_RESTARTS": "9", **environment(), **(environ or {})}
+        cluster.environ |= {**environment(), **(environ or {})}
         options = ("--parsable", "--nodes=2", "--ntasks-per-node=1", "--time=60")
         self.number = int(cluster.command("sbatch", *options, str(SCRIPT), *flags, cwd=folder))
 
@@ -79,10 +79,14 @@ class Job:
 
 
 @pytest.fixture
-def halted(cluster: Slurm, tmp_path: Path) -> Job:
-    """A job whose run has halted at the end of step `HALT` of its first attempt, until `go_on`."""
+def halted(cluster: Slurm, tmp_path: Path, request: pytest.FixtureRequest) -> Job:
+    """A job whose run has halted at the end of step `HALT` of its first attempt, until `go_on`.
+
+    The parameter is how many faults it may have, 1 without one.
+    """
     halt_at(tmp_path, "batch end", HALT, [0, 1])
-    job = Job(cluster, tmp_path, "vit/digits", "--config", str(write_extra(tmp_path)))
+    environ = {"MAX_RESTARTS": str(getattr(request, "param", 1))}
+    job = Job(cluster, tmp_path, "vit/digits", "--config", str(write_extra(tmp_path)), environ=environ)
     files = [halted_file(tmp_path, rank) for rank in (0, 1)]
     wait_for(lambda: all(file.exists() for file in files), PATIENCE, "halted tasks", job.output)
     return job
@@ -109,6 +113,7 @@ def test_a_lost_node(node: str, halted: Job, reference: Path) -> None:
     assert_equals(halted.folder, reference)
 
 
+@pytest.mark.parametrize("halted", [0], indirect=True)
 def test_a_time_limit(halted: Job, reference: Path) -> None:
     """The limit comes nearer than the script's five minutes: SLURM says so, and the run saves the step it is at."""
     halted.update("TimeLimit=3")
@@ -121,6 +126,7 @@ def test_a_time_limit(halted: Job, reference: Path) -> None:
     assert_equals(halted.folder, reference)
 
 
+@pytest.mark.parametrize("halted", [0], indirect=True)
 def test_a_preemption(halted: Job, reference: Path) -> None:
     """Another job takes the nodes; this one saves in the time that it is given, and goes on afterwards."""
     halted.cluster.command("sbatch", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap", "true")

@@ -214,18 +214,43 @@ def test_sigusr1_requeues_the_job_after_saving(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    fault = counted_as_fault(tmp_path, monkeypatch)
     with pytest.raises(Stopped) as stop:
         fit(tmp_path, GracefulStop(), Signal("on_after_backward", 4, signal.SIGUSR1))
     assert stop.value.code == 138
     assert saved(tmp_path)["global_step"] == 5
     assert scontrol.read_text() == f"requeue {job}\n"
+    assert not fault.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_other_signals_do_not(number: signal.Signals, scontrol: Path, tmp_path: Path) -> None:
+def test_other_signals_do_not(
+    number: signal.Signals, scontrol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = counted_as_fault(tmp_path, monkeypatch)
     with pytest.raises(Stopped):
         fit(tmp_path, GracefulStop(), Signal("on_after_backward", 4, number))
     assert not scontrol.exists()
+    assert not fault.exists()
+
+
+def counted_as_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file by which a job's script counts this attempt as a fault."""
+    file = folder / "fault"
+    file.touch()
+    monkeypatch.setenv("TRUNKLINE_FAULT", str(file))
+    return file
+
+
+def test_a_time_limit_before_the_first_step_counts_as_a_fault(
+    scontrol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would come back for ever. So would a fault of another process, after which srun sends this one a SIGTERM."""
+    fault = counted_as_fault(tmp_path, monkeypatch)
+    with pytest.raises(Stopped):
+        fit(tmp_path, GracefulStop(), Signal("on_sanity_check_start", 0, signal.SIGUSR1), num_sanity_val_steps=1)
+    assert scontrol.exists()
+    assert fault.exists()
 
 
 def test_what_scontrol_answers_is_said(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
