@@ -11,8 +11,10 @@ import machine_settings
 import tiny
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
 from recorded_run import CONTEXT
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.utils.data import DataLoader, Sampler
 
 from trunkline.contract import IGNORE
@@ -35,6 +37,8 @@ V, T, ROWS = 11, 8, 3
 PROCESSES = 2
 MIDDLE = 10
 """Step after which a checkpoint is saved, from which a run is resumed."""
+SCALE = 2.0**10
+"""With which a run in 16-mixed begins."""
 
 
 def optimizer(name: Any = "adamw", **options: Any) -> OptimizerConfig:
@@ -81,6 +85,7 @@ MODULES: dict[str, Callable[[], TrunklineModule]] = {
     "seq2seq": seq2seq,
     "frozen": lambda: vit(freeze_blocks=1),
     "bf16-true": vit,
+    "16-mixed": vit,
 }
 
 
@@ -118,6 +123,19 @@ class Rest(Sampler[int]):
         return self.count
 
 
+def half(scale: float) -> MixedPrecision:
+    """16-mixed on a CPU, where Lightning would choose bfloat16. The scale does not grow in a few steps."""
+    return MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=scale))
+
+
+class Overflow(Callback):
+    """Makes the gradients infinite that one process holds of a sharded weight, once."""
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == MIDDLE:
+            pl_module.network.head.bias.grad.to_local().fill_(torch.inf)
+
+
 class Save(Callback):
     """Saves a checkpoint after some step."""
 
@@ -145,6 +163,7 @@ def train(
     steps: int = 20,
     devices: int = PROCESSES,
     save: bool = False,
+    overflow: bool = False,
     resume: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -157,11 +176,15 @@ def train(
         callbacks += [Draw(), EMAWeightAveraging(decay=0.9)]
     if save:
         callbacks.append(Save(folder / "middle.ckpt", MIDDLE))
+    plugins: list[Any] = [BackgroundCheckpointIO() if strategy == "sharded" else SafeCheckpointIO()]
+    if kind == "16-mixed":
+        plugins.append(half(SCALE))
+        callbacks += [Overflow()] if overflow else []
     fitted = tiny.trainer(
         folder,
         devices=devices,
         strategy=ShardedStrategy() if strategy == "sharded" else strategy,
-        plugins=[BackgroundCheckpointIO() if strategy == "sharded" else SafeCheckpointIO()],
+        plugins=plugins,
         max_epochs=1,
         val_check_interval=5,
         log_every_n_steps=5,
@@ -179,7 +202,8 @@ def train(
     fitted.fit(module, loaders[0], loaders[1] if images else None, ckpt_path=resume)
     save_and_wait(fitted, folder / "last.ckpt")
     logged = {name: float(value) for name, value in fitted.callback_metrics.items()}
-    return {"steps": fitted.global_step, "logged": logged}
+    scaler = getattr(fitted.precision_plugin, "scaler", None)
+    return {"steps": fitted.global_step, "logged": logged, "scale": scaler and scaler.get_scale()}
 
 
 def in_processes(work: Callable[..., None], *arguments: Any) -> None:

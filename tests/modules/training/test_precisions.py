@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
+from sharded_runs import half
 from torch import Tensor
-from torch.amp import GradScaler
 
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.training.optim import OptimizerConfig
@@ -30,11 +29,6 @@ def fit(optimizer: str, folder: Path, **options: Any) -> tuple[dict[str, Tensor]
     fitted = tiny.fit(model, folder, tiny.batches(4), gradient_clip_val=0.5, log_every_n_steps=1, **options)
     assert fitted.global_step == 4
     return tiny.weights(model), {name: float(value) for name, value in fitted.callback_metrics.items()}
-
-
-def half(scale: float) -> MixedPrecision:
-    """16-mixed on a CPU, where Lightning would choose bfloat16. The scale does not grow in a few steps."""
-    return MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=scale))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
