@@ -5,21 +5,28 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
+from trunkline.pipelines.preflight import Launch, find_launch
+
 GRACE = 5.0
 """Seconds in which the other processes may say what was wrong and end by themselves."""
+STOPPED = ("T", "t")
+"""States of a process that does nothing, not even end, until it is told to go on or killed."""
 
 
 def end_together(trainer: L.Trainer) -> None:
-    """Let the processes that Lightning starts on this machine end when one of them ends, also those that hang.
+    """Let the processes of a run on this machine end when one of them ends, also those that hang.
 
-    A cluster's own launcher (torchrun, `srun --kill-on-bad-exit`) does this for the processes that it starts.
+    A cluster's own launcher (torchrun, `srun --kill-on-bad-exit`) ends the processes that it starts by itself, but one
+    that is stopped only after half a minute.
     """
+    atexit.register(end_stopped_siblings, find_launch())
     launcher: Any = trainer.strategy.launcher
     if hasattr(launcher, "procs"):
         atexit.register(lambda: end_children(launcher.procs))
@@ -48,9 +55,31 @@ def end_children(processes: list[Any]) -> None:
 
 def end_stopped(parent: int) -> None:
     """Kill the process that has started this one if it is stopped: it would wait for ever, and never end the run."""
-    try:
-        state = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:  # it has ended; or this is not Linux
-        return
-    if os.getppid() == parent and state in "Tt":
+    if os.getppid() == parent and status(parent)[0] in STOPPED:
         os.kill(parent, signal.SIGKILL)
+
+
+def end_stopped_siblings(launch: Launch | None) -> None:
+    """Kill those of the processes that torchrun or srun has started beside this one that are stopped."""
+    rank = {"torchrun": "RANK", "srun": "SLURM_PROCID"}.get(launch.by if launch else "", "")
+    if rank not in os.environ:
+        return
+    for folder in Path("/proc").glob("[0-9]*"):
+        pid = int(folder.name)
+        if status(pid) not in [(state, os.getppid()) for state in STOPPED]:
+            continue
+        # A shell in which srun was called has other children: with its own number, as all that it starts.
+        with suppress(OSError):
+            words = (folder / "environ").read_bytes().split(b"\0")
+            ranks = [word.decode() for word in words if word.startswith(f"{rank}=".encode())]
+            if ranks and ranks != [f"{rank}={os.environ[rank]}"]:
+                os.kill(pid, signal.SIGKILL)
+
+
+def status(pid: int) -> tuple[str, int]:
+    """(state, id of the parent) of a process; nothing if it has ended, or if this is not Linux."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return "", 0
+    return state, int(parent)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from tiny import trainer
 from trunkline.modules.training.exact_resume import LONGEST_WAIT, limit_waiting
 from trunkline.pipelines import processes
 from trunkline.pipelines.errors import TRY_AGAIN
-from trunkline.pipelines.processes import end_children, end_stopped
+from trunkline.pipelines.preflight import Launch
+from trunkline.pipelines.processes import end_children, end_stopped, end_stopped_siblings
 
 RECIPE: dict[str, Any] = {
     "model": {
@@ -116,8 +118,65 @@ def test_of_processes_that_lightning_starts_none_is_left(rank: int, number: int,
         process.wait()
 
 
-def sleeper(seconds: float) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(["sleep", str(seconds)])
+def started_by_torchrun(folder: Path, seconds: int) -> tuple[subprocess.Popen[bytes], dict[int, int]]:
+    """A run of two processes that torchrun starts, halted in a step, and the id of each rank."""
+    halt_at(folder, "batch start", 3, [0, 1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    command = [*launcher, "--no-python", str(Path(sys.executable).with_name("trunkline")), *recipe(folder, seconds)]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environ, stdout=log, stderr=log, start_new_session=True)
+    assert wait_until_halted(folder, [0, 1], lambda: process.poll() is None), (folder / "log").read_text()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    environs = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+    return process, {int(b"RANK=1" in environ): pid for pid, environ in environs.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_process_of_torchrun(rank: int, tmp_path: Path) -> None:
+    """torchrun itself would wait for another half a minute."""
+    seconds = 40  # within which both must also have started
+    process, pids = started_by_torchrun(tmp_path, seconds)
+    try:
+        os.kill(pids[rank], signal.SIGSTOP)
+        start = time.monotonic()
+        go_on(tmp_path)
+        assert process.wait(seconds + 10) != 0
+        assert time.monotonic() - start > seconds / 2
+        assert not any(map(members, pids.values()))
+        assert "error: another process of this run has ended" in (tmp_path / "log").read_text()
+    finally:
+        kill_sessions([process.pid, *pids.values()])
+        process.wait()
+
+
+@pytest.mark.parametrize(("by", "name"), [("torchrun", "RANK"), ("srun", "SLURM_PROCID")])
+def test_only_stopped_processes_of_the_run_are_killed(by: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a process with another number: one that runs, and those of a shell in which srun was called."""
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    monkeypatch.setenv(name, "1")
+    other, running, own, foreign = (sleeper(600, **environ) for environ in ({name: "0"}, {name: "2"}, {name: "1"}, {}))
+    try:
+        for process in (other, own, foreign):
+            os.kill(process.pid, signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)
+        end_stopped_siblings(None)
+        assert other.poll() is None
+        end_stopped_siblings(Launch(by, 1, 3))
+        assert other.wait(60) == -signal.SIGKILL
+        assert [process.poll() for process in (running, own, foreign)] == [None] * 3
+    finally:
+        for process in (other, running, own, foreign):
+            process.kill()
+            process.wait()
+
+
+def sleeper(seconds: float, **environ: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["sleep", str(seconds)], env={"PATH": os.environ["PATH"], **environ})
 
 
 def test_children_that_hang_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
