@@ -25,7 +25,7 @@ def network_instead(model: Namespace | None, content: Mapping[str, Any]) -> Any:
         plain data; None if the recipe starts from no weights, or the checkpoint does not tell its network.
     """
     arguments = (model and model.get("init_args")) or {}
-    starts = any(name.startswith("init_") and value for name, value in arguments.items())
+    starts = any(value for name, value in arguments.items() if name.startswith("init_") and name.endswith("from"))
     return stored_config(content) if starts else None
 
 
