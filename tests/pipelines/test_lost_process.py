@@ -138,7 +138,7 @@ def started_by_torchrun(folder: Path, seconds: int) -> tuple[subprocess.Popen[by
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_process_of_torchrun(rank: int, tmp_path: Path) -> None:
-    """torchrun itself would wait for another half a minute."""
+    """The launcher itself would wait for another half a minute."""
     seconds = 40  # within which both must also have started
     process, pids = started_by_torchrun(tmp_path, seconds)
     try:
