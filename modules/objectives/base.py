@@ -1,7 +1,7 @@
 """The base class of all objectives: optimiser, reduction of losses, evaluation, reseeding."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import lightning as L
@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts, Loss
 from trunkline.modules.networks.base import ConfigT, Network
+from trunkline.modules.networks.lora import LoRAConfig, add_lora
 from trunkline.modules.objectives.arguments import Beginning, as_config, as_plain
 from trunkline.modules.objectives.checks import (
     check_architecture,
@@ -38,6 +39,7 @@ from trunkline.modules.training.exact_resume import (
 )
 from trunkline.modules.training.finite_steps import FiniteSteps, gradient_norm, refuse_diverged, spread_fault
 from trunkline.modules.training.flops import counted_flops, training_flops
+from trunkline.modules.training.lora_runs import check_lora_run, leave_out_frozen, refuse_beside_lora
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.position import Position
 from trunkline.modules.training.sharding import refuse_flattened
@@ -61,6 +63,8 @@ class TrunklineModule(L.LightningModule):
             name. Output modules (heads) whose shape differs keep their initial weights.
         freeze_blocks: the embeddings and this many first blocks keep their weights and run in evaluation mode. With the
             trunk's depth or more, only the output modules learn (linear probing).
+        lora: with a rank, only adapters of that rank and the output modules learn, and checkpoints hold only these; the
+            trained weights to start from lie beside them, once.
         seed: seed of dropout and of everything else that is random during a step.
         facts: what the datamodule knows; sizes that the recipe leaves out of `network` are taken from here.
     """
@@ -84,12 +88,15 @@ class TrunklineModule(L.LightningModule):
         optimizer: OptimizerConfig | None = None,
         init_from: str | None = None,
         freeze_blocks: int = 0,
+        lora: LoRAConfig | None = None,
         seed: int = 0,
         facts: DataFacts | None = None,
     ) -> None:
         super().__init__()
         check_ranges("model", {"freeze_blocks": freeze_blocks, "seed": seed}, freeze_blocks="[0, inf)", seed="[0, inf)")
         self.optimizer_config: OptimizerConfig = as_config(OptimizerConfig, optimizer)
+        self.lora: LoRAConfig = as_config(LoRAConfig, lora)
+        refuse_beside_lora(self.lora, {"freeze_blocks": freeze_blocks})
         self.init_from, self.freeze_blocks, self.seed = init_from, freeze_blocks, seed
         self.beginning = Beginning(facts or DataFacts())
         self.begins = self.beginning.facts.network_instead is None
@@ -140,14 +147,23 @@ class TrunklineModule(L.LightningModule):
             "optimizer": self.optimizer_config,
             "init_from": self.init_from,
             "freeze_blocks": self.freeze_blocks,
+            "lora": self.lora,
             "seed": self.seed,
         }
         self.save_hyperparameters({name: as_plain(value) for name, value in {**arguments, **shared}.items()})
 
-    def start(self) -> None:
-        """Copy the trained weights into `network`, freeze the first blocks, and make the metrics."""
+    def start(self, copy_more: Callable[[], None] | None = None) -> None:
+        """Copy the trained weights into `network`, freeze the first blocks or add adapters, and make the metrics.
+
+        Args:
+            copy_more: copies the trained weights of further arguments.
+        """
         if self.beginning.weights is not None:
             self.copy_weights(self.beginning.weights)
+        if copy_more is not None:
+            copy_more()
+        if self.lora.rank:
+            add_lora(self.network, self.lora)
         if self.freeze_blocks > 0:
             self.frozen += freeze(self.network, self.freeze_blocks)
         self.beginning = Beginning()  # weight averaging copies the module, and would copy facts and weights with it
@@ -167,6 +183,8 @@ class TrunklineModule(L.LightningModule):
         facts = facts_of(self.trainer)
         if stage == "fit":
             check_tokenizer(facts, self.init_from if self.begins else None)
+            if self.lora.rank:
+                check_lora_run(self.trainer, self.hparams)
         check_sizes(self.network.config, facts)
 
     def train(self, mode: bool = True) -> "TrunklineModule":
@@ -363,6 +381,8 @@ class TrunklineModule(L.LightningModule):
         checkpoint["classes"] = {role: class_path(kind) for role, kind in kinds.items() if kind is not type(None)}
         settle_progress(self.trainer, checkpoint["loops"]["fit_loop"], (self.position.epoch, self.position.batch))
         self.position.save(self.trainer, checkpoint)
+        if self.lora.rank:
+            leave_out_frozen(self.trainer.strategy.checkpoint_io, self, checkpoint)
 
     def on_validation_start(self) -> None:
         drop_half_done_validation(self.trainer)

@@ -20,7 +20,8 @@ from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.objectives.checks import check_tokenizer, facts_of
 from trunkline.modules.objectives.reduction import Terms
 from trunkline.modules.training.distributed import Gather
-from trunkline.modules.training.warm_start import freeze, load_matching, start_text_head, text_sizes
+from trunkline.modules.training.lora_runs import refuse_beside_lora
+from trunkline.modules.training.warm_start import TrainedWeights, freeze, load_matching, start_text_head, text_sizes
 
 INPUTS: tuple[Literal["image", "tokens", "mask"], ...] = ("image", "tokens", "mask")
 """Fields of a batch that the network takes."""
@@ -76,6 +77,8 @@ class ContrastiveImageText(TrunklineModule):
         self.init_text_from = init_text_from
         stated, frozen = as_config(CLIPConfig, network), (freeze_image_blocks, freeze_text_blocks)
         self.check_options(stated, (init_image_from, init_text_from), frozen)
+        towers_frozen = {"freeze_image_blocks": freeze_image_blocks, "freeze_text_blocks": freeze_text_blocks}
+        refuse_beside_lora(self.lora, towers_frozen)
         image = self.read_weights(init_image_from, "init_image_from", (ViT,))
         text = self.read_weights(init_text_from, "init_text_from", (TextHead, BERT, GPT))
         sizes = text and text_sizes(text)
@@ -93,16 +96,19 @@ class ContrastiveImageText(TrunklineModule):
             freeze_text_blocks=freeze_text_blocks,
         )
         self.network = CLIP(config)
-        self.start()
-        if image is not None:
-            load_matching(self.network.image, image.network(), image.name, image.argument, "model.network.image")
-        if text is not None:
-            start_text_head(self.network.text, text)
+        self.start(lambda: self.copy_towers(image, text))
         for tower, blocks in zip((self.network.image, self.network.text), frozen, strict=True):
             self.frozen += freeze(tower, blocks) if blocks > 0 else []
         self.train()
         self.evaluated: list[tuple[Embeddings, Tensor]] = []
         """Embeddings and caption keys of the batches evaluated so far."""
+
+    def copy_towers(self, image: TrainedWeights | None, text: TrainedWeights | None) -> None:
+        """Copy the trained weights of single towers."""
+        if image is not None:
+            load_matching(self.network.image, image.network(), image.name, image.argument, "model.network.image")
+        if text is not None:
+            start_text_head(self.network.text, text)
 
     def check_options(
         self, config: CLIPConfig, trained: tuple[str | None, str | None], frozen: tuple[int, int]
