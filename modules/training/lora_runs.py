@@ -111,10 +111,12 @@ class FrozenWeights:
         temporary = folder / f".base.{secrets.token_hex(4)}.tmp"
         try:
             with in_use(temporary):
+                mode = temporary.stat().st_mode  # the library makes a file that only its owner may read
                 try:
                     save_file({name: weight.contiguous() for name, weight in self.weights.items()}, temporary)
                 except SafetensorError as error:
                     raise RuntimeError(str(error)) from error
+                temporary.chmod(mode)
                 fsync(temporary)
                 value = digest(temporary)
                 known = {"file": BASE_NAME.format(value[:16]), "sha256": value, "same": self.same}

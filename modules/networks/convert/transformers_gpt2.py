@@ -140,4 +140,8 @@ GPT2 = ForeignFamily(
     config_to=gpt2_config_to_transformers,
     weights_from=lambda weights, config: gpt2_from_transformers(weights),
     weights_to=gpt2_to_transformers,
+    layers=lambda config: (
+        {ours: tuple(PREFIX_OF_GPT2 + name for name in names) for ours, names in GPT2_TABLE.items()}
+        | {"head": GPT2_TABLE["head"]}
+    ),
 )

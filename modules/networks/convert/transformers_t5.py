@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.backbone.config import GATED
 from trunkline.modules.networks.convert.family import ForeignFamily, with_model_type
 from trunkline.modules.networks.convert.key_tables import (
     KeyTable,
@@ -168,4 +169,5 @@ T5 = ForeignFamily(
     config_to=t5_config_to_transformers,
     weights_from=lambda weights, config: t5_from_transformers(weights),
     weights_to=lambda weights, config: t5_to_transformers(weights),
+    layers=lambda config: t5_table(config.encoder.mlp in GATED),
 )

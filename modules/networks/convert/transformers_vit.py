@@ -207,6 +207,7 @@ class VitLike:
             config_to=self.config_to,
             weights_from=self.weights_from,
             weights_to=self.weights_to,
+            layers=lambda config: self.names(not config.num_classes, config.backbone.mlp == "swiglu").table,
         )
 
 
