@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ class HasOutputModules(Protocol):
     def output_modules(self) -> list[nn.Module]: ...
 
     def modules(self) -> Iterator[nn.Module]: ...
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -127,24 +129,47 @@ class LoRALinear(nn.Linear):
         return plain
 
 
-def linear_layers(
-    network: HasOutputModules, targets: str = "all"
-) -> Iterator[tuple[nn.Module, str, nn.Linear, tuple[int, ...]]]:
-    """Each linear layer of each trunk: the module that holds it, its name there, itself, and the rows stacked in it."""
-    trunks = (module for module in network.modules() if isinstance(module, Transformer))
-    for module in (module for trunk in trunks for module in list(trunk.blocks.modules())):
+class LinearLayer(NamedTuple):
+    """A linear layer of a trunk."""
+
+    name: str
+    """Its name in the network."""
+    parent: nn.Module
+    """The module that holds it."""
+    module: nn.Linear
+    """The layer itself."""
+    rows: tuple[int, ...]
+    """Outputs of each layer that is stacked in it."""
+
+    def replace(self, module: nn.Linear) -> None:
+        """Put another layer in its place."""
+        setattr(self.parent, self.name.rpartition(".")[2], module.train(self.module.training))
+
+
+def linear_layers(network: HasOutputModules, targets: str = "all") -> list[LinearLayer]:
+    """The linear layers of all trunks that are among the targets of LoRA."""
+    inside = [
+        (f"{place}.blocks.{name}".removeprefix("."), module)
+        for place, trunk in network.named_modules()
+        if isinstance(trunk, Transformer)
+        for name, module in trunk.blocks.named_modules()
+    ]
+    found = []
+    for place, module in inside:
+        stacked: dict[str, tuple[int, ...]] = {}
         if isinstance(module, Attention) and targets != "mlp":
             queries, keys, dim = module.proj.in_features, module.kv_dim, module.proj.out_features
             stacked = {"qkv": (queries, keys, keys), "q": (queries,), "kv": (keys, keys), "proj": (dim,)}
         elif isinstance(module, MLP) and targets != "attention":
-            hidden = module.fc2.in_features
-            stacked = {"fc1": (hidden,) * (2 if module.kind in GATED else 1), "fc2": (module.fc2.out_features,)}
-        else:
-            continue
-        for name, rows in stacked.items():
-            layer = getattr(module, name, None)
-            if isinstance(layer, nn.Linear):
-                yield module, name, layer, rows
+            hidden, dim = module.fc2.in_features, module.fc2.out_features
+            stacked = {"fc1": (hidden,) * (2 if module.kind in GATED else 1), "fc2": (dim,)}
+        layers = dict(module.named_children())
+        found += [
+            LinearLayer(f"{place}.{name}", module, layer, rows)
+            for name, rows in stacked.items()
+            if isinstance(layer := layers.get(name), nn.Linear)
+        ]
+    return found
 
 
 def is_adapted(network: HasOutputModules) -> bool:
@@ -165,19 +190,18 @@ def add_lora(network: AdaptedT, config: LoRAConfig) -> AdaptedT:
         The same network.
 
     Raises:
-        TrunklineError: if there is no rank, no layer to adapt, or if there are adapters already.
+        TrunklineError: if there is no rank, or if there are adapters already.
     """
     if not config.rank:
         raise TrunklineError("LoRA needs a rank; set rank, such as 8", "model.lora.rank")
     refuse_adapted(network)
-    found = list(linear_layers(network, config.targets))
     freeze_base(network)
-    for parent, name, layer, rows in found:
+    for layer in linear_layers(network, config.targets):
         parts = {
-            number: Adapter(layer.weight, size, config.rank, config.alpha / config.rank, config.dropout)
-            for number, size in enumerate(rows)
+            number: Adapter(layer.module.weight, rows, config.rank, config.alpha / config.rank, config.dropout)
+            for number, rows in enumerate(layer.rows)
         }
-        setattr(parent, name, LoRALinear(layer, rows, parts).train(layer.training))
+        layer.replace(LoRALinear(layer.module, layer.rows, parts))
     return network
 
 
@@ -209,9 +233,9 @@ def merge_lora(network: AdaptedT) -> AdaptedT:
     """
     if not is_adapted(network):
         return network
-    for parent, name, layer, _ in list(linear_layers(network)):
-        if isinstance(layer, LoRALinear):
-            setattr(parent, name, layer.merged().train(layer.training))
+    for layer in linear_layers(network):
+        if isinstance(layer.module, LoRALinear):
+            layer.replace(layer.module.merged())
     for p in network.parameters():
         p.requires_grad_(True)
     return network

@@ -37,9 +37,9 @@ class ForeignFamily:
     not."""
     weights_to: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
     """Our state dict and configuration -> their state dict, in the names of their files."""
-    layers: Callable[[Any], KeyTable] | None = None
-    """Our configuration -> our names of the layers and those of their modules, for adapters; None where peft is not
-    supported."""
+    layers: Callable[[Any], tuple[KeyTable, ...]] | None = None
+    """Our configuration -> our names of the layers and those of their modules, for adapters; first the names of today,
+    then older ones. None where adapters are not supported."""
 
 
 def with_model_type(*names: str) -> Callable[[Mapping[str, Any]], bool]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.files import replacing
@@ -82,7 +82,7 @@ def save_adapter(network: Network, folder: str | Path, base: str | None = None) 
     adapted = {n: module for n, module in network.named_modules() if isinstance(module, LoRALinear)}
     if not adapted:
         raise TrunklineError("the network has no adapters; give it some with add_lora, or load it with merge=False")
-    family, table, content = family_of(network)
+    family, (table, *_), content = family_of(network)
     found = {name: low for own, layer in adapted.items() for name, low in adapters_to_theirs(own, layer, table, family)}
     weights: dict[str, Tensor] = {}
     for name, low in found.items():
@@ -99,7 +99,7 @@ def save_adapter(network: Network, folder: str | Path, base: str | None = None) 
         "inference_mode": True,
         "r": rank,
         "lora_alpha": plain_number(alpha),
-        "lora_dropout": next(iter(next(iter(adapted.values())).adapters.children())).dropout.p,
+        "lora_dropout": next(module.dropout.p for module in network.modules() if isinstance(module, Adapter)),
         "target_modules": sorted(found),
         "rank_pattern": {name: len(low.a) for name, low in found.items() if len(low.a) != rank},
         "alpha_pattern": {name: plain_number(value) for name, value in alphas.items() if value != alpha},
@@ -116,8 +116,8 @@ def save_adapter(network: Network, folder: str | Path, base: str | None = None) 
     return family
 
 
-def family_of(network: Network) -> tuple[ForeignFamily, KeyTable, dict[str, Any]]:
-    """The model of transformers that a network is, the names of its layers, and its configuration.
+def family_of(network: Network) -> tuple[ForeignFamily, tuple[KeyTable, ...], dict[str, Any]]:
+    """The model of transformers that a network is, the names of its layers (see `layers`), and its configuration.
 
     Raises:
         TrunklineError: if there is none, or none of which the names are known.
@@ -229,9 +229,10 @@ def load_adapter(network: Network, folder: str | Path) -> Network:
     refuse_adapted(network)
     folder = Path(folder)
     config, weights = read_adapter_config(folder), ForeignWeights(folder / ADAPTER_WEIGHTS)
-    family, table, _ = family_of(network)
+    family, tables, _ = family_of(network)
     names = [name.removeprefix(PREFIX_OF_PEFT) for name in weights]
     found: dict[str, dict[int, LowRank]] = {}
+    counts: dict[str, int] = {}
     heads: dict[str, Tensor] = {}
     for name in names:
         layer, _, kind = name.rpartition(".lora_")
@@ -239,29 +240,28 @@ def load_adapter(network: Network, folder: str | Path) -> Network:
             continue
         if kind == "A.weight" and f"{layer}.lora_B.weight" in names:
             a, b = (weights[f"{PREFIX_OF_PEFT}{layer}.lora_{part}.weight"] for part in "AB")
-            own, part = place_in_ours(layer, table, family, folder)
+            own, part, counts[own] = place_in_ours(layer, tables, family, folder)
             found.setdefault(own, {})[part] = LowRank(a, b, scale_of(config, layer, len(a)))
         elif not layer:
-            place_in_ours(name.rpartition(".")[0], table, family, folder)
+            place_in_ours(name.rpartition(".")[0], tables, family, folder)
             heads[name] = weights[PREFIX_OF_PEFT + name]
         else:
             raise TrunklineError(f"{folder} holds '{name}', which is no pair of A and B of LoRA")
-    load_heads(network, family, heads, folder)
-    freeze_base(network)
-    own_names = {id(module): name for name, module in network.named_modules()}
-    places = {own_names[id(layer)]: (*rest, layer, rows) for *rest, layer, rows in linear_layers(network)}
+    places = {layer.name: layer for layer in linear_layers(network)}
     unknown = [own for own in found if own not in places]
     if unknown:
         raise TrunklineError(f"{folder} adapts {enumerated(unknown)}, but only linear layers of trunks have adapters")
+    made = {}
     for own, parts in found.items():
-        parent, name, layer, rows = places[own]
-        theirs = len(table[layer_number(own, table)[0]])
-        rows = rows if theirs == len(rows) else (sum(rows),)
-        adapters = {
-            part: adapter_from(low, layer, rows[part], config.get("lora_dropout", 0.0), f"{own} in {folder}")
-            for part, low in sorted(parts.items())
-        }
-        setattr(parent, name, LoRALinear(layer, rows, adapters).train(layer.training))
+        rows = places[own].rows if counts[own] > 1 else (sum(places[own].rows),)
+        dropout, named = config.get("lora_dropout", 0.0), f"{own} in {folder}"
+        weight = places[own].module.weight
+        adapters = {part: adapter_from(low, weight, rows[part], dropout, named) for part, low in sorted(parts.items())}
+        made[own] = rows, adapters
+    load_heads(network, family, heads, folder)
+    freeze_base(network)
+    for own, (rows, adapters) in made.items():
+        places[own].replace(LoRALinear(places[own].module, rows, adapters))
     return network
 
 
@@ -291,8 +291,8 @@ def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def place_in_ours(layer: str, table: KeyTable, family: ForeignFamily, folder: Path) -> tuple[str, int]:
-    """Our name of their layer, and its number among those that are stacked in ours.
+def place_in_ours(layer: str, tables: Iterable[KeyTable], family: ForeignFamily, folder: Path) -> tuple[str, int, int]:
+    """Our name of their layer, its number among those that are stacked in ours, and how many these are.
 
     Their model may have been a body where ours has an output layer, or the other way round; then the first parts of the
     names differ.
@@ -302,14 +302,15 @@ def place_in_ours(layer: str, table: KeyTable, family: ForeignFamily, folder: Pa
     """
     number = next(iter(re.findall(r"\.(\d+)\.", layer)), "")
     place = layer.replace(f".{number}.", ".*.", 1) if number else layer
-    places = {theirs: (own, part) for own, names in table.items() for part, theirs in enumerate(names)}
-    near = [t for t in places if f".{t}".endswith(f".{place}") or f".{place}".endswith(f".{t}")]
-    if place not in places and len(near) != 1:
-        raise TrunklineError(
-            f"{folder} holds weights of '{layer}', which has no place in {family.name} as this network is one"
-        )
-    own, part = places[place if place in places else near[0]]
-    return own.replace("*", number), part
+    for table in tables:
+        places = {theirs: (own, part) for own, names in table.items() for part, theirs in enumerate(names)}
+        near = [t for t in places if f".{t}".endswith(f".{place}") or f".{place}".endswith(f".{t}")]
+        if place in places or len(near) == 1:
+            own, part = places[place if place in places else near[0]]
+            return own.replace("*", number), part, len(table[own])
+    raise TrunklineError(
+        f"{folder} holds weights of '{layer}', which has no place in {family.name} as this network is one"
+    )
 
 
 def load_heads(network: Network, family: ForeignFamily, heads: Mapping[str, Tensor], folder: Path) -> None:
@@ -323,13 +324,13 @@ def load_heads(network: Network, family: ForeignFamily, heads: Mapping[str, Tens
         assign_weights(network, family.weights_from(theirs, network.config), folder, dtype=None)
 
 
-def adapter_from(low: LowRank, layer: nn.Linear, rows: int, dropout: float, named: str) -> Adapter:
-    """The adapter of our layer.
+def adapter_from(low: LowRank, weight: Tensor, rows: int, dropout: float, named: str) -> Adapter:
+    """The adapter of our layer with that weight.
 
     Raises:
         TrunklineError: if it has another shape.
     """
-    adapter = Adapter(layer.weight, rows, len(low.a), low.scale, dropout)
+    adapter = Adapter(weight, rows, len(low.a), low.scale, dropout)
     for own, value in ((adapter.lora_A, low.a), (adapter.lora_B, low.b)):
         if own.weight.shape != value.shape:
             raise TrunklineError(

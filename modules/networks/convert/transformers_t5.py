@@ -169,5 +169,5 @@ T5 = ForeignFamily(
     config_to=t5_config_to_transformers,
     weights_from=lambda weights, config: t5_from_transformers(weights),
     weights_to=lambda weights, config: t5_to_transformers(weights),
-    layers=lambda config: t5_table(config.encoder.mlp in GATED),
+    layers=lambda config: (t5_table(config.encoder.mlp in GATED),),
 )
