@@ -187,10 +187,11 @@ def trained_heads(network: Network, family: ForeignFamily, table: KeyTable) -> t
     own = {name: value for name, value in network.state_dict().items() if ".adapters." not in name}
     learning = [n for n, p in network.named_parameters() if p.requires_grad and ".adapters." not in n]
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in learning))
-    unknown = [layer for layer in layers if layer not in table]
+    unknown = [name for name in learning if name.rpartition(".")[0] not in table]
     if unknown:
         raise TrunklineError(
-            f"{unknown[0]} has learned, but {family.name} has no such layer; write the merged network instead"
+            f"{unknown[0]} has learned, but an adapter of {family.name} has no place for it; write the merged "
+            "network instead"
         )
     theirs = family.weights_to(own, network.config) if layers else {}
     weights = {}

@@ -169,5 +169,6 @@ T5 = ForeignFamily(
     config_to=t5_config_to_transformers,
     weights_from=lambda weights, config: t5_from_transformers(weights),
     weights_to=lambda weights, config: t5_to_transformers(weights),
-    layers=lambda config: (t5_table(config.encoder.mlp in GATED),),
+    # Without the output layer: peft would tie one that has learned to the embeddings.
+    layers=lambda config: ({n: t for n, t in t5_table(config.encoder.mlp in GATED).items() if n != "head"},),
 )

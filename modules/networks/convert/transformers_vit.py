@@ -97,7 +97,7 @@ class VitLike:
         )
 
     def modules(self, config: ViTConfig) -> tuple[KeyTable, ...]:
-        """Names of the layers as modules: in version 5 of transformers, and before it, which those in files still are."""
+        """Names of the layers as modules: in version 5 of transformers, and before it, as files still have them."""
         gated = config.backbone.mlp == "swiglu"
         before = self.names(not config.num_classes, gated).table
         place = f"{self.prefix}." if config.num_classes else ""

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from travels import arrive
 
 from trunkline import TrunklineError
-from trunkline.modules.networks import BERT, CLIP, GPT, EncoderDecoder, TextHead, TextHeadConfig, ViT
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks import BERT, GPT, EncoderDecoder, GPTConfig, TextHead, TextHeadConfig, ViT
 from trunkline.modules.networks.base import Network
+from trunkline.modules.networks.convert.families import save_foreign
 from trunkline.modules.networks.convert.peft_adapters import load_adapter, save_adapter
-from trunkline.modules.networks.lora import LoRAConfig, LoRALinear, add_lora, merge_lora
+from trunkline.modules.networks.lora import Adapter, LoRAConfig, LoRALinear, add_lora, merge_lora
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 TEXT = {**SHAPE, "vocab_size": 30, "max_position_embeddings": 12}
@@ -141,3 +143,130 @@ def test_our_file_in_theirs_and_back(name: str, targets: Any, tmp_path: Path) ->
         assert {n for n, p in again.named_parameters() if p.requires_grad} == learning
         for (n, p), q in zip(own.named_parameters(), again.parameters(), strict=True):
             assert torch.equal(p, q), n
+
+
+def test_layers_of_different_ranks_become_one(tmp_path: Path) -> None:
+    """Of a GPT-2 that has learned its queries and values alone, with different scales."""
+    peer, (theirs, ours) = make_peer("gpt2"), calls("gpt2")
+    own = add_lora(arrive(peer, GPT, tmp_path), LoRAConfig(2, targets="attention"))
+    for block in own.backbone.blocks:
+        del block.attn.qkv.adapters["1"]
+        block.attn.qkv.adapters["2"] = Adapter(block.attn.qkv.weight, 16, 3, 0.7)
+    spread(own, ("lora_",))
+    save_adapter(own, tmp_path / "adapter")
+    options = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (options["r"], options["rank_pattern"]) == (5, {f"transformer.h.{n}.attn.c_proj": 2 for n in range(2)})
+    with torch.no_grad():
+        want = ours(own)
+        assert_near(theirs(peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval()), want)
+        assert_near(ours(load_adapter(arrive(make_peer("gpt2"), GPT, tmp_path), tmp_path / "adapter").eval()), want)
+
+
+def test_files_of_before_version_5(tmp_path: Path) -> None:
+    """In which the layers of a ViT have other names."""
+    peer, (_, ours) = make_peer("vit"), calls("vit")
+    own = add_lora(arrive(peer, ViT, tmp_path), LoRAConfig(2))
+    spread(own, ("lora_", "head."))
+    save_adapter(own, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    names = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
+    names = {f"attention.{new}": f"attention.{old}" for new, old in {**names, "o_proj": "output.dense"}.items()}
+    names |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense", "vit.layers": "vit.encoder.layer"}
+    renamed = load_file(file)
+    for new, old in names.items():
+        assert any(new in name for name in renamed)
+        renamed = {name.replace(new, old): value for name, value in renamed.items()}
+    save_file(renamed, file)
+    again = load_adapter(ViT.from_pretrained(tmp_path / "theirs"), tmp_path / "adapter").eval()
+    assert torch.equal(ours(again), ours(own))
+
+
+def test_rank_stabilised_scale(tmp_path: Path) -> None:
+    peer, (theirs, ours) = make_peer("llama"), calls("llama")
+    own = arrive(peer, GPT, tmp_path)
+    config = peft.LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj", "up_proj"], use_rslora=True)
+    tuned = peft.get_peft_model(peer, config).eval()
+    spread(tuned, ("lora_",))
+    tuned.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        assert_near(ours(load_adapter(own, tmp_path / "adapter").eval()), theirs(tuned))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "all"}, "bias=all"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+        ({"target_modules": ["wte", "c_attn"]}, "lora_embedding_A"),
+        ({"target_modules": ["c_attn", "lm_head"]}, "lm_head"),
+    ],
+)
+def test_what_is_no_lora_of_ours_is_refused(options: dict[str, Any], named: str, tmp_path: Path) -> None:
+    plain = arrive(make_peer("gpt2"), GPT, tmp_path)
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["c_attn"], **options})
+    peft.get_peft_model(make_peer("gpt2"), config).save_pretrained(tmp_path / "adapter")
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    with pytest.raises(TrunklineError, match=named):
+        load_adapter(plain, tmp_path / "adapter")
+    assert before.keys() == plain.state_dict().keys()
+    assert all(p.requires_grad for p in plain.parameters())
+
+
+def test_files_that_do_not_fit(tmp_path: Path) -> None:
+    own = add_lora(arrive(make_peer("gpt2"), GPT, tmp_path), LoRAConfig(2))
+    save_adapter(own, tmp_path / "adapter")
+    with pytest.raises(TrunklineError, match="merge_lora"):
+        load_adapter(own, tmp_path / "adapter")
+    small = GPT(GPTConfig(30, 12, backbone=TransformerConfig(8, 2, 2, mlp="gelu_tanh", causal=True)))
+    with pytest.raises(TrunklineError, match=r"attn\.qkv in .* is \(6, 16\) where .* \(6, 8\)"):
+        load_adapter(small, tmp_path / "adapter")
+    with pytest.raises(TrunklineError, match="has no place in a LLaMA"):
+        load_adapter(GPT.from_pretrained(llama(tmp_path)), tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(TrunklineError, match="cannot read weights"):
+        load_adapter(GPT.from_pretrained(tmp_path / "theirs"), tmp_path / "adapter")
+    with pytest.raises(TrunklineError, match=r"cannot read .*adapter_config\.json"):
+        load_adapter(GPT.from_pretrained(tmp_path / "theirs"), tmp_path / "nothing")
+
+
+def llama(folder: Path) -> Path:
+    make_peer("llama").save_pretrained(folder / "llama")
+    return folder / "llama"
+
+
+def test_what_no_adapter_expresses_is_refused(tmp_path: Path) -> None:
+    gpt = arrive(make_peer("gpt2"), GPT, tmp_path)
+    with pytest.raises(TrunklineError, match="has no adapters"):
+        save_adapter(gpt, tmp_path / "adapter")
+    add_lora(gpt, LoRAConfig(2))
+    head = add_lora(TextHead(TextHeadConfig(gpt=gpt.config, pool="last")), LoRAConfig(2))
+    with pytest.raises(TrunklineError, match="no adapters for a TextHead"):
+        save_adapter(head, tmp_path / "adapter")
+    vit = add_lora(arrive(make_peer("vit"), ViT, tmp_path / "vit"), LoRAConfig(2))
+    vit.cls_token.requires_grad_(True)
+    with pytest.raises(TrunklineError, match=r"cls_token has learned, .* ViT of transformers has no place"):
+        save_adapter(vit, tmp_path / "adapter")
+    untied = hf.T5ForConditionalGeneration(hf.T5Config(**T5, tie_word_embeddings=False))
+    t5 = add_lora(arrive(untied, EncoderDecoder, tmp_path / "t5"), LoRAConfig(2))
+    with pytest.raises(TrunklineError, match=r"head\.weight has learned, .* a T5 has no place"):
+        save_adapter(t5, tmp_path / "adapter")
+    rotary = TransformerConfig(16, 1, 2, mlp="relu2", rope_theta=100.0, causal=True)
+    other = add_lora(GPT(GPTConfig(30, 12, positions="none", backbone=rotary)), LoRAConfig(2))
+    with pytest.raises(TrunklineError, match="cannot become a GPT-2"):
+        save_adapter(other, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_merged_for_others(tmp_path: Path) -> None:
+    """A network with adapters is written with the weights that it computes with, and keeps its adapters."""
+    own = add_lora(arrive(make_peer("gpt2"), GPT, tmp_path), LoRAConfig(2))
+    spread(own, ("lora_",))
+    theirs, ours = calls("gpt2")
+    with torch.no_grad():
+        want = ours(own)
+        save_foreign(own, tmp_path / "merged", "transformers", {"eos_token_id": 1})
+        assert_near(theirs(hf.GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()), want)
+        own.save_pretrained(tmp_path / "ours")
+        assert_near(ours(GPT.from_pretrained(tmp_path / "ours").eval()), want)
+        assert torch.equal(ours(own), want)
