@@ -36,6 +36,8 @@ with torch.no_grad():
     kept = trunkline.load("runs/vit/digits")(batches[0][0])
     assert torch.allclose(model.eval()(batches[0][0]), kept, atol=1e-5) and not torch.allclose(kept, want, atol=1e-4)
 assert scores.shape == (1, 10) and torch.equal(trunkline.load("my_vit").transform(picture), image)
+    tuned = trunkline.load("runs/vit/tuned")
+    assert not torch.equal(tuned(batches[0][0]), kept) and not torch.equal(tuned.head.weight, model.head.weight)
 print("done")
 """
 
@@ -54,7 +56,7 @@ def test_every_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for command in (line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()):
         program, *arguments = shlex.split(command, comments=True)
         assert program == "trunkline"
-        main(arguments)
+        main([*arguments, "--config", "small.yaml"] if arguments[0] == "fit" else arguments)
     code = "\n".join([GIVEN, *(block for kind, block in BLOCKS if kind == "python"), CHECKED])
     command = [sys.executable, "-c", code]
     done = subprocess.run(

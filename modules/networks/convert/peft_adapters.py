@@ -82,7 +82,7 @@ def save_adapter(network: Network, folder: str | Path, base: str | None = None) 
     adapted = {n: module for n, module in network.named_modules() if isinstance(module, LoRALinear)}
     if not adapted:
         raise TrunklineError("the network has no adapters; give it some with add_lora, or load it with merge=False")
-    family, (table, *_), content = family_of(network)
+    family, (table, *_), content = adapted_family(network)
     found = {name: low for own, layer in adapted.items() for name, low in adapters_to_theirs(own, layer, table, family)}
     weights: dict[str, Tensor] = {}
     for name, low in found.items():
@@ -116,7 +116,7 @@ def save_adapter(network: Network, folder: str | Path, base: str | None = None) 
     return family
 
 
-def family_of(network: Network) -> tuple[ForeignFamily, tuple[KeyTable, ...], dict[str, Any]]:
+def adapted_family(network: Network) -> tuple[ForeignFamily, tuple[KeyTable, ...], dict[str, Any]]:
     """The model of transformers that a network is, the names of its layers (see `layers`), and its configuration.
 
     Raises:
@@ -159,13 +159,13 @@ def adapters_to_theirs(
         for part, adapter in parts.items():
             yield names[part], LowRank(adapter.lora_A.weight, adapter.lora_B.weight, adapter.scale)
     elif len(names) == 1:
-        yield names[0], stacked(layer.rows, parts)
+        yield names[0], one_adapter(layer.rows, parts)
     else:
         raise TrunklineError(f"the one adapter of {own} cannot become {len(names)} of {family.name}; merge it first")
 
 
 @torch.no_grad()
-def stacked(rows: tuple[int, ...], parts: Mapping[int, Adapter]) -> LowRank:
+def one_adapter(rows: tuple[int, ...], parts: Mapping[int, Adapter]) -> LowRank:
     """The adapters of stacked layers as one, whose rank is the sum of theirs: each B reads the rows of its own A."""
     scale = next(iter(parts.values())).scale
     a = torch.cat([adapter.lora_A.weight for adapter in parts.values()])
@@ -230,7 +230,7 @@ def load_adapter(network: Network, folder: str | Path) -> Network:
     refuse_adapted(network)
     folder = Path(folder)
     config, weights = read_adapter_config(folder), ForeignWeights(folder / ADAPTER_WEIGHTS)
-    family, tables, _ = family_of(network)
+    family, tables, _ = adapted_family(network)
     names = [name.removeprefix(PREFIX_OF_PEFT) for name in weights]
     found: dict[str, dict[int, LowRank]] = {}
     counts: dict[str, int] = {}
