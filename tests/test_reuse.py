@@ -36,8 +36,8 @@ with torch.no_grad():
     kept = trunkline.load("runs/vit/digits")(batches[0][0])
     assert torch.allclose(model.eval()(batches[0][0]), kept, atol=1e-5) and not torch.allclose(kept, want, atol=1e-4)
 assert scores.shape == (1, 10) and torch.equal(trunkline.load("my_vit").transform(picture), image)
-    tuned = trunkline.load("runs/vit/tuned")
-    assert not torch.equal(tuned(batches[0][0]), kept) and not torch.equal(tuned.head.weight, model.head.weight)
+tuned = trunkline.load("runs/vit/tuned")
+assert not torch.equal(tuned(batches[0][0]), kept) and tuned.state_dict().keys() == network.state_dict().keys()
 print("done")
 """
 
