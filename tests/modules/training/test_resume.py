@@ -287,7 +287,10 @@ def assert_stopped_and_resume(output: str, folder: Path, processes: int) -> None
 
 @pytest.mark.parametrize(
     ("task", "accumulate"),
-    [*(pytest.param(t, 1, marks=[pytest.mark.slow] * (t in ("masked", "adapted"))) for t in TASKS if t != "pairs"), ("pairs", 2)],
+    [
+        *(pytest.param(t, 1, marks=[pytest.mark.slow] * (t in ("masked", "adapted"))) for t in TASKS if t != "pairs"),
+        ("pairs", 2),
+    ],
 )
 def test_equal_losses_on_one_and_two_processes(
     task: str, accumulate: int, tmp_path_factory: pytest.TempPathFactory
