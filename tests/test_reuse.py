@@ -37,6 +37,8 @@ with torch.no_grad():
     assert torch.allclose(model.eval()(batches[0][0]), kept, atol=1e-5) and not torch.allclose(kept, want, atol=1e-4)
 assert logits.shape == (1, 10) and abs(logits - scores.detach().numpy()).max() <= 1e-4 * abs(logits).max()
 assert scores.shape == (1, 10) and torch.equal(trunkline.load("my_vit").transform(picture), image)
+tuned = trunkline.load("runs/vit/tuned")
+assert not torch.equal(tuned(batches[0][0]), kept) and tuned.state_dict().keys() == network.state_dict().keys()
 print("done")
 """
 
@@ -55,7 +57,7 @@ def test_every_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for command in (line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()):
         program, *arguments = shlex.split(command, comments=True)
         assert program == "trunkline"
-        main(arguments)
+        main([*arguments, "--config", "small.yaml"] if arguments[0] == "fit" else arguments)
     code = "\n".join([GIVEN, *(block for kind, block in BLOCKS if kind == "python"), CHECKED])
     command = [sys.executable, "-c", code]
     done = subprocess.run(

@@ -19,6 +19,7 @@ from typing import IO, Any
 from filelock import FileLock
 
 from trunkline import TrunklineError
+from trunkline.base_weights import whole
 from trunkline.parts import Pieces, is_parts, read_parts
 from trunkline.seal import MANIFEST, proves_itself
 
@@ -305,6 +306,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load a training checkpoint after checking its digest. Code inside it never runs.
 
+    One that holds only what LoRA has trained comes with the frozen weights, from the file beside it.
+
     Args:
         path: the file, or the folder of one in parts.
         map_location: where its tensors go, as in `torch.load`.
@@ -338,7 +341,7 @@ def load_checkpoint(
             "one",
             field,
         )
-    return content
+    return whole(content, path, field)
 
 
 def check_parts(content: Mapping[str, Any], path: str | os.PathLike[str], parts: Mapping[str, type]) -> None:

@@ -218,8 +218,9 @@ class Attention(nn.Module):
     def project(self, x: Tensor, keep: Keep | None) -> list[Tensor]:
         """Project x to queries (B, T or N, H * E), keys and values (B, T, K * E), with heads not yet separated."""
         sizes = [self.qkv.out_features - 2 * self.kv_dim, self.kv_dim, self.kv_dim]
-        if keep is None:
-            return list(self.qkv(x).split(sizes, dim=-1))
+        if keep is None or type(self.qkv) is not nn.Linear:  # one that is more than its weight runs as a whole
+            q, k, v = self.qkv(x).split(sizes, dim=-1)
+            return [q if keep is None else take(q, keep), k, v]
         weights = self.qkv.weight.split([sizes[0], 2 * self.kv_dim])
         biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split([sizes[0], 2 * self.kv_dim])
         queries = F.linear(take(x, keep), weights[0], biases[0])

@@ -20,6 +20,7 @@ from trunkline.modules.networks.graphs import Graph
 from trunkline.modules.networks.hub import check_repository, upload
 from trunkline.modules.networks.image_transform import ImageTransform
 from trunkline.modules.networks.intermediates import Indices, states_of
+from trunkline.modules.networks.lora import LoRAConfig, add_lora, merge_lora, merged_copy
 from trunkline.modules.networks.model_card import model_card
 from trunkline.modules.networks.resizing import resize_positions_of_text
 
@@ -206,7 +207,7 @@ class Network(nn.Module):
 
         Always `config.json`, `model.safetensors` and a model card README.md, unless there is one already, which may
         have been edited; as far as they are known `tokenizer.json`, and `preprocessing.json` with how pictures and
-        sounds are prepared and the names of the classes.
+        sounds are prepared and the names of the classes. Adapters of LoRA are merged into the weights that are written.
         """
         from safetensors.torch import save_model
 
@@ -221,7 +222,7 @@ class Network(nn.Module):
         with replacing(*(folder / name for name in texts), folder / WEIGHTS_FILE) as (*files, weights_file):
             for file, text in zip(files, texts.values(), strict=True):
                 file.write_text(text, encoding="utf-8")
-            save_model(self, str(weights_file))
+            save_model(merged_copy(self), str(weights_file))
 
     def push_to_hub(self, repository: str, private: bool | None = None, token: str | None = None) -> str:
         """Upload what `save_pretrained` writes to the Hugging Face hub; needs `huggingface_hub`.
@@ -274,7 +275,7 @@ class Network(nn.Module):
             raise TrunklineError(f"cannot load a {cls.__name__} from {source}: {error}") from error
 
     @classmethod
-    def from_checkpoint(cls, file: str | Path) -> Self:
+    def from_checkpoint(cls, file: str | Path, *, merge: bool = True) -> Self:
         """The network inside a checkpoint of `trunkline fit`; needs neither Lightning nor anything but torch.
 
         Its weights are the averaged ones, if the run kept an average. As after `from_pretrained`, call `eval()` before
@@ -282,6 +283,7 @@ class Network(nn.Module):
 
         Args:
             file: the checkpoint, or the folder of a run.
+            merge: of a run with LoRA: merge the adapters into the weights, or keep them, frozen weights and all.
 
         Raises:
             TrunklineError: if it is missing, damaged, or holds another network.
@@ -294,7 +296,7 @@ class Network(nn.Module):
         name = content.get("classes", {}).get("network", "").rpartition(".")[2]
         if name and name != cls.__name__:
             raise TrunklineError(f"{file} holds a {name}, not a {cls.__name__}; load it with {name}.from_checkpoint")
-        return network_of(cls, content, file)
+        return network_of(cls, content, file, merge)
 
 
 def stored_config(content: Mapping[str, Any]) -> Any:
@@ -308,8 +310,16 @@ def nameless(path: str | Path, field: str | None = None) -> TrunklineError:
     return TrunklineError(f"{path} is not a checkpoint of a Trunkline run: it names no network", field)
 
 
-def network_of(network_class: type[NetworkT], content: Mapping[str, Any], path: str | Path) -> NetworkT:
+def network_of(
+    network_class: type[NetworkT], content: Mapping[str, Any], path: str | Path, merge: bool = True
+) -> NetworkT:
     """The network inside a training checkpoint (with averaged weights, if the run kept an average).
+
+    Args:
+        network_class: its class.
+        content: of the checkpoint.
+        path: of the checkpoint, for messages.
+        merge: whether adapters of LoRA are merged into the weights.
 
     Raises:
         TrunklineError: if the checkpoint names no network, or its weights do not fit the configuration.
@@ -321,6 +331,9 @@ def network_of(network_class: type[NetworkT], content: Mapping[str, Any], path: 
 
     check_parts(content, path, {"state_dict": dict})
     network = network_class(config_from_dict(network_class.config_class, config))
+    lora = config_from_dict(LoRAConfig, content["hyper_parameters"].get("lora") or {})
+    if lora.rank:
+        add_lora(network, lora)
     prefix = "network."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     try:
@@ -330,4 +343,4 @@ def network_of(network_class: type[NetworkT], content: Mapping[str, Any], path: 
         raise TrunklineError(f"the weights in {path} do not fit its configuration: {first[0].strip()}") from error
     refuse_nan(network, path)
     network.companions = Companions.of_checkpoint(content)
-    return network
+    return merge_lora(network) if merge else network

@@ -1,7 +1,7 @@
 """The base class of all objectives: optimiser, reduction of losses, evaluation, reseeding."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -19,6 +19,7 @@ from trunkline import TrunklineError
 from trunkline.contract import DataFacts, Loss
 from trunkline.modules.networks.base import ConfigT, Network
 from trunkline.modules.networks.companions import Companions
+from trunkline.modules.networks.lora import LoRAConfig, add_lora
 from trunkline.modules.networks.resizing import SharedWords
 from trunkline.modules.objectives.arguments import Beginning, as_config, as_plain
 from trunkline.modules.objectives.checks import (
@@ -40,6 +41,7 @@ from trunkline.modules.training.exact_resume import (
 )
 from trunkline.modules.training.finite_steps import FiniteSteps, gradient_norm, refuse_diverged, spread_fault
 from trunkline.modules.training.flops import counted_flops, training_flops
+from trunkline.modules.training.lora_runs import check_lora_run, leave_out_frozen, refuse_beside_lora
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.position import Position
 from trunkline.modules.training.sharding import refuse_flattened
@@ -68,6 +70,8 @@ class TrunklineModule(L.LightningModule):
             `matched`: the tokens that both tokenizers have are taken over, the others begin as the mean of all tokens.
         freeze_blocks: the embeddings and this many first blocks keep their weights and run in evaluation mode. With the
             trunk's depth or more, only the output modules learn (linear probing).
+        lora: with a rank, only adapters of that rank and the output modules learn, and checkpoints hold only these; the
+            trained weights to start from lie beside them, once.
         seed: seed of dropout and of everything else that is random during a step.
         facts: what the datamodule knows; sizes that the recipe leaves out of `network` are taken from here.
     """
@@ -92,12 +96,15 @@ class TrunklineModule(L.LightningModule):
         init_from: str | None = None,
         init_vocabulary: Literal["same", "matched"] = "same",
         freeze_blocks: int = 0,
+        lora: LoRAConfig | None = None,
         seed: int = 0,
         facts: DataFacts | None = None,
     ) -> None:
         super().__init__()
         check_ranges("model", {"freeze_blocks": freeze_blocks, "seed": seed}, freeze_blocks="[0, inf)", seed="[0, inf)")
         self.optimizer_config: OptimizerConfig = as_config(OptimizerConfig, optimizer)
+        self.lora: LoRAConfig = as_config(LoRAConfig, lora)
+        refuse_beside_lora(self.lora, {"freeze_blocks": freeze_blocks})
         self.init_from, self.freeze_blocks, self.seed = init_from, freeze_blocks, seed
         self.init_vocabulary = init_vocabulary
         self.unchecked: list[tuple[Companions, str, str]] = []
@@ -174,14 +181,23 @@ class TrunklineModule(L.LightningModule):
             "init_from": self.init_from,
             "init_vocabulary": self.init_vocabulary,
             "freeze_blocks": self.freeze_blocks,
+            "lora": self.lora,
             "seed": self.seed,
         }
         self.save_hyperparameters({name: as_plain(value) for name, value in {**arguments, **shared}.items()})
 
-    def start(self) -> None:
-        """Copy the trained weights into `network`, freeze the first blocks, and make the metrics."""
+    def start(self, copy_more: Callable[[], None] | None = None) -> None:
+        """Copy the trained weights into `network`, freeze the first blocks or add adapters, and make the metrics.
+
+        Args:
+            copy_more: copies the trained weights of further arguments.
+        """
         if self.beginning.weights is not None:
             self.copy_weights(self.beginning.weights)
+        if copy_more is not None:
+            copy_more()
+        if self.lora.rank:
+            add_lora(self.network, self.lora)
         if self.freeze_blocks > 0:
             self.frozen += freeze(self.network, self.freeze_blocks)
         self.beginning = Beginning()  # weight averaging copies the module, and would copy facts and weights with it
@@ -199,8 +215,11 @@ class TrunklineModule(L.LightningModule):
             TrunklineError: for sizes or a tokenizer that do not fit.
         """
         facts = facts_of(self.trainer)
-        for given in self.unchecked if stage == "fit" else ():
-            shared_words(*given, facts)
+        if stage == "fit":
+            for given in self.unchecked:
+                shared_words(*given, facts)
+            if self.lora.rank:
+                check_lora_run(self.trainer, self.hparams)
         check_sizes(self.network.config, facts)
 
     def train(self, mode: bool = True) -> "TrunklineModule":
@@ -417,6 +436,8 @@ class TrunklineModule(L.LightningModule):
         checkpoint["classes"] = {role: class_path(kind) for role, kind in kinds.items() if kind is not type(None)}
         settle_progress(self.trainer, checkpoint["loops"]["fit_loop"], (self.position.epoch, self.position.batch))
         self.position.save(self.trainer, checkpoint)
+        if self.lora.rank:
+            leave_out_frozen(self.trainer.strategy.checkpoint_io, self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another architecture, and find the sample at which training goes on.

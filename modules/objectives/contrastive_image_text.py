@@ -1,6 +1,7 @@
 """Contrastive learning of images and texts, exact on any number of processes."""
 
 import math
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
@@ -15,13 +16,15 @@ from trunkline.modules.losses import infonce_loss, sigmoid_loss
 from trunkline.modules.metrics.retrieval import retrieval_metrics
 from trunkline.modules.networks import CLIP, CLIPConfig, TextHead, ViT
 from trunkline.modules.networks.clip import Embeddings
+from trunkline.modules.networks.resizing import SharedWords
 from trunkline.modules.objectives.arguments import as_config
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.objectives.checks import facts_of
 from trunkline.modules.objectives.reduction import Terms
 from trunkline.modules.training.distributed import Gather
+from trunkline.modules.training.lora_runs import refuse_beside_lora
 from trunkline.modules.training.start_parts import donors, sizes_from, start_from
-from trunkline.modules.training.warm_start import freeze
+from trunkline.modules.training.warm_start import TrainedWeights, freeze
 
 INPUTS: tuple[Literal["image", "tokens", "mask"], ...] = ("image", "tokens", "mask")
 """Fields of a batch that the network takes."""
@@ -77,6 +80,8 @@ class ContrastiveImageText(TrunklineModule):
         self.kind, self.same_captions, self.chunk_size = loss, same_captions, chunk_size
         stated, frozen = as_config(CLIPConfig, network), (freeze_image_blocks, freeze_text_blocks)
         self.check_options(stated, (init_image_from, init_text_from), frozen)
+        towers_frozen = {"freeze_image_blocks": freeze_image_blocks, "freeze_text_blocks": freeze_text_blocks}
+        refuse_beside_lora(self.lora, towers_frozen)
         image = self.read_weights(init_image_from, "init_image_from", donors(ViT))
         text = self.read_weights(init_text_from, "init_text_from", donors(TextHead))
         sizes = text and sizes_from(TextHead, text)
@@ -95,11 +100,7 @@ class ContrastiveImageText(TrunklineModule):
             freeze_text_blocks=freeze_text_blocks,
         )
         self.network = CLIP(config)
-        self.start()
-        if image is not None:
-            start_from(self.network.image, image, place="model.network.image")
-        if text is not None:
-            start_from(self.network.text, text, words or {})
+        self.start(lambda: self.copy_towers(image, text, words or {}))
         for tower, blocks in zip((self.network.image, self.network.text), frozen, strict=True):
             self.frozen += freeze(tower, blocks) if blocks > 0 else []
         self.train()
@@ -107,6 +108,15 @@ class ContrastiveImageText(TrunklineModule):
         """Whether the data says so; see `DataFacts`."""
         self.evaluated: list[tuple[Embeddings, Tensor]] = []
         """Embeddings and caption keys of the batches evaluated so far."""
+
+    def copy_towers(
+        self, image: TrainedWeights | None, text: TrainedWeights | None, words: Mapping[str, SharedWords]
+    ) -> None:
+        """Copy the trained weights of single towers; `words` is what the vocabularies of the texts have in common."""
+        if image is not None:
+            start_from(self.network.image, image, place="model.network.image")
+        if text is not None:
+            start_from(self.network.text, text, words)
 
     def check_options(
         self, config: CLIPConfig, trained: tuple[str | None, str | None], frozen: tuple[int, int]

@@ -4,11 +4,12 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from trunkline.base_weights import BASE
 from trunkline.files import cannot_write, check_parts, digest_file, in_use, load_checkpoint, remove_unused, replacing
 from trunkline.modules.training.sharded_checkpoints import previous_of, remove
 from trunkline.seal import seal
@@ -25,11 +26,22 @@ RESUMED = {"callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
 """What it also needs to go on from one, and `save_weights_only` leaves out."""
 
 
+class WritesBeside(Protocol):
+    """Weights that are stored beside checkpoints, once."""
+
+    def beside(self, checkpoint: Path) -> dict[str, Any]:
+        """Write them beside a checkpoint if they are not there; return what the checkpoint says about them."""
+        ...
+
+
 class SafeCheckpointIO(TorchCheckpointIO):
     """Writes each file completely or not at all, with its own SHA-256 inside, and loads only plain data.
 
     Lightning's writer moves a file across file systems without fsync, so that a kill can leave an incomplete file.
     """
+
+    frozen: WritesBeside | None = None
+    """What writes the weights that a checkpoint leaves out: see `lora_runs`."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
@@ -43,6 +55,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         try:
             remove_unused(path.parent.glob(".*.ckpt.*"))  # what killed saves left
+            if self.frozen is not None and BASE in checkpoint:
+                checkpoint = {**checkpoint, BASE: self.frozen.beside(path)}
             with ExitStack() as held, replacing(path) as (content,):
                 held.enter_context(in_use(content))  # until it is renamed
                 try:

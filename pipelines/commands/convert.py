@@ -9,10 +9,11 @@ import torch
 from trunkline import TrunklineError
 from trunkline.files import cannot_write
 from trunkline.modules.networks import Network
-from trunkline.modules.networks.base import CONFIG_FILE, WEIGHTS_FILE
+from trunkline.modules.networks.base import CONFIG_FILE, WEIGHTS_FILE, network_of
 from trunkline.modules.networks.companions import CARD_FILE
 from trunkline.modules.networks.convert.families import FILES, save_foreign, to_foreign
 from trunkline.modules.networks.convert.family import Library
+from trunkline.modules.networks.convert.peft_adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from trunkline.modules.networks.hub import check_repository, upload
 from trunkline.modules.networks.pretrained import load_pretrained
 from trunkline.pipelines.trained import Trained
@@ -25,7 +26,7 @@ LIBRARY_NAMES: dict[str, Library] = {"hf": "transformers", "timm": "timm", "open
 def convert(
     checkpoint: str,
     output: str | None = None,
-    to: Literal["trunkline", "hf", "timm", "open_clip"] = "trunkline",
+    to: Literal["trunkline", "hf", "timm", "open_clip", "peft"] = "trunkline",
     push_to_hub: str | None = None,
 ) -> None:
     """Write the network of a checkpoint as config.json and one model.safetensors, which need only PyTorch.
@@ -37,27 +38,31 @@ def convert(
         output: the folder to write; default: beside the checkpoint, by its name without .ckpt. `trunkline.load` and
             `from_pretrained` of the network's class load it, and so does --model.init_from.
         to: the library that is to load the files: trunkline, hf (transformers), timm or open_clip. What was written is
-            read back and compared. The default folder for another library ends in its name.
+            read back and compared. Or peft, for the adapters of a run with LoRA alone; in all other files they are
+            merged into the weights. The default folder for another library ends in its name.
         push_to_hub: a repository of the Hugging Face hub, `owner/name`, to which the folder is uploaded; it is created
             if missing. The token is that of HF_TOKEN or of `hf auth login`.
     """
     library = LIBRARY_NAMES.get(to)
     source = find_checkpoint(checkpoint, "checkpoint")
-    beside = source.with_suffix("") if library is None else source.with_name(f"{source.stem}-{to}")
+    beside = source.with_suffix("") if to == "trunkline" else source.with_name(f"{source.stem}-{to}")
     folder = beside if output is None else Path(output)
     if push_to_hub is not None:
         check_repository(push_to_hub)
     if folder.exists() and not folder.is_dir():
         raise TrunklineError(f"{folder} is a file; name a folder", "output")
-    taken = [name for name in (FILES[library] if library else (CONFIG_FILE, WEIGHTS_FILE)) if (folder / name).exists()]
+    own = (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if to == "peft" else (CONFIG_FILE, WEIGHTS_FILE)
+    taken = [name for name in (FILES[library] if library else own) if (folder / name).exists()]
     if taken:
         raise TrunklineError(f"{folder} holds {' and '.join(taken)} already; name another folder", "output")
     trained = Trained.read(str(source))
-    network = trained.network
+    network = network_of(trained.network_class, trained.content, trained.file, merge=to != "peft").eval()
     if network.companions is not None:
         network.companions.facts |= facts_of_run(source)
     try:
-        if library is None:
+        if to == "peft":
+            reader = f"peft loads it for {save_adapter(network, folder).name}"
+        elif library is None:
             network.save_pretrained(folder)
             reader = f"{type(network).__name__}.from_pretrained loads it"
         else:
@@ -66,7 +71,7 @@ def convert(
             reader = f"{library} loads it as {family.name}"
     except OSError as error:
         raise cannot_write(folder, error, "output") from error
-    weights = sum(p.numel() for p in network.parameters())
+    weights = sum(p.numel() for p in network.parameters() if to != "peft" or p.requires_grad)
     print(f"{folder}: {reader}; {weights:,} weights of step {trained.content.get('global_step')}")
     if push_to_hub is not None:
         print(f"{upload(folder, push_to_hub)}: uploaded; the model card is {folder / CARD_FILE}")

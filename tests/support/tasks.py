@@ -5,10 +5,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from sound_files import write_spoken
 
 from trunkline.datamodules.tokenizers import train_tokenizer
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks import BERT, BERTConfig
 
 BATCHES = 13
 
@@ -94,6 +97,17 @@ def classify(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]
     return model, {"class_path": "LabelledTextData", "init_args": {**data, "val_fraction": 0.4}}
 
 
+def adapted(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same with LoRA, on a network in a folder beside the recipe."""
+    model, data = classify(folder, exact)
+    body = model["init_args"]["network"]["bert"]
+    torch.manual_seed(5)
+    start = BERTConfig(300, 16, backbone=TransformerConfig(**body["backbone"]))
+    BERT(start).save_pretrained(folder / "start")
+    model["init_args"] |= {"init_from": "start", "lora": {"rank": 2, "dropout": 0.0 if exact else 0.2}}
+    return model, data
+
+
 def pairs(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     texts, chance = sentences(1350), random.Random(0)
     rows = []
@@ -163,6 +177,7 @@ TASKS = {
     "masked": masked,
     "masked_pairs": masked_pairs,
     "classify": classify,
+    "adapted": adapted,
     "pairs": pairs,
     "translate": translate,
     "speech": speech,

@@ -27,6 +27,7 @@ from trunkline.modules.networks.convert.transformers_llama import LLAMA, MISTRAL
 from trunkline.modules.networks.convert.transformers_t5 import T5
 from trunkline.modules.networks.convert.transformers_vit import DEIT, DINOV2, DINOV2_REGISTERS, TRANSFORMERS_VIT
 from trunkline.modules.networks.convert.transformers_whisper import TRANSFORMERS_WHISPER
+from trunkline.modules.networks.lora import merged_copy
 from trunkline.modules.networks.model_card import model_card
 from trunkline.modules.networks.weights import assign_weights, unfilled
 
@@ -128,6 +129,7 @@ def to_foreign(network: Network, library: Library) -> tuple[ForeignFamily, dict[
     Raises:
         TrunklineError: if no model of that library is such a network; says what each of them lacks.
     """
+    network = merged_copy(network)
     candidates = [f for f in FOREIGN_FAMILIES if f.library == library and isinstance(network, f.network)]
     reasons = []
     config = network.config

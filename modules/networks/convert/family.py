@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from trunkline.modules.networks.base import Network
+from trunkline.modules.networks.convert.key_tables import KeyTable
 
 Library = Literal["transformers", "timm", "open_clip"]
 
@@ -36,6 +37,9 @@ class ForeignFamily:
     not."""
     weights_to: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
     """Our state dict and configuration -> their state dict, in the names of their files."""
+    layers: Callable[[Any], tuple[KeyTable, ...]] | None = None
+    """Our configuration -> our names of the layers and those of their modules, for adapters; first the names of today,
+    then older ones. None where adapters are not supported."""
 
 
 def with_model_type(*names: str) -> Callable[[Mapping[str, Any]], bool]:

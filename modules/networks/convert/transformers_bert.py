@@ -74,6 +74,12 @@ class BertLike:
             **self.heads
         }
 
+    def modules(self, config: BERTConfig) -> tuple[KeyTable, ...]:
+        """Names of all layers as modules: the bias of the output layer is in files under another name."""
+        table = self.table(not config.predicts_tokens)
+        computing = {first.rstrip("."): copy.rstrip(".") for copy, first in self.copies.items()}
+        return ({ours: tuple(computing.get(name, name) for name in names) for ours, names in table.items()},)
+
     def weights_from(self, weights: Mapping[str, Tensor], config: BERTConfig) -> dict[str, Tensor]:
         """Their state dict -> ours. In theirs, class 0 means that the second text follows; here it is class 1.
 
@@ -199,6 +205,7 @@ class BertLike:
             config_to=self.config_to,
             weights_from=self.weights_from,
             weights_to=self.weights_to,
+            layers=self.modules,
         )
 
 

@@ -35,6 +35,11 @@ GPT2_TABLE: KeyTable = {
 }
 """Names of a `GPT` -> of GPT-2, without the prefix that models with an output layer have."""
 PREFIX_OF_GPT2 = "transformer."
+MODULES_OF_GPT2: KeyTable = {
+    ours: names if ours == "head" else tuple(PREFIX_OF_GPT2 + name for name in names)
+    for ours, names in GPT2_TABLE.items()
+}
+"""The same with the prefix."""
 CONV1D = re.compile(r"\.c_(attn|proj|fc)\.weight$")
 """Linear layers that GPT-2 stores as (in, out) matrices, which it calls Conv1D; here they are (out, in)."""
 MASKS_OF_GPT2 = (".attn.bias", ".attn.masked_bias")
@@ -141,4 +146,5 @@ GPT2 = ForeignFamily(
     config_to=gpt2_config_to_transformers,
     weights_from=lambda weights, config: gpt2_from_transformers(weights),
     weights_to=gpt2_to_transformers,
+    layers=lambda config: (MODULES_OF_GPT2,),
 )

@@ -187,6 +187,7 @@ def llama_family(kind: str) -> ForeignFamily:
         config_to=partial(llama_config_to_transformers, kind=kind),
         weights_from=lambda weights, config: llama_from_transformers(weights, name),
         weights_to=lambda weights, config: llama_to_transformers(weights, config, name),
+        layers=lambda config: (LLAMA_TABLE,),
     )
 
 

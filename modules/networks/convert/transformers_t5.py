@@ -173,4 +173,6 @@ T5 = ForeignFamily(
     config_to=t5_config_to_transformers,
     weights_from=t5_from_transformers,
     weights_to=t5_to_transformers,
+    # Without the output layer: peft would tie one that has learned to the embeddings.
+    layers=lambda config: ({n: t for n, t in t5_table(config.encoder.mlp in GATED).items() if n != "head"},),
 )

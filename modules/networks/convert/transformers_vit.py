@@ -96,6 +96,21 @@ class VitLike:
             tokens={ours: f"{place}embeddings.{theirs}" for ours, theirs in self.tokens.items()},
         )
 
+    def modules(self, config: ViTConfig) -> tuple[KeyTable, ...]:
+        """Names of the layers as modules: in version 5 of transformers, and before it, as files still have them."""
+        gated = config.backbone.mlp == "swiglu"
+        before = self.names(not config.num_classes, gated).table
+        place = f"{self.prefix}." if config.num_classes else ""
+        place += BLOCKS_OF_VIT if self.is_dino else "layers.*"
+        first, second = (("gate_proj", "up_proj"), "down_proj") if gated else (("fc1",), "fc2")
+        today = {
+            "backbone.blocks.*.attn.qkv": tuple(f"{place}.attention.{part}_proj" for part in "qkv"),
+            "backbone.blocks.*.attn.proj": (f"{place}.attention.o_proj",),
+            "backbone.blocks.*.mlp.fc1": tuple(f"{place}.mlp.{part}" for part in first),
+            "backbone.blocks.*.mlp.fc2": (f"{place}.mlp.{second}",),
+        }
+        return {**before, **today}, before
+
     def weights_from(self, weights: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
         """Their state dict -> ours; errors as in `VitNames.weights_from`."""
         own = {name.replace(".lambda1", ".gamma"): value for name, value in weights.items()}
@@ -207,6 +222,7 @@ class VitLike:
             config_to=self.config_to,
             weights_from=self.weights_from,
             weights_to=self.weights_to,
+            layers=self.modules,
         )
 
 

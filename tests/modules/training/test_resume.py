@@ -86,6 +86,7 @@ def step_count(folder: Path) -> int:
         pytest.param("block", 2, 2, 1, marks=pytest.mark.slow),
         pytest.param("documents", 1, 2, 2, marks=pytest.mark.slow),
         pytest.param("classify", 2, 2, 2, marks=pytest.mark.slow),
+        pytest.param("adapted", 1, 0, 1, marks=pytest.mark.slow),
         pytest.param("pairs", 1, 2, 1, marks=pytest.mark.slow),
         pytest.param("translate", 2, 2, 2, marks=pytest.mark.slow),
         pytest.param("speech", 1, 0, 2, marks=pytest.mark.slow),
@@ -286,7 +287,10 @@ def assert_stopped_and_resume(output: str, folder: Path, processes: int) -> None
 
 @pytest.mark.parametrize(
     ("task", "accumulate"),
-    [*(pytest.param(t, 1, marks=[pytest.mark.slow] * (t == "masked")) for t in TASKS if t != "pairs"), ("pairs", 2)],
+    [
+        *(pytest.param(t, 1, marks=[pytest.mark.slow] * (t in ("masked", "adapted"))) for t in TASKS if t != "pairs"),
+        ("pairs", 2),
+    ],
 )
 def test_equal_losses_on_one_and_two_processes(
     task: str, accumulate: int, tmp_path_factory: pytest.TempPathFactory

@@ -8,6 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import timm
+import tiny
 import torch
 import transformers
 from handed_out import CLASSES, TEXTS, checkpoint_of
@@ -18,7 +19,12 @@ import trunkline
 from trunkline import TrunklineError
 from trunkline.datamodules.audio.log_mel import LogMel
 from trunkline.files import write_json
-from trunkline.modules.networks import hub
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks import GPT, GPTConfig, hub
+from trunkline.modules.networks.convert.families import save_foreign
+from trunkline.modules.networks.lora import LoRAConfig
+from trunkline.modules.objectives.causal_lm import CausalLM
+from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.cli import main
 from trunkline.pipelines.commands import convert as command
 
@@ -353,3 +359,33 @@ def test_the_configuration_names_their_class() -> None:
         run(kind)
         convert("--to", "hf", "--output", kind)
         assert json.loads(Path(kind, "config.json").read_text())["architectures"] == [name]
+
+
+def test_adapters_for_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run with LoRA; all other commands see a network without adapters."""
+    import peft
+
+    config = GPTConfig(11, 8, backbone=TransformerConfig(16, 1, 2, causal=True, mlp="gelu_tanh"))
+    GPT(config).save_pretrained("start")
+    save_foreign(GPT.from_pretrained("start"), "theirs", "transformers", {"eos_token_id": 1})
+    model = CausalLM(config, init_from="start", lora=LoRAConfig(2))
+    ids = torch.randint(0, 11, (2, 8))
+    batch = {"tokens": ids, "targets": ids, "document": torch.ones_like(ids)}
+    trainer = tiny.trainer(tmp_path, max_steps=3, plugins=[SafeCheckpointIO()])
+    trainer.fit(model, torch.utils.data.DataLoader([batch] * 3, batch_size=None))  # type: ignore[arg-type]
+    trainer.save_checkpoint(Path(RUN, "checkpoints/last.ckpt"))
+    convert("--to", "peft")
+    learning = sum(p.numel() for p in model.network.parameters() if p.requires_grad)
+    assert f"peft loads it for a GPT-2; {learning:,} weights of step 3" in capsys.readouterr().out
+    with torch.no_grad():
+        base = transformers.GPT2LMHeadModel.from_pretrained("theirs")
+        before, want = base(ids).logits, model.network.eval()(ids)
+        tuned = peft.PeftModel.from_pretrained(base, f"{RUN}/checkpoints/last-peft").eval()
+        torch.testing.assert_close(tuned(ids).logits, want, rtol=1e-5, atol=1e-5)
+        assert (want - before).abs().max() > 1e-3
+        convert()
+        merged = GPT.from_pretrained(f"{RUN}/checkpoints/last").eval()
+        torch.testing.assert_close(merged(ids), want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(SystemExit):
+        convert("--to", "peft")
+    assert "holds adapter_config.json and adapter_model.safetensors" in capsys.readouterr().err

@@ -1,0 +1,343 @@
+"""LoRA adapters in the files of the library peft: ours for models of transformers, and theirs for networks of ours.
+
+A folder of peft holds `adapter_config.json`, and in `adapter_model.safetensors` an A and a B for each adapted layer, by
+the layer's name in transformers. Where one layer there is several stacked ones here with an A and a B each, theirs gets
+all of them as one of a higher rank.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trunkline import TrunklineError
+from trunkline.files import replacing
+from trunkline.modules.networks.base import Network
+from trunkline.modules.networks.convert.families import FOREIGN_FAMILIES
+from trunkline.modules.networks.convert.family import ForeignFamily
+from trunkline.modules.networks.convert.foreign_files import ForeignWeights
+from trunkline.modules.networks.convert.key_tables import KeyTable, layer_number
+from trunkline.modules.networks.convert.transformers_gpt2 import GPT2
+from trunkline.modules.networks.lora import Adapter, LoRALinear, freeze_base, linear_layers, refuse_adapted
+from trunkline.modules.networks.weights import assign_weights, enumerated
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX_OF_PEFT = "base_model.model."
+TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+"""End of the name of a class of transformers -> the `task_type` of peft."""
+FREE_OPTIONS = {
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save"),
+    # What follows from the names of the weights, or changes none of them.
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "task_type"),
+    *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "runtime_config"),
+    *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "ensure_weight_tying"),
+}
+"""Options of peft's LoRA that are read, or do not matter after training."""
+USUAL_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base's weights
+}
+
+
+class LowRank(NamedTuple):
+    """An adapter in their file."""
+
+    a: Tensor
+    """(r, K)."""
+    b: Tensor
+    """(N, r)."""
+    scale: float
+    """What B A is multiplied by."""
+
+
+# --- writing
+
+
+def save_adapter(network: Network, folder: str | Path, base: str | None = None) -> ForeignFamily:
+    """Write what LoRA has trained as a folder of peft, for the model of transformers that the frozen network is.
+
+    Output modules that learn go with it, where their model has them (`modules_to_save` of peft).
+
+    Args:
+        network: with adapters: after `add_lora`, or of `from_checkpoint(..., merge=False)`.
+        folder: the folder to write, which is created if missing.
+        base: name or folder of the model without adapters, for those who load it by that.
+
+    Returns:
+        the family of the model.
+
+    Raises:
+        TrunklineError: without adapters, if no model of transformers is such a network, or if it has no place for an
+            output module.
+    """
+    from safetensors.torch import save_file
+
+    adapted = {n: module for n, module in network.named_modules() if isinstance(module, LoRALinear)}
+    if not adapted:
+        raise TrunklineError("the network has no adapters; give it some with add_lora, or load it with merge=False")
+    family, (table, *_), content = adapted_family(network)
+    found = {name: low for own, layer in adapted.items() for name, low in adapters_to_theirs(own, layer, table, family)}
+    weights: dict[str, Tensor] = {}
+    for name, low in found.items():
+        weights |= {f"{name}.lora_A.weight": low.a, f"{name}.lora_B.weight": low.b}
+    heads, head_weights = trained_heads(network, family, table)
+    rank = Counter(len(low.a) for low in found.values()).most_common(1)[0][0]
+    alphas = {name: low.scale * len(low.a) for name, low in found.items()}
+    alpha = next(alphas[name] for name, low in found.items() if len(low.a) == rank)
+    architecture = content["architectures"][0]
+    options = {
+        "peft_type": "LORA",
+        "task_type": next((task for end, task in TASK_TYPES.items() if architecture.endswith(end)), None),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": plain_number(alpha),
+        "lora_dropout": next(module.dropout.p for module in network.modules() if isinstance(module, Adapter)),
+        "target_modules": sorted(found),
+        "rank_pattern": {name: len(low.a) for name, low in found.items() if len(low.a) != rank},
+        "alpha_pattern": {name: plain_number(value) for name, value in alphas.items() if value != alpha},
+        "modules_to_save": sorted(heads) or None,
+        "bias": "none",
+        "fan_in_fan_out": family is GPT2,
+    }
+    weights = {PREFIX_OF_PEFT + name: value.detach().clone().contiguous() for name, value in weights.items()}
+    weights |= {PREFIX_OF_PEFT + name: value.detach().clone().contiguous() for name, value in head_weights.items()}
+    folder = Path(folder)
+    with replacing(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS) as (config_file, weights_file):
+        config_file.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+        save_file(weights, weights_file, {"format": "pt"})
+    return family
+
+
+def adapted_family(network: Network) -> tuple[ForeignFamily, tuple[KeyTable, ...], dict[str, Any]]:
+    """The model of transformers that a network is, the names of its layers (see `layers`), and its configuration.
+
+    Raises:
+        TrunklineError: if there is none, or none of which the names are known.
+    """
+    reasons = []
+    for family in FOREIGN_FAMILIES:
+        if family.layers is None or not isinstance(network, family.network):
+            continue
+        try:
+            return family, family.layers(network.config), family.config_to(network.config)
+        except TrunklineError as error:
+            reasons.append(str(error))
+    kind = type(network).__name__
+    raise TrunklineError(
+        "; ".join(reasons) or f"peft has no adapters for a {kind}; take a part of it that is a GPT, a BERT or a ViT"
+    )
+
+
+def adapters_to_theirs(
+    own: str, layer: LoRALinear, table: KeyTable, family: ForeignFamily
+) -> Iterable[tuple[str, LowRank]]:
+    """Their names of a layer's adapters, and the adapters.
+
+    Args:
+        own: our name of the layer.
+        layer: the layer.
+        table: names of all layers.
+        family: for messages.
+
+    Raises:
+        TrunklineError: if theirs has no such layer.
+    """
+    place, number = layer_number(own, table)
+    if place not in table:
+        raise TrunklineError(f"the adapter of {own} has no place in {family.name}; merge it with merge_lora")
+    names = [name.replace("*", number) for name in table[place]]
+    parts = {int(part): adapter for part, adapter in layer.adapters.items() if isinstance(adapter, Adapter)}
+    if len(names) == len(layer.rows):
+        for part, adapter in parts.items():
+            yield names[part], LowRank(adapter.lora_A.weight, adapter.lora_B.weight, adapter.scale)
+    elif len(names) == 1:
+        yield names[0], one_adapter(layer.rows, parts)
+    else:
+        raise TrunklineError(f"the one adapter of {own} cannot become {len(names)} of {family.name}; merge it first")
+
+
+@torch.no_grad()
+def one_adapter(rows: tuple[int, ...], parts: Mapping[int, Adapter]) -> LowRank:
+    """The adapters of stacked layers as one, whose rank is the sum of theirs: each B reads the rows of its own A."""
+    scale = next(iter(parts.values())).scale
+    a = torch.cat([adapter.lora_A.weight for adapter in parts.values()])
+    b = a.new_zeros(sum(rows), len(a))
+    column = 0
+    for part, adapter in parts.items():
+        first, rank = sum(rows[:part]), len(adapter.lora_A.weight)
+        b[first : first + rows[part], column : column + rank] = adapter.lora_B.weight * (adapter.scale / scale)
+        column += rank
+    return LowRank(a, b, scale)
+
+
+def trained_heads(network: Network, family: ForeignFamily, table: KeyTable) -> tuple[set[str], dict[str, Tensor]]:
+    """Their names of the layers outside of adapters that learn, and the weights of these layers, by their full names.
+
+    Raises:
+        TrunklineError: if theirs has no such layer.
+    """
+    own = {name: value for name, value in network.state_dict().items() if ".adapters." not in name}
+    learning = [n for n, p in network.named_parameters() if p.requires_grad and ".adapters." not in n]
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in learning))
+    unknown = [name for name in learning if name.rpartition(".")[0] not in table]
+    if unknown:
+        raise TrunklineError(
+            f"{unknown[0]} has learned, but an adapter of {family.name} has no place for it; write the merged "
+            "network instead"
+        )
+    theirs = family.weights_to(own, network.config) if layers else {}
+    weights = {}
+    for layer in layers:
+        for name, value in own.items():
+            if name.rpartition(".")[0] == layer:
+                name = f"{table[layer][0]}.{name.rpartition('.')[2]}"
+                weights[name] = theirs.get(name, value)
+    return {table[layer][0] for layer in layers}, weights
+
+
+def plain_number(value: float) -> float:
+    """16 for 16.0: peft's alphas are integers."""
+    return int(value) if value == int(value) else value
+
+
+# --- reading
+
+
+def load_adapter(network: Network, folder: str | Path) -> Network:
+    """Give a network the adapters in a folder of peft, in place, and the output modules that were trained with them.
+
+    All else is frozen, as by `add_lora`. With `merge_lora` it becomes plain.
+
+    Args:
+        network: the network for which the adapters were trained, without adapters.
+        folder: of `save_adapter`, or of `save_pretrained` of a `PeftModel`.
+
+    Returns:
+        the same network.
+
+    Raises:
+        TrunklineError: if a file is missing or damaged, if a weight has no place in the network or another shape, or
+            for an option of peft that is not LoRA as in the paper.
+    """
+    refuse_adapted(network)
+    folder = Path(folder)
+    config, weights = read_adapter_config(folder), ForeignWeights(folder / ADAPTER_WEIGHTS)
+    family, tables, _ = adapted_family(network)
+    names = [name.removeprefix(PREFIX_OF_PEFT) for name in weights]
+    found: dict[str, dict[int, LowRank]] = {}
+    counts: dict[str, int] = {}
+    heads: dict[str, Tensor] = {}
+    for name in names:
+        layer, _, kind = name.rpartition(".lora_")
+        if kind == "B.weight" and f"{layer}.lora_A.weight" in names:
+            continue
+        if kind == "A.weight" and f"{layer}.lora_B.weight" in names:
+            a, b = (weights[f"{PREFIX_OF_PEFT}{layer}.lora_{part}.weight"] for part in "AB")
+            own, part, counts[own] = place_in_ours(layer, tables, family, folder)
+            found.setdefault(own, {})[part] = LowRank(a, b, scale_of(config, layer, len(a)))
+        elif not layer:
+            place_in_ours(name.rpartition(".")[0], tables, family, folder)
+            heads[name] = weights[PREFIX_OF_PEFT + name]
+        else:
+            raise TrunklineError(f"{folder} holds '{name}', which is no pair of A and B of LoRA")
+    places = {layer.name: layer for layer in linear_layers(network)}
+    unknown = [own for own in found if own not in places]
+    if unknown:
+        raise TrunklineError(f"{folder} adapts {enumerated(unknown)}, but only linear layers of trunks have adapters")
+    made = {}
+    for own, parts in found.items():
+        rows = places[own].rows if counts[own] > 1 else (sum(places[own].rows),)
+        dropout, named = config.get("lora_dropout", 0.0), f"{own} in {folder}"
+        weight = places[own].module.weight
+        adapters = {part: adapter_from(low, weight, rows[part], dropout, named) for part, low in sorted(parts.items())}
+        made[own] = rows, adapters
+    load_heads(network, family, heads, folder)
+    freeze_base(network)
+    for own, (rows, adapters) in made.items():
+        places[own].replace(LoRALinear(places[own].module, rows, adapters))
+    return network
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The options in a folder of peft.
+
+    Raises:
+        TrunklineError: if they cannot be read, or for one that has no counterpart here.
+    """
+    file = folder / ADAPTER_CONFIG
+    try:
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise TrunklineError(f"cannot read {file}, which says what the adapters are: {error}") from error
+    for name, value in config.items():
+        if name not in FREE_OPTIONS and value not in USUAL_OPTIONS.get(name, (None, False, {}, [])):
+            raise TrunklineError(
+                f"{file} has {name}={value}, which is not LoRA as here; merge the adapter in peft, and load that model"
+            )
+    return config
+
+
+def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """What peft multiplies the change of a layer by: alpha / r, or with rank-stabilised LoRA alpha / sqrt(r)."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", layer)), config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def place_in_ours(layer: str, tables: Iterable[KeyTable], family: ForeignFamily, folder: Path) -> tuple[str, int, int]:
+    """Our name of their layer, its number among those that are stacked in ours, and how many these are.
+
+    Their model may have been a body where ours has an output layer, or the other way round; then the first parts of the
+    names differ.
+
+    Raises:
+        TrunklineError: if ours has no such layer.
+    """
+    number = next(iter(re.findall(r"\.(\d+)\.", layer)), "")
+    place = layer.replace(f".{number}.", ".*.", 1) if number else layer
+    for table in tables:
+        places = {theirs: (own, part) for own, names in table.items() for part, theirs in enumerate(names)}
+        near = [t for t in places if f".{t}".endswith(f".{place}") or f".{place}".endswith(f".{t}")]
+        if place in places or len(near) == 1:
+            own, part = places[place if place in places else near[0]]
+            return own.replace("*", number), part, len(table[own])
+    raise TrunklineError(
+        f"{folder} holds weights of '{layer}', which has no place in {family.name} as this network is one"
+    )
+
+
+def load_heads(network: Network, family: ForeignFamily, heads: Mapping[str, Tensor], folder: Path) -> None:
+    """Put the trained layers of peft's `modules_to_save` in the place of the network's.
+
+    Raises:
+        TrunklineError: if they have another shape, or are tied in ours and no longer in theirs.
+    """
+    if heads:
+        theirs = {**family.weights_to(network.state_dict(), network.config), **heads}
+        assign_weights(network, family.weights_from(theirs, network.config), folder, dtype=None)
+
+
+def adapter_from(low: LowRank, weight: Tensor, rows: int, dropout: float, named: str) -> Adapter:
+    """The adapter of our layer with that weight.
+
+    Raises:
+        TrunklineError: if it has another shape.
+    """
+    adapter = Adapter(weight, rows, len(low.a), low.scale, dropout)
+    for own, value in ((adapter.lora_A, low.a), (adapter.lora_B, low.b)):
+        if own.weight.shape != value.shape:
+            raise TrunklineError(
+                f"the adapter of {named} is {tuple(value.shape)} where the network needs {tuple(own.weight.shape)}; "
+                "it was trained for a model of another size"
+            )
+        with torch.no_grad():
+            own.weight.copy_(value)
+    return adapter

@@ -1,0 +1,272 @@
+"""LoRA adapters in the files of peft: it loads ours, and we load its own, with equal outputs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from parity import assert_near, randomise
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from travels import arrive
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks import BERT, GPT, EncoderDecoder, GPTConfig, TextHead, TextHeadConfig, ViT
+from trunkline.modules.networks.base import Network
+from trunkline.modules.networks.convert.families import save_foreign
+from trunkline.modules.networks.convert.peft_adapters import load_adapter, save_adapter
+from trunkline.modules.networks.lora import Adapter, LoRAConfig, LoRALinear, add_lora, merge_lora
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+TEXT = {**SHAPE, "vocab_size": 30, "max_position_embeddings": 12}
+IDS = {"bos_token_id": None, "eos_token_id": None}
+GPT2 = {"vocab_size": 30, "n_positions": 12, "n_embd": 16, "n_layer": 2, "n_head": 2, **IDS}
+T5 = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+IMAGE = {**SHAPE, "image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 3}
+PEERS: dict[str, tuple[Any, dict[str, Any], type[Network], list[str], list[str]]] = {
+    "gpt2": (hf.GPT2LMHeadModel, GPT2, GPT, ["c_attn", "mlp.c_proj"], []),
+    "gpt2-untied": (hf.GPT2LMHeadModel, {**GPT2, "tie_word_embeddings": False}, GPT, ["c_attn"], ["lm_head"]),
+    "gpt2-body": (hf.GPT2Model, GPT2, GPT, ["c_attn", "c_fc"], []),
+    "llama": (hf.LlamaForCausalLM, {**TEXT, **IDS, "num_key_value_heads": 1}, GPT, ["q_proj", "v_proj"], ["lm_head"]),
+    "qwen2": (
+        hf.Qwen2ForCausalLM,
+        {**TEXT, **IDS, "num_key_value_heads": 2, "tie_word_embeddings": True},
+        GPT,
+        ["k_proj", "up_proj"],
+        [],
+    ),
+    "bert": (hf.BertForMaskedLM, TEXT, BERT, ["query", "value", "output.dense"], []),
+    "bert-body": (hf.BertModel, TEXT, BERT, ["query", "intermediate.dense"], ["pooler"]),
+    "roberta": (hf.RobertaForMaskedLM, {**TEXT, "pad_token_id": 1}, BERT, ["key"], ["lm_head.dense"]),
+    "distilbert": (
+        hf.DistilBertForMaskedLM,
+        {"vocab_size": 30, "max_position_embeddings": 12, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
+        BERT,
+        ["q_lin", "out_lin"],
+        ["vocab_transform"],
+    ),
+    "vit": (hf.ViTForImageClassification, IMAGE, ViT, ["q_proj", "v_proj"], ["classifier"]),
+    "dinov2-swiglu": (
+        hf.Dinov2ForImageClassification,
+        {**IMAGE, "mlp_ratio": 2, "use_swiglu_ffn": True},
+        ViT,
+        ["k_proj", "up_proj"],
+        ["classifier"],
+    ),
+    "t5": (hf.T5ForConditionalGeneration, {**T5, "feed_forward_proj": "gated-gelu"}, EncoderDecoder, ["q", "wi_1"], []),
+}
+every_peer = pytest.mark.parametrize("name", PEERS)
+Outputs = Callable[[Any], Tensor]
+
+
+@torch.random.fork_rng()
+def make_peer(name: str) -> Any:
+    torch.manual_seed(0)
+    kind, config, *_ = PEERS[name]
+    return randomise(kind(kind.config_class(**config)).eval(), 0.2)
+
+
+def calls(name: str) -> tuple[Outputs, Outputs]:
+    """What gives the outputs of theirs, and of ours."""
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 30, (2, 9), generator=draw)
+    if PEERS[name][2] is ViT:
+        image = torch.randn(2, 1, 8, 8, generator=draw)
+        return lambda peer: peer(image).logits, lambda own: own(image)
+    if name == "t5":
+        return lambda peer: peer(tokens, decoder_input_ids=tokens).logits, lambda own: own(tokens, tokens)
+    if name.endswith("body"):
+        return lambda peer: peer(tokens).last_hidden_state, lambda own: own(tokens, return_logits=False)
+    return lambda peer: peer(tokens).logits, lambda own: own(tokens)
+
+
+def spread(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Random values for the parameters whose names contain one of these."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if any(part in name for part in names):
+                p.normal_(0, 0.3)
+
+
+@every_peer
+def test_their_file_in_ours(name: str, tmp_path: Path) -> None:
+    """With a layer of another rank and scale, and with trained output layers."""
+    peer, (theirs, ours) = make_peer(name), calls(name)
+    _, _, kind, targets, heads = PEERS[name]
+    plain = arrive(peer, kind, tmp_path)
+    patterns = {"rank_pattern": {targets[0]: 3}, "alpha_pattern": {targets[-1]: 5}}
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, modules_to_save=heads or None, **patterns)
+    tuned = peft.get_peft_model(peer, config).eval()
+    spread(tuned, ("lora_", "modules_to_save"))
+    tuned.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        before = ours(plain)
+        assert load_adapter(plain, tmp_path / "adapter") is plain
+        got, want = ours(plain.eval()), theirs(tuned)
+        assert_near(got, want)
+        assert (want - before).abs().max() > 0.1
+        assert_near(ours(merge_lora(plain)), want)
+    assert not any(isinstance(module, LoRALinear) for module in plain.modules())
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name != "gpt2-body"])
+@pytest.mark.parametrize("targets", ["all", "attention"])
+def test_our_file_in_theirs_and_back(name: str, targets: Any, tmp_path: Path) -> None:
+    peer, (theirs, ours) = make_peer(name), calls(name)
+    own = add_lora(arrive(peer, PEERS[name][2], tmp_path), LoRAConfig(2, alpha=3.0, dropout=0.1, targets=targets))
+    learning = {n for n, p in own.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        torch.manual_seed(3)
+        for p in own.parameters():
+            if p.requires_grad:
+                p.normal_(0, 0.3)
+    with torch.no_grad():
+        before, want = theirs(peer), ours(own)
+        save_adapter(own, tmp_path / "adapter", "theirs")
+        tuned = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval()
+        got = theirs(tuned)
+        assert_near(got, want)
+        assert (before - want).abs().max() > 0.1
+        adapters = sum(p.numel() for n, p in tuned.named_parameters() if "lora_" in n)
+        again = load_adapter(PEERS[name][2].from_pretrained(tmp_path / "theirs"), tmp_path / "adapter").eval()
+        assert_near(ours(again), want)
+    one_in_theirs = name.startswith("gpt2")  # where ours has several adapters
+    here = sum(p.numel() for n, p in own.named_parameters() if "lora_" in n)
+    assert (adapters > here) if one_in_theirs else (adapters == here)
+    if not one_in_theirs:
+        assert {n for n, p in again.named_parameters() if p.requires_grad} == learning
+        for (n, p), q in zip(own.named_parameters(), again.parameters(), strict=True):
+            assert torch.equal(p, q), n
+
+
+def test_layers_of_different_ranks_become_one(tmp_path: Path) -> None:
+    """Of a GPT-2 that has learned its queries and values alone, with different scales."""
+    peer, (theirs, ours) = make_peer("gpt2"), calls("gpt2")
+    own = add_lora(arrive(peer, GPT, tmp_path), LoRAConfig(2, targets="attention"))
+    for block in own.backbone.blocks:
+        del block.attn.qkv.adapters["1"]
+        block.attn.qkv.adapters["2"] = Adapter(block.attn.qkv.weight, 16, 3, 0.7)
+    spread(own, ("lora_",))
+    save_adapter(own, tmp_path / "adapter")
+    options = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (options["r"], options["rank_pattern"]) == (5, {f"transformer.h.{n}.attn.c_proj": 2 for n in range(2)})
+    with torch.no_grad():
+        want = ours(own)
+        assert_near(theirs(peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval()), want)
+        assert_near(ours(load_adapter(arrive(make_peer("gpt2"), GPT, tmp_path), tmp_path / "adapter").eval()), want)
+
+
+def test_files_of_before_version_5(tmp_path: Path) -> None:
+    """In which the layers of a ViT have other names."""
+    peer, (_, ours) = make_peer("vit"), calls("vit")
+    own = add_lora(arrive(peer, ViT, tmp_path), LoRAConfig(2))
+    spread(own, ("lora_", "head."))
+    save_adapter(own, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    names = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
+    names = {f"attention.{new}": f"attention.{old}" for new, old in {**names, "o_proj": "output.dense"}.items()}
+    names |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense", "vit.layers": "vit.encoder.layer"}
+    renamed = load_file(file)
+    for new, old in names.items():
+        assert any(new in name for name in renamed)
+        renamed = {name.replace(new, old): value for name, value in renamed.items()}
+    save_file(renamed, file)
+    again = load_adapter(ViT.from_pretrained(tmp_path / "theirs"), tmp_path / "adapter").eval()
+    assert torch.equal(ours(again), ours(own))
+
+
+def test_rank_stabilised_scale(tmp_path: Path) -> None:
+    peer, (theirs, ours) = make_peer("llama"), calls("llama")
+    own = arrive(peer, GPT, tmp_path)
+    config = peft.LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj", "up_proj"], use_rslora=True)
+    tuned = peft.get_peft_model(peer, config).eval()
+    spread(tuned, ("lora_",))
+    tuned.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        assert_near(ours(load_adapter(own, tmp_path / "adapter").eval()), theirs(tuned))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "all"}, "bias=all"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+        ({"target_modules": ["wte", "c_attn"]}, "lora_embedding_A"),
+        ({"target_modules": ["c_attn", "lm_head"]}, "lm_head"),
+    ],
+)
+def test_what_is_no_lora_of_ours_is_refused(options: dict[str, Any], named: str, tmp_path: Path) -> None:
+    plain = arrive(make_peer("gpt2"), GPT, tmp_path)
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["c_attn"], **options})
+    peft.get_peft_model(make_peer("gpt2"), config).save_pretrained(tmp_path / "adapter")
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    with pytest.raises(TrunklineError, match=named):
+        load_adapter(plain, tmp_path / "adapter")
+    assert before.keys() == plain.state_dict().keys()
+    assert all(p.requires_grad for p in plain.parameters())
+
+
+def test_files_that_do_not_fit(tmp_path: Path) -> None:
+    own = add_lora(arrive(make_peer("gpt2"), GPT, tmp_path), LoRAConfig(2))
+    save_adapter(own, tmp_path / "adapter")
+    with pytest.raises(TrunklineError, match="merge_lora"):
+        load_adapter(own, tmp_path / "adapter")
+    small = GPT(GPTConfig(30, 12, backbone=TransformerConfig(8, 2, 2, mlp="gelu_tanh", causal=True)))
+    with pytest.raises(TrunklineError, match=r"attn\.qkv in .* is \(6, 16\) where .* \(6, 8\)"):
+        load_adapter(small, tmp_path / "adapter")
+    with pytest.raises(TrunklineError, match="has no place in a LLaMA"):
+        load_adapter(GPT.from_pretrained(llama(tmp_path)), tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(TrunklineError, match="cannot read weights"):
+        load_adapter(GPT.from_pretrained(tmp_path / "theirs"), tmp_path / "adapter")
+    with pytest.raises(TrunklineError, match=r"cannot read .*adapter_config\.json"):
+        load_adapter(GPT.from_pretrained(tmp_path / "theirs"), tmp_path / "nothing")
+
+
+def llama(folder: Path) -> Path:
+    make_peer("llama").save_pretrained(folder / "llama")
+    return folder / "llama"
+
+
+def test_what_no_adapter_expresses_is_refused(tmp_path: Path) -> None:
+    gpt = arrive(make_peer("gpt2"), GPT, tmp_path)
+    with pytest.raises(TrunklineError, match="has no adapters"):
+        save_adapter(gpt, tmp_path / "adapter")
+    add_lora(gpt, LoRAConfig(2))
+    head = add_lora(TextHead(TextHeadConfig(gpt=gpt.config, pool="last")), LoRAConfig(2))
+    with pytest.raises(TrunklineError, match="no adapters for a TextHead"):
+        save_adapter(head, tmp_path / "adapter")
+    vit = add_lora(arrive(make_peer("vit"), ViT, tmp_path / "vit"), LoRAConfig(2))
+    vit.cls_token.requires_grad_(True)
+    with pytest.raises(TrunklineError, match=r"cls_token has learned, .* ViT of transformers has no place"):
+        save_adapter(vit, tmp_path / "adapter")
+    untied = hf.T5ForConditionalGeneration(hf.T5Config(**T5, tie_word_embeddings=False))
+    t5 = add_lora(arrive(untied, EncoderDecoder, tmp_path / "t5"), LoRAConfig(2))
+    with pytest.raises(TrunklineError, match=r"head\.weight has learned, .* a T5 has no place"):
+        save_adapter(t5, tmp_path / "adapter")
+    rotary = TransformerConfig(16, 1, 2, mlp="relu2", rope_theta=100.0, causal=True)
+    other = add_lora(GPT(GPTConfig(30, 12, positions="none", backbone=rotary)), LoRAConfig(2))
+    with pytest.raises(TrunklineError, match="cannot become a GPT-2"):
+        save_adapter(other, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_merged_for_others(tmp_path: Path) -> None:
+    """A network with adapters is written with the weights that it computes with, and keeps its adapters."""
+    own = add_lora(arrive(make_peer("gpt2"), GPT, tmp_path), LoRAConfig(2))
+    spread(own, ("lora_",))
+    theirs, ours = calls("gpt2")
+    with torch.no_grad():
+        want = ours(own)
+        save_foreign(own, tmp_path / "merged", "transformers", {"eos_token_id": 1})
+        assert_near(theirs(hf.GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()), want)
+        own.save_pretrained(tmp_path / "ours")
+        assert_near(ours(GPT.from_pretrained(tmp_path / "ours").eval()), want)
+        assert torch.equal(ours(own), want)
