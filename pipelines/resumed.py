@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 
 from trunkline.datamodules.tokenizers import tokenizer_of_checkpoint
 from trunkline.modules.networks.base import stored_config
+from trunkline.modules.training.warm_start import starts_from_weights
 from trunkline.names import looks_like_path
 
 TOKENIZERS = ("tokenizer", "target_tokenizer")
@@ -25,8 +26,7 @@ def network_instead(model: Namespace | None, content: Mapping[str, Any]) -> Any:
         plain data; None if the recipe starts from no weights, or the checkpoint does not tell its network.
     """
     arguments = (model and model.get("init_args")) or {}
-    starts = any(value for name, value in arguments.items() if name.startswith("init_") and name.endswith("from"))
-    return stored_config(content) if starts else None
+    return stored_config(content) if starts_from_weights(arguments) else None
 
 
 def replace_missing_tokenizers(data: Namespace | None, checkpoint: Path, content: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from trunkline.datamodules.tokenizers import load_tokenizer, size_of, tokenizer_
 from trunkline.files import check_parts, load_checkpoint
 from trunkline.modules.networks import Network
 from trunkline.modules.networks.base import network_of, refuse_nan
+from trunkline.modules.training.warm_start import names_weights
 from trunkline.pipelines.objectives import KINDS, Kind, able, known_class, short
 from trunkline.run_folders import find_checkpoint
 
@@ -148,7 +149,7 @@ class Trained:
         check_parts(self.content, self.file, {"hyper_parameters": dict, "state_dict": dict})
         given = self.content["hyper_parameters"]
         # The weights to start from are no longer needed, and may be gone.
-        arguments = {name: None if name.startswith("init_") else value for name, value in given.items()}
+        arguments = {name: None if names_weights(name) else value for name, value in given.items()}
         model = self._class("objective", TrunklineModule)(**arguments)
         model.load_state_dict(self.content["state_dict"])
         refuse_nan(model, self.file)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import Timeout
+from safetensors.torch import load_file, save_file
 
 from trunkline import TrunklineError
 from trunkline.files import (
@@ -323,3 +324,13 @@ def test_importing_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False", "False"]
+
+
+def test_safetensors_files_can_be_read_by_others(tmp_path: Path) -> None:
+    """The library makes files that only their owner may read: of no use on a cluster."""
+    (tmp_path / "plain").touch()
+    with replacing(tmp_path / "ours") as (temporary,):
+        save_file({"a": torch.ones(2)}, temporary)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("plain", "ours")}
+    assert modes["ours"] == modes["plain"]
+    assert load_file(tmp_path / "ours")["a"].tolist() == [1, 1]

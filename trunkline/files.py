@@ -43,7 +43,7 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
     either its old or its new content, even after a power cut. After an error nothing is left behind.
 
     Yields:
-        one temporary path for each of `paths`, in the same folder, for the block to write.
+        one temporary file for each of `paths`, in the same folder, for the block to write.
 
     Raises:
         OSError: if a file cannot be written; `cannot_write` makes a message of it.
@@ -52,8 +52,12 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporaries
         for temporary in temporaries:
+            temporary.touch()
+        modes = [temporary.stat().st_mode for temporary in temporaries]
+        yield temporaries
+        for temporary, mode in zip(temporaries, modes, strict=True):
+            temporary.chmod(mode)  # safetensors makes files that only their owner may read
             fsync(temporary)
         for temporary, path in zip(temporaries, paths, strict=True):
             os.replace(temporary, path)

@@ -19,6 +19,7 @@ from trunkline.files import digest, fsync, in_use, remove_unused
 from trunkline.modules.networks.lora import LoRAConfig
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.modules.training.sharding import ShardedStrategy
+from trunkline.modules.training.warm_start import starts_from_weights
 
 
 def refuse_beside_lora(config: LoRAConfig, arguments: Mapping[str, Any]) -> None:
@@ -45,8 +46,7 @@ def check_lora_run(trainer: L.Trainer, arguments: Mapping[str, Any]) -> None:
     Raises:
         TrunklineError: if the network starts from nothing, or the strategy cuts weights into pieces.
     """
-    starts = any(name.startswith("init_") and value for name, value in arguments.items())
-    if not starts and trainer.ckpt_path is None:
+    if not starts_from_weights(arguments) and trainer.ckpt_path is None:
         raise TrunklineError(
             "LoRA adapts trained weights, but this network starts from none; set init_from, or leave out lora",
             "model.lora.rank",

@@ -70,6 +70,16 @@ def network_class_of(content: Mapping[str, Any], known: tuple[type[Network], ...
     return getattr(networks, name, None)
 
 
+def names_weights(argument: str) -> bool:
+    """Whether an argument of an objective names trained weights: `init_from`, or one like it for a part."""
+    return argument.startswith("init_") and argument.endswith("from")
+
+
+def starts_from_weights(arguments: Mapping[str, Any]) -> bool:
+    """Whether the arguments of an objective name trained weights."""
+    return any(value for name, value in arguments.items() if names_weights(name))
+
+
 def network_from_checkpoint(network_class: type[N], path: str | Path) -> N:
     """The network inside a training checkpoint; raises the errors of `network_of` and `load_checkpoint`."""
     return network_of(network_class, load_checkpoint(path), path)
