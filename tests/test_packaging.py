@@ -4,7 +4,6 @@ import inspect
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from wheels import build_wheel
 
 from trunkline import datamodules
 from trunkline.modules.training.optim import multiplies_bfloat16
@@ -32,15 +32,7 @@ PAGES = {file: file.read_text(encoding="utf-8") for file in (ROOT / "README.md",
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Built from a copy: setuptools leaves folders in its source."""
-    copy, folder = tmp_path_factory.mktemp("source") / "checkout", tmp_path_factory.mktemp("wheel")
-    others = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "runs", "__pycache__")
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=others)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
-    done = subprocess.run([*command, "--wheel-dir", folder, copy], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (file,) = folder.iterdir()
-    return zipfile.ZipFile(file)
+    return zipfile.ZipFile(build_wheel(ROOT, tmp_path_factory.mktemp("wheel")))
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:

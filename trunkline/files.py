@@ -14,14 +14,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-
-from filelock import FileLock
+from typing import IO, TYPE_CHECKING, Any
 
 from trunkline import TrunklineError
 from trunkline.base_weights import whole
 from trunkline.parts import Pieces, is_parts, read_parts
 from trunkline.seal import MANIFEST, proves_itself
+
+if TYPE_CHECKING:  # loading a network needs only torch and safetensors
+    from filelock import FileLock
 
 CACHE_FIELD = "data.cache_dir"
 """The field that set the folder of a file, unless the caller names another field."""
@@ -187,7 +188,7 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def lock(path: Path, field: str = CACHE_FIELD) -> FileLock:
+def lock(path: Path, field: str = CACHE_FIELD) -> "FileLock":
     """A lock between processes; it is released when the process that holds it ends.
 
     Args:
@@ -202,6 +203,8 @@ def lock(path: Path, field: str = CACHE_FIELD) -> FileLock:
         path.touch()
     except OSError as error:
         raise cannot_write(path, error, field) from error
+    from filelock import FileLock
+
     return FileLock(path)
 
 
