@@ -27,11 +27,13 @@ ROOT = PROJECT.parents[1]
 
 RUN = """
 import inspect, runpy, sys
+from contextlib import suppress
 from pathlib import Path
 
 site = Path(sys.argv[1])
 sys.argv[:2] = [str(site / "bin/sort-tiles")]
-runpy.run_path(sys.argv[0], run_name="__main__")
+with suppress(SystemExit):  # with which every console script ends
+    runpy.run_path(sys.argv[0], run_name="__main__")
 for top in ("trunkline", "modules"):
     own = [m for name, m in sys.modules.items() if name.partition(".")[0] == top]
     assert own and all(Path(m.__file__).is_relative_to(site / top) for m in own), own
