@@ -122,6 +122,13 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         """What a network, an objective or a callback may need to know about this data."""
         return DataFacts()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint says about the data, as plain values; a subclass adds what is needed to use it without."""
+        source = getattr(self, "source", None)  # a field of all but some of a user's own
+        source = source if isinstance(source, str) else None
+        rows = {split: len(self.datasets[split]) for split in ("train", "val", "test") if split in self.datasets}  # type: ignore[arg-type]
+        return {"source": source, "rows": rows}
+
     def digest(self) -> str | None:
         """Short hexadecimal digest of what training reads, after `setup`; no sample is read for it.
 

@@ -119,7 +119,7 @@ class Vocabulary:
 
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer as JSON, so that a checkpoint is enough to encode and decode text."""
-        return {"tokenizer": self.vocabulary.to_str()}
+        return {**super().state_dict(), "tokenizer": self.vocabulary.to_str()}  # type: ignore[misc]  # of a datamodule
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that the checkpoint has the same tokenizer.

@@ -76,6 +76,24 @@ class RunRecord(Callback):
         write_json(self.file, record, "run_dir")
 
 
+class LastScores(Callback):
+    """Keeps the scores of the last validation in the checkpoints, for a model card."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            self.kept = {"step": trainer.global_step, **scores}
+
+    def state_dict(self) -> dict[str, float]:
+        return self.kept
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.kept = state_dict
+
+
 def now() -> str:
     """The local time with its distance from UTC, to the second."""
     return datetime.now().astimezone().isoformat(" ", "seconds")

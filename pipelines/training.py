@@ -44,7 +44,7 @@ from trunkline.pipelines.preflight import (
 )
 from trunkline.pipelines.processes import end_together
 from trunkline.pipelines.quiet import FULL, quieten, silent_writers
-from trunkline.pipelines.record import RunRecord
+from trunkline.pipelines.record import LastScores, RunRecord
 from trunkline.pipelines.resumed import network_instead, replace_missing_tokenizers
 from trunkline.pipelines.run_checks import FiniteWeights, KnownMetrics, check_run, check_seed, trainer_error
 from trunkline.pipelines.run_lock import holds_nothing
@@ -219,7 +219,14 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             name = unused_config(self.run_dir)
             record = RunRecord(record_beside(self.run_dir / name), self.typed, self.checkpoint)
-            kwargs["callbacks"] = [*without(callbacks, *off), KnownMetrics(), FailedSaves(), PreFlight(), record]
+            kwargs["callbacks"] = [
+                *without(callbacks, *off),
+                KnownMetrics(),
+                FailedSaves(),
+                PreFlight(),
+                record,
+                LastScores(),
+            ]
             for callback in kwargs["callbacks"]:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # otherwise a logger's choice
                     callback.dirpath = str(self.run_dir / "checkpoints")

@@ -281,8 +281,8 @@ class RecordingData(TextSplits, TrunklineDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What is needed to use a checkpoint without the data, as plain values."""
         return {
+            **super().state_dict(),
             "log_mel": asdict(self.log_mel),
-            "source": self.source,
             "fractions": self.fractions,
             "left_out": self.left_out,
         }

@@ -296,7 +296,6 @@ class SpeechData(Vocabulary, RecordingData):
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
-            **RecordingData.state_dict(self),
             "normalization": asdict(self.normalization),
             "form": self.form,
             "settings": {"max_length": self.max_length, "start_tokens": self.start_tokens},

@@ -136,6 +136,7 @@ class ImageData(Splits, HubSource, ImageInput, TrunklineDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What `predict` and `evaluate` need to know about the data, as plain values."""
         return {
+            **super().state_dict(),
             "preprocessing": asdict(self.preprocessing),
             "class_names": self.class_names,
             "fractions": self.fractions,

@@ -365,7 +365,6 @@ class TranslationData(Vocabulary, TextSplits, TrunklineDataModule):
             **super().state_dict(),
             "target_tokenizer": target,
             "settings": settings,
-            "source": self.source,
             "fractions": self.fractions,
             "overlong": self.overlong,
         }

@@ -342,5 +342,5 @@ def network_of(
         first = str(error).split("\n")[1:2] or [str(error)]
         raise TrunklineError(f"the weights in {path} do not fit its configuration: {first[0].strip()}") from error
     refuse_nan(network, path)
-    network.companions = Companions.of_checkpoint(content)
+    network.companions = Companions.of_checkpoint(content, path)
     return merge_lora(network) if merge else network

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.modules.networks.image_transform import ImageTransform
+from trunkline.names import looks_like_path
 
 TOKENIZER_FILE = "tokenizer.json"
 TARGET_TOKENIZER_FILE = "target_tokenizer.json"
@@ -41,6 +42,8 @@ class Companions:
     """With which a decoder begins every text."""
     facts: dict[str, Any] = field(default_factory=dict)
     """About the training, for the model card: what -> value."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Of the last validation before the checkpoint, for the model card: name -> value."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -57,10 +60,14 @@ class Companions:
         return self.tokenizer if self.target_tokenizer_json is None else read_tokenizer(self.target_tokenizer_json)
 
     @classmethod
-    def of_checkpoint(cls, content: Mapping[str, Any]) -> Self:
-        """What a training checkpoint holds beside its network.
+    def of_checkpoint(cls, content: Mapping[str, Any], file: str | Path) -> Self:
+        """What a training checkpoint holds beside its network, and what the record of its run says.
 
         A datamodule of somebody's own may keep other things under the same names; those are passed over.
+
+        Args:
+            content: content of the checkpoint.
+            file: its place.
         """
         classes = content.get("classes")
         name = str(classes.get("data", "")).rpartition(".")[2] if isinstance(classes, dict) else ""
@@ -79,7 +86,8 @@ class Companions:
             sounds if isinstance(sounds, dict) else None,
             [str(each) for each in class_names] if isinstance(class_names, list) else None,
             start if isinstance(start, str) else None,
-            facts_of_training(content, name, data),
+            facts_of_training(content, name, data) | facts_of_run(Path(file)),
+            {score: value for score, value in validation_in(content).items() if score.startswith("val/")},
         )
 
     @classmethod
@@ -164,14 +172,34 @@ def facts_of_training(content: Mapping[str, Any], data_name: str, data: Mapping[
     """What a checkpoint says about its training, for the model card."""
     classes, callbacks = content.get("classes"), content.get("callbacks")
     named = classes.get("objective") if isinstance(classes, dict) else content.get("objective")
+    source, rows = str(data.get("source") or ""), data.get("rows")
+    source = Path(source).name if looks_like_path(source) else source  # others have no such folder
     facts = {
         "objective": str(named or "").rpartition(".")[2],
-        "data": " ".join(filter(None, (data_name, str(data.get("source") or "")))),
+        "data": " ".join(filter(None, (data_name, source))),
+        "rows": ", ".join(f"{split} {count:,}" for split, count in rows.items()) if isinstance(rows, dict) else None,
         "steps": content.get("global_step"),
         "epochs": content.get("epoch"),
+        "validated at step": validation_in(content).get("step"),
     }
     for state in callbacks.values() if isinstance(callbacks, dict) else ():
         score = state.get("best_model_score") if isinstance(state, dict) else None
         if isinstance(score, float | Tensor) and state.get("monitor") not in (None, "step"):
             facts[f"best {state['monitor']}"] = f"{float(score):.4g}"
     return {name: value for name, value in facts.items() if value not in (None, "")}
+
+
+def validation_in(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of the last validation before a checkpoint, and `step`, at which it was; empty if it keeps none."""
+    callbacks = content.get("callbacks")
+    state = callbacks.get("LastScores") if isinstance(callbacks, dict) else None
+    return state if isinstance(state, dict) else {}
+
+
+def facts_of_run(checkpoint: Path) -> dict[str, str]:
+    """The command of the run that a checkpoint lies in, for the model card; empty if it left no record."""
+    try:
+        record = json.loads((checkpoint.parents[1] / "record.json").read_text(encoding="utf-8"))
+        return {"command": f"`{record['command']}`", "trained with": f"Trunkline {record['versions']['trunkline']}"}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return {}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -18,6 +20,8 @@ HUB_TASKS = {
     "Whisper": "automatic-speech-recognition",
 }
 """Network -> the hub's name of its task."""
+METRICS = {"acc": "accuracy", "ppl": "perplexity"}
+"""Our name of a score -> the hub's, where it is another."""
 LOADING = {
     "trunkline": 'import trunkline\n\nnetwork = trunkline.load("{repo}")',
     "transformers": 'import transformers\n\nmodel = transformers.{model}.from_pretrained("{repo}")',
@@ -44,6 +48,8 @@ def model_card(network: nn.Module, library: str = "trunkline", model: str = "", 
     task = task or HUB_TASKS.get(kind)
     head = [f"library_name: {library.replace('_', '-')}", "tags:", "- trunkline", f"- {kind.lower()}"]
     head += [f"pipeline_tag: {task}"] if task else []
+    scores: dict[str, float] = {} if companions is None else companions.scores
+    head += model_index(kind, task, facts.get("data", ""), scores) if task else []
     lines = ["---", *head, "---", "", f"# {kind}", "", f"{weights:,} weights, trained with Trunkline.", ""]
     if companions is not None and companions.class_names:
         names = companions.class_names
@@ -55,12 +61,43 @@ def model_card(network: nn.Module, library: str = "trunkline", model: str = "", 
             *(f"| {name} | {in_table(value)} |" for name, value in facts.items()),
             "",
         ]
+    if scores:
+        rows = [f"| {in_table(name)} | {value:.4g} |" for name, value in scores.items()]
+        lines += ["| validation | |", "|---|---|", *rows, ""]
     loading = LOADING[library].format(repo=NAME_HERE, model=model or kind)
     lines += ["## Use", "", "```python", loading, "```", ""]
     config = json.dumps(dataclasses.asdict(network.config), indent=2)  # type: ignore[call-overload]
     lines += ["## Network", "", "```json", config, "```", ""]
     lines += ["Add a `license:` to the head of this file before you publish it.", ""]
     return "\n".join(lines)
+
+
+def model_index(name: str, task: str, data: str, scores: Mapping[str, float]) -> list[str]:
+    """Lines of the head with which the hub shows scores: of the validation split of the data.
+
+    Args:
+        name: the model's name.
+        task: the hub's name of the task.
+        data: the data's name; nothing is written without one.
+        scores: score -> value; those that are not finite are left out.
+    """
+    finite = {score: value for score, value in scores.items() if math.isfinite(value)}
+    if not data or not finite:
+        return []
+    quoted = json.dumps(data.partition(" ")[2] or data)  # without the class of the datamodule
+    lines = ["model-index:", f"- name: {name}", "  results:", "  - task:", f"      type: {task}"]
+    lines += [
+        "    dataset:",
+        f"      name: {quoted}",
+        f"      type: {quoted}",
+        "      split: validation",
+        "    metrics:",
+    ]
+    for score, value in finite.items():
+        kind = score.removeprefix("val/")
+        lines += [f"    - type: {json.dumps(METRICS.get(kind, kind))}", f"      name: {json.dumps(score)}"]
+        lines += [f"      value: {value:.6g}"]
+    return lines
 
 
 def in_table(value: object) -> str:

@@ -1,6 +1,5 @@
 """`trunkline convert`: the network of a checkpoint as files for `from_pretrained`, or for another library."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -57,8 +56,6 @@ def convert(
         raise TrunklineError(f"{folder} holds {' and '.join(taken)} already; name another folder", "output")
     trained = Trained.read(str(source))
     network = network_of(trained.network_class, trained.content, trained.file, merge=to != "peft").eval()
-    if network.companions is not None:
-        network.companions.facts |= facts_of_run(source)
     try:
         if to == "peft":
             reader = f"peft loads it for {save_adapter(network, folder).name}"
@@ -75,15 +72,6 @@ def convert(
     print(f"{folder}: {reader}; {weights:,} weights of step {trained.content.get('global_step')}")
     if push_to_hub is not None:
         print(f"{upload(folder, push_to_hub)}: uploaded; the model card is {folder / CARD_FILE}")
-
-
-def facts_of_run(checkpoint: Path) -> dict[str, str]:
-    """The command of the run that a checkpoint lies in, for the model card; empty if it left no record."""
-    try:
-        record = json.loads((checkpoint.parents[1] / "record.json").read_text(encoding="utf-8"))
-        return {"command": f"`{record['command']}`", "trained with": f"Trunkline {record['versions']['trunkline']}"}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return {}
 
 
 def check_weights(network: Network, folder: Path, library: Library) -> None:

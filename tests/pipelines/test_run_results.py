@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
 
+import trunkline
 from trunkline import TrunklineError
 from trunkline.files import load_checkpoint
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
@@ -121,6 +123,29 @@ def test_an_older_last_checkpoint_is_not_named(rows: Callable[..., dict[str, str
     assert (RUN / "checkpoints/last.ckpt").exists()
     assert "checkpoint" not in table
     assert table["weights"] == "averaged, of step 15, not saved"
+
+
+def test_a_model_card_has_the_scores_of_the_last_validation(rows: Callable[..., dict[str, str]]) -> None:
+    """Also after a resume that has validated nothing yet; the hub's library reads them."""
+    rows(*FIT, "--trainer.max_steps", "7", "--test_with", "none")
+    rows(*FIT, "--trainer.max_steps", "8", "--test_with", "none", "--resume", str(RUN))
+    validated = rows("validate", "--ckpt_path", str(RUN / "checkpoints/best.ckpt"))
+    want = {name: value for name, value in validated.items() if name.startswith("val/")}
+    assert len(want) > 2
+    trunkline.load(RUN / "checkpoints/last.ckpt").save_pretrained("vit")
+    text = Path("vit/README.md").read_text()
+    for line in (
+        "data | ImageData digits",
+        "rows | train 358, val 360, test 1,079",
+        "steps | 8",
+        "validated at step | 5",
+    ):
+        assert f"| {line} |" in text
+    assert re.search(r"\| command \| `trunkline .*fit --config vit/digits", text)
+    results = huggingface_hub.ModelCard(text).data.eval_results
+    assert {each.metric_name: f"{each.metric_value:.4f}" for each in results} == want
+    assert {(each.task_type, each.dataset_name) for each in results} == {("image-classification", "digits")}
+    assert {"accuracy", "loss"} <= {each.metric_type for each in results}
 
 
 @pytest.mark.parametrize("named", ["CSVLogger", "TensorBoardLogger", "false", "[CSVLogger,TensorBoardLogger]"])
