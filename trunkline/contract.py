@@ -242,7 +242,7 @@ class DataFacts:
     """(split, row) -> token ids of the source, as the network reads them."""
     encode_source: Callable[[Sequence[str], str | None], list[list[int]]] | None = None
     """(texts, target language or None) -> token ids of the sources, as in training."""
-    equal_shares: bool = False
+    equal_shares: bool | None = None
     """Whether all processes get equally many rows of every training batch, so that they need not ask each other."""
     row_name: Callable[[str, int], str] | None = None
     """(split, row) -> the file or row, for messages."""

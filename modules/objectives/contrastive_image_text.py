@@ -152,7 +152,7 @@ class ContrastiveImageText(TrunklineModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self.equal_shares = facts_of(self.trainer).equal_shares
+        self.equal_shares = bool(facts_of(self.trainer).equal_shares)
 
     def forward(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Embeddings:
         """Embeddings of images and texts, as in `CLIP.forward`."""

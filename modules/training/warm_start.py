@@ -138,7 +138,9 @@ class TrainedWeights:
     @property
     def companions(self) -> Companions:
         """What goes with the network, such as its tokenizer."""
-        return Companions.of_checkpoint(self.content or {}) if self.pretrained is None else self.pretrained.companions
+        if self.pretrained is not None:
+            return self.pretrained.companions
+        return Companions.of_checkpoint(self.content or {}, self.name)
 
     def network(self) -> Any:
         """The network, in training mode."""
