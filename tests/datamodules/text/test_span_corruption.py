@@ -224,7 +224,7 @@ def test_facts_before_the_text_is_tokenised(tmp_path: Path) -> None:
     assert (facts.start_token, facts.end_token, facts.max_length) == (PAD, END, 32)
     assert (facts.vocab_size, facts.target_vocab_size, facts.pair) == (370, None, None)
     assert facts.max_target_length == made.max_target_length == SpanCorruption().lengths(made.text_length)[1]
-    assert set(made.state_dict()) == {"tokenizer"}
+    assert set(made.state_dict()) == {"source", "rows", "tokenizer"}
 
 
 def test_a_tokenizer_of_t5_s_kind(tmp_path: Path) -> None:

@@ -128,7 +128,9 @@ def _key(index: int) -> Any:
 def test_a_checkpoint_knows_its_tokenizer(text: Path) -> None:
     data = ready(text)
     state = data.state_dict()
-    assert state == {"tokenizer": data.vocabulary.to_str()}
+    sizes = {split: len(rows) for split, rows in data.datasets.items()}  # type: ignore[arg-type]
+    assert state == {"tokenizer": data.vocabulary.to_str(), "source": str(text), "rows": sizes}
+    assert sizes["train"] > sizes["val"] > 0
     ready(text, packing="documents").load_state_dict(state)
     with pytest.raises(TrunklineError, match=r"another tokenizer than tokenizer=bpe on source=.*in\.txt"):
         ready(text, tokenizer="bpe", vocab_size=300).load_state_dict(state)

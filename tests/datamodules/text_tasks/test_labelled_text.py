@@ -269,7 +269,8 @@ def test_checkpoints_remember_tokenizer_and_classes(tmp_path: Path, tokenizer: T
     made = ready(write(tmp_path / "t.jsonl", rows()), tmp_path)
     state = made.state_dict()
     settings = {"max_length": 8, "text_column": "text", "pair_column": None}
-    assert state == {"tokenizer": tokenizer.to_str(), "class_names": ["no", "yes"], "settings": settings}
+    about = {"source": str(tmp_path / "t.jsonl"), "rows": {"train": 19, "val": 1}}
+    assert state == {"tokenizer": tokenizer.to_str(), "class_names": ["no", "yes"], "settings": settings} | about
     made.load_state_dict(state)
     with pytest.raises(TrunklineError, match=r"another tokenizer than tokenizer=.*give that checkpoint"):
         made.load_state_dict({**state, "tokenizer": "{}"})

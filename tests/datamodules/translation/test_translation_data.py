@@ -344,6 +344,7 @@ def test_a_checkpoint_keeps_what_translation_needs(tmp_path: Path) -> None:
             "start_token": "</s>",
         },
         "source": made.source,
+        "rows": {"train": 4},
         "fractions": {"val": 0, "test": 0.0},
         "overlong": {"train": 2},
     }
