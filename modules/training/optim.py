@@ -268,7 +268,9 @@ class RowwiseAdamW(torch.optim.AdamW):
 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16 matrix products."""
-    return device.type == "cuda" or (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type == "cpu":  # PyTorch for macOS has no such operator
+        return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type == "cuda"
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

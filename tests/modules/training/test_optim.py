@@ -3,6 +3,7 @@
 import io
 import math
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,6 +164,12 @@ def test_orthogonalize_in_bfloat16_is_near(shape: tuple[int, int], monkeypatch: 
         got.append(orthogonalize(matrix))
     assert got[0].dtype == torch.bfloat16
     assert ((got[0] - got[1]).norm() / got[1].norm()).item() < 0.03
+
+
+def test_muon_runs_where_torch_does_not_tell_about_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert orthogonalize(torch.randn(1, 8, 8)).dtype == torch.float32
 
 
 @pytest.mark.usefixtures("in_float32")
