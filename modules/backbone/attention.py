@@ -184,6 +184,15 @@ def learns_slowly(q: Tensor, k: Tensor) -> bool:
     return q.shape[-2] * k.shape[-2] <= EXPLICIT_SCORES
 
 
+def shares_heads(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether the fused kernel for these queries lets several of their heads read the same keys.
+
+    On a GPU only flash attention does, which takes neither masks nor float32. Without this question PyTorch would fall
+    back to its slowest kernel, which holds all scores in memory.
+    """
+    return q.device.type != "cuda" or (mask is None and q.dtype in (torch.float16, torch.bfloat16))
+
+
 def _rotation_of(rotation: Rotation, keep: Keep) -> Rotation:
     """Select the cosines and sines of some tokens: (N, E) or (B, 1, N, E)."""
     cos, sin = (t[keep] if isinstance(keep, slice) else t[keep][:, None] for t in rotation)
@@ -286,8 +295,12 @@ class Attention(nn.Module):
         else:
             if mask is not None and mask.is_floating_point():
                 mask = mask.to(q.dtype)  # the fused kernels need equal types
+            gqa = self.gqa
+            if gqa and not shares_heads(q, mask):
+                k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+                gqa = False
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, scale=self.scale, enable_gqa=self.gqa
+                q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, scale=self.scale, enable_gqa=gqa
             )
         out = out.transpose(1, 2).flatten(2)  # (B, H, T, E) -> (B, T, H * E)
         if shared:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from test_backbone import KEPT, assert_near, config, every, inputs, run_training
 from torch import Tensor
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig
+from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, attention
 from trunkline.modules.backbone.attention import explicit_attention
 from trunkline.modules.backbone.transformer import self_attention_mask
 
@@ -198,3 +199,42 @@ def test_other_kinds_of_mask_are_refused(dtype: torch.dtype, name: str) -> None:
     mask = torch.ones(2, 7 if name == "mask" else 5, dtype=dtype)
     with pytest.raises(TrunklineError, match=rf"mask is boolean.*or floating point.*but got {dtype}"):
         trunk(cfg)(x, **context, **{name: mask})
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_that_cannot_share_keys_get_their_own(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU with a mask: outputs and gradients are those of shared keys."""
+    net = trunk(config(num_kv_heads=2, num_heads=4, causal=not masked)).double()
+    x = torch.randn(2, 7, net.config.dim, dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor([[7], [4]]) if masked else None
+    found = []
+    fused = F.scaled_dot_product_attention
+    shared: list[bool] = []
+
+    def watched(*tensors: Tensor, enable_gqa: bool, **options: Any) -> Tensor:
+        shared.append(enable_gqa)
+        return fused(*tensors, enable_gqa=enable_gqa, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    for able in (True, False):
+        monkeypatch.setattr(attention, "shares_heads", lambda q, mask, able=able: able)
+        net.zero_grad()
+        out = net(x, mask=mask).x
+        out.square().sum().backward()
+        found.append((out.detach(), [p.grad.clone() for p in net.parameters() if p.grad is not None]))
+    assert shared == [True] * net.config.depth + [False] * net.config.depth
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "masked", "able"),
+    [
+        ("cpu", torch.float32, True, True),
+        ("cuda", torch.bfloat16, False, True),
+        ("cuda", torch.bfloat16, True, False),
+        ("cuda", torch.float32, False, False),
+    ],
+)
+def test_which_kernels_share_keys(device: str, dtype: torch.dtype, masked: bool, able: bool) -> None:
+    q: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    assert attention.shares_heads(q, torch.ones(1) if masked else None) is able
