@@ -1,10 +1,9 @@
-"""The base class of all objectives: optimiser, reduction of losses, evaluation, reseeding."""
+"""The base class of all objectives: where their weights begin, optimiser, reduction of losses, reseeding."""
 
 import random
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -13,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torchmetrics import MeanMetric, Metric, SumMetric
 
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts, Loss
@@ -30,13 +28,13 @@ from trunkline.modules.objectives.checks import (
     with_sizes_of_data,
     with_trained_shape,
 )
+from trunkline.modules.objectives.evaluation import EvaluatedModule
 from trunkline.modules.objectives.reduction import Accumulation, Terms, as_terms, mean_count, recomputed_sums
 from trunkline.modules.training.checkpoints import follow_folder
 from trunkline.modules.training.distributed import Gather, settle_buckets
 from trunkline.modules.training.exact_resume import (
     accumulates,
     correct_step_count,
-    drop_half_done_validation,
     settle_progress,
 )
 from trunkline.modules.training.finite_steps import FiniteSteps, gradient_norm, refuse_diverged, spread_fault
@@ -49,10 +47,8 @@ from trunkline.modules.training.start_parts import donors, part_for, sizes_from,
 from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze
 from trunkline.ranges import check_ranges
 
-STAGES = ("val", "test")
 
-
-class TrunklineModule(L.LightningModule):
+class TrunklineModule(EvaluatedModule):
     """Base class of the LightningModules, one for each objective.
 
     A subclass has its own arguments, above all `network`, and passes the others on to this class (`**shared`). Its
@@ -80,10 +76,6 @@ class TrunklineModule(L.LightningModule):
     network_class: ClassVar[type[Network]] = Network
     unit = "samples"
     """What the samples are called in names of metrics; see `unit_size`."""
-    counted: ClassVar[dict[str, str]] = {}
-    """Field of a batch that flags rows -> name of the metric that counts the flagged rows of an epoch."""
-    shown: ClassVar[tuple[str, ...]] = ("loss",)
-    """Evaluation metrics that the progress bar shows."""
     gather = staticmethod(Gather)
     """How a loss that compares the rows of all processes gathers them."""
     joint = False
@@ -119,9 +111,6 @@ class TrunklineModule(L.LightningModule):
         self.accumulation = Accumulation()
         self.held: list[Any] = []
         """Batches of the current accumulation, for a joint loss."""
-        self.counts = torch.nn.ModuleDict(
-            {f"{stage}_{name}": SumMetric("disable") for stage in ("train", *STAGES) for name in self.counted}
-        )
 
     # --- from arguments to a network
 
@@ -201,7 +190,7 @@ class TrunklineModule(L.LightningModule):
         if self.freeze_blocks > 0:
             self.frozen += freeze(self.network, self.freeze_blocks)
         self.beginning = Beginning()  # weight averaging copies the module, and would copy facts and weights with it
-        self.metrics = torch.nn.ModuleDict({stage: torch.nn.ModuleDict(self.make_metrics()) for stage in STAGES})
+        self.make_all_metrics()
         self.train()
 
     def copy_weights(self, weights: TrainedWeights) -> None:
@@ -230,14 +219,6 @@ class TrunklineModule(L.LightningModule):
         return self
 
     # --- the loss
-
-    def loss(self, batch: Any) -> Loss | Terms:
-        """The sum of a batch's losses and the count to divide it by.
-
-        If there are several such sums, each is divided by its own count and the means are added. This method uses no
-        trainer, logs nothing and does not communicate between processes: `training_step` does.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no loss")
 
     def joint_loss(self, batches: list[Any]) -> Terms:
         """The loss of all batches of an accumulation together, for an objective that is `joint`.
@@ -290,79 +271,6 @@ class TrunklineModule(L.LightningModule):
             for name, value in term.logs.items():
                 self.log(f"train/{name}", value)
 
-    # --- evaluation
-
-    def make_metrics(self) -> dict[str, Metric]:
-        """New metrics for one split, by name."""
-        return {"loss": MeanMetric()}
-
-    def evaluate(self, batch: Any, metrics: Any) -> Any:
-        """Update the metrics of a split with a batch; what is returned is meant for callbacks.
-
-        By default the metric is the mean of `loss`. It also counts rows that only fill up a batch (`valid` False).
-        """
-        for term in as_terms(self.loss(batch)):
-            if term.name not in metrics:
-                raise TrunklineError(f"{type(self).__name__}.make_metrics has no metric for '{term.name}'; add one")
-            metrics[term.name].update(term.total / term.count, weight=term.count)
-
-    def logged(self, metrics: Any) -> dict[str, Metric]:
-        """The metrics of a split that are logged."""
-        return dict(metrics.items())
-
-    def start_evaluation(self) -> None:
-        """Discard what an earlier evaluation has left; it may have been interrupted."""
-
-    def finish_evaluation(self, stage: str, metrics: Any) -> dict[str, Any]:
-        """Further figures of a whole split, by name; they must be the same in all processes."""
-        return {}
-
-    def _evaluate(self, batch: Any, stage: str) -> Any:
-        metrics: Any = self.metrics[stage]
-        found = self.evaluate(batch, metrics)
-        for name, metric in self.logged(metrics).items():
-            self.log(f"{stage}/{name}", metric, prog_bar=name in self.shown)
-        self.count(batch, stage)
-        return found
-
-    def _finish(self, stage: str) -> None:
-        for name, value in self.finish_evaluation(stage, self.metrics[stage]).items():
-            self.log(f"{stage}/{name}", value, prog_bar=name in self.shown, sync_dist=True)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        return self._evaluate(batch, "val")
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
-    # A compiled network runs uncompiled in evaluations, whose batches have other sizes: the first one would come before
-    # training, and training would then be compiled for sizes that vary.
-
-    def on_validation_start(self) -> None:
-        torch.compiler.set_stance("force_eager")
-        drop_half_done_validation(self.trainer)
-
-    def on_validation_end(self) -> None:
-        torch.compiler.set_stance("default")
-
-    def on_test_start(self) -> None:
-        torch.compiler.set_stance("force_eager")
-
-    def on_test_end(self) -> None:
-        torch.compiler.set_stance("default")
-
-    def on_validation_epoch_start(self) -> None:
-        self.start_evaluation()
-
-    def on_test_epoch_start(self) -> None:
-        self.start_evaluation()
-
-    def on_validation_epoch_end(self) -> None:
-        self._finish("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._finish("test")
-
     # --- training
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -384,6 +292,7 @@ class TrunklineModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Make the first step of this run add up gradients as all later ones do, also after a resume."""
+        torch.compiler.set_stance("default")  # an evaluation that failed in this process has left another
         model = self.trainer.strategy.model
         if isinstance(model, DistributedDataParallel) and not settle_buckets(model):
             rank_zero_info("static_graph: with 3 or more processes, resumed runs may differ by rounding")
@@ -455,19 +364,7 @@ class TrunklineModule(L.LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.position = Position.restore(self.trainer, checkpoint)
 
-    # --- counting
-
-    def count(self, batch: Mapping[str, Any], stage: str) -> None:
-        """Log how many rows of this epoch are flagged (see `counted`), over all processes.
-
-        Args:
-            batch: a flag that it does not hold counts as 0.
-            stage: train, val or test.
-        """
-        for name, title in self.counted.items():
-            metric: Any = self.counts[f"{stage}_{name}"]
-            metric.update(batch.get(name, 0))
-            self.log(f"{stage}/{title}", metric, on_step=False, on_epoch=True)
+    # --- what a batch has
 
     def batch_size(self, batch: dict[str, Tensor]) -> int | Tensor:
         """Number of samples in this process's batch: an int if all processes have as many, else a scalar tensor."""
