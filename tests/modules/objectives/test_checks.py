@@ -273,7 +273,9 @@ def test_tokenizers_of_both_sides_are_those_of_the_weights_to_start_from() -> No
 
     def check(facts: DataFacts, *, own: Tokenizer = first, target: Tokenizer | None = second) -> None:
         state = {"tokenizer": own.to_str(), "target_tokenizer": None if target is None else target.to_str()}
-        shared_words(Companions.of_checkpoint({"state_dict": {}, "SomeData": state}), "init_from", "a.ckpt", facts)
+        shared_words(
+            Companions.of_checkpoint({"state_dict": {}, "SomeData": state}, "a.ckpt"), "init_from", "a.ckpt", facts
+        )
 
     two = DataFacts(tokenizer=first, target_tokenizer=second, max_target_length=5)
     one = DataFacts(tokenizer=first, max_target_length=5)
