@@ -1,4 +1,7 @@
-"""Shared by all tests: few threads (the models are tiny), one seed, and the settings of `make test-everywhere`."""
+"""Shared by all tests: few threads (the models are tiny), one seed, the environment, and the settings of `make test-everywhere`."""
+
+import os
+from collections.abc import Iterator
 
 import machine_settings
 import pytest
@@ -10,6 +13,15 @@ machine_settings.apply()
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Lightning leaves ranks and seeds in the environment, from which a later test would conclude that it is a rank."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
