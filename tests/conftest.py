@@ -1,4 +1,4 @@
-"""Shared by all tests: few threads (the models are tiny), one seed, the environment, and the settings of `make test-everywhere`."""
+"""Shared by all tests: few threads, one seed, an environment for each, and the settings of `make test-everywhere`."""
 
 import os
 from collections.abc import Iterator
