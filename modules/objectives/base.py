@@ -39,7 +39,7 @@ from trunkline.modules.training.exact_resume import (
 )
 from trunkline.modules.training.finite_steps import FiniteSteps, gradient_norm, refuse_diverged, spread_fault
 from trunkline.modules.training.flops import counted_flops, training_flops
-from trunkline.modules.training.lora_runs import check_lora_run, leave_out_frozen, refuse_beside_lora
+from trunkline.modules.training.lora_runs import check_lora_run, check_same_lora, leave_out_frozen, refuse_beside_lora
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.position import Position
 from trunkline.modules.training.sharding import refuse_flattened
@@ -359,6 +359,7 @@ class TrunklineModule(EvaluatedModule):
             state = checkpoint.get("callbacks", {}).get(callback.state_key)
             if isinstance(callback, ModelCheckpoint) and state:
                 follow_folder(state, str(callback.dirpath))
+        check_same_lora(self.lora, checkpoint.get("hyper_parameters", {}))
         check_architecture(checkpoint["state_dict"], self.state_dict())
         self.finite_steps.skipped = checkpoint.get("skipped_steps", 0)
         if self.trainer.state.fn == TrainerFn.FITTING:

@@ -16,10 +16,11 @@ from torch import nn
 from trunkline import TrunklineError
 from trunkline.base_weights import BASE, BASE_NAME, STATES
 from trunkline.files import digest, fsync, in_use, remove_unused
+from trunkline.modules.networks.base import config_from_dict
 from trunkline.modules.networks.lora import LoRAConfig
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.modules.training.sharding import ShardedStrategy
-from trunkline.modules.training.warm_start import starts_from_weights
+from trunkline.modules.training.warm_start import differences, listed, starts_from_weights
 
 
 def refuse_beside_lora(config: LoRAConfig, arguments: Mapping[str, Any]) -> None:
@@ -56,6 +57,25 @@ def check_lora_run(trainer: L.Trainer, arguments: Mapping[str, Any]) -> None:
             f"LoRA does not train under {type(trainer.strategy).__name__}; train with trainer/ddp: what LoRA adds to "
             "the memory of the weights is small",
             "trainer.strategy",
+        )
+
+
+def check_same_lora(config: LoRAConfig, trained: Mapping[str, Any]) -> None:
+    """Compare LoRA with that of the run that a checkpoint is of.
+
+    Args:
+        config: as the recipe says.
+        trained: hyperparameters in the checkpoint.
+
+    Raises:
+        TrunklineError: if only one of them has adapters, or their rank, alpha or layers differ.
+    """
+    there = config_from_dict(LoRAConfig, trained.get("lora") or {})
+    found = differences(there, config, "model.lora", {"dropout"}) if there.rank or config.rank else []
+    if found:
+        fields = listed([f"{d.place.removeprefix('model.')}={'null' if d.there is None else d.there}" for d in found])
+        raise TrunklineError(
+            f"the checkpoint was trained with {fields}; set {listed([d.mend for d in found])}", found[0].place
         )
 
 

@@ -23,6 +23,7 @@ from trunkline.modules.objectives.contrastive_image_text import ContrastiveImage
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.training.background_saves import BackgroundCheckpointIO
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
+from trunkline.modules.training.lora_runs import check_same_lora
 from trunkline.modules.training.optim import OptimizerConfig
 from trunkline.modules.training.sharding import ShardedStrategy
 from trunkline.pipelines.trained import Trained
@@ -234,3 +235,28 @@ def test_what_does_not_go_together(start: str, tmp_path: Path) -> None:
     with pytest.raises(TrunklineError, match="does not train under ShardedStrategy") as found:
         fit(classifier(start), tmp_path, strategy=ShardedStrategy("gloo"))
     assert found.value.field == "trainer.strategy"
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "mend", "field"),
+    [
+        ({"rank": 2}, {}, "trained with lora.rank=2; set lora.rank to 2", "rank"),
+        ({}, {"rank": 2}, "trained with lora.rank=null; set lora.rank to null", "rank"),
+        ({"rank": 2, "alpha": 8.0}, {"rank": 2}, "trained with lora.alpha=8.0; set lora.alpha to 8.0", "alpha"),
+        ({"rank": 2, "targets": "mlp"}, {"rank": 4}, "lora.rank to 2 and lora.targets to mlp", "rank"),
+    ],
+)
+def test_a_checkpoint_needs_the_same_adapters(
+    there: dict[str, Any], here: dict[str, Any], mend: str, field: str
+) -> None:
+    with pytest.raises(TrunklineError, match=mend) as found:
+        check_same_lora(LoRAConfig(**here), {"lora": there})
+    assert found.value.field == f"model.lora.{field}"
+
+
+def test_another_rank_is_said_on_resume(start: str, tmp_path: Path) -> None:
+    _, checkpoint = run(start, tmp_path / "a")
+    with pytest.raises(TrunklineError, match=r"set lora\.rank to 2"):
+        fit(classifier(start, rank=4), tmp_path / "b", resume=checkpoint)
+    check_same_lora(LoRAConfig(), {})  # older checkpoints do not know LoRA
+    check_same_lora(LoRAConfig(2, dropout=0.1), {"lora": {"rank": 2}})
