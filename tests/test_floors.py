@@ -44,12 +44,13 @@ FLOOR_1 = LIBRARIES | {"trunkline.modules.backbone", "trunkline.names", "trunkli
 FLOOR_2 = FLOOR_1 | {
     f"trunkline.{name}" for name in ("contract", "files", "run_folders", "modules.networks", "modules.generation")
 }
-FLOOR_2.add("trunkline.modules.training.distributed")
+FLOOR_2 |= {"trunkline.modules.training.distributed", "trunkline.modules.training.muon"}
 PURE = (
     "modules/networks",
     "modules/generation",
     "modules/losses.py",
     "modules/training/distributed.py",
+    "modules/training/muon.py",
     "modules/training/optim.py",
 )
 MEASURES = FLOOR_2 | {"torchmetrics", "sacrebleu", "numpy", "sklearn", "trunkline.modules.metrics"}

@@ -16,7 +16,7 @@ import yaml
 from wheels import build_wheel
 
 from trunkline import datamodules
-from trunkline.modules.training.optim import multiplies_bfloat16
+from trunkline.modules.training.muon import multiplies_bfloat16
 from trunkline.pipelines.cli import FUNCTIONS, LISTINGS, POSITIONAL, PREPARATION, TRAINING, load_function, main
 from trunkline.pipelines.objectives import import_class
 

@@ -42,7 +42,7 @@ from trunkline.modules.training.flops import counted_flops, training_flops
 from trunkline.modules.training.lora_runs import check_lora_run, check_same_lora, leave_out_frozen, refuse_beside_lora
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.position import Position
-from trunkline.modules.training.sharding import refuse_flattened
+from trunkline.modules.training.sharding import refuse_flattened, replicates
 from trunkline.modules.training.start_parts import donors, part_for, sizes_from, start_from
 from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze
 from trunkline.ranges import check_ranges
@@ -276,7 +276,7 @@ class TrunklineModule(EvaluatedModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The configured optimiser, with a schedule that advances at every optimiser step."""
         refuse_flattened(self.trainer.strategy, self.optimizer_config)
-        optimizer = build_optimizer(self.network, self.optimizer_config)
+        optimizer = build_optimizer(self.network, self.optimizer_config, replicates(self.trainer.strategy))
         try:
             total = self.trainer.estimated_stepping_batches
         except TrunklineError:

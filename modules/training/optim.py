@@ -1,7 +1,6 @@
 """Optimisers, parameter groups and learning-rate schedules. Needs only torch."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,7 +16,8 @@ from trunkline.modules.backbone import Transformer
 from trunkline.modules.backbone.attention import Attention
 from trunkline.modules.backbone.transformer import MLP
 from trunkline.modules.networks.base import Network
-from trunkline.modules.training.distributed import gather_rows, local_rows, norms_over_processes, rows_before
+from trunkline.modules.training.distributed import local_rows, norms_over_processes, rows_before
+from trunkline.modules.training.muon import Muon
 from trunkline.ranges import check_ranges
 
 SMALLEST_SCALE = 1e-3
@@ -58,6 +58,10 @@ class OptimizerConfig:
     rms_scaled: bool = False
     """Only with `adamw`: multiply the step of each matrix by the root mean square of its entries (at least 0.001), as
     Adafactor does (arXiv:1804.04235). `lr` is then relative to the weights; nanoT5 uses 0.02 (arXiv:2309.02373)."""
+    muon_shared: bool = True
+    """Only with `muon` under DDP: each process computes the updates of its share of the matrices and receives those of
+    the other processes, so that P processes need a P-th of the time; else each computes all. The results differ by
+    rounding alone. Set it to false where the gradients of the processes differ, as in local SGD."""
     skip_nonfinite: int = 0
     """Steps of a run whose loss or gradient is not finite and that are left out; the one after them ends the run."""
 
@@ -86,86 +90,6 @@ class OptimizerConfig:
                 f"inverse_sqrt needs a warm-up, but warmup is {self.warmup:g}; give its steps, such as 4000",
                 field="model.optimizer.warmup",
             )
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) for groups with `muon=True`, AdamW for the others.
-
-    A matrix is updated with the semi-orthogonal matrix nearest to its momentum, scaled so that the entries are as large
-    as in an AdamW update (arXiv:2502.16982): so both methods use the same learning rate and decay. All matrices of the
-    same shape are orthogonalised together, in as many kernel calls as a single matrix needs. Of a sharded matrix (a
-    DTensor) each process gathers the whole momentum, orthogonalises it, and updates its own rows.
-
-    Group keys: `muon`, `splits` (number of equal matrices in a fused projection), `lr`, `weight_decay`, `momentum`,
-    `betas`, `eps`. If its attribute `found_inf`, a scalar on the device, is 1, a step changes nothing.
-    """
-
-    def __init__(self, params: Any, **defaults: Any) -> None:
-        # `fused` makes load_state_dict move AdamW's step counts to the parameters' device.
-        super().__init__(params, {"muon": True, "splits": 1, "fused": True, **defaults})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        skip: Tensor | None = getattr(self, "found_inf", None)
-        stacks: dict[tuple[torch.Size, torch.device], list[tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(list)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not group["muon"]:
-                self._adamw(params, group)
-                continue
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                gradient = local_rows(p.grad)
-                momentum = local_rows(self.state[p]["momentum_buffer"]).view_as(gradient)  # older: a matrix each
-                if skip is not None:
-                    gradient = torch.where(skip > 0, momentum, gradient)  # then the momentum stays as it is
-                momentum.lerp_(gradient, 1 - group["momentum"])
-                nesterov = gather_rows(gradient.lerp(momentum, group["momentum"]), p)
-                nesterov = nesterov.reshape(group["splits"], -1, p.shape[-1])
-                stacks[nesterov.shape, p.device].append((p, nesterov, group))
-        for rows in stacks.values():
-            updates = orthogonalize(torch.cat([nesterov for _, nesterov, _ in rows]))
-            for (p, nesterov, group), update in zip(rows, updates.split(rows[0][1].shape[0]), strict=True):
-                scale = 0.2 * math.sqrt(max(nesterov.shape[-2:]))
-                weight, first = local_rows(p), rows_before(p)
-                own = update.reshape(p.shape)[first : first + len(weight)].to(p.dtype)
-                if skip is not None:
-                    weight.mul_(1 - (1 - skip) * group["lr"] * group["weight_decay"])
-                    weight.add_(own * ((skip - 1) * group["lr"] * scale))
-                    continue
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(own, alpha=-group["lr"] * scale)
-        return loss
-
-    def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["step"] = torch.zeros((), device=p.device)
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        held = [self.state[p] for p in params]
-        adamw(
-            [local_rows(p) for p in params],
-            [local_rows(p.grad) for p in params if p.grad is not None],
-            [local_rows(s["exp_avg"]) for s in held],
-            [local_rows(s["exp_avg_sq"]) for s in held],
-            [],
-            [s["step"] for s in held],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-            found_inf=getattr(self, "found_inf", None),
-        )
 
 
 class ScaledAdamW(torch.optim.Optimizer):
@@ -266,32 +190,6 @@ class RowwiseAdamW(torch.optim.AdamW):
         return found
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16 matrix products."""
-    if device.type == "cpu":  # PyTorch for macOS has no such operator
-        return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return device.type == "cuda"
-
-
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Make matrices nearly semi-orthogonal, by a quintic Newton-Schulz iteration.
-
-    Args:
-        matrices: (N, rows, columns).
-        steps: iterations; after 5 the singular values lie between about 0.7 and 1.2.
-    """
-    # bfloat16 is precise enough, and at least twice as fast where the device multiplies it natively.
-    x = matrices.bfloat16() if multiplies_bfloat16(matrices.device) else matrices.float()
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, poly, x, beta=3.4445)
-    return x.mT if tall else x
-
-
 def parameter_groups(network: Network, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Sort the trainable parameters into groups with the same learning rate, decay and method.
 
@@ -377,13 +275,18 @@ def decay_groups(
     return found
 
 
-def build_optimizer(network: Network, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Make the configured optimiser for the network's parameter groups."""
+def build_optimizer(network: Network, config: OptimizerConfig, replicated: bool = False) -> torch.optim.Optimizer:
+    """Make the configured optimiser for the network's parameter groups.
+
+    Args:
+        network: the network.
+        config: the optimiser; its schedule is not used.
+        replicated: whether all processes of `torch.distributed` hold the same weights and gradients.
+    """
     groups = parameter_groups(network, config)
     if config.name == "muon":
-        return Muon(
-            groups, lr=config.lr, momentum=config.momentum, betas=config.betas, eps=config.eps, weight_decay=0.0
-        )
+        settings = {"lr": config.lr, "momentum": config.momentum, "betas": config.betas, "eps": config.eps}
+        return Muon(groups, shared=replicated and config.muon_shared, weight_decay=0.0, **settings)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
     if config.rms_scaled:

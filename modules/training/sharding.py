@@ -271,6 +271,11 @@ def refuse_flattened(strategy: Strategy, config: OptimizerConfig) -> None:
         )
 
 
+def replicates(strategy: Strategy) -> bool:
+    """Whether several processes each hold the same whole weights and gradients, as under DDP."""
+    return isinstance(strategy, DDPStrategy) and not isinstance(strategy, ShardedStrategy) and strategy.world_size > 1
+
+
 @contextmanager
 def whole_weights(trainer: L.Trainer) -> Iterator[None]:
     """Let each process hold all weights inside the block, whatever the strategy; all processes must enter it."""

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from trunkline.datamodules import ImageData
 from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.networks import ViT, ViTConfig
-from trunkline.modules.training.optim import Muon, OptimizerConfig
+from trunkline.modules.training.muon import Muon
+from trunkline.modules.training.optim import OptimizerConfig
 from trunkline.pipelines.benchmarks.timing import Side, bare_loop, compare
 
 

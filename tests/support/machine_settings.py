@@ -18,9 +18,9 @@ def apply() -> None:
     forced = os.environ.get("TRUNKLINE_TEST_BFLOAT16")
     if forced is not None:
         native = {"on": True, "off": False}[forced]
-        from trunkline.modules.training import optim
+        from trunkline.modules.training import muon
 
-        optim.multiplies_bfloat16 = lambda device: native
+        muon.multiplies_bfloat16 = lambda device: native
 
 
 def reorder(items: list[Any]) -> None:

@@ -26,7 +26,7 @@ from trunkline.modules.objectives.causal_lm import CausalLM
 from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.objectives.seq2seq import Seq2Seq
-from trunkline.modules.training import optim
+from trunkline.modules.training import muon
 from trunkline.modules.training.background_saves import BackgroundCheckpointIO, save_and_wait
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.modules.training.optim import OptimizerConfig
@@ -206,27 +206,29 @@ def train(
     return {"steps": fitted.global_step, "logged": logged, "scale": scaler and scaler.get_scale()}
 
 
-def in_processes(work: Callable[..., None], *arguments: Any) -> None:
-    """Run `work(rank, *arguments)` in two processes that train together, as a cluster starts them."""
+def in_processes(work: Callable[..., None], *arguments: Any, processes: int = PROCESSES) -> None:
+    """Run `work(rank, *arguments)` in processes that train together, as a cluster starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started = [CONTEXT.Process(target=one_process, args=(rank, port, work, *arguments)) for rank in range(PROCESSES)]
+    started = [
+        CONTEXT.Process(target=one_process, args=(rank, processes, port, work, *arguments)) for rank in range(processes)
+    ]
     try:
         for process in started:
             process.start()
         for process in started:
             process.join(200)
-        assert [process.exitcode for process in started] == [0] * PROCESSES
+        assert [process.exitcode for process in started] == [0] * processes
     finally:
         for process in started:
             process.kill()
 
 
-def one_process(rank: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
+def one_process(rank: int, processes: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
     machine_settings.apply()
-    optim.multiplies_bfloat16 = lambda device: False  # type: ignore[assignment]  # which would magnify rounding
+    muon.multiplies_bfloat16 = lambda device: False  # type: ignore[assignment]  # which would magnify rounding
     names: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
-    names |= {"WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    names |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     work(rank, *arguments)

@@ -13,15 +13,9 @@ from torch import Tensor, nn
 from trunkline import TrunklineError
 from trunkline.modules.backbone import Transformer, TransformerConfig
 from trunkline.modules.networks import Network, ViT, ViTConfig
-from trunkline.modules.training import optim
-from trunkline.modules.training.optim import (
-    Muon,
-    OptimizerConfig,
-    RowwiseAdamW,
-    build_optimizer,
-    orthogonalize,
-    parameter_groups,
-)
+from trunkline.modules.training import muon
+from trunkline.modules.training.muon import Muon, orthogonalize
+from trunkline.modules.training.optim import OptimizerConfig, RowwiseAdamW, build_optimizer, parameter_groups
 
 
 @dataclass
@@ -152,7 +146,7 @@ def with_singular_values(rows: int, columns: int) -> tuple[Tensor, Tensor, Tenso
 
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda device: False)
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (64, 256)])
@@ -160,7 +154,7 @@ def test_orthogonalize_in_bfloat16_is_near(shape: tuple[int, int], monkeypatch: 
     matrix = torch.randn(1, *shape)
     got = []
     for native in (True, False):
-        monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device, native=native: native)
+        monkeypatch.setattr(muon, "multiplies_bfloat16", lambda device, native=native: native)
         got.append(orthogonalize(matrix))
     assert got[0].dtype == torch.bfloat16
     assert ((got[0] - got[1]).norm() / got[1].norm()).item() < 0.03
