@@ -44,11 +44,13 @@ FLOOR_1 = LIBRARIES | {"trunkline.modules.backbone", "trunkline.names", "trunkli
 FLOOR_2 = FLOOR_1 | {
     f"trunkline.{name}" for name in ("contract", "files", "run_folders", "modules.networks", "modules.generation")
 }
-FLOOR_2 |= {"trunkline.modules.training.distributed", "trunkline.modules.training.muon"}
+FLOOR_2 |= {"trunkline.modules.chunked_cross_entropy", "trunkline.modules.training.distributed"}
+FLOOR_2.add("trunkline.modules.training.muon")
 PURE = (
     "modules/networks",
     "modules/generation",
     "modules/losses.py",
+    "modules/chunked_cross_entropy.py",
     "modules/training/distributed.py",
     "modules/training/muon.py",
     "modules/training/optim.py",
@@ -136,6 +138,7 @@ FLOORS = {
     "trunkline.modules.generation": 2,
     "trunkline.modules.metrics": 2,
     "trunkline.modules.losses": 2,
+    "trunkline.modules.chunked_cross_entropy": 2,
     "trunkline.modules": 3,
     "trunkline.datamodules": 3,
     "trunkline.pipelines": 4,

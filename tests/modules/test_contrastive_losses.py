@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trunkline import TrunklineError
-from trunkline.modules import losses
+from trunkline.modules import chunked_cross_entropy, losses
 from trunkline.modules.losses import infonce_loss, sigmoid_loss
 
 B, E = 7, 5
@@ -63,7 +63,7 @@ def test_against_a_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Values and all gradients, also where only two rows of logits are held at a time."""
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", chunk)
+    monkeypatch.setattr(chunked_cross_entropy, "LOGITS_AT_ONCE", chunk)
     got, want = embeddings(), embeddings()
     value, expected = loss(*got, keys=keys), loop(*want, keys)
     torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)

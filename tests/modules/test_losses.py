@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trunkline.modules import losses
+from trunkline.modules import chunked_cross_entropy
 from trunkline.modules.losses import linear_cross_entropy, token_losses
 
 TOKENS, WIDTH, VOCABULARY = 37, 16, 101
@@ -53,7 +53,7 @@ def test_blocks_change_no_bit(dtype: torch.dtype, options: dict[str, Any], monke
         options = {"keys": (torch.randint(0, 9, (TOKENS,)), torch.randint(0, 9, (VOCABULARY,)))}
     found = []
     for block in (2**18, 5 * VOCABULARY, 1):
-        monkeypatch.setattr(losses, "BLOCK", block)
+        monkeypatch.setattr(chunked_cross_entropy, "BLOCK", block)
         got = linear_cross_entropy(x, weight, target, bias, chunk=20, **options)
         found.append((got, *torch.autograd.grad(got, (x, weight, bias))))
     for other in found[1:]:
@@ -102,7 +102,7 @@ def test_nothing_to_predict() -> None:
 
 def test_token_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     (x, weight, bias), target = inputs(torch.float32)
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 500)
+    monkeypatch.setattr(chunked_cross_entropy, "LOGITS_AT_ONCE", 500)
     mine, best = token_losses(x, weight, target, bias)
     logits = F.linear(x, weight, bias)
     torch.testing.assert_close(mine, F.cross_entropy(logits, target, reduction="none"))
