@@ -23,6 +23,7 @@ from trunkline.pipelines.benchmarks.image_cases import (
     vit_eager,
 )
 from trunkline.pipelines.benchmarks.loading import loading_times, show_loads
+from trunkline.pipelines.benchmarks.loss_cases import chunked_loss
 from trunkline.pipelines.benchmarks.ngrams import date_matches, ngram_accuracy
 from trunkline.pipelines.benchmarks.saves import save_stalls
 from trunkline.pipelines.benchmarks.seq2seq_cases import seq2seq
@@ -52,6 +53,7 @@ CASES = {
     "audio": audio,
     "generation": generation,
     "tokenization": tokenization,
+    "loss": chunked_loss,
     "muon": muon_step,
     "overhead": trainer_overhead,
     "saves": save_stalls,
@@ -79,6 +81,7 @@ def benchmark(
         "audio",
         "generation",
         "tokenization",
+        "loss",
         "muon",
         "overhead",
         "saves",
@@ -109,24 +112,25 @@ def benchmark(
             texts with 4 beams, against transformers' T5. `audio`: training steps of an AST of 12 layers, width 192 and
             128 x 256 spectrograms, in float32 eager and in bfloat16 compiled, against transformers' AST in float32
             eager; and log-mel features on one core, in times real time. `generation`: one token of GPT-2 124M, batch
-            size 1. `tokenization`: byte-level BPE against the bare library. `muon`: an optimiser step on the matrices
-            of the digits recipe's network, against torch's Muon, which updates one matrix after the other. `overhead`:
-            `trainer.fit` with progress bar, throughput, TensorBoard and signal handling, against a bare loop with the
-            same network and batch size. `saves`: how long a save of 500 MB holds up training, against writing it at
-            once; and a step beside it, against a step alone. `ddp`: two processes of one thread that train the ViT
-            together, against two that each train one, at the same time. `export`: forward passes of GPT-2 124M with 1
-            and 4 rows of 256 tokens, exported to onnxruntime, against our own in float32 eager, and memory. `svm`: test
-            accuracy of an RBF SVM on the splits of vit/digits. `ngram`: test accuracy of a logistic regression on
-            character n-grams on the splits of bert/classify_demo. `dates`: dates that logistic regressions on character
-            n-grams read right in the test sets of seq2seq/dates, in about 80 seconds of CPU time. `dtw`: digit errors
-            of time warping with recorded templates on test sets of audio/digits. `start`: what a user waits for, in
-            seconds and in times `import torch`: the first line, help pages, `--print_config`, a first step, the end
-            after the last line. `loading`: time and peak memory to load GPT-2 124M, BERT-base, ViT-B/16 and CLIP
-            ViT-B/32 from files of transformers and timm, against the library's own loading, each time in a fresh
-            process (Linux).
+            size 1. `tokenization`: byte-level BPE against the bare library. `loss`: forward and backward pass of
+            GPT-2's output layer and loss on 4,096 tokens, against all logits at once, and memory. `muon`: an optimiser
+            step on the matrices of the digits recipe's network, against torch's Muon, which updates one matrix after
+            the other. `overhead`: `trainer.fit` with progress bar, throughput, TensorBoard and signal handling, against
+            a bare loop with the same network and batch size. `saves`: how long a save of 500 MB holds up training,
+            against writing it at once; and a step beside it, against a step alone. `ddp`: two processes of one thread
+            that train the ViT together, against two that each train one, at the same time. `export`: forward passes of
+            GPT-2 124M with 1 and 4 rows of 256 tokens, exported to onnxruntime, against our own in float32 eager, and
+            memory. `svm`: test accuracy of an RBF SVM on the splits of vit/digits. `ngram`: test accuracy of a logistic
+            regression on character n-grams on the splits of bert/classify_demo. `dates`: dates that logistic
+            regressions on character n-grams read right in the test sets of seq2seq/dates, in about 80 seconds of CPU
+            time. `dtw`: digit errors of time warping with recorded templates on test sets of audio/digits. `start`:
+            what a user waits for, in seconds and in times `import torch`: the first line, help pages, `--print_config`,
+            a first step, the end after the last line. `loading`: time and peak memory to load GPT-2 124M, BERT-base,
+            ViT-B/16 and CLIP ViT-B/32 from files of transformers and timm, against the library's own loading, each time
+            in a fresh process (Linux).
         rounds: number of measurements of each side.
         batch_size: images or rows per step; default: 16 images or sounds, 8 rows of a GPT, 32 rows of BERT or T5, 64
-            pairs, 1 in generation, 8 with beams.
+            pairs, 1 in generation, 8 with beams; in `loss`, tokens.
         output: a JSON file for the results.
     """
     check_ranges("", {"rounds": rounds, "batch_size": batch_size}, rounds="[1, inf)", batch_size="[1, inf)")

@@ -19,6 +19,7 @@ from trunkline.pipelines.benchmarks import benchmark as module
 from trunkline.pipelines.benchmarks import clip_cases as benchmark_clip
 from trunkline.pipelines.benchmarks import export_cases as benchmark_export
 from trunkline.pipelines.benchmarks import image_cases as benchmark_image
+from trunkline.pipelines.benchmarks import loss_cases as benchmark_loss
 from trunkline.pipelines.benchmarks import saves, timing
 from trunkline.pipelines.benchmarks import seq2seq_cases as benchmark_seq2seq
 from trunkline.pipelines.benchmarks import text_cases as benchmark_text
@@ -104,6 +105,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**shape, "LARGE": 4, "CHUNK": 2}.items():
         monkeypatch.setattr(benchmark_clip, name, value)
     monkeypatch.setattr(benchmark_clip, "peak_memory", lambda prepare: prepare.args[0] << 20)
+    monkeypatch.setattr(benchmark_loss, "VOCABULARY", 50)
+    monkeypatch.setattr(benchmark_loss, "peak_memory", lambda prepare: prepare()() and len(prepare.args[0]) << 20)
     ends = {"bos_token_id": None, "eos_token_id": None}
     monkeypatch.setattr(transformers, "GPT2Config", lambda **_: configure(n_embd=16, n_layer=1, n_head=2, **ends))
     tiny_t5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
@@ -135,6 +138,7 @@ CASES = {
     ],
     "generation": [(f"GPT-2 124M token, {name}", "transformers fp32") for name in ("fp32", "bf16", "int8")],
     "tokenization": [("BPE of 4.2 MB", "tokenizers' encode_batch_fast")],
+    "loss": [("chunked loss", "plain loss")],
     "muon": [("Muon step", "torch.optim.Muon")],
     "overhead": [("trainer.fit", "bare loop")],
     "export": [("GPT-2 in onnxruntime, 2 x 8", "our own eager")],
@@ -156,6 +160,8 @@ def test_case(what: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert f"{row['ratio']:.3f}" in shown
     if what == "export":
         assert "peak memory of loading and one row: 3 MiB, eager 3 MiB" in shown
+    if what == "loss":
+        assert "loss of 2 x 50 logits, peak memory: chunked loss 7 MiB, plain loss 5 MiB" in shown
     if what == "clip_chunks":
         assert "2 pairs 2 MiB, 4 in chunks of 2 4 MiB" in shown
 
