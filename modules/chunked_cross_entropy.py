@@ -180,18 +180,20 @@ def _softmax(
     if not torch.compiler.is_compiling():
         return block_by_block(logits, target, smoothing, z_loss, keys)
     values = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    is_target = torch.arange(logits.shape[1], device=logits.device) == target[:, None]  # (n, V)
+    picked = target.clamp(min=0)[:, None]  # (n, 1)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == picked  # (n, V); a compiler need not scatter
     if keys is not None:
         values = values.masked_fill((keys[0][:, None] == keys[1]) & ~is_target, -torch.inf)
     partition = values.logsumexp(dim=1, keepdim=True)
-    losses = partition - (1 - smoothing) * values.gather(1, target.clamp(min=0)[:, None])
+    losses = partition - (1 - smoothing) * values.gather(1, picked)
     grad = (values - partition).exp()
     if smoothing:
         losses = losses - smoothing * values.mean(dim=1, keepdim=True)
     if z_loss:
         losses = losses + z_loss * partition.square()
         grad = grad * (1 + 2 * z_loss * partition)
-    logits.copy_(grad - smoothing / logits.shape[1] - (1 - smoothing) * is_target)
+    grad = grad - smoothing / logits.shape[1]
+    logits.copy_(torch.where(is_target, grad - (1 - smoothing), grad))
     return losses
 
 
@@ -200,17 +202,19 @@ def _compiler() -> Callable[..., Tensor]:
     return torch.compile(_softmax)  # here, because it takes a second to import
 
 
-def _compiled_softmax(logits: Tensor, target: Tensor, *options: Any) -> Tensor:
+def _compiled_softmax(
+    logits: Tensor, target: Tensor, smoothing: float, z_loss: float, keys: tuple[Tensor, Tensor] | None
+) -> Tensor:
     """`_softmax`, compiled for any number of tokens, because the last chunk, or the next batch, may have others."""
     compiled = _compiler()
-    for each in (logits, target):
-        torch._dynamo.maybe_mark_dynamic(each, 0)
+    for rows in (logits, target, *(() if keys is None else keys[:1])):
+        torch._dynamo.maybe_mark_dynamic(rows, 0)
     try:
-        return compiled(logits, target, *options)
+        return compiled(logits, target, smoothing, z_loss, keys)
     except torch._dynamo.exc.TorchDynamoException as error:  # before anything has run
-        reason = str(error).partition("\n")[0]
+        reason = " ".join(str(error).split())[:200]
         warnings.warn(f"the loss could not be compiled, so that it needs more time: {reason}", stacklevel=2)
-        return block_by_block(logits, target, *options)
+        return block_by_block(logits, target, smoothing, z_loss, keys)
 
 
 # --- from logits to gradients, in blocks
