@@ -1,8 +1,8 @@
 """The cross-entropy of an output layer in chunks of tokens, forward and backward at once. Needs only torch.
 
 Between the matrix products of a chunk, its logits are overwritten with their gradients. On a CPU that is done in blocks
-that the cache holds; on a GPU it is compiled to two passes over the logits: about 12 bytes of memory traffic a logit in
-bfloat16, products included, where separate operations in float32 need 66.
+that its cache holds. On a GPU it is compiled, to two or three passes over the logits: with the products, each logit of
+2 bytes is then written or read 6 or 7 times, where separate operations in float32 move 66 bytes.
 
 Shape legend: N tokens, D width, V vocabulary size; n tokens of a chunk.
 """
@@ -172,7 +172,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Ten
 def _softmax(
     logits: Tensor, target: Tensor, smoothing: float, z_loss: float, keys: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """The same as `block_by_block`, in a form of which a compiler makes two passes over the logits.
+    """The same as `block_by_block`, in a form of which a compiler makes two or three passes over the logits.
 
     Where it is not compiled after all, as in an evaluation or for want of a compiler, it is not just the same but calls
     it, because each of its operations would need new memory.
