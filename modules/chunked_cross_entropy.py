@@ -197,6 +197,10 @@ def _softmax(
     return losses
 
 
+_not_compiled: list[str] = []
+"""Why the compiler failed; it is not asked again in this process."""
+
+
 @cache
 def _compiler() -> Callable[..., Tensor]:
     return torch.compile(_softmax)  # here, because it takes a second to import
@@ -206,14 +210,16 @@ def _compiled_softmax(
     logits: Tensor, target: Tensor, smoothing: float, z_loss: float, keys: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """`_softmax`, compiled for any number of tokens, because the last chunk, or the next batch, may have others."""
+    if _not_compiled:
+        return block_by_block(logits, target, smoothing, z_loss, keys)
     compiled = _compiler()
     for rows in (logits, target, *(() if keys is None else keys[:1])):
         torch._dynamo.maybe_mark_dynamic(rows, 0)
     try:
         return compiled(logits, target, smoothing, z_loss, keys)
     except torch._dynamo.exc.TorchDynamoException as error:  # before anything has run
-        reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"the loss could not be compiled, so that it needs more time: {reason}", stacklevel=2)
+        _not_compiled.append(" ".join(str(error).split())[:200])
+        warnings.warn(f"the loss could not be compiled, so it takes longer: {_not_compiled[0]}", stacklevel=2)
         return block_by_block(logits, target, smoothing, z_loss, keys)
 
 
