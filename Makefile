@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 READY := $(VENV)/.ready
 # Recipes in bfloat16 are much slower on a CPU without instructions for it; there they train in float32.
-BFLOAT16 = from trunkline.modules.training.optim import multiplies_bfloat16
+BFLOAT16 = from trunkline.modules.training.muon import multiplies_bfloat16
 PRECISION = $$($(BIN)/python -c 'import torch; $(BFLOAT16); multiplies_bfloat16(torch.device("cpu")) or print("--trainer.precision 32-true")')
 
 .DEFAULT_GOAL := help
