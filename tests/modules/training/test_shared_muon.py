@@ -10,10 +10,12 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from sharded_runs import in_processes
-from tiny import vit
+from tiny import batches, fit, vit
 from torch import Tensor, nn
 
 from trunkline.modules.networks import ViT
+from trunkline.modules.objectives import base
+from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.training import muon
 from trunkline.modules.training.muon import Muon, equal_shares, orthogonalize, orthogonalize_each
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer
@@ -142,3 +144,14 @@ def test_when_the_work_is_shared() -> None:
         assert isinstance(optimizer, Muon)
         assert optimizer.shared == shared
         assert "shared" not in optimizer.state_dict()["param_groups"][0]  # a checkpoint does not decide
+
+
+def test_an_objective_asks_its_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(
+        muon, "orthogonalize_shared", lambda matrices: calls.append(len(matrices)) or orthogonalize_each(matrices)
+    )
+    for answer in (False, True):
+        monkeypatch.setattr(base, "replicates", lambda strategy, answer=answer: answer)
+        fit(ImageClassifier(vit(), optimizer=OptimizerConfig("muon", schedule="constant")), tmp_path, batches(1))
+        assert bool(calls) == answer
