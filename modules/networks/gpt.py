@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trunkline import TrunklineError
 from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, TransformerOutput
 from trunkline.modules.backbone.attention import Keep
-from trunkline.modules.backbone.transformer import four_dimensional, restrict
+from trunkline.modules.backbone.masks import four_dimensional, restrict
 from trunkline.modules.networks.base import Network, trunk_for
 from trunkline.modules.networks.graphs import Axis, Graph, token_input
 from trunkline.ranges import check_ranges

@@ -14,7 +14,7 @@ from torch import Tensor
 from trunkline import TrunklineError
 from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, attention
 from trunkline.modules.backbone.attention import explicit_attention
-from trunkline.modules.backbone.transformer import self_attention_mask
+from trunkline.modules.backbone.masks import self_attention_mask
 
 SHAPES = {"padding": (2, 7), "heads": (4, 7, 7), "one head": (1, 7, 7), "keys": (2, 1, 1, 7), "all": (2, 4, 7, 7)}
 
