@@ -5,6 +5,7 @@ K key/value heads, E width of one head (usually D / H).
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone.config import TransformerConfig
+
+if TYPE_CHECKING:  # imported where it is used: it takes half a second
+    from torch.nn.attention.flex_attention import BlockMask
 
 Rotation = tuple[Tensor, Tensor]
 Keep = slice | Tensor
@@ -193,6 +197,28 @@ def shares_heads(q: Tensor, mask: Tensor | None) -> bool:
     return q.device.type != "cuda" or (mask is None and q.dtype in (torch.float16, torch.bfloat16))
 
 
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float, scale: float
+) -> Tensor:
+    """`F.scaled_dot_product_attention`, for masks of any type and for keys that serve several query heads."""
+    gqa = q.shape[1] != k.shape[1]
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)  # the fused kernels need equal types
+    if gqa and not shares_heads(q, mask):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        gqa = False
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, scale=scale, enable_gqa=gqa
+    )
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: "BlockMask", scale: float) -> Tensor:
+    """Flex attention, whose kernels share keys among query heads; fast only in a compiled network."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
 def _rotation_of(rotation: Rotation, keep: Keep) -> Rotation:
     """Select the cosines and sines of some tokens: (N, E) or (B, 1, N, E)."""
     cos, sin = (t[keep] if isinstance(keep, slice) else t[keep][:, None] for t in rotation)
@@ -258,12 +284,14 @@ class Attention(nn.Module):
         layer: int = 0,
         keep: Keep | None = None,
         return_attention: bool = False,
+        blocks: "BlockMask | None" = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) -> (B, T, D), and the weights (B, H, T, S) with `return_attention`.
 
         A module made with `cross=True` attends to `context` (B, S, D). `mask` is broadcastable to (B, H, T, S); it is
         either boolean, True where a query may attend, or added to the scores. With `keep`, queries are computed only
-        for those tokens; T is then their number, also in the mask.
+        for those tokens; T is then their number, also in the mask. `blocks` says by itself who may attend, in place of
+        `mask` and `is_causal`, and goes with none of `context`, `cache`, `keep` and `return_attention`.
         """
         if context is None:
             q, k, v = self.project(x, keep)
@@ -289,19 +317,13 @@ class Attention(nn.Module):
             q = rotate(q, rotation if keep is None else _rotation_of(rotation, keep))
         dropout_p = self.dropout if self.training else 0.0
         weights = None
-        if return_attention or learns_slowly(q, k):
+        if blocks is not None:
+            out = block_attention(q, k, v, blocks, self.scale)
+        elif return_attention or learns_slowly(q, k):
             out, weights = explicit_attention(q, k, v, mask, is_causal, dropout_p, self.scale)
             weights = weights if return_attention else None
         else:
-            if mask is not None and mask.is_floating_point():
-                mask = mask.to(q.dtype)  # the fused kernels need equal types
-            gqa = self.gqa
-            if gqa and not shares_heads(q, mask):
-                k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-                gqa = False
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, scale=self.scale, enable_gqa=gqa
-            )
+            out = fused_attention(q, k, v, mask, is_causal, dropout_p, self.scale)
         out = out.transpose(1, 2).flatten(2)  # (B, H, T, E) -> (B, T, H * E)
         if shared:
             out = out.reshape(*x.shape[:2], -1)

@@ -1,14 +1,104 @@
-"""Which tokens may attend to which.
+"""Which tokens may attend to which, and by which path a batch goes through self-attention.
 
-Shape legend: B batch, T target (query) tokens, S source (key) tokens, H query heads.
+| path | when | kernel on a GPU, float16 or bfloat16 | on a GPU, float32 | on a CPU |
+|---|---|---|---|---|
+| `unmasked` | no mask, or causality alone | flash (or cuDNN's) | memory-efficient | flash for CPUs |
+| `flex` | documents or padding, compiled | flex attention (arXiv:2412.05496) | | |
+| `masked` | all else | memory-efficient, which reads the mask | the same | flash for CPUs |
+
+Flash attention takes no mask, and the memory-efficient kernel reads a mask of B T S numbers in every layer and works on
+all of it. Flex attention asks a rule instead, which the compiler puts into the kernel. Blocks of 128 x 128 scores in
+which nobody may attend are skipped: other documents, and padding at the end of a row. It has no dropout.
+
+Shape legend: B batch, T target (query) tokens, S source (key) tokens, H query heads, D model width, E width of a head.
 """
 
 import math
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from trunkline import TrunklineError
+
+if TYPE_CHECKING:  # imported where it is used: it takes half a second
+    from torch.nn.attention.flex_attention import BlockMask
+
+AttentionPath = Literal["unmasked", "flex", "masked"]
+MaskKind = Literal["none", "tokens", "scores"]
+"""What forbids scores, beside causality: nothing; a property of tokens (their documents, padding); or a tensor over the
+scores themselves, such as a bias."""
+
+
+def mask_kind(mask: Tensor | None, document: Tensor | None) -> MaskKind:
+    """The kind of a `mask` and a `document` as for `Transformer.forward`."""
+    if mask is None:
+        return "none" if document is None else "tokens"
+    return "tokens" if mask.ndim == 2 and mask.dtype == torch.bool else "scores"
+
+
+def attention_path(
+    kind: MaskKind,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_width: int,
+    dropout: float,
+    compiled: bool,
+    whole: bool,
+) -> AttentionPath:
+    """The path of a batch through the self-attention of all blocks; this is the only place that decides it.
+
+    Args:
+        kind: what forbids scores, beside causality.
+        device: where the batch is.
+        dtype: the type in which queries and keys are multiplied.
+        head_width: width E of a head; flex attention starts at 16.
+        dropout: of the attention weights in this call: 0 in evaluation.
+        compiled: whether `torch.compile` is at work. Without it, flex attention would hold all scores in memory.
+        whole: all keys belong to this call, and the attention weights are not asked for.
+    """
+    if kind == "none":
+        return "unmasked"
+    fast = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    if fast and compiled and whole and kind == "tokens" and dropout == 0.0 and head_width >= 16:
+        return "flex"
+    return "masked"
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which linear layers, and so queries and keys, multiply."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def block_mask(x: Tensor, mask: Tensor | None, document: Tensor | None, causal: bool) -> "BlockMask":
+    """The rule by which tokens of x (B, T, D) attend to each other, for flex attention.
+
+    Args:
+        x: (B, T, D), for its size and device.
+        mask: (B, T) bool, False for padding.
+        document: (B, T) number of each token's document.
+        causal: whether a token sees only itself and the tokens before it.
+    """
+    from torch.nn.attention.flex_attention import and_masks, create_block_mask
+
+    rows, length = x.shape[:2]
+    rules = []
+    if causal:
+        rules.append(lambda row, head, query, key: query >= key)
+    if document is not None:
+        document = document.expand(rows, length)
+        rules.append(lambda row, head, query, key: document[row, query] == document[row, key])
+    if mask is not None:
+        mask = mask.expand(rows, length)
+        rules.append(lambda row, head, query, key: mask[row, key])
+    return create_block_mask(and_masks(*rules), rows, None, length, length, device=x.device)
+
+
+def same_document(document: Tensor) -> Tensor:
+    """Numbers (B, T) of documents -> mask (B, 1, T, T), True within a document."""
+    return document[:, None, :, None] == document[:, None, None, :]
 
 
 def causal_mask(start: int, end: int, device: torch.device) -> Tensor:
