@@ -24,6 +24,8 @@ from trunkline import TrunklineError
 if TYPE_CHECKING:  # imported where it is used: it takes half a second
     from torch.nn.attention.flex_attention import BlockMask
 
+BLOCK = 128
+"""Rows and columns of the blocks of scores that flex attention skips."""
 AttentionPath = Literal["unmasked", "flex", "masked"]
 MaskKind = Literal["none", "tokens", "scores"]
 """What forbids scores, beside causality: nothing; a property of tokens (their documents, padding); or a tensor over the
@@ -42,6 +44,7 @@ def attention_path(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    length: int,
     head_width: int,
     dropout: float,
     compiled: bool,
@@ -53,6 +56,7 @@ def attention_path(
         kind: what forbids scores, beside causality.
         device: where the batch is.
         dtype: the type in which queries and keys are multiplied.
+        length: number T of tokens in a row. Flex attention skips blocks of scores, so it needs more than one.
         head_width: width E of a head; flex attention starts at 16.
         dropout: of the attention weights in this call: 0 in evaluation.
         compiled: whether `torch.compile` is at work. Without it, flex attention would hold all scores in memory.
@@ -61,7 +65,8 @@ def attention_path(
     if kind == "none":
         return "unmasked"
     fast = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-    if fast and compiled and whole and kind == "tokens" and dropout == 0.0 and head_width >= 16:
+    able = compiled and whole and dropout == 0.0 and head_width >= 16
+    if fast and able and kind == "tokens" and length > BLOCK:  # last: a compiled network asks it of a variable length
         return "flex"
     return "masked"
 
@@ -69,7 +74,8 @@ def attention_path(
 def product_dtype(x: Tensor) -> torch.dtype:
     """The type in which linear layers, and so queries and keys, multiply."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not for `meta`
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def block_mask(x: Tensor, mask: Tensor | None, document: Tensor | None, causal: bool) -> "BlockMask":
@@ -93,7 +99,7 @@ def block_mask(x: Tensor, mask: Tensor | None, document: Tensor | None, causal: 
     if mask is not None:
         mask = mask.expand(rows, length)
         rules.append(lambda row, head, query, key: mask[row, key])
-    return create_block_mask(and_masks(*rules), rows, None, length, length, device=x.device)
+    return create_block_mask(and_masks(*rules), rows, None, length, length, device=x.device, BLOCK_SIZE=BLOCK)
 
 
 def same_document(document: Tensor) -> Tensor:

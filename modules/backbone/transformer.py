@@ -214,6 +214,7 @@ class Transformer(nn.Module):
             mask_kind(mask, document),
             x.device,
             product_dtype(x),
+            length=x.shape[1],
             head_width=self.config.head_width,
             dropout=self.config.dropout if self.training else 0.0,
             compiled=torch.compiler.is_compiling() and not torch.compiler.is_exporting(),

@@ -42,10 +42,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
         ({"compiled": False}, "masked"),
         ({"whole": False}, "masked"),
         ({"head_width": 8}, "masked"),
+        ({"length": 128}, "masked"),
     ],
 )
 def test_the_path_of_a_batch(change: dict[str, Any], path: str) -> None:
-    batch = {"kind": "tokens", "device": CUDA, "dtype": torch.bfloat16, "head_width": 64, "dropout": 0.0}
+    batch = {"kind": "tokens", "device": CUDA, "dtype": torch.bfloat16, "head_width": 64, "dropout": 0.0, "length": 129}
     assert attention_path(**{**batch, "compiled": True, "whole": True, **change}) == path
 
 
@@ -58,7 +59,7 @@ def test_kinds_of_masks() -> None:
 
 def test_the_type_of_products() -> None:
     """Autocast decides it, for layers of float32 weights too."""
-    assert product_dtype(torch.zeros(1)) == torch.float32
+    assert product_dtype(torch.zeros(1)) == product_dtype(torch.zeros(1, device="meta")) == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert product_dtype(torch.zeros(1)) == torch.bfloat16
         assert product_dtype(torch.zeros(1, dtype=torch.float64)) == torch.bfloat16
@@ -187,7 +188,7 @@ def test_one_graph_for_all_batches(recompute: bool, monkeypatch: pytest.MonkeyPa
 
 
 def test_caches_and_weights_keep_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = pretend_gpu(monkeypatch)
+    seen = pretend_gpu(monkeypatch, length=LENGTH)
     model, x = trunk(config(num_heads=2, causal=True)), torch.randn(2, 7, 32)
     mask = torch.arange(7) >= torch.tensor([[0], [3]])
     want = model(x, mask=mask, return_attention=True)
