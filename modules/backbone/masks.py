@@ -1,14 +1,18 @@
 """Which tokens may attend to which, and by which path a batch goes through self-attention.
 
-| path | when | kernel on a GPU, float16 or bfloat16 | on a GPU, float32 | on a CPU |
-|---|---|---|---|---|
-| `unmasked` | no mask, or causality alone | flash (or cuDNN's) | memory-efficient | flash for CPUs |
-| `flex` | documents or padding, compiled | flex attention (arXiv:2412.05496) | | |
-| `masked` | all else | memory-efficient, which reads the mask | the same | flash for CPUs |
+| path | when | kernel on a GPU in float16 or bfloat16 | in float32 |
+|---|---|---|---|
+| `unmasked` | no mask, or causality alone | flash, or cuDNN's | memory-efficient |
+| `flex` | documents or padding, compiled | flex attention (arXiv:2412.05496) | |
+| `masked` | all else | memory-efficient, which reads the mask | the same |
 
-Flash attention takes no mask, and the memory-efficient kernel reads a mask of B T S numbers in every layer and works on
-all of it. Flex attention asks a rule instead, which the compiler puts into the kernel. Blocks of 128 x 128 scores in
-which nobody may attend are skipped: other documents, and padding at the end of a row. It has no dropout.
+Flash attention takes no mask, and the memory-efficient kernel reads one in every layer and computes what it forbids.
+Flex attention asks a rule, which the compiler puts into the kernel, and skips blocks of scores in which nobody may
+attend: those of other documents, and of padding at the end of a row. It has no dropout. No token of a causal trunk sees
+padding on its right, so decoders, and `TextHead` on a GPT, pass no mask for it.
+
+The last block is `masked` if it computes some tokens only (`keep`), and cross-attention if its context is padded. On a
+CPU all paths but `flex` lead to PyTorch's flash kernel for CPUs, with dropout to plain products.
 
 Shape legend: B batch, T target (query) tokens, S source (key) tokens, H query heads, D model width, E width of a head.
 """
@@ -24,7 +28,7 @@ from trunkline import TrunklineError
 if TYPE_CHECKING:  # imported where it is used: it takes half a second
     from torch.nn.attention.flex_attention import BlockMask
 
-BLOCK = 128
+SCORE_BLOCK = 128
 """Rows and columns of the blocks of scores that flex attention skips."""
 AttentionPath = Literal["unmasked", "flex", "masked"]
 MaskKind = Literal["none", "tokens", "scores"]
@@ -66,7 +70,9 @@ def attention_path(
         return "unmasked"
     fast = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     able = compiled and whole and dropout == 0.0 and head_width >= 16
-    if fast and able and kind == "tokens" and length > BLOCK:  # last: a compiled network asks it of a variable length
+    if (
+        fast and able and kind == "tokens" and length > SCORE_BLOCK
+    ):  # last: a compiled network asks it of a variable length
         return "flex"
     return "masked"
 
@@ -99,7 +105,7 @@ def block_mask(x: Tensor, mask: Tensor | None, document: Tensor | None, causal: 
     if mask is not None:
         mask = mask.expand(rows, length)
         rules.append(lambda row, head, query, key: mask[row, key])
-    return create_block_mask(and_masks(*rules), rows, None, length, length, device=x.device, BLOCK_SIZE=BLOCK)
+    return create_block_mask(and_masks(*rules), rows, None, length, length, device=x.device, BLOCK_SIZE=SCORE_BLOCK)
 
 
 def same_document(document: Tensor) -> Tensor:

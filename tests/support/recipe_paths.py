@@ -28,9 +28,8 @@ PATHS = {
     "seq2seq/t5_small_c4": [BIASED, BIASED],
     "seq2seq/transformer_base_wmt": [PADDED, PLAIN],  # dropout
 }
-"""Kind of mask and path of the calls of trunks in a step, and why flex attention does not take padding: for its
-dropout, or because a row has no more tokens than a block of scores. In the other
-recipes no trunk sees a mask."""
+"""Kind of mask and path of the calls of trunks in a step, and why flex attention does not take padding: dropout, or
+rows of no more tokens than a block of scores has. In the other recipes no trunk sees a mask."""
 SKIPPED = ("tokens", "flex")
 FIELDS = {
     "ImageData": "image label",
