@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
+from trunkline.modules.attention_kernels import block_attention, explicit_attention, fused_attention, learns_slowly
 from trunkline.modules.backbone.config import TransformerConfig
 
 if TYPE_CHECKING:  # imported where it is used: it takes half a second
@@ -149,74 +150,6 @@ def join_beams(q: Tensor, mask: Tensor | None, sources: int) -> tuple[Tensor, Te
     if mask is not None:
         mask = mask.expand(len(q), -1, q.shape[1], -1).unflatten(0, (sources, -1)).transpose(1, 2).flatten(2, 3)
     return q.reshape(sources, -1, q.shape[2]), mask
-
-
-def explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Computes the same as `F.scaled_dot_product_attention`, and also returns the weights (B, H, T, S).
-
-    A query that may attend to nothing gets zeros, as in PyTorch's function.
-    """
-    may = mask if mask is None or mask.dtype == torch.bool else mask > -math.inf  # (B, H, T, S)
-    groups = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))  # (B, H, S, E)
-    scores = (q * scale) @ k.mT  # (B, H, T, S)
-    if is_causal:  # each query sees itself at least
-        scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu(1)
-    elif mask is not None and may is not None:
-        scores = scores if mask is may else scores + mask
-        scores = scores.masked_fill(~may, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1).to(v.dtype)
-    if may is not None:
-        weights = weights * may
-    return F.dropout(weights, dropout_p) @ v, weights
-
-
-EXPLICIT_SCORES = 512 * 512
-"""Scores (T * S) per head up to which a CPU trains faster in bfloat16 with explicit attention weights."""
-
-
-def learns_slowly(q: Tensor, k: Tensor) -> bool:
-    """Whether explicit attention trains faster than PyTorch's fused kernel.
-
-    On a CPU in bfloat16 the fused backward pass takes 1.5 times as long on rows of 256 tokens, and more than 5 times
-    as long on rows of 36. Explicit weights need more memory, so rows of more than 512 tokens stay fused.
-    """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
-        return False
-    return q.shape[-2] * k.shape[-2] <= EXPLICIT_SCORES
-
-
-def shares_heads(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether the fused kernel for these queries lets several of their heads read the same keys.
-
-    On a GPU only flash attention does, which takes neither masks nor float32. Without this question PyTorch would fall
-    back to its slowest kernel, which holds all scores in memory.
-    """
-    return q.device.type != "cuda" or (mask is None and q.dtype in (torch.float16, torch.bfloat16))
-
-
-def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float, scale: float
-) -> Tensor:
-    """`F.scaled_dot_product_attention`, for masks of any type and for keys that serve several query heads."""
-    gqa = q.shape[1] != k.shape[1]
-    if mask is not None and mask.is_floating_point():
-        mask = mask.to(q.dtype)  # the fused kernels need equal types
-    if gqa and not shares_heads(q, mask):
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        gqa = False
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, scale=scale, enable_gqa=gqa
-    )
-
-
-def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: "BlockMask", scale: float) -> Tensor:
-    """Flex attention, whose kernels share keys among query heads; fast only in a compiled network."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _rotation_of(rotation: Rotation, keep: Keep) -> Rotation:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trunkline import TrunklineError
+from trunkline.modules.attention_kernels import attention_path, block_mask, mask_kind, product_dtype
 from trunkline.modules.backbone.attention import (
     Attention,
     Keep,
@@ -30,12 +31,8 @@ from trunkline.modules.backbone.attention import (
 )
 from trunkline.modules.backbone.config import GATED, TransformerConfig
 from trunkline.modules.backbone.masks import (
-    attention_path,
-    block_mask,
     causal_mask,
     four_dimensional,
-    mask_kind,
-    product_dtype,
     restrict,
     same_document,
     self_attention_mask,

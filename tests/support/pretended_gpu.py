@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention
 
+from trunkline.modules.attention_kernels import AttentionPath, attention_path
 from trunkline.modules.backbone import transformer
-from trunkline.modules.backbone.masks import AttentionPath, attention_path
 
 Decision = tuple[str, AttentionPath]
 

@@ -10,9 +10,8 @@ from test_backbone import assert_near, config, scalar, trunk
 from torch import Tensor
 from torch.nn.attention import flex_attention
 
+from trunkline.modules.attention_kernels import attention_path, block_attention, block_mask, mask_kind, product_dtype
 from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig
-from trunkline.modules.backbone.attention import block_attention
-from trunkline.modules.backbone.masks import attention_path, block_mask, mask_kind, product_dtype
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 LENGTH = 300
