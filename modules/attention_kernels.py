@@ -68,13 +68,10 @@ def attention_path(
     """
     if kind == "none":
         return "unmasked"
-    fast = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-    able = compiled and whole and dropout == 0.0 and head_width >= 16
-    if (
-        fast and able and kind == "tokens" and length > SCORE_BLOCK
-    ):  # last: a compiled network asks it of a variable length
-        return "flex"
-    return "masked"
+    fast = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and compiled
+    able = kind == "tokens" and whole and dropout == 0.0 and head_width >= 16
+    # The length comes last: a network that is compiled for any length is compiled again where it is asked.
+    return "flex" if fast and able and length > SCORE_BLOCK else "masked"
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

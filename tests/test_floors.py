@@ -137,6 +137,7 @@ def test_no_circle_of_imports() -> None:
 
 FLOORS = {
     "trunkline": 0,
+    "trunkline.modules.attention_kernels": 1,
     "trunkline.modules.backbone": 1,
     "trunkline.modules.networks": 2,
     "trunkline.modules.generation": 2,
