@@ -40,7 +40,9 @@ LIBRARIES = {
     "trunkline.__version__",
     "trunkline.ranges",
 }
-FLOOR_1 = LIBRARIES | {"trunkline.modules.backbone", "trunkline.names", "trunkline.ranges"}
+FLOOR_1 = LIBRARIES | {
+    f"trunkline.{name}" for name in ("modules.attention_kernels", "modules.backbone", "names", "ranges")
+}
 FLOOR_2 = FLOOR_1 | {
     f"trunkline.{name}" for name in ("contract", "files", "run_folders", "modules.networks", "modules.generation")
 }
@@ -60,7 +62,12 @@ MEASURES = FLOOR_2 | {"torchmetrics", "sacrebleu", "numpy", "sklearn", "trunklin
 
 @pytest.mark.parametrize(
     ("folder", "allowed"),
-    [("modules/backbone", FLOOR_1), *((place, FLOOR_2) for place in PURE), ("modules/metrics", MEASURES)],
+    [
+        ("modules/attention_kernels.py", LIBRARIES),
+        ("modules/backbone", FLOOR_1),
+        *((place, FLOOR_2) for place in PURE),
+        ("modules/metrics", MEASURES),
+    ],
 )
 def test_floors_below_lightning(folder: str, allowed: set[str]) -> None:
     assert strangers(folder, allowed) == []
@@ -133,6 +140,7 @@ def test_no_circle_of_imports() -> None:
 
 FLOORS = {
     "trunkline": 0,
+    "trunkline.modules.attention_kernels": 1,
     "trunkline.modules.backbone": 1,
     "trunkline.modules.networks": 2,
     "trunkline.modules.generation": 2,

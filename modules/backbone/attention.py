@@ -5,13 +5,18 @@ K key/value heads, E width of one head (usually D / H).
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
+from trunkline.modules.attention_kernels import block_attention, explicit_attention, fused_attention, learns_slowly
 from trunkline.modules.backbone.config import TransformerConfig
+
+if TYPE_CHECKING:  # imported where it is used: it takes half a second
+    from torch.nn.attention.flex_attention import BlockMask
 
 Rotation = tuple[Tensor, Tensor]
 Keep = slice | Tensor
@@ -147,52 +152,6 @@ def join_beams(q: Tensor, mask: Tensor | None, sources: int) -> tuple[Tensor, Te
     return q.reshape(sources, -1, q.shape[2]), mask
 
 
-def explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Computes the same as `F.scaled_dot_product_attention`, and also returns the weights (B, H, T, S).
-
-    A query that may attend to nothing gets zeros, as in PyTorch's function.
-    """
-    may = mask if mask is None or mask.dtype == torch.bool else mask > -math.inf  # (B, H, T, S)
-    groups = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))  # (B, H, S, E)
-    scores = (q * scale) @ k.mT  # (B, H, T, S)
-    if is_causal:  # each query sees itself at least
-        scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu(1)
-    elif mask is not None and may is not None:
-        scores = scores if mask is may else scores + mask
-        scores = scores.masked_fill(~may, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1).to(v.dtype)
-    if may is not None:
-        weights = weights * may
-    return F.dropout(weights, dropout_p) @ v, weights
-
-
-EXPLICIT_SCORES = 512 * 512
-"""Scores (T * S) per head up to which a CPU trains faster in bfloat16 with explicit attention weights."""
-
-
-def learns_slowly(q: Tensor, k: Tensor) -> bool:
-    """Whether explicit attention trains faster than PyTorch's fused kernel.
-
-    On a CPU in bfloat16 the fused backward pass takes 1.5 times as long on rows of 256 tokens, and more than 5 times
-    as long on rows of 36. Explicit weights need more memory, so rows of more than 512 tokens stay fused.
-    """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
-        return False
-    return q.shape[-2] * k.shape[-2] <= EXPLICIT_SCORES
-
-
-def shares_heads(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether the fused kernel for these queries lets several of their heads read the same keys.
-
-    On a GPU only flash attention does, which takes neither masks nor float32. Without this question PyTorch would fall
-    back to its slowest kernel, which holds all scores in memory.
-    """
-    return q.device.type != "cuda" or (mask is None and q.dtype in (torch.float16, torch.bfloat16))
-
-
 def _rotation_of(rotation: Rotation, keep: Keep) -> Rotation:
     """Select the cosines and sines of some tokens: (N, E) or (B, 1, N, E)."""
     cos, sin = (t[keep] if isinstance(keep, slice) else t[keep][:, None] for t in rotation)
@@ -258,12 +217,14 @@ class Attention(nn.Module):
         layer: int = 0,
         keep: Keep | None = None,
         return_attention: bool = False,
+        blocks: "BlockMask | None" = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) -> (B, T, D), and the weights (B, H, T, S) with `return_attention`.
 
         A module made with `cross=True` attends to `context` (B, S, D). `mask` is broadcastable to (B, H, T, S); it is
         either boolean, True where a query may attend, or added to the scores. With `keep`, queries are computed only
-        for those tokens; T is then their number, also in the mask.
+        for those tokens; T is then their number, also in the mask. `blocks` says by itself who may attend, in place of
+        `mask` and `is_causal`, and goes with none of `context`, `cache`, `keep` and `return_attention`.
         """
         if context is None:
             q, k, v = self.project(x, keep)
@@ -289,19 +250,13 @@ class Attention(nn.Module):
             q = rotate(q, rotation if keep is None else _rotation_of(rotation, keep))
         dropout_p = self.dropout if self.training else 0.0
         weights = None
-        if return_attention or learns_slowly(q, k):
+        if blocks is not None:
+            out = block_attention(q, k, v, blocks, self.scale)
+        elif return_attention or learns_slowly(q, k):
             out, weights = explicit_attention(q, k, v, mask, is_causal, dropout_p, self.scale)
             weights = weights if return_attention else None
         else:
-            if mask is not None and mask.is_floating_point():
-                mask = mask.to(q.dtype)  # the fused kernels need equal types
-            gqa = self.gqa
-            if gqa and not shares_heads(q, mask):
-                k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-                gqa = False
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, scale=self.scale, enable_gqa=gqa
-            )
+            out = fused_attention(q, k, v, mask, is_causal, dropout_p, self.scale)
         out = out.transpose(1, 2).flatten(2)  # (B, H, T, E) -> (B, T, H * E)
         if shared:
             out = out.reshape(*x.shape[:2], -1)

@@ -8,10 +8,9 @@ Shape legend: B batch, T target (query) tokens, S source (key) tokens, D model w
 F hidden width of the MLP.
 """
 
-import math
 from collections.abc import Collection
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trunkline import TrunklineError
+from trunkline.modules.attention_kernels import attention_path, block_mask, mask_kind, product_dtype
 from trunkline.modules.backbone.attention import (
     Attention,
     Keep,
@@ -30,6 +30,16 @@ from trunkline.modules.backbone.attention import (
     take_queries,
 )
 from trunkline.modules.backbone.config import GATED, TransformerConfig
+from trunkline.modules.backbone.masks import (
+    causal_mask,
+    four_dimensional,
+    restrict,
+    same_document,
+    self_attention_mask,
+)
+
+if TYPE_CHECKING:  # imported where it is used: it takes half a second
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class TransformerOutput(NamedTuple):
@@ -143,6 +153,7 @@ class Block(nn.Module):
         layer: int,
         return_attention: bool,
         keep: Keep | None = None,
+        blocks: "BlockMask | None" = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(B, T, D) -> (B, T, D), or (B, N, D) with `keep`; then self-attention and cross-attention weights."""
         if keep is not None:
@@ -158,6 +169,7 @@ class Block(nn.Module):
             layer=layer,
             keep=keep,
             return_attention=return_attention,
+            blocks=blocks,
         )
         x = self.residual(x if keep is None else take(x, keep), self.ls1(branch), self.norm1)
         cross_weights = None
@@ -180,50 +192,6 @@ def make_scale(config: TransformerConfig) -> nn.Module:
     return nn.Identity() if config.layer_scale is None else LayerScale(config.dim, config.layer_scale)
 
 
-def causal_mask(start: int, end: int, device: torch.device) -> Tensor:
-    """Causal mask (1, 1, end - start, end) for queries start..end over keys 0..end, True where they may attend."""
-    return torch.ones(1, 1, end - start, end, dtype=torch.bool, device=device).tril(start)
-
-
-def restrict(mask: Tensor | None, allowed: Tensor) -> Tensor:
-    """Also forbid what the boolean mask `allowed` forbids; `mask` may be boolean, additive or None."""
-    if mask is None:
-        return allowed
-    return mask & allowed if mask.dtype == torch.bool else torch.where(allowed, mask, -math.inf)
-
-
-def four_dimensional(mask: Tensor | None) -> Tensor | None:
-    """Mask (B, S) -> (B, 1, 1, S), or (H or 1, T, S) -> (1, H or 1, T, S); four dimensions stay as they are.
-
-    Raises:
-        TrunklineError: if the mask is neither boolean nor floating point.
-    """
-    if mask is None:
-        return None
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TrunklineError(
-            "an attention mask is boolean, True where a token may attend, or floating point, added to the scores, "
-            f"but got {mask.dtype}; make it boolean"
-        )
-    if mask.ndim == 2:
-        return mask[:, None, None, :]
-    return mask[None] if mask.ndim == 3 else mask
-
-
-def self_attention_mask(
-    mask: Tensor | None, causal: bool, start: int, end: int, device: torch.device
-) -> tuple[Tensor | None, bool]:
-    """Mask and `is_causal` flag for queries start..end over keys 0..end.
-
-    If the flag alone is enough, no (T, S) mask is built.
-    """
-    if not causal or end - start == 1:  # a single new token sees all tokens before it
-        return mask, False
-    if mask is None and start == 0:
-        return None, True
-    return restrict(mask, causal_mask(start, end, device)), False
-
-
 class Transformer(nn.Module):
     """A stack of blocks over embeddings; its `TransformerConfig` makes it an encoder or a decoder."""
 
@@ -235,12 +203,29 @@ class Transformer(nn.Module):
         self.norm = make_norm(config, config.dim) if config.final_norm else nn.Identity()
         self.apply(init_linear)
 
+    def _blocks(
+        self, x: Tensor, mask: Tensor | None, document: Tensor | None, causal: bool, whole: bool
+    ) -> "BlockMask | None":
+        """What flex attention reads in every block, if this batch takes that path; the rest as for `attention_path`."""
+        path = attention_path(
+            mask_kind(mask, document),
+            x.device,
+            product_dtype(x),
+            length=x.shape[1],
+            head_width=self.config.head_width,
+            dropout=self.config.dropout if self.training else 0.0,
+            compiled=torch.compiler.is_compiling() and not torch.compiler.is_exporting(),
+            whole=whole,
+        )
+        return block_mask(x, mask, document, causal) if path == "flex" else None
+
     def forward(
         self,
         x: Tensor,
         *,
         context: Tensor | None = None,
         mask: Tensor | None = None,
+        document: Tensor | None = None,
         causal: bool | None = None,
         context_mask: Tensor | None = None,
         cache: KVCache | None = None,
@@ -257,6 +242,8 @@ class Transformer(nn.Module):
                 (such as a bias by relative position, which may be learned), where minus infinity forbids. Either (B, S)
                 for padding, or anything broadcastable to (B, H, T, S); with `cache`, S counts old and new tokens.
                 Causality is applied in addition.
+            document: (B, T) number of each token's document, if several are packed into a row: a token sees only its
+                own document. Not with `cache`.
             causal: whether a token sees only itself and the tokens before it in this call; None means
                 `config.causal`.
             context_mask: like `mask`, over `context`.
@@ -283,7 +270,12 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
         causal = self.config.causal if causal is None else causal
-        mask, is_causal = self_attention_mask(four_dimensional(mask), causal, start, end, x.device)
+        blocks = self._blocks(x, mask, document, causal, whole=cache is None and not return_attention)
+        is_causal = False
+        if blocks is None or keep is not None:  # the last block reads the mask of the kept tokens
+            mask = four_dimensional(mask)
+            mask = mask if document is None else restrict(mask, same_document(document))
+            mask, is_causal = self_attention_mask(mask, causal, start, end, x.device)
         rotation = None
         if self.config.rope_theta is not None:
             positions = torch.arange(start, end, device=x.device)
@@ -296,7 +288,8 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             kept = keep if layer == self.config.depth - 1 else None
-            x, weights, cross_weights = run(x, *shared, layer, return_attention, kept)
+            flex = blocks if kept is None else None
+            x, weights, cross_weights = run(x, *shared, layer, return_attention, kept, flex)
             attention += [] if weights is None else [weights]
             cross_attention += [] if cross_weights is None else [cross_weights]
             states += [x] if layer in layers else []

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from trunkline import TrunklineError
 from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, TransformerOutput
 from trunkline.modules.backbone.attention import Keep
-from trunkline.modules.backbone.transformer import four_dimensional, restrict
 from trunkline.modules.networks.base import Network, trunk_for
 from trunkline.modules.networks.graphs import Axis, Graph, token_input
 from trunkline.ranges import check_ranges
@@ -163,11 +162,8 @@ class GPT(Network):
             TrunklineError: if there are more tokens than positions.
         """
         self._check_length(x.shape[1] + (0 if cache is None else cache.length))
-        if document is not None:
-            same = document[:, None, :, None] == document[:, None, None, :]  # (B, 1, T, T)
-            mask = restrict(four_dimensional(mask), same)
         options: dict[str, Any] = {"return_attention": return_attention, "layers": layers}
-        return self.backbone(x, causal=True, mask=mask, cache=cache, keep=keep, **options)
+        return self.backbone(x, causal=True, mask=mask, document=document, cache=cache, keep=keep, **options)
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_length:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone.transformer import restrict
+from trunkline.modules.backbone.masks import restrict
 
 
 def sincos_positions(length: int, dim: int, theta: float = 10_000.0) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
+from recipe_paths import PATHS, PLAIN, paths_of
 
 from trunkline import TrunklineError, datamodules
 from trunkline.contract import DataFacts
@@ -173,6 +174,9 @@ def test_recipe_instantiates(recipe: str, monkeypatch: pytest.MonkeyPatch) -> No
     millions = sum(parameter.numel() for parameter in cli.model.network.parameters()) / 1e6
     stated_size = next(row.parameters for row in recipes() if row.name == recipe)
     assert stated_size == (f"{millions:.0f} M" if millions >= 10 else f"{millions:.1f} M")
+    paths = paths_of(cli.model, cli.datamodule, monkeypatch)
+    assert paths
+    assert paths == PATHS.get(recipe, [PLAIN] * len(paths))
 
 
 def test_saves_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:

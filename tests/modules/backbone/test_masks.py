@@ -12,9 +12,10 @@ from test_backbone import KEPT, assert_near, config, every, inputs, run_training
 from torch import Tensor
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, attention
-from trunkline.modules.backbone.attention import explicit_attention
-from trunkline.modules.backbone.transformer import self_attention_mask
+from trunkline.modules import attention_kernels
+from trunkline.modules.attention_kernels import explicit_attention
+from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig
+from trunkline.modules.backbone.masks import self_attention_mask
 
 SHAPES = {"padding": (2, 7), "heads": (4, 7, 7), "one head": (1, 7, 7), "keys": (2, 1, 1, 7), "all": (2, 4, 7, 7)}
 
@@ -217,7 +218,7 @@ def test_heads_that_cannot_share_keys_get_their_own(masked: bool, monkeypatch: p
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     for able in (True, False):
-        monkeypatch.setattr(attention, "shares_heads", lambda q, mask, able=able: able)
+        monkeypatch.setattr(attention_kernels, "shares_heads", lambda q, mask, able=able: able)
         net.zero_grad()
         out = net(x, mask=mask).x
         out.square().sum().backward()
@@ -237,4 +238,4 @@ def test_heads_that_cannot_share_keys_get_their_own(masked: bool, monkeypatch: p
 )
 def test_which_kernels_share_keys(device: str, dtype: torch.dtype, masked: bool, able: bool) -> None:
     q: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    assert attention.shares_heads(q, torch.ones(1) if masked else None) is able
+    assert attention_kernels.shares_heads(q, torch.ones(1) if masked else None) is able

@@ -1,0 +1,173 @@
+"""How attention is computed: by which path a batch goes through the self-attention of a trunk, and the kernels there.
+
+| path | when | kernel on a GPU in float16 or bfloat16 | in float32 |
+|---|---|---|---|
+| `unmasked` | no mask, or causality alone | flash, or cuDNN's | memory-efficient |
+| `flex` | documents or padding, compiled | flex attention (arXiv:2412.05496) | |
+| `masked` | all else | memory-efficient, which reads the mask | the same |
+
+Flash attention takes no mask, and the memory-efficient kernel reads one in every layer and computes what it forbids.
+Flex attention asks a rule, which the compiler puts into the kernel, and skips blocks of scores in which nobody may
+attend: those of other documents, and of padding at the end of a row. It has no dropout. No token of a causal trunk sees
+padding on its right, so decoders, and `TextHead` on a GPT, pass no mask for it.
+
+The last block is `masked` if it computes some tokens only (`keep`), and cross-attention if its context is padded. On a
+CPU all paths but `flex` lead to PyTorch's flash kernel for CPUs, with dropout to plain products.
+
+Shape legend: B batch, T target (query) tokens, S source (key) tokens, D model width, H query heads, K key/value heads,
+E width of a head.
+"""
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:  # imported where it is used: it takes half a second
+    from torch.nn.attention.flex_attention import BlockMask
+
+SCORE_BLOCK = 128
+"""Rows and columns of the blocks of scores that flex attention skips."""
+AttentionPath = Literal["unmasked", "flex", "masked"]
+MaskKind = Literal["none", "tokens", "scores"]
+"""What forbids scores, beside causality: nothing; a property of tokens (their documents, padding); or a tensor over the
+scores themselves, such as a bias."""
+
+
+def mask_kind(mask: Tensor | None, document: Tensor | None) -> MaskKind:
+    """The kind of a `mask` and a `document` as for `Transformer.forward`."""
+    if mask is None:
+        return "none" if document is None else "tokens"
+    return "tokens" if mask.ndim == 2 and mask.dtype == torch.bool else "scores"
+
+
+def attention_path(
+    kind: MaskKind,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    length: int,
+    head_width: int,
+    dropout: float,
+    compiled: bool,
+    whole: bool,
+) -> AttentionPath:
+    """The path of a batch through the self-attention of all blocks; this is the only place that decides it.
+
+    Args:
+        kind: what forbids scores, beside causality.
+        device: where the batch is.
+        dtype: the type in which queries and keys are multiplied.
+        length: number T of tokens in a row. Flex attention skips blocks of scores, so it needs more than one.
+        head_width: width E of a head; flex attention starts at 16.
+        dropout: of the attention weights in this call: 0 in evaluation.
+        compiled: whether `torch.compile` is at work. Without it, flex attention would hold all scores in memory.
+        whole: all keys belong to this call, and the attention weights are not asked for.
+    """
+    if kind == "none":
+        return "unmasked"
+    fast = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and compiled
+    able = kind == "tokens" and whole and dropout == 0.0 and head_width >= 16
+    # The length comes last: a network that is compiled for any length is compiled again where it is asked.
+    return "flex" if fast and able and length > SCORE_BLOCK else "masked"
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which linear layers, and so queries and keys, multiply."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not for `meta`
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+def block_mask(x: Tensor, mask: Tensor | None, document: Tensor | None, causal: bool) -> "BlockMask":
+    """The rule by which tokens of x (B, T, D) attend to each other, for flex attention.
+
+    Args:
+        x: (B, T, D), for its size and device.
+        mask: (B, T) bool, False for padding.
+        document: (B, T) number of each token's document.
+        causal: whether a token sees only itself and the tokens before it.
+    """
+    from torch.nn.attention.flex_attention import and_masks, create_block_mask
+
+    rows, length = x.shape[:2]
+    rules = []
+    if causal:
+        rules.append(lambda row, head, query, key: query >= key)
+    if document is not None:
+        document = document.expand(rows, length)
+        rules.append(lambda row, head, query, key: document[row, query] == document[row, key])
+    if mask is not None:
+        mask = mask.expand(rows, length)
+        rules.append(lambda row, head, query, key: mask[row, key])
+    return create_block_mask(and_masks(*rules), rows, None, length, length, device=x.device, BLOCK_SIZE=SCORE_BLOCK)
+
+
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Computes the same as `F.scaled_dot_product_attention`, and also returns the weights (B, H, T, S).
+
+    A query that may attend to nothing gets zeros, as in PyTorch's function.
+    """
+    may = mask if mask is None or mask.dtype == torch.bool else mask > -math.inf  # (B, H, T, S)
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))  # (B, H, S, E)
+    scores = (q * scale) @ k.mT  # (B, H, T, S)
+    if is_causal:  # each query sees itself at least
+        scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu(1)
+    elif mask is not None and may is not None:
+        scores = scores if mask is may else scores + mask
+        scores = scores.masked_fill(~may, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1).to(v.dtype)
+    if may is not None:
+        weights = weights * may
+    return F.dropout(weights, dropout_p) @ v, weights
+
+
+EXPLICIT_SCORES = 512 * 512
+"""Scores (T * S) per head up to which a CPU trains faster in bfloat16 with explicit attention weights."""
+
+
+def learns_slowly(q: Tensor, k: Tensor) -> bool:
+    """Whether explicit attention trains faster than PyTorch's fused kernel.
+
+    On a CPU in bfloat16 the fused backward pass takes 1.5 times as long on rows of 256 tokens, and more than 5 times
+    as long on rows of 36. Explicit weights need more memory, so rows of more than 512 tokens stay fused.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
+        return False
+    return q.shape[-2] * k.shape[-2] <= EXPLICIT_SCORES
+
+
+def shares_heads(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether the fused kernel for these queries lets several of their heads read the same keys.
+
+    On a GPU only flash attention does, which takes neither masks nor float32. Without this question PyTorch would fall
+    back to its slowest kernel, which holds all scores in memory.
+    """
+    return q.device.type != "cuda" or (mask is None and q.dtype in (torch.float16, torch.bfloat16))
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float, scale: float
+) -> Tensor:
+    """`F.scaled_dot_product_attention`, for masks of any type and for keys that serve several query heads."""
+    gqa = q.shape[1] != k.shape[1]
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)  # the fused kernels need equal types
+    if gqa and not shares_heads(q, mask):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        gqa = False
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, scale=scale, enable_gqa=gqa
+    )
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: "BlockMask", scale: float) -> Tensor:
+    """Flex attention, whose kernels share keys among query heads; fast only in a compiled network."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
