@@ -16,6 +16,7 @@ from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.companions import CARD_FILE
 from trunkline.modules.networks.convert.companion_files import companions_to_theirs, end_of_text
 from trunkline.modules.networks.convert.family import ForeignFamily, Library
+from trunkline.modules.networks.convert.open_clip_siglip import OPEN_CLIP_SIGLIP
 from trunkline.modules.networks.convert.open_clip_vit import OPEN_CLIP_VIT
 from trunkline.modules.networks.convert.timm_vit import TIMM
 from trunkline.modules.networks.convert.transformers_ast import TRANSFORMERS_AST
@@ -47,6 +48,7 @@ FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (
     TIMM,
     TRANSFORMERS_CLIP,
     SIGLIP,
+    OPEN_CLIP_SIGLIP,
     OPEN_CLIP_VIT,
     T5,
     BART,
