@@ -57,8 +57,8 @@ class ViTConfig:
     pooler: bool = False
     """A dense layer and tanh over the pooled features, as in transformers' `ViTModel`."""
     drop_remainder: bool = False
-    """Leave out the last rows and columns of pixels that fill no patch, as SigLIP SO400M does with 384 pixels and patches
-    of 14; otherwise the patches must tile the image."""
+    """Leave out the last rows and columns of pixels that fill no patch, as SigLIP SO400M does (384 pixels, patches of
+    14); otherwise the patches must tile the image."""
     mask_token: bool = False
     """Keep the token that hides patches in DINOv2's pre-training, so that a file of it goes back whole; unused here."""
     backbone: TransformerConfig = field(default_factory=TransformerConfig)

@@ -135,7 +135,8 @@ def to_foreign(network: Network, library: Library) -> tuple[ForeignFamily, dict[
     candidates = [f for f in FOREIGN_FAMILIES if f.library == library and isinstance(network, f.network)]
     reasons = []
     config = network.config
-    if library == "open_clip" and getattr(config, "end_token", 0) is None:
+    seen = getattr(config, "text_padding", 0) is not None  # a SigLIP is read at its last place
+    if library == "open_clip" and not seen and config.end_token is None:
         # Ours may read the last token of the mask; theirs looks for that token.
         config = replace(config, end_token=end_of_text(network.companions))
     for family in candidates:
@@ -149,7 +150,11 @@ def to_foreign(network: Network, library: Library) -> tuple[ForeignFamily, dict[
 
 
 def save_foreign(
-    network: Network, folder: str | Path, library: Library, ids: Mapping[str, int] | None = None
+    network: Network,
+    folder: str | Path,
+    library: Library,
+    ids: Mapping[str, int] | None = None,
+    repository: str | None = None,
 ) -> ForeignFamily:
     """Write a network, and what goes with it, as the files from which another library loads it.
 
@@ -159,6 +164,7 @@ def save_foreign(
         library: "transformers", "timm" or "open_clip".
         ids: numbers of special tokens for the configuration file, such as `eos_token_id`, which a network does not
             know. The text tower of a CLIP is read at that token; others need them to write texts.
+        repository: to which the folder will be uploaded; open_clip looks for the tokenizer there.
 
     Raises:
         TrunklineError: if no model of that library is such a network, or an id is needed that neither knows.
@@ -169,7 +175,7 @@ def save_foreign(
     family, content, weights = to_foreign(network, library)
     texts: dict[str, str] = {}
     if network.companions is not None:
-        content, texts = companions_to_theirs(content, network.companions, library)
+        content, texts = companions_to_theirs(content, network.companions, library, repository or folder.resolve().name)
     content.update(ids or {})
     if isinstance(of_text := content.get("text_config"), dict):
         of_text.update(ids or {})
