@@ -33,6 +33,9 @@ class TextHeadConfig:
     """Number K of outputs: classes of a text or of a token, or 2 for the start and the end of an answer."""
     pool: Literal["cls", "mean", "last", "none"] = "cls"
     """Input of the output layer: the first token, the mean over all, the last token before padding, or each token."""
+    hidden: Literal["none", "tanh", "relu"] = "none"
+    """A layer as wide as the body between it and the output layer, with this activation: tanh as in the classifiers of
+    BERT and RoBERTa in transformers, relu as in that of DistilBERT."""
     dropout: float = 0.1
     """Probability of dropout before the output layer."""
     head_bias: bool = True
@@ -95,12 +98,16 @@ class TextHead(Network):
         self.config = config
         body = BERT(config.bert, trunk) if config.bert is not None else GPT(config.body, trunk)  # type: ignore[arg-type]
         self.body = without_heads(body)
+        width = config.body.backbone.dim
+        self.hidden = nn.Linear(width, width) if config.hidden != "none" else None
+        if self.hidden is not None:
+            init_linear(self.hidden)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.body.backbone.dim, config.num_outputs, bias=config.head_bias)
+        self.head = nn.Linear(width, config.num_outputs, bias=config.head_bias)
         init_linear(self.head)
 
     def output_modules(self) -> list[nn.Module]:
-        return [self.dropout, self.head]
+        return [module for module in (self.hidden, self.dropout, self.head) if module is not None]
 
     def word_weights(self) -> dict[str, str]:
         return {f"body.{name}": whose for name, whose in self.body.word_weights().items()}
@@ -122,7 +129,14 @@ class TextHead(Network):
         return [Graph(lambda **given: {"logits": self(**given)}, inputs)]
 
     def states(self, tokens: Tensor, segment: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Inputs of the output layer, (B, D), or (B, T, D) with `pool="none"`; arguments as for `forward`.
+        """Inputs of the output layer, (B, D), or (B, T, D) with `pool="none"`; arguments as for `forward`."""
+        x = self.pooled(tokens, segment, mask)
+        if self.hidden is None:
+            return x
+        return torch.tanh(self.hidden(x)) if self.config.hidden == "tanh" else torch.relu(self.hidden(x))
+
+    def pooled(self, tokens: Tensor, segment: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """States of the body, (B, D), or (B, T, D) with `pool="none"`; arguments as for `forward`.
 
         The last block computes only the tokens that are used.
         """

@@ -26,6 +26,7 @@ from trunkline.modules.networks.convert.transformers_clip import SIGLIP, TRANSFO
 from trunkline.modules.networks.convert.transformers_gpt2 import GPT2
 from trunkline.modules.networks.convert.transformers_llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from trunkline.modules.networks.convert.transformers_t5 import T5
+from trunkline.modules.networks.convert.transformers_text_head import TEXT_HEADS
 from trunkline.modules.networks.convert.transformers_vit import DEIT, DINOV2, DINOV2_REGISTERS, TRANSFORMERS_VIT
 from trunkline.modules.networks.convert.transformers_whisper import TRANSFORMERS_WHISPER
 from trunkline.modules.networks.lora import merged_copy
@@ -38,6 +39,7 @@ FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (
     MISTRAL,
     QWEN2,
     QWEN3,
+    *TEXT_HEADS,
     DISTILBERT,
     TRANSFORMERS_BERT,
     ROBERTA,
@@ -133,6 +135,7 @@ def to_foreign(network: Network, library: Library) -> tuple[ForeignFamily, dict[
     """
     network = merged_copy(network)
     candidates = [f for f in FOREIGN_FAMILIES if f.library == library and isinstance(network, f.network)]
+    candidates = [family for family in candidates if family.suits is None or family.suits(network)]
     reasons = []
     config = network.config
     seen = getattr(config, "text_padding", 0) is not None  # a SigLIP is read at its last place
