@@ -141,6 +141,6 @@ class TextHeadLike:
         )
 
 
-TASKS: tuple[Task, ...] = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
-TEXT_HEADS = tuple(TextHeadLike(body, task).family() for body in reversed(BERT_LIKE) for task in TASKS)
+HEAD_TASKS: tuple[Task, ...] = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+TEXT_HEADS = tuple(TextHeadLike(body, task).family() for body in reversed(BERT_LIKE) for task in HEAD_TASKS)
 """DistilBERT first: it has the fewest options."""

@@ -109,6 +109,70 @@ def test_a_pooler_that_nothing_reads(tmp_path: Path) -> None:
         assert_near(TextHead.from_pretrained(tmp_path).eval()(**ours)[ours["mask"]], want[ours["mask"]])
 
 
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+]
+
+
+def write_sentences(folder: Path, modules: Any = MODULES, **pooling: Any) -> Any:
+    """A BERT of transformers, and beside it the files of sentence-transformers as their library writes them."""
+    torch.manual_seed(0)
+    peer = randomise(hf.BertModel(hf.BertConfig(**SIZES)).eval(), 0.1)
+    peer.save_pretrained(folder)
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    modes = dict.fromkeys(("cls_token", "mean_tokens", "max_tokens", "lasttoken"), False) | {"include_prompt": True}
+    content = {f"pooling_mode_{mode}" if mode != "include_prompt" else mode: value for mode, value in modes.items()}
+    content |= {"word_embedding_dimension": 32, **pooling}
+    (folder / "1_Pooling/config.json").write_text(json.dumps(content))
+    return peer
+
+
+@pytest.mark.parametrize("pool", ["cls_token", "mean_tokens", "lasttoken"])
+def test_sentence_transformers(pool: str, tmp_path: Path) -> None:
+    normalise = pool != "cls_token"
+    peer = write_sentences(tmp_path, MODULES[: 2 + normalise], **{f"pooling_mode_{pool}": True})
+    network = trunkline.load(tmp_path)
+    assert isinstance(network, TextHead)
+    theirs, ours = texts("bert")
+    with torch.no_grad():
+        states = peer(**theirs).last_hidden_state
+        rows = [state[kept] for state, kept in zip(states, ours["mask"], strict=True)]  # without padding
+        kinds = {
+            "cls_token": lambda row: row[0],
+            "mean_tokens": lambda row: row.mean(0),
+            "lasttoken": lambda row: row[-1],
+        }
+        want = torch.stack([kinds[pool](row) for row in rows])
+        assert_near(network(**ours), want / want.norm(dim=1, keepdim=True) if normalise else want)
+        assert_near(BERT.from_pretrained(tmp_path).eval()(**ours)[ours["mask"]], states[ours["mask"]])
+    network.save_pretrained(tmp_path / "ours")
+    assert torch.equal(trunkline.load(tmp_path / "ours")(**ours), network(**ours))
+
+
+DENSE = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "pooling", "message"),
+    [
+        ([*MODULES[:2], DENSE], {"pooling_mode_mean_tokens": True}, "Transformer, Pooling, Dense, but a TextHead has"),
+        (MODULES, {"pooling_mode_max_tokens": True}, "asks for max_tokens, but"),
+        (MODULES, {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "cls_token and mean_tokens, but"),
+        (MODULES, {}, "asks for no pooling, but"),
+        ({"0": "Transformer"}, {}, "does not list the parts of a model"),
+        ([MODULES[0], {**MODULES[1], "path": "../elsewhere"}], {}, "names a part outside its folder"),
+        ([MODULES[0], {**MODULES[1], "path": "2_Pooling"}], {}, "cannot read .*2_Pooling"),
+    ],
+)
+def test_sentence_transformers_that_we_have_not(modules: Any, pooling: Any, message: str, tmp_path: Path) -> None:
+    write_sentences(tmp_path, modules, **pooling)
+    with pytest.raises(TrunklineError, match=message):
+        trunkline.load(tmp_path)
+
+
 def test_a_body_of_a_classifier(tmp_path: Path) -> None:
     make_peer("bert-SequenceClassification").save_pretrained(tmp_path)
     with pytest.raises(TrunklineError, match="describes a TextHead, not a BERT; load it with TextHead"):
