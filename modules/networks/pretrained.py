@@ -33,7 +33,7 @@ from trunkline.modules.networks.convert.sentence_transformers import (
 from trunkline.modules.networks.gpt import GPT
 from trunkline.modules.networks.text_head import TextHead
 from trunkline.modules.networks.weights import assign_weights, unfilled
-from trunkline.names import hub_access, looks_like_path
+from trunkline.names import hub_access, looks_like_path, with_article
 
 
 @dataclass
@@ -126,7 +126,9 @@ def find_pretrained(
         name = content.pop("network")
         kind = next((own for own in accepted if own.__name__ == name), None) or getattr(networks, str(name), None)
         if not (isinstance(kind, type) and issubclass(kind, Network)):
-            raise TrunklineError(f"{folder / CONFIG_FILE} describes a {name}, which is no network of Trunkline's")
+            raise TrunklineError(
+                f"{folder / CONFIG_FILE} describes {with_article(str(name))}, which is no network of Trunkline's"
+            )
         return Pretrained(place, kind, content, None)
     family = foreign_family(content, folder if config is None else "the given configuration")
     if family.network in (BERT, GPT) and (not accepted or TextHead in accepted):
@@ -147,8 +149,10 @@ def load_pretrained(
     """
     found = find_pretrained(source, accepted, config)
     if accepted and not issubclass(found.network_class, accepted):
-        name, wanted = found.network_class.__name__, " or ".join(kind.__name__ for kind in accepted)
-        raise TrunklineError(f"{found.source} describes a {name}, not a {wanted}; load it with {name}.from_pretrained")
+        name, wanted = found.network_class.__name__, " or ".join(with_article(kind.__name__) for kind in accepted)
+        raise TrunklineError(
+            f"{found.source} describes {with_article(name)}, not {wanted}; load it with {name}.from_pretrained"
+        )
     return found.network(dtype)
 
 

@@ -31,7 +31,8 @@ from trunkline.modules.networks.convert.transformers_vit import DEIT, DINOV2, DI
 from trunkline.modules.networks.convert.transformers_whisper import TRANSFORMERS_WHISPER
 from trunkline.modules.networks.lora import merged_copy
 from trunkline.modules.networks.model_card import model_card
-from trunkline.modules.networks.weights import assign_weights, unfilled
+from trunkline.modules.networks.weights import assign_weights, refuse_changed, unfilled
+from trunkline.names import with_article
 
 FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (
     GPT2,
@@ -134,6 +135,7 @@ def to_foreign(network: Network, library: Library) -> tuple[ForeignFamily, dict[
         TrunklineError: if no model of that library is such a network; says what each of them lacks.
     """
     network = merged_copy(network)
+    refuse_changed(network)
     candidates = [f for f in FOREIGN_FAMILIES if f.library == library and isinstance(network, f.network)]
     candidates = [family for family in candidates if family.suits is None or family.suits(network)]
     reasons = []
@@ -149,7 +151,7 @@ def to_foreign(network: Network, library: Library) -> tuple[ForeignFamily, dict[
         except TrunklineError as error:
             reasons.append(str(error))
     kind = type(network).__name__
-    raise TrunklineError("; ".join(reasons) or f"{library} has no model that a {kind} could become")
+    raise TrunklineError("; ".join(reasons) or f"{library} has no model that {with_article(kind)} could become")
 
 
 def save_foreign(

@@ -76,6 +76,8 @@ def test_a_folder_of_our_own(capsys: pytest.CaptureFixture[str]) -> None:
     for line in ("| data | ImageData pets |", "| steps | 7 |", "| best val/loss | 0.25 |", "| classes | 3: cat, dog,"):
         assert line in card
     assert "| command | `trunkline fit --config small` |" in card
+    assert "| val/loss | 0.25 |" in card
+    assert "skipped_images" not in card  # a count, no score
     assert f"{sum(p.numel() for p in network.parameters()):,}" in card
 
 
