@@ -72,10 +72,11 @@ def test_the_page_lists_every_family() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.+) \| (transformers|timm|open_clip) \|$", page, re.M)
     listed = {(network, library, name) for network, names, library in rows for name in names.split(", ")}
     short = {"Vision Transformer of timm": {"`vit_*`", "`deit_*`", "`deit3_*`"}, "T5": {"T5", "mT5"}}
-    short["CLIP of open_clip"] = {"CLIP with Vision Transformers"}
+    short |= {"CLIP of open_clip": {"CLIP with Vision Transformers"}, "SigLIP of open_clip": {"SigLIP"}}
     known = set()
     for family in FOREIGN_FAMILIES:
         name = re.sub(r"^an? | of transformers$", "", family.name)
+        name = re.sub(r"^(Roberta|DistilBert)For\w+$", "those of RoBERTa and DistilBERT", name)
         known |= {(family.network.__name__, family.library, each) for each in short.get(name, {name})}
     assert listed == known
     assert len(page.splitlines()) <= 80

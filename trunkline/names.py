@@ -18,6 +18,11 @@ FILE = re.compile(
 )
 
 
+def with_article(name: str) -> str:
+    """A class name with its article, for messages: "an EncoderDecoder", "a ViT"."""
+    return f"{'an' if name[:1] in set('AEIO') else 'a'} {name}"
+
+
 def looks_like_path(name: str) -> bool:
     """Whether a name can only be that of a local path: a mistyped path must not be looked for on the hub."""
     begin, _, rest = name.partition("/")

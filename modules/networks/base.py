@@ -23,6 +23,8 @@ from trunkline.modules.networks.intermediates import Indices, states_of
 from trunkline.modules.networks.lora import LoRAConfig, add_lora, merge_lora, merged_copy
 from trunkline.modules.networks.model_card import model_card
 from trunkline.modules.networks.resizing import resize_positions_of_text
+from trunkline.modules.networks.weights import refuse_changed
+from trunkline.names import with_article
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -105,6 +107,13 @@ def refuse_nan(network: nn.Module, source: str | Path) -> None:
         )
 
 
+def rotary_length(config: Any) -> int:
+    """Largest number of tokens of a network whose positions are rotations alone; 0 for another network."""
+    body = getattr(config, "body", config)
+    rotary = getattr(getattr(body, "backbone", None), "rope_theta", None) is not None
+    return getattr(body, "max_length", 0) if rotary else 0
+
+
 WORD_FOR = {"pos_embed": "positions", "target_pos_embed": "positions of targets"}
 """Name of a table of positions -> what messages call it."""
 
@@ -167,15 +176,19 @@ class Network(nn.Module):
             if own.num_embeddings != table.num_embeddings:
                 changed.append(f"{WORD_FOR[name]} {table.num_embeddings - first} to {own.num_embeddings - first}")
                 resize_positions_of_text(table, own.num_embeddings, first)
+        before, after = rotary_length(source.config), rotary_length(self.config)
+        if 0 < before < after:
+            changed.append(f"rotary positions {before} to {after}, the new ones untrained")
         return changed
 
     def graphs(self) -> list[Graph]:
         """What of it `trunkline export` writes: a function with named inputs and outputs, or several."""
-        raise TrunklineError(f"a {type(self).__name__} does not say what of it is exported; give it a method `graphs`")
+        kind = with_article(type(self).__name__)
+        raise TrunklineError(f"{kind} does not say what of it is exported; give it a method `graphs`")
 
     def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
         """The trunk that reads the inputs, and the method that runs it: it takes `layers`, as the trunk does."""
-        raise TrunklineError(f"a {type(self).__name__} has several parts; take the states of one of them")
+        raise TrunklineError(f"{with_article(type(self).__name__)} has several parts; take the states of one of them")
 
     def forward_intermediates(
         self, *inputs: Any, indices: Indices = None, norm: bool = False, intermediates_only: bool = False, **named: Any
@@ -208,12 +221,17 @@ class Network(nn.Module):
         Always `config.json`, `model.safetensors` and a model card README.md, unless there is one already, which may
         have been edited; as far as they are known `tokenizer.json`, and `preprocessing.json` with how pictures and
         sounds are prepared and the names of the classes. Adapters of LoRA are merged into the weights that are written.
+
+        Raises:
+            TrunklineError: if a layer was replaced, so that the weights are not those of the configuration.
         """
         from safetensors.torch import save_model
 
         from trunkline.files import replacing  # here, so that importing a network stays light
 
         folder = Path(folder)
+        merged = merged_copy(self)
+        refuse_changed(merged)
         content = {"network": type(self).__name__, **dataclasses.asdict(self.config)}
         texts = {CONFIG_FILE: json.dumps(content, indent=2) + "\n"}
         texts |= {} if self.companions is None else self.companions.files()
@@ -222,7 +240,7 @@ class Network(nn.Module):
         with replacing(*(folder / name for name in texts), folder / WEIGHTS_FILE) as (*files, weights_file):
             for file, text in zip(files, texts.values(), strict=True):
                 file.write_text(text, encoding="utf-8")
-            save_model(merged_copy(self), str(weights_file))
+            save_model(merged, str(weights_file))
 
     def push_to_hub(self, repository: str, private: bool | None = None, token: str | None = None) -> str:
         """Upload what `save_pretrained` writes to the Hugging Face hub; needs `huggingface_hub`.
@@ -272,7 +290,7 @@ class Network(nn.Module):
         try:
             return load(source, (cls,), config, dtype)
         except TrunklineError as error:
-            raise TrunklineError(f"cannot load a {cls.__name__} from {source}: {error}") from error
+            raise TrunklineError(f"cannot load {with_article(cls.__name__)} from {source}: {error}") from error
 
     @classmethod
     def from_checkpoint(cls, file: str | Path, *, merge: bool = True) -> Self:
@@ -295,7 +313,10 @@ class Network(nn.Module):
         content = load_checkpoint(file)
         name = content.get("classes", {}).get("network", "").rpartition(".")[2]
         if name and name != cls.__name__:
-            raise TrunklineError(f"{file} holds a {name}, not a {cls.__name__}; load it with {name}.from_checkpoint")
+            raise TrunklineError(
+                f"{file} holds {with_article(name)}, not {with_article(cls.__name__)}; load it with "
+                f"{name}.from_checkpoint"
+            )
         return network_of(cls, content, file, merge)
 
 

@@ -138,8 +138,8 @@ class LogitScale(nn.Module):
     def __init__(self, scale: float, bias: float | None) -> None:
         super().__init__()
         # Vectors, not scalars, which PyTorch's FSDP cannot shard.
-        self.logit_scale = nn.Parameter(torch.tensor([scale]))
-        self.logit_bias = nn.Parameter(torch.tensor([bias])) if bias is not None else None
+        self.logit_scale = nn.Parameter(torch.tensor([float(scale)]))
+        self.logit_bias = nn.Parameter(torch.tensor([float(bias)])) if bias is not None else None
 
     @property
     def factor(self) -> Tensor:

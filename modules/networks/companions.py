@@ -1,6 +1,7 @@
 """What goes with a network so that others can use it: tokenizer, pictures, sounds, names of classes, a model card."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -22,6 +23,9 @@ COMPANION_FILES = (TOKENIZER_FILE, TARGET_TOKENIZER_FILE, PREPROCESSING_FILE)
 
 PLAIN_FIELDS = ("sounds", "class_names", "start_token")
 """Fields of plain values."""
+
+SCORE = re.compile(r"val/(?!skipped_|truncated_|unfit_)")
+"""Scores of a validation, without its counts of rows that were left out or cut."""
 
 
 @dataclass
@@ -87,7 +91,7 @@ class Companions:
             [str(each) for each in class_names] if isinstance(class_names, list) else None,
             start if isinstance(start, str) else None,
             facts_of_training(content, name, data) | facts_of_run(Path(file)),
-            {score: value for score, value in validation_in(content).items() if score.startswith("val/")},
+            {score: value for score, value in validation_in(content).items() if SCORE.match(score)},
         )
 
     @classmethod

@@ -27,7 +27,12 @@ def load_network(source: str | Path) -> Any:
             ) from error
         content = load_checkpoint(file)
         return network_of(class_in_checkpoint(content, file), content, file).eval()
-    return load_pretrained(source).eval()
+    try:
+        return load_pretrained(source).eval()
+    except TrunklineError as error:
+        if str(source) in str(error):
+            raise
+        raise TrunklineError(f"cannot load {source}: {error}") from error
 
 
 def class_in_checkpoint(content: dict[str, Any], file: Path) -> type[Network]:

@@ -18,20 +18,27 @@ class PatchEmbed(nn.Module):
 
     Args:
         image_size: (height, width) in pixels.
-        patch_size: side of a patch in pixels; must divide both.
+        patch_size: side of a patch in pixels; must divide both, but for `drop_remainder`.
         in_chans: channels C of the image.
         dim: width D of a token.
         bias: whether the projection has a bias.
+        drop_remainder: leave out the last rows and columns of pixels that fill no patch.
 
     Raises:
         TrunklineError: if the patch does not tile the image.
     """
 
     def __init__(
-        self, image_size: tuple[int, int], patch_size: int, in_chans: int, dim: int, bias: bool = True
+        self,
+        image_size: tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        dim: int,
+        bias: bool = True,
+        drop_remainder: bool = False,
     ) -> None:
         super().__init__()
-        if any(side % patch_size or side < patch_size for side in image_size):
+        if any((side % patch_size and not drop_remainder) or side < patch_size for side in image_size):
             raise TrunklineError(
                 f"patch_size={patch_size} does not divide image_size={image_size[0]}x{image_size[1]}; "
                 "set patch_size to a divisor of both sides, or image_size to a multiple of patch_size"
@@ -54,6 +61,7 @@ class PatchEmbed(nn.Module):
                 "make image_size and in_chans of the network and of the data the same"
             )
         batch, p = image.shape[0], self.patch_size
+        image = image[..., : self.grid[0] * p, : self.grid[1] * p]
         tiles = image.reshape(batch, self.in_chans, self.grid[0], p, self.grid[1], p)
         tiles = tiles.permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, C, p, p)
         return self.proj(tiles.reshape(batch, self.grid[0] * self.grid[1], -1))

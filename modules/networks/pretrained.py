@@ -11,6 +11,7 @@ import torch
 from trunkline import TrunklineError
 from trunkline.modules import networks
 from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, refuse_nan
+from trunkline.modules.networks.bert import BERT
 from trunkline.modules.networks.companions import COMPANION_FILES, Companions
 from trunkline.modules.networks.convert.companion_files import PREPROCESSOR_FILE, PROCESSOR_FILE, companions_from_theirs
 from trunkline.modules.networks.convert.families import described_by, foreign_family
@@ -23,8 +24,16 @@ from trunkline.modules.networks.convert.foreign_files import (
     open_weights,
     read_config,
 )
+from trunkline.modules.networks.convert.sentence_transformers import (
+    MODULES_FILE,
+    POOLING_FILES,
+    sentence_family,
+    sentence_options,
+)
+from trunkline.modules.networks.gpt import GPT
+from trunkline.modules.networks.text_head import TextHead
 from trunkline.modules.networks.weights import assign_weights, unfilled
-from trunkline.names import hub_access, looks_like_path
+from trunkline.names import hub_access, looks_like_path, with_article
 
 
 @dataclass
@@ -117,9 +126,14 @@ def find_pretrained(
         name = content.pop("network")
         kind = next((own for own in accepted if own.__name__ == name), None) or getattr(networks, str(name), None)
         if not (isinstance(kind, type) and issubclass(kind, Network)):
-            raise TrunklineError(f"{folder / CONFIG_FILE} describes a {name}, which is no network of Trunkline's")
+            raise TrunklineError(
+                f"{folder / CONFIG_FILE} describes {with_article(str(name))}, which is no network of Trunkline's"
+            )
         return Pretrained(place, kind, content, None)
     family = foreign_family(content, folder if config is None else "the given configuration")
+    if family.network in (BERT, GPT) and (not accepted or TextHead in accepted):
+        pooling = sentence_options(folder)
+        family = family if pooling is None else sentence_family(family, pooling)
     return Pretrained(place, family.network, content, family)
 
 
@@ -135,8 +149,10 @@ def load_pretrained(
     """
     found = find_pretrained(source, accepted, config)
     if accepted and not issubclass(found.network_class, accepted):
-        name, wanted = found.network_class.__name__, " or ".join(kind.__name__ for kind in accepted)
-        raise TrunklineError(f"{found.source} describes a {name}, not a {wanted}; load it with {name}.from_pretrained")
+        name, wanted = found.network_class.__name__, " or ".join(with_article(kind.__name__) for kind in accepted)
+        raise TrunklineError(
+            f"{found.source} describes {with_article(name)}, not {wanted}; load it with {name}.from_pretrained"
+        )
     return found.network(dtype)
 
 
@@ -175,4 +191,4 @@ WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json")
 """Of files of weights, and of the list of their parts."""
 SAFE = [name for name in (*WEIGHTS_FILES, *PART_FILES) if "safetensors" in name]
 PICKLED = [name for name in (*WEIGHTS_FILES, *PART_FILES) if "safetensors" not in name]
-BESIDE = [*CONFIG_FILES, *COMPANION_FILES, PREPROCESSOR_FILE, PROCESSOR_FILE]
+BESIDE = [*CONFIG_FILES, *COMPANION_FILES, PREPROCESSOR_FILE, PROCESSOR_FILE, MODULES_FILE, POOLING_FILES]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
@@ -30,11 +31,17 @@ class TextHeadConfig:
     gpt: GPTConfig | None = None
     """The body, if it is a GPT."""
     num_outputs: int = 2
-    """Number K of outputs: classes of a text or of a token, or 2 for the start and the end of an answer."""
+    """Number K of outputs: classes of a text or of a token, or 2 for the start and the end of an answer. With 0
+    there is no output layer: the outputs are its inputs, such as embeddings of texts."""
     pool: Literal["cls", "mean", "last", "none"] = "cls"
     """Input of the output layer: the first token, the mean over all, the last token before padding, or each token."""
+    hidden: Literal["none", "tanh", "relu"] = "none"
+    """A layer as wide as the body between it and the output layer, with this activation: tanh as in the classifiers of
+    BERT and RoBERTa in transformers, relu as in that of DistilBERT."""
     dropout: float = 0.1
     """Probability of dropout before the output layer."""
+    normalise: bool = False
+    """Scale the outputs to length 1, as embeddings of texts often are."""
     head_bias: bool = True
     """Whether the output layer has a bias."""
     end_token: int | None = None
@@ -56,9 +63,9 @@ class TextHeadConfig:
                 "pool=cls reads a GPT's first token, which sees no other token; set pool to last or mean",
                 "model.network.pool",
             )
-        if self.num_outputs < 1:
+        if self.num_outputs < 0:
             raise TrunklineError(
-                f"num_outputs={self.num_outputs} is below 1; set it to the number of classes",
+                f"num_outputs={self.num_outputs} is below 0; set it to the number of classes, or to 0 for embeddings",
                 "model.network.num_outputs",
             )
         if not 0 <= self.dropout < 1:
@@ -95,12 +102,17 @@ class TextHead(Network):
         self.config = config
         body = BERT(config.bert, trunk) if config.bert is not None else GPT(config.body, trunk)  # type: ignore[arg-type]
         self.body = without_heads(body)
+        width = config.body.backbone.dim
+        self.hidden = nn.Linear(width, width) if config.hidden != "none" else None
+        if self.hidden is not None:
+            init_linear(self.hidden)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.body.backbone.dim, config.num_outputs, bias=config.head_bias)
-        init_linear(self.head)
+        self.head = nn.Linear(width, config.num_outputs, config.head_bias) if config.num_outputs else nn.Identity()
+        if isinstance(self.head, nn.Linear):
+            init_linear(self.head)
 
     def output_modules(self) -> list[nn.Module]:
-        return [self.dropout, self.head]
+        return [module for module in (self.hidden, self.dropout, self.head) if module is not None]
 
     def word_weights(self) -> dict[str, str]:
         return {f"body.{name}": whose for name, whose in self.body.word_weights().items()}
@@ -119,10 +131,18 @@ class TextHead(Network):
             inputs["mask"] = mask_input(length)
         if isinstance(body, BERTConfig) and body.num_segments:
             inputs["segment"] = token_input(body.num_segments, length)
-        return [Graph(lambda **given: {"logits": self(**given)}, inputs)]
+        name = "logits" if self.config.num_outputs else "embeddings"
+        return [Graph(lambda **given: {name: self(**given)}, inputs)]
 
     def states(self, tokens: Tensor, segment: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Inputs of the output layer, (B, D), or (B, T, D) with `pool="none"`; arguments as for `forward`.
+        """Inputs of the output layer, (B, D), or (B, T, D) with `pool="none"`; arguments as for `forward`."""
+        x = self.pooled(tokens, segment, mask)
+        if self.hidden is None:
+            return x
+        return torch.tanh(self.hidden(x)) if self.config.hidden == "tanh" else torch.relu(self.hidden(x))
+
+    def pooled(self, tokens: Tensor, segment: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """States of the body, (B, D), or (B, T, D) with `pool="none"`; arguments as for `forward`.
 
         The last block computes only the tokens that are used.
         """
@@ -154,12 +174,13 @@ class TextHead(Network):
             mask: (B, T) bool, False for padding, which is on the right.
 
         Returns:
-            (B, K), or (B, T, K).
+            (B, K), or (B, T, K); of width D if K is 0.
 
         Raises:
             TrunklineError: if there are more tokens than positions.
         """
-        return self.head(self.dropout(self.states(tokens, segment, mask)))
+        x = self.head(self.dropout(self.states(tokens, segment, mask)))
+        return F.normalize(x, dim=-1) if self.config.normalise else x
 
 
 def without_heads(body: BERT | GPT) -> BERT | GPT:

@@ -56,6 +56,9 @@ class ViTConfig:
     """Normalise the pooled features, usually instead of the trunk's `final_norm`."""
     pooler: bool = False
     """A dense layer and tanh over the pooled features, as in transformers' `ViTModel`."""
+    drop_remainder: bool = False
+    """Leave out the last rows and columns of pixels that fill no patch, as SigLIP SO400M does (384 pixels, patches of
+    14); otherwise the patches must tile the image."""
     mask_token: bool = False
     """Keep the token that hides patches in DINOv2's pre-training, so that a file of it goes back whole; unused here."""
     backbone: TransformerConfig = field(default_factory=TransformerConfig)
@@ -112,7 +115,9 @@ class ViT(Network):
         super().__init__()
         self.config = config
         dim = config.backbone.dim
-        self.patch_embed = PatchEmbed(config.size, config.patch_size, config.in_chans, dim, config.patch_bias)
+        self.patch_embed = PatchEmbed(
+            config.size, config.patch_size, config.in_chans, dim, config.patch_bias, config.drop_remainder
+        )
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if "cls" in config.pool else None
         self.reg_token = nn.Parameter(torch.empty(1, config.num_registers, dim)) if config.num_registers else None
         positions = config.prefix_positions
@@ -191,7 +196,9 @@ class ViT(Network):
         config = self.config
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         side, channels = patch_size or config.patch_size, in_chans or config.in_chans
-        self.patch_embed = PatchEmbed((height, width), side, channels, config.backbone.dim)
+        self.patch_embed = PatchEmbed(
+            (height, width), side, channels, config.backbone.dim, drop_remainder=config.drop_remainder
+        )
         self.patch_embed.proj = proj = old_embed.proj
         if (channels, side) != (config.in_chans, config.patch_size):
             weight = resize_patches(proj.weight, (config.in_chans, config.patch_size), (channels, side))

@@ -94,6 +94,28 @@ def assign_weights(
             setattr(network.get_submodule(place), leaf, value)
 
 
+def refuse_changed(network: Any) -> None:
+    """Refuse to save a network in which a layer was replaced: its files could not be loaded again.
+
+    Raises:
+        TrunklineError: with the weights that are not those of its configuration.
+    """
+    wanted = {name: tuple(value.shape) for name, value in unfilled(type(network), network.config).state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    faults = [
+        f"'{name}' is {found.get(name, 'missing')}, but {wanted.get(name, 'missing')} by the configuration"
+        for name in (*wanted, *(name for name in found if name not in wanted))
+        if wanted.get(name) != found.get(name)
+    ]
+    if faults:
+        kind = type(network).__name__
+        raise TrunklineError(
+            f"this {kind} cannot be saved, because it could not be loaded again: {enumerated(faults)}. Change "
+            f"the configuration and make a {kind} of it, into which you load the weights that stay, or save "
+            "the state dict yourself"
+        )
+
+
 def enumerated(faults: Iterable[str]) -> str:
     """The first faults, and the number of the others."""
     every = list(faults)

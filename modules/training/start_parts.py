@@ -26,6 +26,7 @@ from trunkline.modules.training.warm_start import (
     check_same_sizes,
     load_matching,
 )
+from trunkline.names import with_article
 
 
 class Fit(NamedTuple):
@@ -90,8 +91,8 @@ def sizes_from(network_class: type[Network], weights: TrainedWeights) -> Any:
         return SimpleNamespace(**{field: sizes})
     if there and not isinstance(sizes, network_class.config_class):
         raise TrunklineError(
-            f"{weights.argument} {weights.name} holds a {weights.network_class.__name__} with another {there} than a "
-            f"{network_class.__name__}; give weights that have one",
+            f"{weights.argument} {weights.name} holds {with_article(weights.network_class.__name__)} with another "
+            f"{there} than {with_article(network_class.__name__)}; give weights that have one",
             field=f"model.{weights.argument}",
         )
     return sizes

@@ -25,6 +25,7 @@ from trunkline.modules.networks.companions import Companions
 from trunkline.modules.networks.convert.foreign_files import CONFIG_FILES
 from trunkline.modules.networks.pretrained import WEIGHTS_SUFFIXES, Pretrained, find_pretrained
 from trunkline.modules.networks.resizing import SharedWords
+from trunkline.names import with_article
 from trunkline.run_folders import find_checkpoint, is_checkpoint
 
 N = TypeVar("N", bound=Network)
@@ -34,7 +35,7 @@ SHOWN = {"dim", "depth", "mlp_dim", "num_kv_heads"}
 """Fields of a trunk's configuration that show in the shapes of its weights, which are compared anyway."""
 RESIZED = {"vocab_size", "target_vocab_size", "max_length", "max_target_length"}
 """Sizes of texts, which may differ where rows can be resized or matched."""
-ADAPTED = {"image_size", "max_frames", "num_mels", "num_classes", "num_outputs", "pool"}
+ADAPTED = {"image_size", "max_frames", "num_mels", "num_classes", "num_outputs", "pool", "hidden"}
 ADAPTED |= {"max_length", "max_target_length"}
 """Fields in which a network may differ although they show in its weights: see `Network.adapt` and `output_modules`."""
 NETWORK_OF = {
@@ -123,7 +124,7 @@ class TrainedWeights:
             raise nameless(file, f"model.{argument}")
         if kind not in accepted:
             objective = (content or {}).get("objective", "something else")
-            found = f"a {kind.__name__}" if kind else f"weights of {objective}"
+            found = with_article(kind.__name__) if kind else f"weights of {objective}"
             raise TrunklineError(
                 f"{argument} {name} holds {found}; give a checkpoint or a folder of "
                 f"{' or '.join(k.__name__ for k in accepted)}",

@@ -63,7 +63,7 @@ def convert(
             network.save_pretrained(folder)
             reader = f"{type(network).__name__}.from_pretrained loads it"
         else:
-            family = save_foreign(network, folder, library)
+            family = save_foreign(network, folder, library, repository=push_to_hub)
             check_weights(network, folder, library)
             reader = f"{library} loads it as {family.name}"
     except OSError as error:

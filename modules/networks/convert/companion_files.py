@@ -152,7 +152,7 @@ def processor_transform(settings: Mapping[str, Any]) -> ImageTransform | None:
 
 
 def companions_to_theirs(
-    content: dict[str, Any], companions: Companions, library: Library
+    content: dict[str, Any], companions: Companions, library: Library, name: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """What goes with a network, as another library has it.
 
@@ -160,6 +160,7 @@ def companions_to_theirs(
         content: of the configuration file of the network.
         companions: what goes with it.
         library: the library.
+        name: of the folder, or of the repository that it becomes, where open_clip looks for the tokenizer.
 
     Returns:
         the content with what belongs into that file, and the other files: name -> content. What the library has not,
@@ -173,7 +174,7 @@ def companions_to_theirs(
     files = {}
     if companions.tokenizer_json is not None and companions.target_tokenizer_json is None:
         words = tokenizer_text(companions.tokenizer_json)
-        special = special_tokens(words)
+        special = special_tokens(words, text_part(content))
         files = {TOKENIZER_FILE: with_frame(words, content), TOKENIZER_CONFIG_FILE: tokenizer_config(special, content)}
         if library == "transformers":
             ids = token_ids(special, words, content, companions.start_token)
@@ -181,6 +182,9 @@ def companions_to_theirs(
             if isinstance(content.get("text_config"), dict):  # a CLIP is read at the token that ends a text
                 content["text_config"] = content["text_config"] | ids
     if library == "open_clip":
+        if files:  # without a name for it, open_clip takes its own tokenizer
+            model = content["model_cfg"]
+            content = content | {"model_cfg": {**model, "text_cfg": {**model["text_cfg"], "hf_tokenizer_name": name}}}
         return content | open_clip_settings(transform), files
     if names and len(names) == len(content.get("id2label") or {}):
         numbered = {str(number): name for number, name in enumerate(names)}
@@ -250,10 +254,22 @@ def vocabulary(tokenizer: str) -> Mapping[str, int]:
     return {token["content"]: token["id"] for token in json.loads(tokenizer).get("added_tokens") or []}
 
 
-def special_tokens(tokenizer: str) -> dict[str, str]:
-    """Name in transformers -> special token of a tokenizer.json, of those that it has."""
+def text_part(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a configuration file that is about texts; all of it, if it is about nothing else."""
+    return content.get("text_config") or content.get("model_cfg", {}).get("text_cfg") or content
+
+
+def special_tokens(tokenizer: str, text: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Name in transformers -> special token of a tokenizer.json, of those that it has.
+
+    Args:
+        tokenizer: content of the file.
+        text: the part of a configuration file that is about texts; a SigLIP, which sees padding, states its token.
+    """
     known = vocabulary(tokenizer)
     found = {name: first_of(names, known) for name, names in SPECIAL_TOKENS.items()}
+    padding = (text or {}).get("pad_token_id", (text or {}).get("pad_id"))
+    found["pad_token"] = next((token for token, place in known.items() if place == padding), found["pad_token"])
     return {name: token for name, token in found.items() if token is not None}
 
 
@@ -265,7 +281,8 @@ def first_of(names: Sequence[str], known: Mapping[str, int]) -> str | None:
 def tokenizer_config(special: Mapping[str, str], content: Mapping[str, Any]) -> str:
     """Content of tokenizer_config.json."""
     lengths = ("max_position_embeddings", "n_positions", "context_length")
-    length = next((content[name] for name in lengths if content.get(name)), None)
+    text = text_part(content)
+    length = next((text[name] for name in lengths if text.get(name)), None)
     limit = {} if length is None else {"model_max_length": length}
     segments = ["token_type_ids"] if content.get("model_type") == "bert" else []
     inputs = {"model_input_names": ["input_ids", *segments, "attention_mask"]}

@@ -16,6 +16,7 @@ from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.companions import CARD_FILE
 from trunkline.modules.networks.convert.companion_files import companions_to_theirs, end_of_text
 from trunkline.modules.networks.convert.family import ForeignFamily, Library
+from trunkline.modules.networks.convert.open_clip_siglip import OPEN_CLIP_SIGLIP
 from trunkline.modules.networks.convert.open_clip_vit import OPEN_CLIP_VIT
 from trunkline.modules.networks.convert.timm_vit import TIMM
 from trunkline.modules.networks.convert.transformers_ast import TRANSFORMERS_AST
@@ -25,11 +26,13 @@ from trunkline.modules.networks.convert.transformers_clip import SIGLIP, TRANSFO
 from trunkline.modules.networks.convert.transformers_gpt2 import GPT2
 from trunkline.modules.networks.convert.transformers_llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from trunkline.modules.networks.convert.transformers_t5 import T5
+from trunkline.modules.networks.convert.transformers_text_head import TEXT_HEADS
 from trunkline.modules.networks.convert.transformers_vit import DEIT, DINOV2, DINOV2_REGISTERS, TRANSFORMERS_VIT
 from trunkline.modules.networks.convert.transformers_whisper import TRANSFORMERS_WHISPER
 from trunkline.modules.networks.lora import merged_copy
 from trunkline.modules.networks.model_card import model_card
-from trunkline.modules.networks.weights import assign_weights, unfilled
+from trunkline.modules.networks.weights import assign_weights, refuse_changed, unfilled
+from trunkline.names import with_article
 
 FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (
     GPT2,
@@ -37,6 +40,7 @@ FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (
     MISTRAL,
     QWEN2,
     QWEN3,
+    *TEXT_HEADS,
     DISTILBERT,
     TRANSFORMERS_BERT,
     ROBERTA,
@@ -47,6 +51,7 @@ FOREIGN_FAMILIES: tuple[ForeignFamily, ...] = (
     TIMM,
     TRANSFORMERS_CLIP,
     SIGLIP,
+    OPEN_CLIP_SIGLIP,
     OPEN_CLIP_VIT,
     T5,
     BART,
@@ -130,10 +135,13 @@ def to_foreign(network: Network, library: Library) -> tuple[ForeignFamily, dict[
         TrunklineError: if no model of that library is such a network; says what each of them lacks.
     """
     network = merged_copy(network)
+    refuse_changed(network)
     candidates = [f for f in FOREIGN_FAMILIES if f.library == library and isinstance(network, f.network)]
+    candidates = [family for family in candidates if family.suits is None or family.suits(network)]
     reasons = []
     config = network.config
-    if library == "open_clip" and getattr(config, "end_token", 0) is None:
+    seen = getattr(config, "text_padding", 0) is not None  # a SigLIP is read at its last place
+    if library == "open_clip" and not seen and config.end_token is None:
         # Ours may read the last token of the mask; theirs looks for that token.
         config = replace(config, end_token=end_of_text(network.companions))
     for family in candidates:
@@ -143,11 +151,15 @@ def to_foreign(network: Network, library: Library) -> tuple[ForeignFamily, dict[
         except TrunklineError as error:
             reasons.append(str(error))
     kind = type(network).__name__
-    raise TrunklineError("; ".join(reasons) or f"{library} has no model that a {kind} could become")
+    raise TrunklineError("; ".join(reasons) or f"{library} has no model that {with_article(kind)} could become")
 
 
 def save_foreign(
-    network: Network, folder: str | Path, library: Library, ids: Mapping[str, int] | None = None
+    network: Network,
+    folder: str | Path,
+    library: Library,
+    ids: Mapping[str, int] | None = None,
+    repository: str | None = None,
 ) -> ForeignFamily:
     """Write a network, and what goes with it, as the files from which another library loads it.
 
@@ -157,6 +169,7 @@ def save_foreign(
         library: "transformers", "timm" or "open_clip".
         ids: numbers of special tokens for the configuration file, such as `eos_token_id`, which a network does not
             know. The text tower of a CLIP is read at that token; others need them to write texts.
+        repository: to which the folder will be uploaded; open_clip looks for the tokenizer there.
 
     Raises:
         TrunklineError: if no model of that library is such a network, or an id is needed that neither knows.
@@ -167,7 +180,7 @@ def save_foreign(
     family, content, weights = to_foreign(network, library)
     texts: dict[str, str] = {}
     if network.companions is not None:
-        content, texts = companions_to_theirs(content, network.companions, library)
+        content, texts = companions_to_theirs(content, network.companions, library, repository or folder.resolve().name)
     content.update(ids or {})
     if isinstance(of_text := content.get("text_config"), dict):
         of_text.update(ids or {})

@@ -37,6 +37,8 @@ class ForeignFamily:
     not."""
     weights_to: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
     """Our state dict and configuration -> their state dict, in the names of their files."""
+    suits: Callable[[Network], bool] | None = None
+    """Whether a network of ours may become such a model, where its configuration does not say enough."""
     layers: Callable[[Any], tuple[KeyTable, ...]] | None = None
     """Our configuration -> our names of the layers and those of their modules, for adapters; first the names of today,
     then older ones. None where adapters are not supported."""

@@ -83,6 +83,12 @@ def transposed(weights: Mapping[str, Tensor], name: str) -> Tensor:
     return weights.transposed(name) if isinstance(weights, ForeignWeights) else weights[name].T
 
 
+def shapes_of(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Name without the prefix -> shape, of the weights whose names begin with it; those in files are not read."""
+    places = weights._place if isinstance(weights, ForeignWeights) else weights
+    return {n.removeprefix(prefix): tuple(place.shape) for n, place in places.items() if n.startswith(prefix)}
+
+
 class _Place(NamedTuple):
     """Where a weight stands in a safetensors file."""
 

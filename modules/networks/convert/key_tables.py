@@ -168,6 +168,7 @@ def resolved(config: Any) -> dict[str, Any]:
             values.update({f"{field.name}.{name}": part for name, part in parts if name not in TRAINING_ONLY})
         else:
             values[field.name] = value
+    values.pop("drop_remainder", None)  # it follows from the sizes, or has no effect
     return values
 
 

@@ -12,7 +12,7 @@ from trunkline.modules.networks.clip import CLIP, CLIPConfig
 from trunkline.modules.networks.convert.family import ForeignFamily
 from trunkline.modules.networks.convert.key_tables import KeyTable, refuse_options
 from trunkline.modules.networks.convert.transformers_clip import OUR_CLIP, SCALES, refuse_another_clip
-from trunkline.modules.networks.convert.vit_tables import VitNames, image_size, one_side, ratio_of
+from trunkline.modules.networks.convert.vit_tables import VitNames, ratio_of, tiling
 from trunkline.modules.networks.gpt import GPTConfig
 from trunkline.modules.networks.vit import ViTConfig
 
@@ -189,8 +189,7 @@ def open_clip_config_from(config: Mapping[str, Any]) -> CLIPConfig:
     quick_gelu = bool(model.get("quick_gelu"))
     width, text_width = vision.get("width", 768), text.get("width", 512)
     image = ViTConfig(
-        image_size=image_size(vision.get("image_size", 224)),
-        patch_size=one_side(vision.get("patch_size", 16), "patch_size", OPEN_CLIP),
+        **tiling(vision.get("image_size", 224), vision.get("patch_size", 16), OPEN_CLIP),
         embed_norm=not vision.get("no_ln_pre", False),
         prefix_positions=1,
         patch_bias=False,

@@ -6,7 +6,7 @@ activation, and the epsilon of the norms.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,13 +14,14 @@ from torch import Tensor
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks.convert.family import ForeignFamily
+from trunkline.modules.networks.convert.foreign_files import shapes_of
 from trunkline.modules.networks.convert.key_tables import KeyTable, refuse_difference
 from trunkline.modules.networks.convert.vit_tables import (
     OUR_VIT,
     VitNames,
-    image_size,
     one_side,
     ratio_of,
+    tiling,
     tokens_before,
     with_learned_positions,
 )
@@ -94,7 +95,12 @@ def is_timm(config: Mapping[str, Any]) -> bool:
 
 
 def timm_config_from(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ViTConfig:
-    """Content of timm's config.json, and its weights -> configuration of the same `ViT`.
+    """Content of timm's config.json, and its weights -> configuration of the same `ViT`; see `timm_tower`."""
+    return timm_tower(config, shapes_of(weights))
+
+
+def timm_tower(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ViTConfig:
+    """Content of timm's config.json, and the shapes of its weights -> configuration of the same `ViT`.
 
     `architecture` is needed; `model_args`, `global_pool` and `pretrained_cfg` are read if they are there.
 
@@ -109,11 +115,10 @@ def timm_config_from(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -
                 f"timm's {name} with {option}={value} cannot be converted: {OUR_VIT} has no such option"
             )
     heads = heads_of(name, options)
-    pool = options.get("global_pool", config.get("global_pool", default_pool(weights)))
+    pool = options.get("global_pool", config.get("global_pool", default_pool(shapes)))
     kinds = {"token": "cls", "avg": "mean", "map": "map"}
     if pool not in kinds:
         raise TrunklineError(f"timm's {name} with global_pool={pool!r} cannot be converted: {OUR_VIT} cannot pool so")
-    shapes = {key: tuple(value.shape) for key, value in weights.items()}
     first, second = (f"blocks.0.mlp.{layer}.weight" for layer in ("fc1", "fc2"))
     missing = [key for key in (PATCHES_OF_TIMM, first, second) if key not in shapes]
     if missing:
@@ -138,8 +143,7 @@ def timm_config_from(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -
         drop_path=options.get("drop_path_rate", 0.0),
     )
     return ViTConfig(
-        image_size=image_size(size),
-        patch_size=side,
+        **tiling(size, side, TIMM_VIT),
         in_chans=channels,
         num_classes=shapes.get("head.weight", (0,))[0],
         pool=kinds[pool],  # type: ignore[arg-type]
@@ -177,7 +181,7 @@ def size_of_images(config: Mapping[str, Any], positions: int, patch: int) -> tup
     return height, width
 
 
-def default_pool(weights: Mapping[str, Tensor]) -> str:
+def default_pool(weights: Collection[str]) -> str:
     """Timm's `global_pool` where no file says it."""
     return "map" if "attn_pool.latent" in weights else "token" if "cls_token" in weights else "avg"
 
@@ -247,6 +251,7 @@ def timm_config_to(config: ViTConfig) -> dict[str, Any]:
     expressed = ViTConfig(
         image_size=config.image_size,
         patch_size=config.patch_size,
+        drop_remainder=config.drop_remainder,
         in_chans=config.in_chans,
         num_classes=config.num_classes,
         pool=config.pool if config.pool != "cls_mean" else "cls",

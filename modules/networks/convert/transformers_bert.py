@@ -87,10 +87,7 @@ class BertLike:
             TrunklineError: for a weight that a `BERT` does not have.
         """
         own = {}
-        for name, value in weights.items():
-            if name.endswith("position_ids"):  # the numbers 0, 1, ..., in files of older versions
-                continue
-            name = re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{GAMMA_BETA[m[1]]}", name)
+        for name, value in names_of_today(weights).items():
             copied = next((first for first in self.copies if name.startswith(first)), None)
             own[name if copied is None else self.copies[copied] + name.removeprefix(copied)] = value
         body = not any(name.startswith(f"{self.model_type}.") for name in own)
@@ -211,6 +208,15 @@ class BertLike:
 
 GAMMA_BETA = {"gamma": "weight", "beta": "bias"}
 """Names of a norm's parameters in the oldest files -> those of today."""
+
+
+def names_of_today(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in the names that files of today have, without the numbers of positions (0, 1, ...) of old ones."""
+    return {
+        re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{GAMMA_BETA[m[1]]}", name): value
+        for name, value in weights.items()
+        if not name.endswith("position_ids")
+    }
 
 
 def flip_classes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

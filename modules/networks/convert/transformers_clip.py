@@ -14,7 +14,7 @@ from trunkline.modules.networks.bert import BERTConfig
 from trunkline.modules.networks.clip import CLIP, CLIPConfig
 from trunkline.modules.networks.convert.family import ForeignFamily, with_model_type
 from trunkline.modules.networks.convert.key_tables import KeyTable, refuse_difference, refuse_options
-from trunkline.modules.networks.convert.vit_tables import VitNames, image_size, one_side
+from trunkline.modules.networks.convert.vit_tables import VitNames, tiling
 from trunkline.modules.networks.gpt import GPTConfig
 from trunkline.modules.networks.vit import ViTConfig
 
@@ -200,8 +200,7 @@ def clip_config_from_transformers(config: Mapping[str, Any]) -> CLIPConfig:
     end = one_token(text, "eos_token_id", THEIR_CLIP, "it reads a text at this token")
     trunk = tower(text, 1e-5, "quick_gelu", THEIR_CLIP)
     image = ViTConfig(
-        image_size=image_size(vision["image_size"]),
-        patch_size=one_side(vision["patch_size"], "patch_size", THEIR_CLIP),
+        **tiling(vision["image_size"], vision["patch_size"], THEIR_CLIP),
         in_chans=vision.get("num_channels", 3),
         embed_norm=True,
         prefix_positions=1,
@@ -233,8 +232,7 @@ def siglip_config_from_transformers(config: Mapping[str, Any]) -> CLIPConfig:
     if width != vision["hidden_size"]:
         raise TrunklineError(f"{THEIR_SIGLIP} gives texts {width} numbers, but images {vision['hidden_size']}")
     image = ViTConfig(
-        image_size=image_size(vision["image_size"]),
-        patch_size=one_side(vision["patch_size"], "patch_size", THEIR_SIGLIP),
+        **tiling(vision["image_size"], vision["patch_size"], THEIR_SIGLIP),
         in_chans=vision.get("num_channels", 3),
         pool="map",
         backbone=tower(vision, 1e-6, "gelu_pytorch_tanh", THEIR_SIGLIP),
@@ -331,12 +329,12 @@ def refuse_another_clip(config: CLIPConfig, expressed: CLIPConfig, family: str) 
             f"{OUR_CLIP} whose text tower is a {type(body).__name__.removesuffix('Config')} cannot become {family}, "
             f"whose is a {type(other).__name__.removesuffix('Config')}"
         )
-    refuse_difference(config.vision, expressed.vision, family, f"{OUR_CLIP} whose image tower has")
+    refuse_difference(config.vision, expressed.vision, family, f"the image tower of {OUR_CLIP}")
     texts = [replace(tower.text, bert=None, gpt=GPTConfig()) for tower in (config, expressed)]
     refuse_difference(texts[0], texts[1], family, OUR_CLIP)
     # The towers have no output layers over the vocabulary, so that it means nothing whether they are tied.
     free = ("tie_embeddings", "predicts_tokens")
-    refuse_difference(body, other, family, f"{OUR_CLIP} whose text tower has", free)
+    refuse_difference(body, other, family, f"the text tower of {OUR_CLIP}", free)
     if config.text_padding != expressed.text_padding:
         raise TrunklineError(
             f"{OUR_CLIP} with text_padding={config.text_padding} cannot become {family}, which never sees padding"

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.backbone.config import GATED
 from trunkline.modules.networks.convert.family import ForeignFamily, with_model_type
@@ -99,6 +100,12 @@ def t5_config_from_transformers(config: Mapping[str, Any]) -> EncoderDecoderConf
     Raises:
         TrunklineError: if the T5 uses an option that an `EncoderDecoder` does not have.
     """
+    writer = next(iter(config.get("architectures") or ()), "")
+    if writer.endswith("EncoderModel"):
+        raise TrunklineError(
+            f"a {writer} of transformers cannot be converted: an EncoderDecoder has an encoder and a decoder; give the "
+            "folder of the T5ForConditionalGeneration that it is a part of"
+        )
     usual = {"model_type": ("t5", "mt5"), "is_encoder_decoder": (True,), "feed_forward_proj": ACTIVATIONS_OF_T5}
     refuse_options(config, usual, "a T5")
     encoder = TransformerConfig(

@@ -12,8 +12,7 @@ from trunkline.modules.networks.convert.key_tables import KeyTable, refuse_diffe
 from trunkline.modules.networks.convert.vit_tables import (
     OUR_VIT,
     VitNames,
-    image_size,
-    one_side,
+    tiling,
     with_learned_positions,
 )
 from trunkline.modules.networks.vit import ViT, ViTConfig
@@ -138,8 +137,7 @@ class VitLike:
         qkv_bias = config.get("qkv_bias", True)
         dino = self.is_dino
         return ViTConfig(
-            image_size=image_size(config.get("image_size", 224)),
-            patch_size=one_side(config.get("patch_size", self.patch_size), "patch_size", self.name),
+            **tiling(config.get("image_size", 224), config.get("patch_size", self.patch_size), self.name),
             in_chans=config.get("num_channels", 3),
             num_classes=0 if body else len(config.get("id2label", range(2))),  # files leave out what is usual
             pool="cls" if body or not dino else "cls_mean",

@@ -139,3 +139,19 @@ def image_size(value: Any) -> int | tuple[int, int]:
     """The size of the images, as one number if they are square."""
     sides = tuple(int(side) for side in (value if isinstance(value, list | tuple) else (value, value)))
     return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
+
+
+def tiling(image: Any, patch: Any, family: str) -> dict[str, Any]:
+    """Fields of a `ViT` for images and patches of theirs; pixels that fill no patch are left out there.
+
+    Args:
+        image: one number for a square, or (height, width) in pixels.
+        patch: one number, or two equal ones.
+        family: name of the family, for messages.
+
+    Raises:
+        TrunklineError: if patches are not square.
+    """
+    size, side = image_size(image), one_side(patch, "patch_size", family)
+    rest = any(pixels % side for pixels in (size if isinstance(size, tuple) else (size,)))
+    return {"image_size": size, "patch_size": side, "drop_remainder": rest}

@@ -196,7 +196,7 @@ def from_peer(name: str, **changes: Any) -> CLIPConfig:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (two_towers(), "image tower has with pool=mean cannot become a CLIP of transformers"),
+        (two_towers(), "the image tower of a CLIP with pool=mean cannot become a CLIP of transformers"),
         (shared_trunk(), "text tower is a BERT cannot become a CLIP of transformers"),
         (from_peer("clip", end_token=2), "end_token=2 cannot become a CLIP of transformers"),
         (from_peer("clip", end_token=None), "reads a text at its eos_token_id, which the network does not know"),

@@ -136,7 +136,7 @@ def test_options_that_we_have_not(name: str, option: dict[str, Any], message: st
 
 
 def test_a_task_that_we_have_not(tmp_path: Path) -> None:
-    hf.BertForTokenClassification(hf.BertConfig(**SIZES)).save_pretrained(tmp_path)
+    hf.BertForMultipleChoice(hf.BertConfig(**SIZES)).save_pretrained(tmp_path)
     with pytest.raises(TrunklineError, match=r"no place in a BERT: 'classifier\.bias'; 'classifier\.weight'"):
         BERT.from_pretrained(tmp_path)
 

@@ -156,7 +156,7 @@ def test_options_that_we_have_not(config: dict[str, Any], message: str, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"end_token": 98}, "image tower has with pool=mean cannot become a CLIP of open_clip"),
+        ({"end_token": 98}, "the image tower of a CLIP with pool=mean cannot become a CLIP of open_clip"),
         ({}, "end_token=None cannot become a CLIP of open_clip.*; set end_token in its configuration"),
     ],
 )
@@ -177,7 +177,10 @@ def test_published_configurations_are_expressed(name: str) -> None:
 
 
 def test_every_model_of_open_clip_is_expressed_or_refused() -> None:
-    """All with a Vision Transformer and a text tower of open_clip's own, but those that average over patches."""
+    """All with a Vision Transformer and a text tower of open_clip's own, but those that average over patches.
+
+    Those with an image tower of timm are in test_parity_open_siglip.
+    """
     expressed, reasons = set(), set()
     for name in open_clip.list_models():
         try:

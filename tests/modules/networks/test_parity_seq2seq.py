@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ from parity import assert_near, memorise, randomise
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
+import trunkline
 from trunkline import TrunklineError
 from trunkline.modules.generation.beams import beam_search
 from trunkline.modules.generation.decoding import GenerationConfig
@@ -194,6 +196,15 @@ def test_defaults_are_those_of_the_families() -> None:
 
 
 # --- what cannot be converted
+
+
+def test_an_encoder_alone(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4, "vocab_size": 40}
+    transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(
+        TrunklineError, match=r"a T5EncoderModel .* cannot be converted.*; give the folder of the T5For"
+    ):
+        trunkline.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import trunkline
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.networks import EncoderDecoder, EncoderDecoderConfig, ViT
+from trunkline.modules.networks import EncoderDecoder, EncoderDecoderConfig, ViT, ViTConfig
 from trunkline.modules.networks.convert.families import save_foreign
 from trunkline.modules.networks.pretrained import load_pretrained
 
@@ -100,7 +100,7 @@ def test_there_and_back(theirs: Any, tmp_path: Path) -> None:
     again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "back").eval()
     for name, value in theirs.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
-    with pytest.raises(TrunklineError, match="timm has no model that a EncoderDecoder could become"):
+    with pytest.raises(TrunklineError, match="timm has no model that an EncoderDecoder could become"):
         save_foreign(network, tmp_path, "timm")
     trunk = TransformerConfig(dim=16, depth=1, num_heads=2)
     with pytest.raises(TrunklineError, match=r"cannot become a T5"):
@@ -228,8 +228,35 @@ def test_tied_weights_that_differ(theirs: Any, tmp_path: Path) -> None:
 
 def test_another_network(theirs: Any, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(TrunklineError, match="describes a EncoderDecoder, not a ViT; load it with EncoderDecoder"):
+    with pytest.raises(TrunklineError, match="describes an EncoderDecoder, not a ViT; load it with EncoderDecoder"):
         ViT.from_pretrained(tmp_path)
+
+
+def test_an_error_names_the_place(tmp_path: Path) -> None:
+    vit = ViT(ViTConfig(8, 4, backbone=TransformerConfig(dim=16, depth=1, num_heads=2)))
+    vit.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["backbone"]["num_heads"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(TrunklineError, match=rf"cannot load {tmp_path}: num_heads=3 does not divide dim=16"):
+        trunkline.load(tmp_path)
+
+
+@pytest.mark.parametrize("library", ["trunkline", "transformers"])
+def test_a_network_with_another_head_is_not_saved(library: Any, tmp_path: Path) -> None:
+    """Its files could not be loaded."""
+    vit = ViT(ViTConfig(8, 4, num_classes=5, backbone=TransformerConfig(dim=16, depth=1, num_heads=2)))
+    vit.head = torch.nn.Linear(16, 3)
+    message = r"'head\.weight' is \(3, 16\), but \(5, 16\) by the configuration; 'head\.bias' .*Change the config"
+    with pytest.raises(TrunklineError, match=message):
+        vit.save_pretrained(tmp_path / "out") if library == "trunkline" else save_foreign(vit, tmp_path, library)
+    assert not (tmp_path / "out").exists()
+    vit.head = torch.nn.Identity()
+    with pytest.raises(TrunklineError, match=r"'head\.weight' is missing, but \(5, 16\) by the configuration"):
+        vit.save_pretrained(tmp_path / "out")
+    vit.config.num_classes = 0
+    vit.save_pretrained(tmp_path / "out")
+    assert trunkline.load(tmp_path / "out").config.num_classes == 0
 
 
 @pytest.mark.parametrize(

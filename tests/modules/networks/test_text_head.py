@@ -82,7 +82,7 @@ def test_every_parameter_learns(body: str, pool: Any) -> None:
         ({}, "needs one body, not none; set either bert or gpt"),
         ({"bert": bert(), "gpt": gpt()}, "needs one body, not two"),
         ({"gpt": gpt()}, "pool=cls reads a GPT's first token, which sees no other token; set pool to last or mean"),
-        ({"bert": bert(), "num_outputs": 0}, "num_outputs=0 is below 1"),
+        ({"bert": bert(), "num_outputs": -1}, "num_outputs=-1 is below 0"),
         ({"bert": bert(), "dropout": 1.0}, r"dropout=1\.0 is not a probability; set it to at least 0 and below 1"),
         ({"bert": {"vocab": 3}}, "BERTConfig has no field 'vocab'; did you mean 'vocab_size'"),
     ],

@@ -20,6 +20,7 @@ from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import (
     AST,
     CLIP,
+    GPT,
     ASTConfig,
     BERTConfig,
     CLIPConfig,
@@ -143,6 +144,33 @@ def test_language_models(objective: Any, folder: Path, caplog: pytest.LogCapture
     assert said(caplog).endswith("; resized: positions 6 to 9")
     assert_near(made.eval()(tokens), source(tokens))
     assert torch.equal(made.pos_embed.weight[6:], source.pos_embed.weight[:3])
+
+
+def test_longer_texts_with_rotary_positions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They need no new weights, but the network has not learned them."""
+    trunk = TransformerConfig(dim=16, depth=1, num_heads=2, causal=True, rope_theta=1e4)
+    source = GPT(GPTConfig(ROOM, 6, positions="none", backbone=trunk))
+    source.save_pretrained(tmp_path)
+    config = GPTConfig(max_length=9, positions="none")
+    made = CausalLM(config, init_from=str(tmp_path), facts=texts(max_length=9)).network
+    same(made, source)
+    assert said(caplog).endswith("; resized: rotary positions 6 to 9, the new ones untrained")
+    CausalLM(GPTConfig(positions="none"), init_from=str(tmp_path), facts=texts())
+    assert "resized" not in said(caplog)
+
+
+def test_a_classifier_of_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It goes on as a classifier, with the layer before its output; as something else, its body starts that."""
+    sizes = {"vocab_size": ROOM, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.BertConfig(**sizes, intermediate_size=24, max_position_embeddings=6, num_labels=4)
+    hf.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    source, name = load(tmp_path), str(tmp_path)
+    made = TextClassifier(TextHeadConfig(bert=BERTConfig()), init_from=name, facts=texts()).network
+    same(made, source, ("head",))
+    assert made.config.hidden == "tanh"
+    assert said(caplog).endswith("new: head")  # of another number of classes
+    made = TokenClassifier(TextHeadConfig(bert=BERTConfig(), pool="none"), init_from=name, facts=texts()).network
+    same(made.body, source.body)
 
 
 @pytest.mark.parametrize("objective", [TextClassifier, TokenClassifier, QuestionAnswering])
@@ -308,7 +336,7 @@ def test_a_tokenizer_that_is_too_large_for_its_weights(folder: Path, tmp_path: P
     [
         (ImageClassifier, ViTConfig(), "gpt2", "holds a GPT; give a checkpoint or a folder of ViT or CLIP"),
         (CausalLM, GPTConfig(), "bert", "holds a BERT; give a checkpoint or a folder of GPT or CLIP or TextHead"),
-        (MaskedLM, BERTConfig(), "t5", "holds a EncoderDecoder; give .* BERT or CLIP or TextHead"),
+        (MaskedLM, BERTConfig(), "t5", "holds an EncoderDecoder; give .* BERT or CLIP or TextHead"),
         (TextClassifier, TextHeadConfig(bert=BERTConfig()), "gpt2", r"holds a GPT; set network\.gpt instead of"),
         (Seq2Seq, EncoderDecoderConfig(), "vit", "holds a ViT; give a checkpoint or a folder of EncoderDecoder"),
     ],

@@ -76,6 +76,8 @@ def test_a_folder_of_our_own(capsys: pytest.CaptureFixture[str]) -> None:
     for line in ("| data | ImageData pets |", "| steps | 7 |", "| best val/loss | 0.25 |", "| classes | 3: cat, dog,"):
         assert line in card
     assert "| command | `trunkline fit --config small` |" in card
+    assert "| val/loss | 0.25 |" in card
+    assert "skipped_images" not in card  # a count, no score
     assert f"{sum(p.numel() for p in network.parameters()):,}" in card
 
 
@@ -237,6 +239,10 @@ def test_clip(library: str) -> None:
         else:
             theirs, transform = open_clip.create_model_from_pretrained("local-dir:out")
             images = transform(photo())[None]
+            made = open_clip.get_tokenizer("local-dir:out")(TEXTS[:2])  # filled up to the full length
+            assert torch.equal(made[:, : numbers.shape[1]][mask], numbers[mask])
+            assert made.shape == (2, network.config.text.body.max_length)
+            assert_near(theirs.encode_text(made, normalize=True), want.text)
             assert_near(theirs.eval().encode_image(pixels, normalize=True), want.image)
     torch.testing.assert_close(images, pixels, rtol=1e-5, atol=1e-5)
     assert torch.equal(trunkline.load("out").transform(photo()), pixels[0])
@@ -269,8 +275,8 @@ def test_files_that_hold_something_else_are_noticed(monkeypatch: pytest.MonkeyPa
     network = run("gpt")
     save = command.save_foreign
 
-    def faulty(given: Any, *arguments: Any) -> Any:
-        result = save(given, *arguments)
+    def faulty(given: Any, *arguments: Any, **named: Any) -> Any:
+        result = save(given, *arguments, **named)
         next(given.parameters()).data[0] += 1
         return result
 
@@ -314,6 +320,14 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
     monkeypatch.setattr(hub, "hub_reachable", lambda: True)
     return fake
+
+
+def test_a_tokenizer_for_open_clip_on_the_hub(fake_hub: FakeHub) -> None:
+    """There it is looked for in the repository that the configuration names."""
+    run("clip")
+    convert("--to", "open_clip", "--output", "out", "--push_to_hub", "me/small")
+    content = json.loads(Path("out/open_clip_config.json").read_text())
+    assert content["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "me/small"
 
 
 def test_push_to_hub(fake_hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
