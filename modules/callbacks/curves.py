@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVES_FILE = "curves.png"
-NEITHER = ("lr", "grad_norm")
+NEITHER = ("lr", "grad_norm", "skipped_steps")
 """Values that are no losses and no scores."""
 COLUMNS = 3
 """Panels side by side."""

@@ -312,16 +312,19 @@ class TrunklineModule(EvaluatedModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Correct accumulated gradients, stop or leave out a step that is not finite, and log learning rate and norm.
 
-        The rate is the largest one; the norm is that of the gradients before clipping.
+        The rate is the largest one; the norm is that of the gradients before clipping. Where steps may be left out,
+        those of the run so far are logged too, as `train/skipped_steps`.
         """
         steps = self.trainer.accumulate_grad_batches
         if steps > 1 and not self.joint:
             self.accumulation.correct(self.network, self.trainer, steps)
         norm = gradient_norm(self.network)
+        self.finite_steps.check(self, optimizer, norm)
         if self.is_logging_step():
             self.log("train/lr", max(group["lr"] for group in optimizer.param_groups))
             self.log("train/grad_norm", norm)
-        self.finite_steps.check(self, optimizer, norm)
+            if self.finite_steps.left_out is not None:
+                self.log("train/skipped_steps", self.finite_steps.left_out)
 
     def is_logging_step(self) -> bool:
         """Whether the trainer logs this step's metrics."""
@@ -338,7 +341,7 @@ class TrunklineModule(EvaluatedModule):
         """
         self.finite_steps.settle(self.trainer)
         refuse_diverged(self.network)
-        checkpoint["skipped_steps"] = self.finite_steps.skipped
+        self.finite_steps.save(checkpoint)
         checkpoint["objective"] = type(self).__name__
         data = getattr(self.trainer, "datamodule", None)
         kinds = {"objective": type(self), "network": type(self.network), "data": type(data)}
@@ -361,7 +364,7 @@ class TrunklineModule(EvaluatedModule):
                 follow_folder(state, str(callback.dirpath))
         check_same_lora(self.lora, checkpoint.get("hyper_parameters", {}))
         check_architecture(checkpoint["state_dict"], self.state_dict())
-        self.finite_steps.skipped = checkpoint.get("skipped_steps", 0)
+        self.finite_steps.restore(checkpoint)
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.position = Position.restore(self.trainer, checkpoint)
 

@@ -48,7 +48,7 @@ class FiniteSteps:
     bad step does reach the weights in memory, but no checkpoint, and the next step ends the run.
 
     With 16-mixed precision gradients overflow while the right scale is looked for; `GradScaler` leaves such steps out.
-    There only the loss is looked at.
+    There only the loss is looked at, and those steps are counted (`overflows`).
 
     Args:
         allowed: bad steps of a run that are left out; the one after them ends it.
@@ -57,10 +57,29 @@ class FiniteSteps:
     def __init__(self, allowed: int = 0) -> None:
         self.allowed, self.skipped = allowed, 0
         """Bad steps that may be left out; those that were."""
+        self.overflows: Tensor | float | None = None
+        """Scalar, steps that `GradScaler` has left out, on the device so that the host need not wait; None without."""
         self.late = LateReduction(None)
         self.sent: Step | None = None
         """The step of which the host does not know yet whether it was finite."""
         self.forget()
+
+    @property
+    def left_out(self) -> Tensor | float | None:
+        """Scalar, how many of the run's steps have not reached the weights; None if none may be left out."""
+        if self.overflows is None:
+            return float(self.skipped) if self.allowed else None
+        return self.overflows + self.skipped
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Store the counts in a checkpoint."""
+        overflows = None if self.overflows is None else float(self.overflows)
+        checkpoint |= {"skipped_steps": self.skipped, "overflowed_steps": overflows}
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting from what `save` has stored."""
+        self.skipped = checkpoint.get("skipped_steps", 0)
+        self.overflows = checkpoint.get("overflowed_steps")
 
     def forget(self) -> None:
         """Begin a new step."""
@@ -98,6 +117,8 @@ class FiniteSteps:
         bad = (loss if scales else norm).isfinite().logical_not().float()
         if scales and trainer.world_size > 1:  # not every process sees another one's loss in its gradients
             dist.all_reduce(bad, dist.ReduceOp.MAX)
+        if scales:  # the norm is not finite if the scaler has found such a gradient in any process
+            self.overflows = (0.0 if self.overflows is None else self.overflows) + (1 - bad) * norm.isfinite().logical_not()
         able = scales or bool(optimizer.defaults.get("fused"))
         if self.host_may_wait(bad) or (self.allowed and not able):
             if bool(bad):

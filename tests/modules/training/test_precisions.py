@@ -1,5 +1,6 @@
 """Training in each precision: what is scaled for float16 is unscaled before it is clipped, logged and used."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import tiny
 import torch
 from sharded_runs import half
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.training.optim import OptimizerConfig
@@ -39,18 +41,40 @@ def test_the_scale_of_16_mixed_changes_nothing(optimizer: str, tmp_path: Path) -
     torch.testing.assert_close(weights, expected, rtol=0, atol=2e-3)  # small gradients are rounded less with a scale
     assert logged["train/grad_norm"] == pytest.approx(unscaled["train/grad_norm"], rel=1e-2)
     assert logged["train/grad_norm"] > 0.5
+    assert logged["train/skipped_steps"] == 0
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_step_that_overflows_is_left_out(optimizer: str, tmp_path: Path) -> None:
-    """It does not count as divergence, and the scale falls."""
+    """It does not count as divergence, the scale falls, and the count is logged."""
     torch.manual_seed(0)
     start = tiny.weights(ImageClassifier(tiny.vit()))
     plugin = half(2.0**60)
-    weights, _ = fit(optimizer, tmp_path, plugins=[plugin])
+    weights, logged = fit(optimizer, tmp_path, plugins=[plugin])
     assert plugin.scaler is not None
     assert plugin.scaler.get_scale() == 2.0**56
+    assert logged["train/skipped_steps"] == 4
     assert all(torch.equal(weights[name], start[name]) for name in start if not name.startswith("head"))
+
+
+def test_the_count_of_left_out_steps_is_resumed(tmp_path: Path) -> None:
+    """Where the scaler has halved its scale, it has left out a step, whatever the accumulation."""
+    torch.manual_seed(0)
+    file, plugin = tmp_path / "a.ckpt", half(2.0**22)
+    options: dict[str, Any] = {"log_every_n_steps": 1, "gradient_clip_val": 0.5}
+    first = tiny.fit(ImageClassifier(tiny.vit()), tmp_path, tiny.batches(8), plugins=[plugin], **options)
+    assert plugin.scaler is not None
+    halved = 22 - math.log2(plugin.scaler.get_scale())
+    assert 0 < halved < 8
+    assert first.callback_metrics["train/skipped_steps"] == halved
+    first.save_checkpoint(file)
+    overflowing = half(2.0**60)
+    more = tiny.trainer(tmp_path, max_epochs=2, plugins=[overflowing], enable_model_summary=False, **options)
+    rows = DataLoader(tiny.batches(8), batch_size=None)  # type: ignore[arg-type]
+    more.fit(ImageClassifier(tiny.vit()), rows, ckpt_path=file, weights_only=True)
+    assert overflowing.scaler is not None
+    more_halved = math.log2(plugin.scaler.get_scale()) - math.log2(overflowing.scaler.get_scale())
+    assert more.callback_metrics["train/skipped_steps"] == halved + more_halved
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
