@@ -118,7 +118,8 @@ class FiniteSteps:
         if scales and trainer.world_size > 1:  # not every process sees another one's loss in its gradients
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         if scales:  # the norm is not finite if the scaler has found such a gradient in any process
-            self.overflows = (0.0 if self.overflows is None else self.overflows) + (1 - bad) * norm.isfinite().logical_not()
+            overflowed = (1 - bad) * norm.isfinite().logical_not()
+            self.overflows = overflowed if self.overflows is None else self.overflows + overflowed
         able = scales or bool(optimizer.defaults.get("fused"))
         if self.host_may_wait(bad) or (self.allowed and not able):
             if bool(bad):
