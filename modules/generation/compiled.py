@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trunkline import TrunklineError
+from trunkline.modules.backbone import KVCache
 from trunkline.modules.backbone.fixed_cache import SOURCE_SLOTS, FixedCache, padded_source
 
 Memory = tuple[FixedCache, Tensor, Tensor | None]
@@ -54,6 +56,11 @@ class CompiledDecoder(nn.Module):
             old = copy.copy(state)
             old.cache = state.cache.plain()
         logits, filled = self.decoder.prefill(tokens, mask, 0, old)
+        if not isinstance(getattr(filled, "cache", None), KVCache):
+            raise TrunklineError(
+                f"{type(self.decoder).__name__} keeps no key/value cache in its state, so its step cannot be compiled; "
+                "generate with the decoder itself"
+            )
         return logits, self._fixed(filled, cache_slots(tokens.shape[1] + room, self.max_length), state)
 
     def step(self, tokens: Tensor, state: Any) -> Tensor:
