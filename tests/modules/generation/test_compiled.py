@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_generation import gpt, padded, prompts
 from torch._dynamo.utils import counters
 
-from tests.modules.generation.test_generation import gpt, padded, prompts
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.backbone.fixed_cache import FixedCache
 from trunkline.modules.generation.beams import beam_search
-from trunkline.modules.generation.compiled import CompiledDecoder, cache_slots
+from trunkline.modules.generation.compiled import CompiledDecoder, _step, cache_slots
 from trunkline.modules.generation.decoding import Decoder, GenerationConfig
 from trunkline.modules.generation.sampling import STEPS_BETWEEN_CHECKS, generate, stream
 from trunkline.modules.networks.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
@@ -50,11 +50,23 @@ def eager(decoder: Any) -> Decoder:
     return fixed
 
 
+BACKENDS = [None, pytest.param("inductor", marks=pytest.mark.slow)]
+"""Half a minute for each network that a C++ compiler compiles; without one, only the graph is captured."""
+
+
+def compiled_by(backend: str | None, decoder: Any) -> CompiledDecoder:
+    compiled = CompiledDecoder(decoder)
+    if backend is None:
+        compiled._compiled = torch.compile(_step, dynamic=False, backend="aot_eager")
+    return compiled
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["learned", "gqa"])
-def test_texts_of_all_lengths_from_one_graph(kind: str, graphs: dict[str, Any]) -> None:
+def test_texts_of_all_lengths_from_one_graph(kind: str, backend: Any, graphs: dict[str, Any]) -> None:
     """Prompts of other lengths, with and without padding, greedy and sampled, and past the context."""
     network = gpt(kind)
-    compiled = CompiledDecoder(network)
+    compiled = compiled_by(backend, network)
     for lengths in ((3, 7), (11, 2), (5, 5)):
         tokens, mask = padded(prompts(*lengths))
         for config in (GREEDY, SAMPLED):
@@ -62,15 +74,16 @@ def test_texts_of_all_lengths_from_one_graph(kind: str, graphs: dict[str, Any]) 
     assert one_graph(graphs)
 
 
-@pytest.mark.parametrize("positions", ["relative"])
-def test_sources_of_all_lengths_from_one_graph(positions: Any, graphs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("positions", ["learned", "relative"])
+def test_sources_of_all_lengths_from_one_graph(positions: Any, backend: Any, graphs: dict[str, Any]) -> None:
     network, start = encoder_decoder(positions), torch.zeros(2, 1, dtype=torch.int64)
     for length in (4, 9):
         source = torch.randint(40, (2, length))
         mask = torch.ones_like(source, dtype=torch.bool)
         mask[0, length - 2 :] = length < 9
         want = generate(network.decoder_of(source, mask), start, config=GREEDY)
-        assert generate(CompiledDecoder(network.decoder_of(source, mask)), start, config=GREEDY) == want
+        assert generate(compiled_by(backend, network.decoder_of(source, mask)), start, config=GREEDY) == want
     assert one_graph(graphs)
 
 
