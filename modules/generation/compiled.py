@@ -4,6 +4,7 @@ Needs only torch. Shape legend: B rows, T tokens of the prompt, L slots of the c
 """
 
 import copy
+import functools
 import weakref
 from typing import Any
 
@@ -36,7 +37,7 @@ class CompiledDecoder(nn.Module):
         super().__init__()
         self.decoder = decoder
         on_gpu = next(decoder.parameters()).device.type == "cuda"
-        self._compiled = torch.compile(_step, dynamic=False, mode="reduce-overhead" if on_gpu else None)
+        self._compiled = compiled_step("reduce-overhead" if on_gpu else None)
         self._spare: dict[tuple[Any, ...], list[Memory]] = {}
 
     @property
@@ -115,8 +116,14 @@ class CompiledDecoder(nn.Module):
         return memory
 
 
+@functools.cache
+def compiled_step(mode: str | None) -> Any:
+    """One for all decoders, so that those of other sources run the code that is there."""
+    return torch.compile(_step, dynamic=False, mode=mode)
+
+
 def _step(decoder: Any, tokens: Tensor, state: Any) -> Tensor:
-    """What is compiled; all decoders share the code of those of their kind."""
+    """What is compiled."""
     logits: Tensor = decoder.step(tokens, state)
     return logits
 

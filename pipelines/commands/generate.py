@@ -17,6 +17,7 @@ from trunkline.pipelines.devices import find_device
 from trunkline.pipelines.generating import NumberFormat, prepared, readers_may_leave, write
 from trunkline.pipelines.trained import read_language_model
 
+Writer = GPT | CompiledDecoder
 HALF = "\ufffd"
 """The replacement character, which stands for bytes of an incomplete character."""
 
@@ -94,7 +95,7 @@ def generate_text(
     if num_beams == 1:
         rows = [row for row in rows for _ in range(num_samples)]
     method = grow if num_beams == 1 else grow_beams
-    decoder: GPT | CompiledDecoder = prepared(network, dtype, place)
+    decoder: Writer = prepared(network, dtype, place)
     if compile:
         decoder = CompiledDecoder(decoder)
     steps = method(texts, decoder, rows, config, [] if end is None else [end])

@@ -54,10 +54,13 @@ BACKENDS = [None, pytest.param("inductor", marks=pytest.mark.slow)]
 """Half a minute for each network that a C++ compiler compiles; without one, only the graph is captured."""
 
 
+CAPTURED = torch.compile(_step, dynamic=False, backend="aot_eager")
+
+
 def compiled_by(backend: str | None, decoder: Any) -> CompiledDecoder:
     compiled = CompiledDecoder(decoder)
     if backend is None:
-        compiled._compiled = torch.compile(_step, dynamic=False, backend="aot_eager")
+        compiled._compiled = CAPTURED
     return compiled
 
 
