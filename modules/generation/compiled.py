@@ -102,7 +102,10 @@ class CompiledDecoder(nn.Module):
         kept[0].load(cache)
         fixed.cache, fixed.mask = kept[0], kept[1].copy_(mask)
         if source_mask is not None and kept[2] is not None:
-            fixed.context, fixed.context_mask = state.context[:, :0], kept[2].copy_(source_mask)
+            fixed.context, fixed.context_mask = (
+                state.context.new_empty(rows, 0, state.context.shape[2]),
+                kept[2].copy_(source_mask),
+            )
         weakref.finalize(fixed, spare.append, kept)
         return fixed
 
