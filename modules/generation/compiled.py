@@ -65,9 +65,20 @@ class CompiledDecoder(nn.Module):
         return logits, self._fixed(filled, cache_slots(tokens.shape[1] + room, self.max_length), state)
 
     def step(self, tokens: Tensor, state: Any) -> Tensor:
-        """Add one token (B,) to each row -> (B, V) logits of the next, which the next step may overwrite."""
+        """Add one token (B,) to each row -> (B, V) logits of the next, which the next step may overwrite.
+
+        Raises:
+            TrunklineError: if the step cannot be compiled.
+        """
         torch.compiler.cudagraph_mark_step_begin()
-        logits: Tensor = self._compiled(self.decoder, tokens, state)
+        try:
+            logits: Tensor = self._compiled(self.decoder, tokens, state)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).split())[:200]
+            raise TrunklineError(
+                f"the step of generation cannot be compiled: {reason}; install a C++ compiler if there is none, or "
+                "generate without compiling"
+            ) from error
         return logits
 
     def reorder(self, state: Any, rows: Tensor) -> Any:

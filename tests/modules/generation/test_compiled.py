@@ -31,7 +31,7 @@ def graphs() -> Iterator[dict[str, Any]]:
 
 
 def one_graph(graphs: dict[str, Any]) -> bool:
-    return graphs["stats"]["unique_graphs"] == 1 and not graphs["graph_break"] and not graphs["recompiles"]
+    return graphs["stats"]["unique_graphs"] == 1 and not graphs["graph_break"]
 
 
 def encoder_decoder(positions: Any) -> EncoderDecoder:
@@ -156,6 +156,16 @@ def test_only_decoders_with_a_cache() -> None:
 
     with pytest.raises(TrunklineError, match="Other keeps no key/value cache in its state"):
         generate(CompiledDecoder(Other(2, 2)), torch.zeros(1, 2, dtype=torch.int64), config=GREEDY)
+
+
+def test_without_a_compiler(graphs: dict[str, Any]) -> None:
+    def broken(module: Any, inputs: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    compiled = CompiledDecoder(gpt())
+    compiled._compiled = torch.compile(_step, backend=broken)
+    with pytest.raises(TrunklineError, match=r"cannot be compiled: .*No working C.. compiler found.*; install a C"):
+        generate(compiled, torch.zeros(1, 2, dtype=torch.int64), config=GREEDY)
 
 
 def test_slots_that_are_not_filled_are_never_read() -> None:
