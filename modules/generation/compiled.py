@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import KVCache
-from trunkline.modules.backbone.fixed_cache import SOURCE_SLOTS, FixedCache, padded_source
+from trunkline.modules.generation.fixed_cache import SOURCE_SLOTS, FixedCache, padded_source
 
 Memory = tuple[FixedCache, Tensor, Tensor | None]
 """A cache, the mask of its slots and that of the sources."""

@@ -10,10 +10,10 @@ from torch._dynamo.utils import counters
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.backbone.fixed_cache import FixedCache
 from trunkline.modules.generation.beams import beam_search
 from trunkline.modules.generation.compiled import CompiledDecoder, _step, cache_slots
 from trunkline.modules.generation.decoding import Decoder, GenerationConfig
+from trunkline.modules.generation.fixed_cache import FixedCache
 from trunkline.modules.generation.sampling import STEPS_BETWEEN_CHECKS, generate, stream
 from trunkline.modules.networks.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
