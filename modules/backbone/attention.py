@@ -74,6 +74,14 @@ class KVCache:
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def seen(self, mask: Tensor | None, count: int = 1) -> Tensor | None:
+        """The part of a mask (B, max_length) that is for the cached and the `count` new tokens."""
+        return None if mask is None else mask[:, : self.length + count]
+
+    def advance(self, count: int) -> None:
+        """Count tokens that all layers have added."""
+        self.length += count
+
     def reorder(self, index: Tensor) -> None:
         """Make row b continue the old row `index[b]`, for beam search; the number of rows may change."""
         if len(index) == self.keys.shape[1]:

@@ -267,9 +267,10 @@ class Transformer(nn.Module):
                 f"this trunk was made with cross_attention={self.config.cross_attention}, "
                 f"but context is {'given' if context is not None else 'missing'}"
             )
-        start = 0 if cache is None else cache.length
-        end = start + x.shape[1]
+        count, start = x.shape[1], 0 if cache is None else cache.length
+        end = start + count
         causal = self.config.causal if causal is None else causal
+        causal = causal and count > 1  # a single new token sees all tokens before it
         blocks = self._blocks(x, mask, document, causal, whole=cache is None and not return_attention)
         is_causal = False
         if blocks is None or keep is not None:  # the last block reads the mask of the kept tokens
@@ -278,7 +279,7 @@ class Transformer(nn.Module):
             mask, is_causal = self_attention_mask(mask, causal, start, end, x.device)
         rotation = None
         if self.config.rope_theta is not None:
-            positions = torch.arange(start, end, device=x.device)
+            positions = torch.arange(count, device=x.device) + start
             rotation = rotation_table(positions, self.config.head_width, self.config.rope_theta)
         shared = (context, mask, four_dimensional(context_mask), is_causal, rotation, cache)
         attention: list[Tensor] = []
@@ -294,7 +295,7 @@ class Transformer(nn.Module):
             cross_attention += [] if cross_weights is None else [cross_weights]
             states += [x] if layer in layers else []
         if cache is not None:
-            cache.length = end
+            cache.advance(count)
         return TransformerOutput(self.norm(x), attention or None, cross_attention or None, states or None)
 
 

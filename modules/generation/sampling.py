@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.modules.generation.beams import beam_search
+from trunkline.modules.generation.compiled import CompiledDecoder
 from trunkline.modules.generation.decoding import (
     Decoder,
     GenerationConfig,
@@ -23,6 +24,9 @@ from trunkline.modules.generation.decoding import (
     row_generator,
     tokens_seen,
 )
+
+STEPS_BETWEEN_CHECKS = 16
+"""A `CompiledDecoder` goes on for up to this many tokens after the last row has ended: asking waits for the device."""
 
 
 def stream(
@@ -47,7 +51,7 @@ def stream(
 
     Returns:
         Iterator over the (B,) next tokens, at most `config.max_new_tokens` times, until all rows have ended. For a row
-        that has ended it gives the first of `end_ids`, or 0.
+        that has ended it gives the first of `end_ids`, or 0; with a `CompiledDecoder` some steps may give only these.
 
     Raises:
         TrunklineError: before the first token, for an empty prompt, one that is longer than the decoder's `max_length`,
@@ -74,25 +78,35 @@ def _stream(
     ended: Tensor,
     generators: list[torch.Generator],
 ) -> Iterator[Tensor]:
-    """The loop of `stream`. Rows that have ended are removed from the batch; `rows` are the remaining ones."""
+    """The loop of `stream`. Rows that have ended are removed from the batch; `rows` are the remaining ones.
+
+    A compiled step needs all rows to the end. There the device is only asked now and then whether all have ended.
+    """
     rows = torch.arange(len(tokens), device=tokens.device)
     filler = ends[:1] if len(ends) else tokens.new_zeros(1)
+    keeps_rows = isinstance(decoder, CompiledDecoder)
     with evaluating(decoder):
         seen = tokens_seen(decoder, tokens, mask, config)
         window = Window(decoder, tokens, mask, config.max_new_tokens - 1)
         for step in range(config.max_new_tokens):
-            draws = draw([generators[row] for row in rows.tolist()], tokens.device) if generators else None
+            draws = draw(generators, tokens.device) if generators else None
             repeated = window.repeats(config.no_repeat_ngram)
             chosen = choose(filter_logits(window.logits.float(), config, seen, repeated, first=step == 0), draws)
-            given = filler.repeat(len(tokens)).index_copy_(0, rows, chosen)
+            if keeps_rows:
+                given = chosen = torch.where(ended, filler, chosen)
+            else:
+                given = filler.repeat(len(tokens)).index_copy_(0, rows, chosen)
             ended |= torch.isin(given, ends)
             yield given
-            going = ~ended[rows]
-            if not going.all():
+            if keeps_rows:
+                if (step + 1) % STEPS_BETWEEN_CHECKS == 0 and bool(ended.all()):
+                    return
+            elif not (going := ~ended[rows]).all():
                 rows, chosen = rows[going], chosen[going]
                 if not len(rows):
                     return
                 window.take(going.nonzero()[:, 0])
+                generators = generators and [generators[row] for row in going.nonzero()[:, 0].tolist()]
                 seen = None if seen is None else seen[going]
             if seen is not None:
                 seen.scatter_(1, chosen[:, None], True)

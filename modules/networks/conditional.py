@@ -131,13 +131,13 @@ class ConditionalNetwork(Network):
             TrunklineError: if there are more tokens than `max_target_length`.
         """
         start = 0 if cache is None else cache.length
-        end = start + target_tokens.shape[1]
-        check_length("a target", end, self.config.max_target_length, "max_target_length")
+        count = target_tokens.shape[1]
+        check_length("a target", start + count, self.config.max_target_length, "max_target_length")
         x = self.scaled(self.target_embed(target_tokens))
         if self.target_pos_embed is not None:
-            x = x + self.target_pos_embed(real_positions(target_mask, start, end, x.device)).to(x.dtype)
+            x = x + self.target_pos_embed(real_positions(target_mask, start, count, x.device)).to(x.dtype)
         if self.target_relative_bias is not None:
-            target_mask = self.target_relative_bias(end - start, start, target_mask)
+            target_mask = self.target_relative_bias(count, start, target_mask)
         x = self.target_dropout(self.target_embed_norm(x))
         return self.decoder(
             x,
@@ -197,7 +197,7 @@ def check_widths(encoder: TransformerConfig, decoder: TransformerConfig) -> None
 
 def check_length(what: str, length: int, limit: int, name: str) -> None:
     """Refuse more tokens than positions."""
-    if length > limit:
+    if not isinstance(length, Tensor) and length > limit:  # a `FixedCache` is not longer
         raise TrunklineError(
             f"{what} of {length} tokens is longer than the {limit} that the network can see; shorten the text, or "
             f"train with a larger {name}"
@@ -282,7 +282,7 @@ class ConditionalDecoder(nn.Module):
 
     def logits(self, tokens: Tensor, state: ConditionalState, keep: Keep | None) -> Tensor:
         """Logits (B, V) after the last of the new tokens (B, T)."""
-        mask = None if state.mask is None else state.mask[:, : state.cache.length + tokens.shape[1]]
+        mask = state.cache.seen(state.mask, tokens.shape[1])
         states = self.network.decode(
             tokens, state.context, state.context_mask, target_mask=mask, cache=state.cache, keep=keep
         ).x

@@ -13,6 +13,7 @@ from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, 
 from trunkline.modules.backbone.attention import Keep
 from trunkline.modules.networks.base import Network, trunk_for
 from trunkline.modules.networks.graphs import Axis, Graph, token_input
+from trunkline.modules.networks.positions import real_positions
 from trunkline.ranges import check_ranges
 
 
@@ -124,11 +125,10 @@ class GPT(Network):
         self._check_length(start + tokens.shape[1])
         x = self.token_embed(tokens)
         if self.pos_embed is not None:
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
             if document is not None:
                 positions = positions_in_document(document)
-            elif mask is not None:
-                positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:]
+            else:
+                positions = real_positions(mask, start, tokens.shape[1], tokens.device)
             x = x + self.pos_embed(positions)
         return self.dropout(x)
 
@@ -166,7 +166,7 @@ class GPT(Network):
         return self.backbone(x, causal=True, mask=mask, document=document, cache=cache, keep=keep, **options)
 
     def _check_length(self, length: int) -> None:
-        if length > self.config.max_length:
+        if not isinstance(length, Tensor) and length > self.config.max_length:  # a `FixedCache` is not longer
             raise TrunklineError(
                 f"{length} tokens are more than the {self.config.max_length} the network can see; "
                 "shorten the text, or train with a larger max_length"
@@ -270,8 +270,7 @@ class GPT(Network):
 
     def step(self, tokens: Tensor, state: GPTState) -> Tensor:
         """Add one token (B,) to each row -> (B, V) logits of the next."""
-        mask = None if state.mask is None else state.mask[:, : state.cache.length + 1]
-        return self(tokens[:, None], mask=mask, cache=state.cache)[:, -1]
+        return self(tokens[:, None], mask=state.cache.seen(state.mask), cache=state.cache)[:, -1]
 
     def reorder(self, state: GPTState, rows: Tensor) -> GPTState:
         """Make row b continue the old row `rows[b]`."""

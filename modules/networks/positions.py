@@ -123,11 +123,13 @@ def absolute_positions(kind: str, length: int, dim: int, with_end: bool = False,
     return computed if kind == "sinusoidal" else FixedPositions(computed(torch.arange(length)))
 
 
-def real_positions(mask: Tensor | None, start: int, end: int, device: torch.device) -> Tensor:
-    """Positions (T,) of the tokens start..end; with a mask (B, end), positions (B, T) that do not count padding."""
-    if mask is None:
-        return torch.arange(start, end, device=device)
-    return (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:]
+def real_positions(mask: Tensor | None, start: int, count: int, device: torch.device) -> Tensor:
+    """Positions (T,) of T = `count` tokens after `start` others; with a mask (B, S), (B, T) that do not count padding.
+
+    `start` may be a (1,) tensor, and the mask may have more columns than there are tokens.
+    """
+    positions = torch.arange(count, device=device) + start
+    return positions if mask is None else (mask.cumsum(dim=1) - 1).clamp(min=0).index_select(1, positions)
 
 
 class RelativeBias(nn.Module):
@@ -179,13 +181,14 @@ class RelativeBias(nn.Module):
 
         Args:
             queries: number T of query tokens.
-            start: number of tokens in the cache before them.
-            mask: (B, S) bool, False for padding.
+            start: number of tokens in the cache before them; may be a (1,) tensor if there is a mask.
+            mask: (B, S) bool, False for padding, or (B, slots of a `FixedCache`).
 
         Returns:
             (1, H, T, S), or (B, H, T, S) with a mask; S = start + T.
         """
-        keys = torch.arange(start + queries, device=self.table.weight.device)
-        offset = keys - keys[start:, None]  # (T, S)
+        device = self.table.weight.device
+        keys = torch.arange(start + queries if mask is None else mask.shape[1], device=device)
+        offset = keys - (torch.arange(queries, device=device) + start)[:, None]  # (T, S)
         bias = self.table(self.bucket(offset)).permute(2, 0, 1)[None]
         return bias if mask is None else restrict(bias, mask[:, None, None, :])

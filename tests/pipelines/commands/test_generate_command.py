@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.generation import compiled
 from trunkline.modules.generation.beams import beam_search
 from trunkline.modules.generation.sampling import GenerationConfig
 from trunkline.modules.generation.sampling import generate as generate_tokens
@@ -239,6 +240,17 @@ def test_stop_ends_the_row(checkpoint: str, printed: Any) -> None:
         assert printed(prompt="the cat", temperature=0.0, stop=stop, stream=stream) == want + "\n"
     both = printed(prompt=["the cat", "a dog"], temperature=0.0, stop=[stop])
     assert both.startswith(want + "\n---\na dog")
+
+
+def test_a_compiled_step_writes_the_same(printed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured, but not compiled to code, which would take long."""
+    used: list[Any] = []
+    captured = torch.compile(compiled._step, dynamic=False, backend="aot_eager")
+    monkeypatch.setattr(compiled, "compiled_step", lambda mode: used.append(mode) or captured)
+    for options in ({"prompt": "the cat", "temperature": 0.0}, {"prompt": ["the cat", "a dog"], "num_beams": 2}):
+        assert printed(**options, compile=True) == printed(**options)
+    assert used == [None, None]
+    torch._dynamo.reset()
 
 
 # --- errors

@@ -1,0 +1,178 @@
+"""A compiled step over a cache of fixed shapes: the same texts as without, from one graph."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_generation import gpt, padded, prompts
+from torch._dynamo.utils import counters
+
+from trunkline import TrunklineError
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.generation.beams import beam_search
+from trunkline.modules.generation.compiled import CompiledDecoder, _step, cache_slots
+from trunkline.modules.generation.decoding import Decoder, GenerationConfig
+from trunkline.modules.generation.fixed_cache import FixedCache
+from trunkline.modules.generation.sampling import STEPS_BETWEEN_CHECKS, generate, stream
+from trunkline.modules.networks.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+
+GREEDY = GenerationConfig(20, temperature=0)
+SAMPLED = GenerationConfig(20, top_k=12, repetition_penalty=1.2)
+
+
+@pytest.fixture
+def graphs() -> Iterator[dict[str, Any]]:
+    """Counts of the compiler during the test."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
+
+
+def one_graph(graphs: dict[str, Any]) -> bool:
+    return graphs["stats"]["unique_graphs"] == 1 and not graphs["graph_break"]
+
+
+def encoder_decoder(positions: Any) -> EncoderDecoder:
+    trunk = TransformerConfig(dim=32, depth=2, num_heads=4)
+    network = EncoderDecoder(EncoderDecoderConfig(40, None, 30, 24, positions, encoder=trunk, decoder=trunk)).eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3)
+    return network
+
+
+def eager(decoder: Any) -> Decoder:
+    """The decoder with the fixed cache, not compiled: its arithmetic in a fraction of the time."""
+    fixed = CompiledDecoder(decoder)
+    fixed._compiled = lambda inner, tokens, state: inner.step(tokens, state)
+    return fixed
+
+
+BACKENDS = [None, pytest.param("inductor", marks=pytest.mark.slow)]
+"""Half a minute for each network that a C++ compiler compiles; without one, only the graph is captured."""
+
+
+CAPTURED = torch.compile(_step, dynamic=False, backend="aot_eager")
+
+
+def compiled_by(backend: str | None, decoder: Any) -> CompiledDecoder:
+    compiled = CompiledDecoder(decoder)
+    if backend is None:
+        compiled._compiled = CAPTURED
+    return compiled
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["learned", "gqa"])
+def test_texts_of_all_lengths_from_one_graph(kind: str, backend: Any, graphs: dict[str, Any]) -> None:
+    """Prompts of other lengths, with and without padding, greedy and sampled, and past the context."""
+    network = gpt(kind)
+    compiled = compiled_by(backend, network)
+    for lengths in ((3, 7), (11, 2), (5, 5)):
+        tokens, mask = padded(prompts(*lengths))
+        for config in (GREEDY, SAMPLED):
+            assert generate(compiled, tokens, mask, config) == generate(network, tokens, mask, config)
+    assert one_graph(graphs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("positions", ["learned", "relative"])
+def test_sources_of_all_lengths_from_one_graph(positions: Any, backend: Any, graphs: dict[str, Any]) -> None:
+    network, start = encoder_decoder(positions), torch.zeros(2, 1, dtype=torch.int64)
+    for length in (4, 9):
+        source = torch.randint(40, (2, length))
+        mask = torch.ones_like(source, dtype=torch.bool)
+        mask[0, length - 2 :] = length < 9
+        want = generate(network.decoder_of(source, mask), start, config=GREEDY)
+        assert generate(compiled_by(backend, network.decoder_of(source, mask)), start, config=GREEDY) == want
+    assert one_graph(graphs)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "relative"])
+@pytest.mark.parametrize(
+    "config", [GREEDY, SAMPLED, GenerationConfig(20, num_beams=3)], ids=["greedy", "draws", "beams"]
+)
+def test_a_cache_of_fixed_shapes_with_sources(positions: Any, config: GenerationConfig) -> None:
+    """Also when the window of 24 tokens slides."""
+    network, source = encoder_decoder(positions), torch.randint(40, (3, 7))
+    for prompt in (torch.zeros(3, 1, dtype=torch.int64), torch.randint(40, (3, 9))):
+        want = generate(network.decoder_of(source), prompt, config=config)
+        assert generate(eager(network.decoder_of(source)), prompt, config=config) == want
+
+
+@pytest.mark.parametrize("kind", ["learned", "rotary", "gqa"])
+@pytest.mark.parametrize("max_length", [9, 32, 600])
+def test_a_cache_of_fixed_shapes(kind: str, max_length: int) -> None:
+    """Rows that end early, windows that slide, beams; and the memory of a finished text is used again."""
+    network, (tokens, mask) = gpt(kind, max_length), padded(prompts(3, 6, 1))
+    fixed = eager(network)
+    ends = [generate(network, tokens, mask, GREEDY)[0][5]]
+    for config in (GREEDY, SAMPLED, GenerationConfig(20, temperature=0, no_repeat_ngram=2)):
+        assert generate(fixed, tokens, mask, config, ends) == generate(network, tokens, mask, config, ends)
+    beams = GenerationConfig(14, num_beams=3)
+    for found, want in zip(
+        beam_search(fixed, tokens, mask, beams, ends), beam_search(network, tokens, mask, beams, ends), strict=True
+    ):
+        assert [beam.tokens for beam in found] == [beam.tokens for beam in want]
+
+
+def test_texts_at_the_same_time_have_their_own_memory() -> None:
+    network, rows = gpt(), torch.tensor(prompts(5, 5))
+    fixed = eager(network)
+    pairs = zip(*(stream(fixed, row[None], config=GREEDY) for row in rows), strict=True)
+    got = [[int(token) for token in text] for text in zip(*pairs, strict=True)]
+    assert got == [generate(network, row[None], config=GREEDY)[0] for row in rows]
+    assert got[0] != got[1]
+    (spare,) = fixed._spare.values()  # type: ignore[attr-defined]
+    assert len(spare) == 2
+    generate(fixed, rows[:1], config=GREEDY)
+    assert len(spare) == 2
+
+
+def test_rows_that_have_ended_wait_for_the_next_check() -> None:
+    network, tokens = gpt(), torch.tensor(prompts(4))
+    config = GenerationConfig(3 * STEPS_BETWEEN_CHECKS, temperature=0)
+    end = generate(network, tokens, config=config)[0][2]
+    steps = torch.stack(list(stream(eager(network), tokens, config=config, end_ids=[end])))[:, 0].tolist()
+    first = steps.index(end)
+    assert len(steps) == STEPS_BETWEEN_CHECKS
+    assert steps[first:] == [end] * (STEPS_BETWEEN_CHECKS - first)
+
+
+def test_few_lengths_of_the_cache() -> None:
+    assert {cache_slots(length, 1024) for length in range(1, 1025)} == {256, 512, 1024}
+    assert cache_slots(30, 32) == 32
+    assert all(cache_slots(length, 1000) >= length for length in range(1, 1001))
+
+
+def test_only_decoders_with_a_cache() -> None:
+    class Other(torch.nn.Linear):
+        vocab_size, max_length = 4, 8
+
+        def prefill(self, tokens: torch.Tensor, mask: Any, room: int, state: Any = None) -> Any:
+            return torch.zeros(len(tokens), 4), object()
+
+    with pytest.raises(TrunklineError, match="Other keeps no key/value cache in its state"):
+        generate(CompiledDecoder(Other(2, 2)), torch.zeros(1, 2, dtype=torch.int64), config=GREEDY)
+
+
+def test_without_a_compiler(graphs: dict[str, Any]) -> None:
+    def broken(module: Any, inputs: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    compiled = CompiledDecoder(gpt())
+    compiled._compiled = torch.compile(_step, backend=broken)
+    with pytest.raises(TrunklineError, match=r"cannot be compiled: .*No working C.. compiler found.*; install a C"):
+        generate(compiled, torch.zeros(1, 2, dtype=torch.int64), config=GREEDY)
+
+
+def test_slots_that_are_not_filled_are_never_read() -> None:
+    cache = gpt().make_cache(2, 3)
+    cache.length = 2
+    fixed = FixedCache(cache, 5)
+    assert fixed.seen(None).tolist() == [[True, True, True, False, False]]
+    fixed.advance(1)
+    mask = torch.tensor([[False, True, True, True, True]] * 2)
+    assert fixed.seen(mask).tolist() == [[False, True, True, True, False]] * 2
