@@ -94,7 +94,9 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrunklineError, match="a C compiler .* none was found: install gcc, or set compile to false"):
         check_compiler(GPU)
     there -= {"g++"}
-    with pytest.raises(TrunklineError, match=r"torch.compile needs a C\+\+ compiler .* install g\+\+, or set") as caught:
+    with pytest.raises(
+        TrunklineError, match=r"torch.compile needs a C\+\+ compiler .* install g\+\+, or set"
+    ) as caught:
         check_compiler(CPU)
     assert caught.value.field == "compile"
     monkeypatch.setenv("CXX", "my-compiler")
@@ -144,7 +146,9 @@ def test_the_rows_that_fit() -> None:
 class Full(L.Callback):
     """Runs out of memory in the third step, as a GPU does."""
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total …")
 
@@ -180,7 +184,9 @@ def test_a_batch_that_does_not_fit(
     assert stop.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("error:") == 1
-    assert "the GPU's 8.00 GiB are not enough (tried to allocate 3.00 GiB more; the most at a time was 6.00 GiB)" in said
+    assert (
+        "the GPU's 8.00 GiB are not enough (tried to allocate 3.00 GiB more; the most at a time was 6.00 GiB)" in said
+    )
     assert "a batch of 20 rows was tried; 10 may fit" in said
     assert "--data.batch_size 10 --trainer.accumulate_grad_batches 4" in said
     for words in ("activation_checkpointing true", "--trainer.precision bf16-mixed", "--config trainer/fsdp"):
