@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import lightning as L
 import torch
@@ -81,9 +81,8 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise refusal(precision, "gradients in float16 are not scaled on a CPU", "bf16-mixed or 32-true")
     elif device.type != "cpu" and kind in FORMATS:
         try:
-            torch.ones(2, 2, device=device, dtype=FORMATS[kind]).mm(
-                torch.ones(2, 2, device=device, dtype=FORMATS[kind])
-            )
+            matrix = torch.ones(2, 2, device=device, dtype=FORMATS[kind])
+            matrix.mm(matrix)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0]
             raise refusal(precision, f"{device.type} does not compute in it ({reason})", "32-true") from error

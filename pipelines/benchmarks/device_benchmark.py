@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
-from rich.console import Console
-from rich.table import Table
 
 from trunkline import TrunklineError, __version__
 from trunkline.files import write_json
@@ -233,20 +231,21 @@ def warmed_up(make: Callable[[], tuple[Step, int]], device: torch.device) -> tup
 
 def show_device(results: dict[str, Any]) -> None:
     """Print the results, what was left out and why, and what the figures do not say."""
-    columns = ("case", "batch", "a second", "peer", "its", "ours / peer", "range", "MFU", "its", "memory", "its")
-    table = Table(*columns, title=f"{results['device']}, {results['precision']}")
+    print(f"{results['device']}, {results['precision']}{', compiled' if results['compiled'] else ''}")
     for row in results["cases"]:
         low, high = row["range"]
-        shares = ["" if row[key] is None else f"{row[key]:.1%}" for key in ("mfu", "peer_mfu")]
-        keys = "peak_memory_bytes", "peer_peak_memory_bytes"
-        memory = ["" if row[key] is None else in_gib(row[key]) for key in keys]
-        speeds = f"{row['per_second']:,.0f} {row['unit']}", row["peer"], f"{row['peer_per_second']:,.0f}"
-        ratio = f"{row['ratio']:.3f}", f"{low:.3f} to {high:.3f}"
-        table.add_row(row["case"], str(row["batch_size"]), *speeds, *ratio, *shares, *memory)
-    Console().print(table)
-    for row in results["cases"]:
+        said = [
+            f"{row['case']}, batch {row['batch_size']}: {row['per_second']:,.0f} {row['unit']} a second, "
+            f"{row['ratio']:.3f} times {row['peer']} ({low:.3f} to {high:.3f})"
+        ]
+        if row["mfu"] is not None:
+            said.append(f"MFU {row['mfu']:.1%} (theirs {row['peer_mfu']:.1%})")
+        if row["peak_memory_bytes"] is not None:
+            theirs = in_gib(row["peer_peak_memory_bytes"])
+            said.append(f"peak memory {in_gib(row['peak_memory_bytes'])} (theirs {theirs})")
         if row["batch_size"] < row["asked_batch_size"]:
-            print(f"{row['case']}: {row['batch_size']} rows, because {row['asked_batch_size']} did not fit into memory")
+            said.append(f"{row['asked_batch_size']} did not fit into memory")
+        print("; ".join(said))
     for part in results["left_out"]:
         print(f"left out: {part['case']}: {part['reason']}")
     if results["rehearsal"]:

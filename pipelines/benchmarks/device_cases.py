@@ -104,18 +104,19 @@ def device_cases(sizes: Sizes) -> Iterator[DeviceCase]:
     """All cases, the most telling first."""
     gpt, small, base, bert, clip, one, many = sizes.batch_sizes
     words, image, new = sizes.gpt_length, sizes.image_size, sizes.new_tokens
-    name = f"GPT-2 124M, rows of {words}"
+    tiny = "tiny " if sizes == TINY else ""
+    name = f"{tiny}GPT-2 124M, rows of {words}"
     yield DeviceCase("gpt", name, "transformers", "tokens", gpt, 1, words, our_gpt, their_gpt)
     for letter, batch_size, shape in (("S", small, sizes.vit_small), ("B", base, sizes.vit_base)):
-        name = f"ViT-{letter}/{sizes.patch_size} at {image} pixels"
+        name = f"{tiny}ViT-{letter}/{sizes.patch_size} at {image} pixels"
         sides = (lambda bench, shape=shape: our_vit(bench, shape)), (lambda bench, shape=shape: their_vit(bench, shape))
         yield DeviceCase("vit", name, "timm", "images", batch_size, 1, 1, *sides)
-    name = f"BERT-base, rows of {sizes.bert_length}"
+    name = f"{tiny}BERT-base, rows of {sizes.bert_length}"
     yield DeviceCase("bert", name, "transformers", "tokens", bert, 1, sizes.bert_length, our_bert, their_bert)
-    name = f"CLIP ViT-B/{sizes.clip_patch} at {image} pixels"
+    name = f"{tiny}CLIP ViT-B/{sizes.clip_patch} at {image} pixels"
     yield DeviceCase("clip", name, "open_clip", "pairs", clip, 2, 1, our_clip, their_clip)
     for batch_size in (one, many):
-        name = f"{new} greedy tokens of GPT-2 124M, batch {batch_size}"
+        name = f"{new} greedy tokens of {tiny}GPT-2 124M, batch {batch_size}"
         sides = our_generation, their_generation
         yield DeviceCase("generation", name, "transformers", "tokens", batch_size, batch_size, new, *sides)
 

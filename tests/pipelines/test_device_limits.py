@@ -1,4 +1,4 @@
-"""What a device cannot do is said before the first step, and a lack of memory with what would fit; on pretended GPUs."""
+"""What a device cannot do is said before the first step, a lack of memory with what would fit; on pretended GPUs."""
 
 import shutil
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     check_compiler(CPU)
     check_compiler(GPU)
     there -= {"gcc"}
-    with pytest.raises(TrunklineError, match="a C compiler .* none was found: install gcc, or set compile to false"):
+    with pytest.raises(TrunklineError, match=r"a C compiler .* none was found: install gcc, or set compile to false"):
         check_compiler(GPU)
     there -= {"g++"}
     with pytest.raises(
