@@ -20,7 +20,7 @@ from trunkline.modules.training.distributed import local_rows
 BFLOAT16, FLOAT8, TRITON = (8, 0), (8, 9), (7, 0)
 """Compute capabilities from which an NVIDIA GPU has instructions for these formats, and Triton generates code for it:
 https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities."""
-FORMATS = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+NUMBER_FORMATS = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
 """First part of a precision -> format in which it computes."""
 
 
@@ -79,9 +79,9 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise refusal(precision, f"8-bit floating-point numbers need an NVIDIA GPU, not {device.type}", "bf16-mixed")
     elif device.type == "cpu" and precision in ("16", "16-mixed"):
         raise refusal(precision, "gradients in float16 are not scaled on a CPU", "bf16-mixed or 32-true")
-    elif device.type != "cpu" and kind in FORMATS:
+    elif device.type != "cpu" and kind in NUMBER_FORMATS:
         try:
-            matrix = torch.ones(2, 2, device=device, dtype=FORMATS[kind])
+            matrix = torch.ones(2, 2, device=device, dtype=NUMBER_FORMATS[kind])
             matrix.mm(matrix)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0]
@@ -105,15 +105,15 @@ def check_compiler(device: torch.device) -> None:
             missing = f"a GPU of compute capability 7.0 or newer, which {torch.cuda.get_device_name(device)} is not"
         elif find_spec("triton") is None:
             missing = "Triton, which is not installed: pip install triton"
-        elif not found("CC", "gcc", "clang", "cc", "cl"):
+        elif not finds_compiler("CC", "gcc", "clang", "cc", "cl"):
             missing = "a C compiler (gcc or clang, or the one that CC names), and none was found: install gcc"
-    elif device.type == "cpu" and not found("CXX", "clang++" if sys.platform == "darwin" else "g++", "cl"):
+    elif device.type == "cpu" and not finds_compiler("CXX", "clang++" if sys.platform == "darwin" else "g++", "cl"):
         missing = "a C++ compiler (g++, or the one that CXX names), and none was found: install g++"
     if missing:
         raise TrunklineError(f"torch.compile needs {missing}, or set compile to false", "compile")
 
 
-def found(variable: str, *names: str) -> bool:
+def finds_compiler(variable: str, *names: str) -> bool:
     """Whether the compiler that an environment variable names exists, or one of these if it is not set."""
     given = os.environ.get(variable)
     return any(shutil.which(name) for name in ([given] if given else names))

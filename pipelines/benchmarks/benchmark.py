@@ -13,7 +13,6 @@ from trunkline.datamodules import LabelledTextData
 from trunkline.pipelines.benchmarks.audio_cases import audio
 from trunkline.pipelines.benchmarks.clip_cases import clip_chunks, clip_compiled, clip_eager
 from trunkline.pipelines.benchmarks.ddp import ddp_scaling
-from trunkline.pipelines.benchmarks.device_benchmark import measure_device
 from trunkline.pipelines.benchmarks.dtw import dtw_errors
 from trunkline.pipelines.benchmarks.export_cases import exported_forward
 from trunkline.pipelines.benchmarks.image_cases import (
@@ -143,6 +142,8 @@ def benchmark(
         raise TrunklineError(f"--output {output}: there is no folder {Path(output).absolute().parent}; make it first")
     check_ranges("", {"minutes": minutes}, minutes="(0, inf)")
     if device is not None:
+        from trunkline.pipelines.benchmarks.device_benchmark import measure_device  # imports objectives
+
         measure_device(what, rounds, batch_size, output, device, minutes)
         return
     if minutes is not None:

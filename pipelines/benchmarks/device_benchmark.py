@@ -16,8 +16,8 @@ from lightning.fabric.utilities.throughput import get_available_flops
 
 from trunkline import TrunklineError, __version__
 from trunkline.files import write_json
-from trunkline.pipelines.benchmarks.device_cases import TINY, Bench, DeviceCase, Sizes, Step, device_cases
-from trunkline.pipelines.benchmarks.timing import timed
+from trunkline.pipelines.benchmarks.device_cases import TINY, Bench, DeviceCase, Sizes, Turn, device_cases
+from trunkline.pipelines.benchmarks.timing import seconds_per_step
 from trunkline.pipelines.device_limits import check_compiler, check_precision, in_gib
 from trunkline.pipelines.devices import find_device
 
@@ -25,7 +25,7 @@ WARM_UP = 3
 """Steps of each side before it is measured: the first compiles, the second may record or allocate."""
 WINDOW, MOST_STEPS = 0.5, 50
 """About how many seconds a measurement takes, and the most steps in it."""
-LIBRARIES = ("torch", "triton", "lightning", "transformers", "timm", "open-clip-torch")
+COMPARED_LIBRARIES = ("torch", "triton", "lightning", "transformers", "timm", "open-clip-torch")
 
 
 class OutOfTime(Exception):
@@ -96,7 +96,7 @@ def measure_device(
     for case in cases:
         started = clock()
         if budget.left() <= longest:  # preparing it, above all compiling, takes as long as that of another
-            row = "there was no time left"
+            row: dict[str, Any] | str = "there was no time left"
         else:
             bench = Bench(sizes, batch_size or case.batch_size, place, compiled)
             row = halving(case, bench, rounds, budget, results["peak_flops"])
@@ -117,7 +117,7 @@ def measure_device(
 def describe(device: torch.device, sizes: Sizes, compiled: bool) -> dict[str, Any]:
     """Device, versions and settings."""
     versions = {"python": python_version(), "trunkline": __version__, "cuda": torch.version.cuda}
-    for name in LIBRARIES:
+    for name in COMPARED_LIBRARIES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -176,14 +176,14 @@ def measure_case(case: DeviceCase, bench: Bench, rounds: int, budget: Budget, pe
     torch.manual_seed(0)
     ours, flops, our_memory = warmed_up(lambda: case.ours(bench), bench.device)
     theirs, _, their_memory = warmed_up(lambda: (case.theirs(bench), 0), bench.device)
-    steps = {side: window_steps(timed(side, 1, bench.device)) for side in (ours, theirs)}
+    steps = {side: window_steps(seconds_per_step(side, 1, bench.device)) for side in (ours, theirs)}
     preparation, pairs, longest = budget.clock() - start, [], 0.0
     for turn in range(rounds):
         began = budget.clock()
         if budget.left() <= longest:
             break
         order = (theirs, ours) if turn % 2 else (ours, theirs)
-        seconds = {side: timed(side, steps[side], bench.device) for side in order}
+        seconds = {side: seconds_per_step(side, steps[side], bench.device) for side in order}
         pairs.append((seconds[ours], seconds[theirs]))
         longest = max(longest, budget.clock() - began)
     if not pairs:
@@ -217,7 +217,7 @@ def window_steps(seconds: float) -> int:
     return min(max(round(WINDOW / max(seconds, 1e-9)), 1), MOST_STEPS)
 
 
-def warmed_up(make: Callable[[], tuple[Step, int]], device: torch.device) -> tuple[Step, int, int | None]:
+def warmed_up(make: Callable[[], tuple[Turn, int]], device: torch.device) -> tuple[Turn, int, int | None]:
     """A side after its first steps, and the most memory in bytes that it took at a time; None where that is unknown."""
     before = 0
     if device.type == "cuda":
@@ -225,7 +225,7 @@ def warmed_up(make: Callable[[], tuple[Step, int]], device: torch.device) -> tup
         before = torch.cuda.memory_allocated(device)  # of the other side
     step, flops = make()
     for _ in range(WARM_UP):
-        timed(step, 1, device)
+        seconds_per_step(step, 1, device)
     return step, flops, torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
 
 

@@ -4,6 +4,7 @@ All networks have random weights and no dropout; nothing is downloaded.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +25,8 @@ from trunkline.pipelines.benchmarks.clip_cases import open_clip_network, random_
 from trunkline.pipelines.benchmarks.text_cases import transformers
 from trunkline.pipelines.benchmarks.timing import training_step
 
-Step = Callable[[], object]
-"""A training step, or the generation of a batch of texts."""
+Turn = Callable[[], object]
+"""Makes a training step, or writes a batch of texts."""
 PROMPT = 16
 
 
@@ -63,11 +64,23 @@ class Sizes(NamedTuple):
 
 
 TINY = Sizes(
-    *(Shape(16, 1, 2), 64, 24),
-    *(Shape(16, 1, 2), Shape(16, 2, 2), 32, 16, 10),
-    *(Shape(16, 1, 2), 64, 16),
-    *(Shape(64, 1, 1), 16, Shape(16, 1, 2), 64, 8),
-    *(4, (4, 4, 4, 4, 4, 1, 4)),
+    gpt=Shape(16, 1, 2),
+    gpt_vocabulary=64,
+    gpt_length=24,
+    vit_small=Shape(16, 1, 2),
+    vit_base=Shape(16, 2, 2),
+    image_size=32,
+    classes=10,
+    bert=Shape(16, 1, 2),
+    bert_vocabulary=64,
+    bert_length=16,
+    clip_image=Shape(64, 1, 1),
+    clip_patch=16,
+    clip_text=Shape(16, 1, 2),
+    clip_vocabulary=64,
+    clip_length=8,
+    new_tokens=4,
+    batch_sizes=(4, 4, 4, 4, 4, 1, 4),
 )
 """For a rehearsal without a GPU: the same code in seconds."""
 
@@ -95,9 +108,9 @@ class DeviceCase(NamedTuple):
     """The smallest batch that means something."""
     units: int
     """In each row of a batch."""
-    ours: Callable[[Bench], tuple[Step, int]]
+    ours: Callable[[Bench], tuple[Turn, int]]
     """Makes a step; with its floating-point operations, or 0 where they are not what limits it."""
-    theirs: Callable[[Bench], Step]
+    theirs: Callable[[Bench], Turn]
 
 
 def device_cases(sizes: Sizes) -> Iterator[DeviceCase]:
@@ -109,16 +122,16 @@ def device_cases(sizes: Sizes) -> Iterator[DeviceCase]:
     yield DeviceCase("gpt", name, "transformers", "tokens", gpt, 1, words, our_gpt, their_gpt)
     for letter, batch_size, shape in (("S", small, sizes.vit_small), ("B", base, sizes.vit_base)):
         name = f"{tiny}ViT-{letter}/{sizes.patch_size} at {image} pixels"
-        sides = (lambda bench, shape=shape: our_vit(bench, shape)), (lambda bench, shape=shape: their_vit(bench, shape))
-        yield DeviceCase("vit", name, "timm", "images", batch_size, 1, 1, *sides)
+        ours, theirs = partial(our_vit, shape=shape), partial(their_vit, shape=shape)
+        yield DeviceCase("vit", name, "timm", "images", batch_size, 1, 1, ours, theirs)
     name = f"{tiny}BERT-base, rows of {sizes.bert_length}"
     yield DeviceCase("bert", name, "transformers", "tokens", bert, 1, sizes.bert_length, our_bert, their_bert)
     name = f"{tiny}CLIP ViT-B/{sizes.clip_patch} at {image} pixels"
     yield DeviceCase("clip", name, "open_clip", "pairs", clip, 2, 1, our_clip, their_clip)
     for batch_size in (one, many):
         name = f"{new} greedy tokens of {tiny}GPT-2 124M, batch {batch_size}"
-        sides = our_generation, their_generation
-        yield DeviceCase("generation", name, "transformers", "tokens", batch_size, batch_size, new, *sides)
+        sizes_of = "generation", name, "transformers", "tokens", batch_size, batch_size, new
+        yield DeviceCase(*sizes_of, our_generation, their_generation)
 
 
 def trunk(shape: Shape, **options: Any) -> TransformerConfig:
@@ -126,7 +139,7 @@ def trunk(shape: Shape, **options: Any) -> TransformerConfig:
     return TransformerConfig(dim=shape.dim, depth=shape.depth, num_heads=shape.heads, **options)
 
 
-def our_step(bench: Bench, module: TrunklineModule, batch: Any) -> tuple[Step, int]:
+def our_step(bench: Bench, module: TrunklineModule, batch: Any) -> tuple[Turn, int]:
     """A training step of an objective, as `trunkline fit` makes it, and its floating-point operations."""
     module.to(bench.device)
     flops = module.flops_per_batch(batch)
@@ -139,7 +152,7 @@ def our_step(bench: Bench, module: TrunklineModule, batch: Any) -> tuple[Step, i
     return training_step(module, loss, bf16=True), flops
 
 
-def their_step(bench: Bench, network: nn.Module, loss: Callable[[], Tensor]) -> Step:
+def their_step(bench: Bench, network: nn.Module, loss: Callable[[], Tensor]) -> Turn:
     """A training step of a peer's network."""
     network.to(bench.device)
     if bench.compiled:
@@ -168,12 +181,12 @@ def gpt_peer(sizes: Sizes) -> Any:
     return library.GPT2LMHeadModel(library.GPT2Config(vocab_size=sizes.gpt_vocabulary, **shape, **off))
 
 
-def our_gpt(bench: Bench) -> tuple[Step, int]:
+def our_gpt(bench: Bench) -> tuple[Turn, int]:
     """A step of causal language modelling."""
     return our_step(bench, CausalLM(gpt_config(bench.sizes)), gpt_batch(bench))
 
 
-def their_gpt(bench: Bench) -> Step:
+def their_gpt(bench: Bench) -> Turn:
     """The same of transformers; the labels are shifted there."""
     network, tokens = gpt_peer(bench.sizes), gpt_batch(bench)["tokens"]
     return their_step(bench, network, lambda: network(input_ids=tokens, labels=tokens, use_cache=False).loss)
@@ -186,19 +199,24 @@ def image_batch(bench: Bench) -> dict[str, Tensor]:
     return {"image": image, "label": torch.randint(0, sizes.classes, (count,), device=bench.device)}
 
 
-def our_vit(bench: Bench, shape: Shape) -> tuple[Step, int]:
+def our_vit(bench: Bench, shape: Shape) -> tuple[Turn, int]:
     """A step of image classification."""
     sizes = bench.sizes
     network = ViTConfig(sizes.image_size, sizes.patch_size, num_classes=sizes.classes, backbone=trunk(shape))
     return our_step(bench, ImageClassifier(network), image_batch(bench))
 
 
-def their_vit(bench: Bench, shape: Shape) -> Step:
+def their_vit(bench: Bench, shape: Shape) -> Turn:
     """The same of timm."""
     from timm.models.vision_transformer import VisionTransformer
 
     sizes, batch = bench.sizes, image_batch(bench)
-    options = {"embed_dim": shape.dim, "depth": shape.depth, "num_heads": shape.heads, "num_classes": sizes.classes}
+    options: Any = {
+        "embed_dim": shape.dim,
+        "depth": shape.depth,
+        "num_heads": shape.heads,
+        "num_classes": sizes.classes,
+    }
     network = VisionTransformer(sizes.image_size, sizes.patch_size, **options)
     return their_step(bench, network, lambda: F.cross_entropy(network(batch["image"]), batch["label"]))
 
@@ -212,14 +230,14 @@ def masked_batch(bench: Bench) -> dict[str, Tensor]:
     return {"tokens": tokens, "positions": positions, "targets": tokens.gather(1, positions)}
 
 
-def our_bert(bench: Bench) -> tuple[Step, int]:
+def our_bert(bench: Bench) -> tuple[Turn, int]:
     """A step of masked language modelling."""
     sizes = bench.sizes
     backbone = trunk(sizes.bert, norm_eps=1e-12, norm_first=False, final_norm=False)
     return our_step(bench, MaskedLM(BERTConfig(sizes.bert_vocabulary, backbone=backbone)), masked_batch(bench))
 
 
-def their_bert(bench: Bench) -> Step:
+def their_bert(bench: Bench) -> Turn:
     """The same of transformers."""
     library, (dim, depth, heads), batch = transformers(), bench.sizes.bert, masked_batch(bench)
     shape = {"hidden_size": dim, "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": 4 * dim}
@@ -237,7 +255,7 @@ def pair_batch(bench: Bench) -> dict[str, Tensor]:
     return random_pairs(bench.batch_size, *shape, bench.device)
 
 
-def our_clip(bench: Bench) -> tuple[Step, int]:
+def our_clip(bench: Bench) -> tuple[Turn, int]:
     """A step of contrastive learning."""
     sizes = bench.sizes
     image_trunk, text_trunk = trunk(sizes.clip_image, norm_eps=1e-5), trunk(sizes.clip_text, norm_eps=1e-5)
@@ -247,7 +265,7 @@ def our_clip(bench: Bench) -> tuple[Step, int]:
     return our_step(bench, ContrastiveImageText(network), pair_batch(bench))
 
 
-def their_clip(bench: Bench) -> Step:
+def their_clip(bench: Bench) -> Turn:
     """The same of open_clip."""
     sizes, batch = bench.sizes, pair_batch(bench)
     image, text = sizes.clip_image, sizes.clip_text
@@ -263,16 +281,16 @@ def prompts(bench: Bench) -> Tensor:
     return torch.randint(0, bench.sizes.gpt_vocabulary, (bench.batch_size, PROMPT), device=bench.device)
 
 
-def our_generation(bench: Bench) -> tuple[Step, int]:
+def our_generation(bench: Bench) -> tuple[Turn, int]:
     """Greedy generation with weights in bfloat16; its speed is that of reading the weights, not of computing."""
     network = to_bfloat16(GPT(gpt_config(bench.sizes)).eval()).to(bench.device)
     tokens, config = prompts(bench), GenerationConfig(bench.sizes.new_tokens, temperature=0)
     return lambda: generate(network, tokens, config=config), 0
 
 
-def their_generation(bench: Bench) -> Step:
+def their_generation(bench: Bench) -> Turn:
     """The same of transformers, which compiles its step if its cache has a fixed size."""
     network, tokens = gpt_peer(bench.sizes).eval().to(bench.device, torch.bfloat16), prompts(bench)
-    options = {"max_new_tokens": bench.sizes.new_tokens, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {"max_new_tokens": bench.sizes.new_tokens, "do_sample": False, "pad_token_id": 0}
     options |= {"cache_implementation": "static"} if bench.compiled else {}
     return lambda: network.generate(tokens, attention_mask=torch.ones_like(tokens), **options)

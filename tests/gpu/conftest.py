@@ -1,7 +1,7 @@
 """What only a GPU shows: all tests here have the marker `gpu`, and are skipped where there is no CUDA device.
 
-`pytest -m gpu` runs them. TRUNKLINE_TEST_GPU=cpu runs the same tests on the CPU, as far as it goes: networks are traced but
-not compiled, and memory is not compared. That finds defects of the tests themselves, and says nothing about a GPU.
+`pytest -m gpu` runs them. TRUNKLINE_TEST_GPU=cpu runs the same tests on the CPU, as far as it goes: networks are traced
+but not compiled, and memory is not compared. That finds defects of the tests themselves, and says nothing about a GPU.
 """
 
 import os

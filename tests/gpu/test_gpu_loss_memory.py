@@ -1,4 +1,4 @@
-"""The loss that never holds all logits, on a GPU: less memory than the plain one at GPT-2's size, and the same numbers."""
+"""The loss that never holds all logits, on a GPU: less memory than the plain one needs, and the same numbers."""
 
 from collections.abc import Callable
 

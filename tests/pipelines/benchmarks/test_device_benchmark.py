@@ -104,13 +104,13 @@ def pretended(
 
     monkeypatch.setattr(device_benchmark, "device_cases", lambda sizes: map(case, names))
 
-    def timed(step: Callable[[], object], steps: int, device: torch.device) -> float:
+    def seconds_per_step(step: Callable[[], object], steps: int, device: torch.device) -> float:
         before = clock.now
         for _ in range(steps):
             step()
         return (clock.now - before) / steps
 
-    monkeypatch.setattr(device_benchmark, "timed", timed)
+    monkeypatch.setattr(device_benchmark, "seconds_per_step", seconds_per_step)
     return made
 
 
@@ -206,5 +206,5 @@ def test_a_gpu_too_old_for_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(device_benchmark, "find_device", lambda name: torch.device(name))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
-    with pytest.raises(TrunklineError, match="Tesla T4 has compute capability 7.5"):
+    with pytest.raises(TrunklineError, match=r"Tesla T4 has compute capability 7\.5"):
         benchmark(device="cuda")
