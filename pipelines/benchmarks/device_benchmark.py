@@ -17,7 +17,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from trunkline import TrunklineError, __version__
 from trunkline.files import write_json
 from trunkline.pipelines.benchmarks.device_cases import TINY, Bench, DeviceCase, Sizes, Turn, device_cases
-from trunkline.pipelines.benchmarks.timing import seconds_per_step
+from trunkline.pipelines.benchmarks.timing import seconds_a_step
 from trunkline.pipelines.device_limits import check_compiler, check_precision, in_gib
 from trunkline.pipelines.devices import find_device
 
@@ -176,14 +176,14 @@ def measure_case(case: DeviceCase, bench: Bench, rounds: int, budget: Budget, pe
     torch.manual_seed(0)
     ours, flops, our_memory = warmed_up(lambda: case.ours(bench), bench.device)
     theirs, _, their_memory = warmed_up(lambda: (case.theirs(bench), 0), bench.device)
-    steps = {side: window_steps(seconds_per_step(side, 1, bench.device)) for side in (ours, theirs)}
+    steps = {side: window_steps(seconds_a_step(side, 1, bench.device)) for side in (ours, theirs)}
     preparation, pairs, longest = budget.clock() - start, [], 0.0
     for turn in range(rounds):
         began = budget.clock()
         if budget.left() <= longest:
             break
         order = (theirs, ours) if turn % 2 else (ours, theirs)
-        seconds = {side: seconds_per_step(side, steps[side], bench.device) for side in order}
+        seconds = {side: seconds_a_step(side, steps[side], bench.device) for side in order}
         pairs.append((seconds[ours], seconds[theirs]))
         longest = max(longest, budget.clock() - began)
     if not pairs:
@@ -225,7 +225,7 @@ def warmed_up(make: Callable[[], tuple[Turn, int]], device: torch.device) -> tup
         before = torch.cuda.memory_allocated(device)  # of the other side
     step, flops = make()
     for _ in range(WARM_UP):
-        seconds_per_step(step, 1, device)
+        seconds_a_step(step, 1, device)
     return step, flops, torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
 
 

@@ -36,7 +36,7 @@ def compare(case: str, peer: str, ours: Side, theirs: Side, rounds: int) -> dict
 def bare_loop(network: nn.Module, loss: Callable[[], Tensor], bf16: bool = False, steps: int = 1) -> Side:
     """A plain training loop on one fixed batch: forward pass by `loss`, backward pass, AdamW."""
     step, device = training_step(network, loss, bf16), next(network.parameters()).device
-    return lambda: seconds_per_step(step, steps, device)
+    return lambda: seconds_a_step(step, steps, device)
 
 
 def training_step(network: nn.Module, loss: Callable[[], Tensor], bf16: bool = False) -> Callable[[], None]:
@@ -55,7 +55,7 @@ def training_step(network: nn.Module, loss: Callable[[], Tensor], bf16: bool = F
     return step
 
 
-def seconds_per_step(step: Callable[[], object], steps: int, device: torch.device) -> float:
+def seconds_a_step(step: Callable[[], object], steps: int, device: torch.device) -> float:
     """Seconds per step; the device has finished its work before the clock starts, and before it stops."""
     finish_work(device)
     start = time.perf_counter()

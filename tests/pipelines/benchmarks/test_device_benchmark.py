@@ -104,13 +104,13 @@ def pretended(
 
     monkeypatch.setattr(device_benchmark, "device_cases", lambda sizes: map(case, names))
 
-    def seconds_per_step(step: Callable[[], object], steps: int, device: torch.device) -> float:
+    def seconds_a_step(step: Callable[[], object], steps: int, device: torch.device) -> float:
         before = clock.now
         for _ in range(steps):
             step()
         return (clock.now - before) / steps
 
-    monkeypatch.setattr(device_benchmark, "seconds_per_step", seconds_per_step)
+    monkeypatch.setattr(device_benchmark, "seconds_a_step", seconds_a_step)
     return made
 
 
