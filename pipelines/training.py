@@ -31,6 +31,7 @@ from trunkline.modules.training.background_saves import BackgroundCheckpointIO, 
 from trunkline.modules.training.checkpoints import RESUMED, SafeCheckpointIO
 from trunkline.modules.training.exact_resume import end_data_workers, limit_waiting, take_signals
 from trunkline.pipelines.configs import DEFAULTS, resolve_configs
+from trunkline.pipelines.device_limits import DeviceLimits
 from trunkline.pipelines.errors import config_files, flags, own_error
 from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
 from trunkline.pipelines.parser import RecipeParser, import_recipe_classes, of_own_constructor
@@ -216,6 +217,7 @@ class TrainingCLI(LightningCLI):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         switches = {"enable_checkpointing": (ModelCheckpoint, LastCheckpoint), "enable_progress_bar": (ProgressBar,)}
         off = [kind for switch, kinds in switches.items() if trainer.get(switch) is False for kind in kinds]
+        limits = DeviceLimits(trainer.get("precision"), self._get(self.config, "compile"))
         if self.subcommand == "fit":
             name = unused_config(self.run_dir)
             record = RunRecord(record_beside(self.run_dir / name), self.typed, self.checkpoint)
@@ -223,6 +225,7 @@ class TrainingCLI(LightningCLI):
                 *without(callbacks, *off),
                 KnownMetrics(),
                 FailedSaves(),
+                limits,
                 PreFlight(),
                 record,
                 LastScores(),
@@ -237,7 +240,7 @@ class TrainingCLI(LightningCLI):
                 kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="", default_hp_metric=False)
         else:
             kwargs["logger"], self.save_config_callback = False, None
-            kwargs["callbacks"] = [*without(callbacks, ModelCheckpoint, WeightAveraging, *off), FiniteWeights()]
+            kwargs["callbacks"] = [*without(callbacks, ModelCheckpoint, WeightAveraging, *off), FiniteWeights(), limits]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:

@@ -97,6 +97,8 @@ def benchmark(
     rounds: int = 10,
     batch_size: int | None = None,
     output: str | None = None,
+    device: str | None = None,
+    minutes: float | None = None,
 ) -> None:
     """Measure Trunkline side by side with other libraries.
 
@@ -131,11 +133,36 @@ def benchmark(
         rounds: number of measurements of each side.
         batch_size: images or rows per step; default: 16 images or sounds, 8 rows of a GPT, 32 rows of BERT or T5, 64
             pairs, 1 in generation, 8 with beams; in `loss`, tokens.
-        output: a JSON file for the results.
+        output: a JSON file for the results; with `device` it is `benchmark_<kind of device>.json` unless named.
+        device: measure on this device at the sizes for which GPUs are bought, in bfloat16 and compiled on both sides:
+            training steps of GPT-2 124M with 32 x 1,024 tokens, ViT-S/16 and ViT-B/16 at 224 pixels, BERT-base and CLIP
+            ViT-B/32 (`gpt`, `vit`, `bert`, `clip`), and greedy generation with batch 1 and 64 (`generation`): tokens or
+            images a second, share of the device's peak speed (MFU), and peak memory. `cpu` rehearses it with tiny
+            networks. Default: the other cases.
+        minutes: with `device`, when to stop; the results so far are in the file after each case.
     """
     check_ranges("", {"rounds": rounds, "batch_size": batch_size}, rounds="[1, inf)", batch_size="[1, inf)")
     if output is not None and not Path(output).absolute().parent.is_dir():
         raise TrunklineError(f"--output {output}: there is no folder {Path(output).absolute().parent}; make it first")
+    check_ranges("", {"minutes": minutes}, minutes="(0, inf)")
+    if device is not None:
+        from trunkline.pipelines.benchmarks.device_benchmark import measure_device  # imports objectives
+
+        measure_device(what, rounds, batch_size, output, device, minutes)
+        return
+    if minutes is not None:
+        raise TrunklineError("--minutes goes with --device; without it all cases are measured to their end")
+    print_findings(what, rounds, batch_size)
+    chosen = {name: case for name, case in CASES.items() if what in ("all", name)}
+    rows = [row for case in chosen.values() for row in case(rounds, batch_size)]
+    if rows:
+        show_cases(rows)
+    if rows and output is not None:
+        Path(output).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def print_findings(what: str, rounds: int, batch_size: int | None) -> None:
+    """Print what is no comparison of times; arguments as in `benchmark`."""
     if what in ("all", "svm"):
         print(f"RBF SVM on the digits: test accuracy {svm_accuracy():.4f}")
     if what in ("all", "ngram"):
@@ -156,12 +183,6 @@ def benchmark(
     if what in ("all", "bert_memory"):
         ours, theirs = bert_memory(batch_size)
         print(f"BERT-mini fp32 eager, peak memory of a training step: {ours:.0f} MiB; transformers: {theirs:.0f} MiB")
-    chosen = {name: case for name, case in CASES.items() if what in ("all", name)}
-    rows = [row for case in chosen.values() for row in case(rounds, batch_size)]
-    if rows:
-        show_cases(rows)
-    if rows and output is not None:
-        Path(output).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 def show_cases(rows: list[dict[str, Any]]) -> None:

@@ -28,7 +28,19 @@ def small_clip() -> CLIP:
 
 
 def open_clip_peer() -> tuple[Any, nn.Module]:
-    """open_clip's network of the same shape, and its loss.
+    """open_clip's network of the same shape, and its loss; errors as in `open_clip_network`."""
+    image = {"layers": IMAGE_LAYERS, "width": WIDTH, "patch_size": PATCH_SIZE, "image_size": IMAGE_SIZE}
+    text = {"context_length": LENGTH, "vocab_size": VOCABULARY, "width": WIDTH, "heads": 4, "layers": TEXT_LAYERS}
+    return open_clip_network(WIDTH, image, text)
+
+
+def open_clip_network(dim: int, image: dict[str, int], text: dict[str, int]) -> tuple[Any, nn.Module]:
+    """open_clip's network with random weights, with heads of 64 in the image tower, and its loss.
+
+    Args:
+        dim: of the shared space.
+        image: fields of its `CLIPVisionCfg`.
+        text: fields of its `CLIPTextCfg`.
 
     Raises:
         TrunklineError: if open_clip is not installed.
@@ -39,22 +51,26 @@ def open_clip_peer() -> tuple[Any, nn.Module]:
         from open_clip.model import CLIPTextCfg, CLIPVisionCfg
     except ImportError as error:
         raise TrunklineError("this case compares with open_clip; run pip install 'trunkline[bench]'") from error
-    vision = CLIPVisionCfg(
-        layers=IMAGE_LAYERS, width=WIDTH, head_width=64, patch_size=PATCH_SIZE, image_size=IMAGE_SIZE
-    )
-    text = CLIPTextCfg(context_length=LENGTH, vocab_size=VOCABULARY, width=WIDTH, heads=4, layers=TEXT_LAYERS)
-    return TheirCLIP(WIDTH, vision, text), ClipLoss()
+    vision: Any = {"head_width": 64, **image}
+    return TheirCLIP(dim, CLIPVisionCfg(**vision), CLIPTextCfg(**text)), ClipLoss()
 
 
 def pairs(batch_size: int) -> dict[str, Tensor]:
     """Random images (batch, 3, 72, 72), and captions of random lengths in (batch, 77) tokens."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lengths = torch.randint(5, LENGTH + 1, (batch_size, 1), device=device)
-    places = torch.arange(LENGTH, device=device)
-    tokens = torch.randint(1, VOCABULARY - 1, (batch_size, LENGTH), device=device)
-    end = VOCABULARY - 1  # open_clip pools a text at its largest id
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return random_pairs(batch_size, IMAGE_SIZE, LENGTH, VOCABULARY, device)
+
+
+def random_pairs(
+    batch_size: int, image_size: int, length: int, vocabulary: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Random images (batch, 3, image_size, image_size), and captions of random lengths in (batch, length) tokens."""
+    lengths = torch.randint(5, length + 1, (batch_size, 1), device=device)
+    places = torch.arange(length, device=device)
+    tokens = torch.randint(1, vocabulary - 1, (batch_size, length), device=device)
+    end = vocabulary - 1  # open_clip pools a text at its largest id
     return {
-        "image": torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device),
+        "image": torch.randn(batch_size, 3, image_size, image_size, device=device),
         "tokens": tokens.masked_fill(places == lengths - 1, end).masked_fill(places >= lengths, 0),
         "mask": places < lengths,
         "caption_key": torch.arange(batch_size, device=device),

@@ -35,20 +35,37 @@ def compare(case: str, peer: str, ours: Side, theirs: Side, rounds: int) -> dict
 
 def bare_loop(network: nn.Module, loss: Callable[[], Tensor], bf16: bool = False, steps: int = 1) -> Side:
     """A plain training loop on one fixed batch: forward pass by `loss`, backward pass, AdamW."""
+    step, device = training_step(network, loss, bf16), next(network.parameters()).device
+    return lambda: seconds_a_step(step, steps, device)
+
+
+def training_step(network: nn.Module, loss: Callable[[], Tensor], bf16: bool = False) -> Callable[[], None]:
+    """A step of such a loop."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     device = next(network.parameters()).device.type
 
-    def loop() -> float:
+    def step() -> None:
         network.train()
-        start = time.perf_counter()
-        for _ in range(steps):
-            with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                value = loss()
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / steps
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    return loop
+    return step
+
+
+def seconds_a_step(step: Callable[[], object], steps: int, device: torch.device) -> float:
+    """Seconds per step; the device has finished its work before the clock starts, and before it stops."""
+    finish_work(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    finish_work(device)
+    return (time.perf_counter() - start) / steps
+
+
+def finish_work(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -131,7 +131,7 @@ class Recorder(Callback):
             "batch": batch_idx,
             "step": trainer.global_step,
             "index": batch["index"][batch["valid"]].tolist() if "valid" in batch else batch["index"].tolist(),
-            "content": hashlib.sha256(next(iter(batch.values())).numpy()).hexdigest()[:16],
+            "content": hashlib.sha256(next(iter(batch.values())).cpu().numpy()).hexdigest()[:16],
             "loss": outputs["loss"].item(),
         }
         self.write(trainer, "batch", line)

@@ -1,0 +1,127 @@
+"""On a GPU every objective learns in half precision, compiled and not, and a killed run resumes to the same weights."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
+from recorded_run import Run
+from resumed_run import EPOCHS, arguments, assert_same_run, kill_and_resume, write_config
+from tasks import BATCHES, TASKS
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from trunkline.pipelines.cli import main
+
+STEPS = 20
+MARGIN = 0.5
+"""How far half precision may lead away from float32's weights, in times the way that float32 went."""
+
+
+class Kept(Callback):
+    """Keeps what a run computed."""
+
+    start: Tensor
+    end: Tensor
+    losses: list[Tensor]
+
+    def __init__(self) -> None:
+        LATEST[:] = [self]
+        self.losses = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.start = flat(pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        self.losses.append(outputs["loss"].detach().clone())
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.end = flat(pl_module)
+        assert trainer.global_step == STEPS
+
+
+LATEST: list[Kept] = []
+
+
+def flat(module: nn.Module) -> Tensor:
+    """All weights, as one vector on the host."""
+    return torch.cat([p.detach().cpu().double().flatten() for p in module.parameters()])
+
+
+class HalfOnCPU(MixedPrecision):
+    """16-mixed where a rehearsal runs: on a CPU, for which Lightning does not have it."""
+
+    def __init__(self) -> None:
+        super().__init__("16-mixed", "cpu", GradScaler("cpu", init_scale=2.0**10))
+
+
+def train(task: str, precision: str, compiled: bool, device: torch.device, folder: Path) -> Kept:
+    """Twenty steps of a task, with no randomness but that of the data."""
+    kind = "gpu" if device.type == "cuda" else "cpu"
+    options: dict[str, Any] = {"max_steps": STEPS, "limit_val_batches": 2, "val_check_interval": 10}
+    config = write_config(folder, task, exact=True, accelerator=kind, devices=1, **options)
+    content = yaml.safe_load(config.read_text())
+    content["trainer"]["callbacks+"] = [{"class_path": "test_gpu_training.Kept"}]
+    if (kind, precision) == ("cpu", "16-mixed"):
+        content["trainer"]["plugins"] = [{"class_path": "test_gpu_training.HalfOnCPU"}]
+    else:
+        content["trainer"]["precision"] = precision
+    content["compile"] = compiled
+    config.write_text(yaml.safe_dump(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["trunkline"])
+        if compiled and kind == "cpu":
+            compile_network = nn.Module.compile
+            patch.setattr(nn.Module, "compile", lambda self, **_: compile_network(self, backend="eager"))
+        torch._dynamo.reset()
+        main(arguments(config, 1))
+    return LATEST[0]
+
+
+@pytest.fixture(scope="module")
+def in_float32(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.device], Kept]:
+    """A task trained eagerly in float32 on the same device; each once."""
+
+    @cache
+    def trained(task: str, device: torch.device) -> Kept:
+        return train(task, "32-true", False, device, tmp_path_factory.mktemp(task))
+
+    return trained
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("task", TASKS)
+def test_half_precision_learns_what_float32_learns(
+    task: str, precision: str, compiled: bool, device: torch.device, in_float32: Any, tmp_path: Path
+) -> None:
+    """From the same weights and batches to nearly the same weights, also if a step or two overflow in 16-mixed."""
+    exact, kept = in_float32(task, device), train(task, precision, compiled, device, tmp_path)
+    assert torch.equal(kept.start, exact.start)
+    assert len(kept.losses) == STEPS
+    assert all(loss.isfinite() for loss in kept.losses)
+    way = (exact.end - exact.start).norm()
+    assert way > 0
+    assert (kept.end - exact.end).norm() < MARGIN * way
+
+
+@pytest.mark.parametrize("task", ["image", "documents", "classify", "pairs", "translate"])
+def test_a_killed_run_resumes_to_the_same_weights(task: str, device: torch.device, tmp_path: Path) -> None:
+    """In bfloat16, with dropout on the device, at tolerance 0; the CTC loss of PyTorch cannot promise it on a GPU."""
+    kind = "gpu" if device.type == "cuda" else "cpu"
+    options: dict[str, Any] = {"accelerator": kind, "precision": "bf16-mixed", "deterministic": True}
+    folders = tmp_path / "whole", tmp_path / "killed"
+    for folder in folders:
+        folder.mkdir()
+    configs = [write_config(folder, task, **options) for folder in folders]
+    run = Run(arguments(configs[0], 1), folders[0], 1)
+    assert run.wait() == [0], run.output()
+    kill_and_resume(configs[1], 1, 0, EPOCHS * BATCHES, seed=task, kills=2)
+    assert_same_run(folders[1], folders[0])
