@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import machine_settings
 import pytest
 import torch
+import torch.distributed as dist
 
 machine_settings.apply()
 
@@ -22,6 +23,14 @@ def environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_left() -> Iterator[None]:
+    """Lightning never ends the process group of a run in this process; another file may want to begin one."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
