@@ -189,7 +189,8 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
     @property
     def most_workers(self) -> int:
         """Largest number of processes that is chosen: 0 if they would cost more than they save, 1 if all that is needed
-        is that a batch is made while the last one is trained on, many if a sample is expensive."""
+        is that a batch is made while the last one is trained on, many if a sample is expensive.
+        """
         return 0 if self.in_memory else 8
 
     @property
