@@ -93,8 +93,8 @@ class Loading:
     eval_batch_size: int | None = None
     """Samples per step in evaluation, over all processes; None uses `batch_size`."""
     num_workers: int | None = None
-    """Processes that load data, for each training process. None chooses: 0 for data in memory, else the CPU cores per
-    training process minus 1, and at most 8."""
+    """Processes that load data, for each training process. None chooses by what a sample costs: 0 for data in memory, 1
+    if tokens are masked, and for files that are decoded the CPU cores per training process minus 1, at most 8."""
     seed: int = 0
     """Seed of the order of samples, the augmentation and the masking."""
 
@@ -187,6 +187,13 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         return False
 
     @property
+    def most_workers(self) -> int:
+        """Largest number of processes that is chosen: 0 if they would cost more than they save, 1 if all that is needed
+        is that a batch is made while the last one is trained on, many if a sample is expensive.
+        """
+        return 0 if self.in_memory else 8
+
+    @property
     def limits_tokens(self) -> bool:
         """Whether something else than `batch_size` limits the batches of training."""
         return False
@@ -214,7 +221,7 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
             sampler,
             position=self.position if train and self.trainer else None,
             num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.on_gpu(),  # then Lightning's copy to the device does not make the host wait
             persistent_workers=workers > 0,
             worker_init_fn=outlive_signals,
         )
@@ -259,9 +266,13 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         """`num_workers`, or if it is None a number that suits this machine and its training processes."""
         if self.num_workers is not None:
             return self.num_workers
-        if self.in_memory:
-            return 0
-        return min(max(self.core_count() - 1, 1), 8)
+        return min(max(self.core_count() - 1, 1), self.most_workers)
+
+    def on_gpu(self) -> bool:
+        """Whether batches go to a CUDA device."""
+        if self.trainer is None:
+            return torch.cuda.is_available()
+        return self.trainer.strategy.root_device.type == "cuda"
 
     def core_count(self) -> int:
         """CPU cores for each training process on this machine.

@@ -212,6 +212,8 @@ class ResumableLoader(DataLoader[Any]):
         dataset = FieldNotes(dataset) if options.get("num_workers") else dataset
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
         self.position = position
+        self.waited = 0.0
+        """Seconds in which this process made batches, or waited for its workers to: see `CountsWaiting`."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Batches from `position()` on.
@@ -222,7 +224,14 @@ class ResumableLoader(DataLoader[Any]):
         if self.position is not None:
             self.batch_sampler.epoch, self.batch_sampler.start = self.position()  # type: ignore[union-attr]
         with plain_errors(self.num_workers):
-            yield from super().__iter__()
+            batches, end = super().__iter__(), object()
+            while True:
+                begun = time.perf_counter()
+                batch = next(batches, end)
+                self.waited += time.perf_counter() - begun
+                if batch is end:
+                    return
+                yield batch
 
 
 def hear_torch_out() -> None:

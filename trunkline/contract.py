@@ -311,6 +311,16 @@ class CutsEpochs(Protocol):
         """
 
 
+@runtime_checkable
+class CountsWaiting(Protocol):
+    """A loader that knows for how long its batches were waited for."""
+
+    waited: float
+    """Seconds since it was made, in this process."""
+    num_workers: int
+    """Processes that make the batches; 0 if this process does."""
+
+
 # --- losses
 
 

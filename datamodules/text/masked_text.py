@@ -56,6 +56,10 @@ class MaskedTextData(TokenisedText):
             encode_masked=partial(masked_sentence, self.vocabulary),
         )
 
+    @property
+    def most_workers(self) -> int:
+        return 1  # masking takes longer than sending a batch
+
     def setup(self, stage: str) -> None:
         """Open the prepared splits, and count how frequent each token is."""
         masker = self.masker
@@ -133,36 +137,49 @@ class MaskedRows(Dataset[dict[str, Any]]):
 
     def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
         """The items of a batch, as a DataLoader asks for them. `mask` is left out if no row of the batch is padded."""
-        rows = without_full_masks([self._row(key) for key in keys])
-        return [{name: torch.as_tensor(value) for name, value in row.items()} for row in rows]
+        special, pair, shape = self.masker.special, isinstance(self.texts, Pairs), (len(keys), self.length)
+        slots = self.masker.most(self.length - 3 if pair else self.length - 2)
+        batch = {
+            "tokens": np.full(shape, special["pad"], np.int64),
+            "positions": np.zeros((len(keys), slots), np.int64),
+            "targets": np.full((len(keys), slots), IGNORE, np.int64),
+            "segment": np.zeros(shape, np.int64),
+        }
+        if pair:
+            batch["follows"] = np.full(len(keys), IGNORE, np.int64)
+        sizes = [self._fill(batch, n, key) for n, key in enumerate(keys)]
+        if min(sizes) < self.length:
+            batch["mask"] = np.arange(self.length) < np.array(sizes)[:, None]
+        columns = {name: torch.from_numpy(values).unbind() for name, values in batch.items()}
+        return [
+            {**{name: values[n] for name, values in columns.items()}, "index": key.index, "valid": key.valid}
+            for n, key in enumerate(keys)
+        ]
 
-    def _row(self, key: SampleKey) -> dict[str, Any]:
+    def _fill(self, batch: dict[str, np.ndarray], n: int, key: SampleKey) -> int:
+        """Write row n of a batch, and return its number of tokens without padding."""
         generator = np.random.default_rng((self.seed, 0 if self.fixed else key.epoch, key.index))
-        special = self.masker.special
-        pair = isinstance(self.texts, Pairs)
-        parts: list[Any]
-        follows = True
+        special, second, follows = self.masker.special, None, True
         if isinstance(self.texts, Pairs):
             first, second, follows = self.texts.read(key.index, generator)
-            parts = [[special["cls"]], first, [special["sep"]], second, [special["sep"]]]
         else:
             first = self.texts.read(key)
-            parts = [[special["cls"]], first, [special["sep"]]]
-        whole = np.concatenate(parts, dtype=np.int64)
-        tokens = np.full(self.length, special["pad"], np.int64)
-        segment = np.zeros(self.length, np.int64)
-        segment[len(first) + 2 : len(whole)] = 1
+        tokens, middle = batch["tokens"][n], len(first) + 2
+        tokens[0], tokens[1 : middle - 1], tokens[middle - 1] = special["cls"], first, special["sep"]
+        size = middle
+        if second is not None:
+            size += len(second) + 1
+            tokens[middle : size - 1], tokens[size - 1] = second, special["sep"]
+            batch["segment"][n, middle:size] = 1
+        whole = tokens[:size]
         chosen = self.masker.choose(whole, generator)
-        tokens[: len(whole)] = self.masker.hide(whole, chosen, generator)
-        count = self.masker.most(self.length - 3 if pair else self.length - 2)
-        positions, targets = np.zeros(count, np.int64), np.full(count, IGNORE, np.int64)
-        positions[: len(chosen)] = chosen
         if key.valid:
-            targets[: len(chosen)] = whole[chosen]
-        row: dict[str, Any] = {"tokens": tokens, "positions": positions, "targets": targets, "segment": segment}
-        if pair:
-            row["follows"] = int(follows) if key.valid else IGNORE
-        return {**row, "mask": np.arange(self.length) < len(whole), "index": key.index, "valid": key.valid}
+            batch["targets"][n, : len(chosen)] = whole[chosen]
+            if second is not None:
+                batch["follows"][n] = follows
+        batch["positions"][n, : len(chosen)] = chosen
+        whole[:] = self.masker.hide(whole, chosen, generator)
+        return size
 
 
 def without_full_masks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

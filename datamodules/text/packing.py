@@ -28,6 +28,7 @@ class Blocks:
 
     def __init__(self, stream: TokenStream, length: int, seed: int | None, overlap: int = 1) -> None:
         self.stream, self.length, self.seed, self.overlap = stream, length, seed, overlap
+        self._offset = (-1, 0)  # of the last epoch that was read
 
     def __len__(self) -> int:
         """Number of rows; in training only full rows."""
@@ -38,8 +39,9 @@ class Blocks:
         """The T + overlap tokens of a row (fewer at the end of the text), in the type on disk."""
         start = key.index * self.length
         if self.seed is not None:
-            offset = int(np.random.default_rng((self.seed, key.epoch)).integers(self.length))
-            start = min(start + offset, len(self.stream) - self.overlap - self.length)
+            if self._offset[0] != key.epoch:
+                self._offset = key.epoch, int(np.random.default_rng((self.seed, key.epoch)).integers(self.length))
+            start = min(start + self._offset[1], len(self.stream) - self.overlap - self.length)
         return self.stream.read(start, min(start + self.length + self.overlap, len(self.stream)))
 
     def fill(self, key: SampleKey, row: dict[str, np.ndarray]) -> None:

@@ -136,6 +136,10 @@ class SpanCorruptionData(TokenisedText):
         SpanCorruption(self.noise_density, self.mean_span)  # it checks its fields
 
     @property
+    def most_workers(self) -> int:
+        return 1  # cutting spans out takes longer than sending a batch
+
+    @property
     def corruption(self) -> SpanCorruption:
         """How the text is hidden."""
         return SpanCorruption(self.noise_density, self.mean_span)

@@ -6,15 +6,18 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from trunkline.contract import IGNORE
+from trunkline.contract import IGNORE, CountsWaiting
 from trunkline.modules.callbacks.drawing import tensorboard
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.distributed import sum_over_processes
 from trunkline.modules.training.exact_resume import accumulates, compute_dtype
 from trunkline.modules.training.sharding import whole_weights
+
+TOLERATED_WAIT = 0.1
+"""Share of the time that training may wait for data before it warns."""
 
 
 class Throughput(Callback):
@@ -27,8 +30,13 @@ class Throughput(Callback):
     `throughput/tokens_per_sec` if the samples hold text (without padding; all processes are assumed to have as many
     tokens as this one); `throughput/flops_per_sec` (FLOP of the model, a backward pass counted as two forward passes;
     those of a sample are taken from the first batch that is logged); `throughput/mfu` if the device's peak is known;
+    `throughput/data_wait`, the share of the time in which this process waited for its loader, or made batches itself;
     `<unit>_seen`, the units of all processes since the start of training; and under `by_<unit>/` the losses and
     metrics with the number of units seen as the x-axis. A unit is a sample, unless the objective has a `unit_size`.
+
+    One warning says what to raise if more than a tenth of an interval was waiting for data. The first interval does not
+    count, in which workers start and a network compiles. The host queues work for the device and runs ahead of it, but
+    not far: a host that waits for data through a whole interval has a device that does so too.
     """
 
     def __init__(self) -> None:
@@ -42,6 +50,11 @@ class Throughput(Callback):
         self.samples_a_step = 0
         """Of a run whose checkpoint does not tell `seen`."""
         self.started = 0.0
+        self.waited_before = 0.0
+        """Seconds that the loader was waited for until the start of the interval."""
+        self.intervals = 0
+        """Intervals of this run that were logged."""
+        self.warned = False
         self.flops: int | None = None
         self.peak: int | None = None
         self.per_second = 0.0
@@ -52,9 +65,12 @@ class Throughput(Callback):
         self.unfinished = 0
         if trainer.global_step == 0:
             self.seen = 0
-        self._begin_interval()
+        self.intervals, self.warned = 0, False
+        self._begin_interval(trainer)
 
-    def _begin_interval(self) -> None:
+    def _begin_interval(self, trainer: L.Trainer) -> None:
+        loader = trainer.train_dataloader
+        self.waited_before = loader.waited if isinstance(loader, CountsWaiting) else 0.0
         self.seen_before = 0 if self.seen is None else int(self.seen)
         self.tokens, self.started = 0, time.perf_counter()
 
@@ -91,10 +107,23 @@ class Throughput(Callback):
             metrics["throughput/flops_per_sec"] = samples_per_second * self.flops
         if self.flops and self.peak:
             metrics["throughput/mfu"] = metrics["throughput/flops_per_sec"] / (self.peak * trainer.world_size)
+        metrics |= self._data_wait(trainer, elapsed)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         self._log_by_samples(trainer, pl_module, "train/")
-        self._begin_interval()
+        self._begin_interval(trainer)
+
+    def _data_wait(self, trainer: L.Trainer, elapsed: float) -> dict[str, float]:
+        """The share of an interval that was waiting for data; empty if the loader does not tell. Warns once."""
+        loader = trainer.train_dataloader
+        if not isinstance(loader, CountsWaiting):
+            return {}
+        share = (loader.waited - self.waited_before) / elapsed
+        if self.intervals and share > TOLERATED_WAIT and not self.warned:
+            self.warned = True
+            rank_zero_warn(waiting_message(share, loader.num_workers))
+        self.intervals += 1
+        return {"throughput/data_wait": share}
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.started -= time.perf_counter()  # stops the clock; `on_validation_end` starts it again
@@ -121,6 +150,15 @@ class Throughput(Callback):
             for name, value in trainer.callback_metrics.items():
                 if name.startswith(prefix):
                     writer.add_scalar(f"by_{pl_module.unit}/{name}", value, int(seen * pl_module.unit_size))
+
+
+def waiting_message(share: float, workers: int) -> str:
+    """What to do about a share of the time in which training waited for data."""
+    made = "the training process makes its batches itself" if workers == 0 else f"num_workers is {workers}"
+    return (
+        f"training waits for data in {share:.0%} of the time ({made}): raise num_workers while CPU cores are free; or "
+        "make samples cheaper, such as by storing pictures no larger than training needs them"
+    )
 
 
 def flops_of(module: TrunklineModule, batch: Any) -> int:

@@ -165,6 +165,22 @@ def test_rows_are_pure_functions_of_seed_epoch_and_index(pairs: bool, tmp_path: 
     assert seeded.datasets["train"][SampleKey(0, 3)]["tokens"].tolist() != rows[0][0]
 
 
+def test_any_number_of_workers_hides_the_same(tmp_path: Path) -> None:
+    """Which tokens are hidden is drawn for a row alone, by seed, epoch and index."""
+    made = data(tmp_path, num_workers=0)
+    expected = [{name: values.tolist() for name, values in batch.items()} for batch in made.train_dataloader()]
+    made.num_workers = 2
+    assert [{name: values.tolist() for name, values in batch.items()} for batch in made.train_dataloader()] == expected
+    for index, positions, targets in (
+        (i, *v) for b in expected for i, *v in zip(b["index"], b["positions"], b["targets"], strict=True)
+    ):
+        text = np.array(whole(made.datasets["train"][SampleKey(0, index)]))
+        size = len(text) - text[::-1].tolist().index(3)
+        chosen = made.masker.choose(text[:size], np.random.default_rng((0, 0, index)))
+        assert positions[: len(chosen)] == chosen.tolist()
+        assert targets == [*text[chosen], *[-100] * (len(targets) - len(chosen))]
+
+
 def test_validation_rows_are_the_text(tmp_path: Path) -> None:
     made = data(tmp_path)
     val, stream = made.datasets["val"], made.preparation.stream("val")

@@ -1,5 +1,6 @@
 """Samples seen and their speed, for batches that differ in size, over accumulated steps and a resume."""
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from trunkline.contract import IGNORE
+from trunkline.datamodules import samplers
+from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader, SampleKey
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.callbacks import Throughput, throughput
 from trunkline.modules.callbacks.throughput import count_tokens
@@ -65,10 +68,16 @@ def objective(kind: type[CausalLM]) -> CausalLM:
 
 
 def run(
-    folder: Path, *callbacks: Callback, kind: type[CausalLM] = Ragged, resume: Path | None = None, **options: Any
+    folder: Path,
+    *callbacks: Callback,
+    kind: type[CausalLM] = Ragged,
+    resume: Path | None = None,
+    clock: Clock | None = None,
+    loader: DataLoader[Any] | None = None,
+    **options: Any,
 ) -> dict[str, dict[int, float]]:
     """Train, and return the curves of TensorBoard."""
-    clock = Clock()
+    clock = clock or Clock()
     trainer = L.Trainer(
         accelerator="cpu",
         default_root_dir=folder,
@@ -80,8 +89,9 @@ def run(
         **{"log_every_n_steps": 2, "max_epochs": 2, "limit_val_batches": 1, **options},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-        trainer.fit(objective(kind), batches(), batches(), ckpt_path=resume)
+        for timed in (throughput, samplers):
+            patch.setattr(timed, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+        trainer.fit(objective(kind), loader or batches(), batches(), ckpt_path=resume)
     found = EventAccumulator(str(folder), {"scalars": 0}).Reload()
     return {tag: {e.step: e.value for e in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
 
@@ -195,3 +205,54 @@ def test_tokens_of_batches() -> None:
     assert count_tokens({"tokens": tokens}) == 6
     assert count_tokens({"tokens": tokens, "mask": mask}) == 3
     assert count_tokens({"tokens": tokens, "mask": mask, "target_tokens": targets, "targets": targets}) == 7
+
+
+class SlowRows(Dataset[Any]):
+    """Row n takes seconds[n] on a clock."""
+
+    def __init__(self, clock: Clock, seconds: list[float]) -> None:
+        self.clock, self.seconds = clock, seconds
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
+        self.clock.now += self.seconds[key.index]
+        return {"tokens": torch.arange(8), "targets": torch.arange(1, 9)}
+
+
+def wait(folder: Path, first: float, others: float) -> tuple[dict[int, float], list[str]]:
+    """The logged shares, and the warnings, of steps of 2 seconds; `first` and `others` are the seconds of a row of the
+    first 5 batches and of the other 15, which have 2 rows each.
+    """
+    clock = Clock()
+    rows = SlowRows(clock, [first] * 10 + [others] * 30)
+    loader = ResumableLoader(rows, ResumableBatchSampler(40, 2, seed=0, shuffle=False))
+    loader.waited = 1000.0  # before this run
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        options = {"log_every_n_steps": 5, "max_epochs": 1, "limit_val_batches": 0}
+        found = run(folder, Throughput(), clock=clock, loader=loader, **options)
+    return found["throughput/data_wait"], [str(w.message) for w in said if "waits for data" in str(w.message)]
+
+
+def test_the_time_that_training_waits_for_data(tmp_path: Path) -> None:
+    shares, said = wait(tmp_path, 0.0, 0.5)
+    assert shares == pytest.approx({5: 0.0, 10: 1 / 3, 15: 1 / 3, 20: 1 / 3})
+    assert len(said) == 1
+    assert "waits for data in 33% of the time (the training process makes its batches itself): raise num_wo" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("first", "others", "shares"),
+    [(0.1, 0.1, {5: 1 / 11, 20: 1 / 11}), (3.0, 0.0, {5: 30 / 40, 20: 0.0})],
+    ids=["a short wait", "a slow start"],
+)
+def test_no_reason_to_warn(first: float, others: float, shares: dict[int, float], tmp_path: Path) -> None:
+    found, said = wait(tmp_path, first, others)
+    assert {step: found[step] for step in shares} == pytest.approx(shares)
+    assert said == []
+
+
+def test_a_loader_of_another_kind_is_not_timed(tmp_path: Path) -> None:
+    assert "throughput/data_wait" not in run(tmp_path, Throughput(), max_steps=4)
