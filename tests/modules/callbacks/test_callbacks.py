@@ -111,7 +111,13 @@ class TestRun:
     def test_scalars_that_are_there(self, fitted: SimpleNamespace) -> None:
         train = {"train/loss", "train/lr", "train/grad_norm", "train/skipped_images"}
         main = train | {"val/loss", "val/acc", "val/acc_top5", "val/skipped_images"}
-        speed = {"throughput/images_per_sec", "throughput/flops_per_sec", "images_seen", "throughput/data_wait", "epoch"}
+        speed = {
+            "throughput/images_per_sec",
+            "throughput/flops_per_sec",
+            "images_seen",
+            "throughput/data_wait",
+            "epoch",
+        }
         assert set(fitted.found.Tags()["scalars"]) == main | speed | {
             f"by_images/{name}" for name in main - {"train/skipped_images"}
         }
