@@ -139,7 +139,7 @@ class MaskedRows(Dataset[dict[str, Any]]):
         """The items of a batch, as a DataLoader asks for them. `mask` is left out if no row of the batch is padded."""
         special, pair, shape = self.masker.special, isinstance(self.texts, Pairs), (len(keys), self.length)
         slots = self.masker.most(self.length - 3 if pair else self.length - 2)
-        batch = {
+        batch: dict[str, np.ndarray] = {
             "tokens": np.full(shape, special["pad"], np.int64),
             "positions": np.zeros((len(keys), slots), np.int64),
             "targets": np.full((len(keys), slots), IGNORE, np.int64),
