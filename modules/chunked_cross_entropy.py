@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from trunkline.contract import IGNORE
 
@@ -155,7 +156,7 @@ def _empty_results(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
     return [x.new_empty((), dtype=wide), *grads]
 
 
-chunked_cross_entropy = torch.library.custom_op("trunkline::chunked_cross_entropy", loss_and_gradients, mutates_args=())
+chunked_cross_entropy = custom_op("trunkline::chunked_cross_entropy", loss_and_gradients, mutates_args=())
 chunked_cross_entropy.register_fake(_empty_results)
 
 

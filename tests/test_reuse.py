@@ -77,6 +77,6 @@ def test_the_page_lists_every_family() -> None:
     for family in FOREIGN_FAMILIES:
         name = re.sub(r"^an? | of transformers$", "", family.name)
         name = re.sub(r"^(Roberta|DistilBert)For\w+$", "those of RoBERTa and DistilBERT", name)
-        known |= {(family.network.__name__, family.library, each) for each in short.get(name, {name})}
+        known |= {(family.network.__name__, family.origin, each) for each in short.get(name, {name})}
     assert listed == known
     assert len(page.splitlines()) <= 80

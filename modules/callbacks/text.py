@@ -15,6 +15,7 @@ from trunkline.modules.generation.filling import fill_masks
 from trunkline.modules.generation.sampling import GenerationConfig, generate
 from trunkline.modules.networks import BERT, GPT, TextHead
 from trunkline.modules.objectives.checks import facts_of
+from trunkline.names import with_article
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -158,9 +159,10 @@ def check_network(callback: Callback, network: Any, *kinds: type) -> Any:
         TrunklineError: otherwise; before the first step, not after the first validation.
     """
     if not isinstance(network, kinds):
+        needed = with_article(" or ".join(kind.__name__ for kind in kinds))
         raise TrunklineError(
-            f"{type(callback).__name__} needs a {' or '.join(kind.__name__ for kind in kinds)}, but the network is a "
-            f"{type(network).__name__}; leave the callback out"
+            f"{type(callback).__name__} needs {needed}, but the network is "
+            f"{with_article(type(network).__name__)}; leave the callback out"
         )
     return network
 

@@ -107,13 +107,6 @@ def refuse_nan(network: nn.Module, source: str | Path) -> None:
         )
 
 
-def rotary_length(config: Any) -> int:
-    """Largest number of tokens of a network whose positions are rotations alone; 0 for another network."""
-    body = getattr(config, "body", config)
-    rotary = getattr(getattr(body, "backbone", None), "rope_theta", None) is not None
-    return getattr(body, "max_length", 0) if rotary else 0
-
-
 WORD_FOR = {"pos_embed": "positions", "target_pos_embed": "positions of targets"}
 """Name of a table of positions -> what messages call it."""
 
@@ -164,6 +157,10 @@ class Network(nn.Module):
         """Learned positions of texts or frames by their names, and the number of rows before the first position."""
         return {}
 
+    def rotary_length(self) -> int:
+        """Largest number of tokens, if their positions are rotations; else 0."""
+        return 0
+
     def adapt(self, source: Any) -> list[str]:
         """Change the weights of a trained network of the same class, in place, to the sizes of this network's inputs.
 
@@ -176,7 +173,7 @@ class Network(nn.Module):
             if own.num_embeddings != table.num_embeddings:
                 changed.append(f"{WORD_FOR[name]} {table.num_embeddings - first} to {own.num_embeddings - first}")
                 resize_positions_of_text(table, own.num_embeddings, first)
-        before, after = rotary_length(source.config), rotary_length(self.config)
+        before, after = source.rotary_length(), self.rotary_length()
         if 0 < before < after:
             changed.append(f"rotary positions {before} to {after}, the new ones untrained")
         return changed

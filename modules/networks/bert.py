@@ -136,6 +136,9 @@ class BERT(Network):
     def text_positions(self) -> dict[str, tuple[nn.Embedding, int]]:
         return {} if self.pos_embed is None else {"pos_embed": (self.pos_embed, self.config.first_position)}
 
+    def rotary_length(self) -> int:
+        return 0 if self.config.backbone.rope_theta is None else self.config.max_length
+
     def embed(self, tokens: Tensor, segment: Tensor | None = None) -> Tensor:
         """Token ids (B, T) and segments (B, T), all 0 if None -> embeddings (B, T, D).
 

@@ -105,6 +105,9 @@ class GPT(Network):
     def text_positions(self) -> dict[str, tuple[nn.Embedding, int]]:
         return {} if self.pos_embed is None else {"pos_embed": (self.pos_embed, 0)}
 
+    def rotary_length(self) -> int:
+        return 0 if self.config.backbone.rope_theta is None else self.config.max_length
+
     def embed(
         self, tokens: Tensor, document: Tensor | None = None, mask: Tensor | None = None, start: int = 0
     ) -> Tensor:

@@ -79,7 +79,7 @@ class Pretrained:
         folder = self.source if self.source.is_dir() else self.source.parent
         if self.family is None:
             return Companions.in_folder(folder)
-        return companions_from_theirs(folder, self.content, self.family.library)
+        return companions_from_theirs(folder, self.content, self.family.origin)
 
     def network(self, dtype: torch.dtype | None = torch.float32) -> Any:
         """The network, in training mode.

@@ -120,6 +120,9 @@ class TextHead(Network):
     def text_positions(self) -> dict[str, tuple[nn.Embedding, int]]:
         return self.body.text_positions()
 
+    def rotary_length(self) -> int:
+        return self.body.rotary_length()
+
     def read_trunk(self) -> tuple[Transformer, Callable[..., TransformerOutput]]:
         return self.body.read_trunk()
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.generation.compiled import CompiledDecoder
 from trunkline.modules.generation.low_precision import to_bfloat16
 from trunkline.modules.generation.sampling import GenerationConfig, generate
 from trunkline.modules.networks import GPT, BERTConfig, CLIPConfig, GPTConfig, ViTConfig
@@ -283,7 +284,8 @@ def prompts(bench: Bench) -> Tensor:
 
 def our_generation(bench: Bench) -> tuple[Turn, int]:
     """Greedy generation with weights in bfloat16; its speed is that of reading the weights, not of computing."""
-    network = to_bfloat16(GPT(gpt_config(bench.sizes)).eval()).to(bench.device)
+    network: Any = to_bfloat16(GPT(gpt_config(bench.sizes)).eval()).to(bench.device)
+    network = CompiledDecoder(network) if bench.compiled else network
     tokens, config = prompts(bench), GenerationConfig(bench.sizes.new_tokens, temperature=0)
     return lambda: generate(network, tokens, config=config), 0
 

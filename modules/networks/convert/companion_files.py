@@ -52,9 +52,7 @@ def companions_from_theirs(folder: Path, content: Mapping[str, Any], library: Li
         names = content.get("label_names") or settings.get("label_names")
         transform = guarded(timm_transform, settings, folder)
         return Companions(words, transform=transform, class_names=None if names is None else list(names))
-    labels = content.get("id2label") or {}
-    named = {int(number): str(name) for number, name in labels.items()}
-    names = None if all(name == f"LABEL_{n}" for n, name in named.items()) else [named[n] for n in sorted(named)]
+    names = class_names(content.get("id2label") or {}, folder)
     found = Companions(words, class_names=names, start_token=start_token(words, content))
     file = next((folder / name for name in (PREPROCESSOR_FILE, PROCESSOR_FILE) if (folder / name).is_file()), None)
     if file is None:
@@ -68,6 +66,22 @@ def companions_from_theirs(folder: Path, content: Mapping[str, Any], library: Li
         return found
     except (OSError, ValueError, AttributeError) as error:
         raise TrunklineError(f"{file} does not say how inputs are prepared: {error}; copy it again") from error
+
+
+def class_names(labels: Any, folder: Path) -> list[str] | None:
+    """Names of `id2label` in the order of their numbers; None if they only count.
+
+    Raises:
+        TrunklineError: if it does not give each number a name.
+    """
+    try:
+        named = {int(number): str(name) for number, name in labels.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise TrunklineError(
+            f'{folder} has an id2label that does not map numbers to names, as {{"0": "cat"}} does: {error}; mend its '
+            "config.json"
+        ) from error
+    return None if all(name == f"LABEL_{n}" for n, name in named.items()) else [named[n] for n in sorted(named)]
 
 
 def start_token(tokenizer: Path | None, content: Mapping[str, Any]) -> str | None:

@@ -136,7 +136,7 @@ def to_foreign(network: Network, library: Library) -> tuple[ForeignFamily, dict[
     """
     network = merged_copy(network)
     refuse_changed(network)
-    candidates = [f for f in FOREIGN_FAMILIES if f.library == library and isinstance(network, f.network)]
+    candidates = [f for f in FOREIGN_FAMILIES if f.origin == library and isinstance(network, f.network)]
     candidates = [family for family in candidates if family.suits is None or family.suits(network)]
     reasons = []
     config = network.config

@@ -21,7 +21,7 @@ class ForeignFamily:
 
     name: str
     """With its article, for messages: "a T5"."""
-    library: Library
+    origin: Library
     """Whose files and names they are."""
     network: type[Network]
     """Our class."""

@@ -212,7 +212,7 @@ def siglip_config_to(config: CLIPConfig) -> dict[str, Any]:
 
 OPEN_CLIP_SIGLIP = ForeignFamily(
     name=OPEN_SIGLIP,
-    library="open_clip",
+    origin="open_clip",
     network=CLIP,
     recognises=is_open_siglip,
     config_from=siglip_config_from,

@@ -267,7 +267,7 @@ def open_clip_config_to(config: CLIPConfig) -> dict[str, Any]:
 
 OPEN_CLIP_VIT = ForeignFamily(
     name=OPEN_CLIP,
-    library="open_clip",
+    origin="open_clip",
     network=CLIP,
     recognises=is_open_clip,
     config_from=lambda content, weights: open_clip_config_from(content),

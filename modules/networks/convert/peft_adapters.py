@@ -26,6 +26,7 @@ from trunkline.modules.networks.convert.key_tables import KeyTable, layer_number
 from trunkline.modules.networks.convert.transformers_gpt2 import GPT2
 from trunkline.modules.networks.lora import Adapter, LoRALinear, freeze_base, linear_layers, refuse_adapted
 from trunkline.modules.networks.weights import assign_weights, enumerated
+from trunkline.names import with_article
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX_OF_PEFT = "base_model.model."
@@ -130,9 +131,9 @@ def adapted_family(network: Network) -> tuple[ForeignFamily, tuple[KeyTable, ...
             return family, family.layers(network.config), family.config_to(network.config)
         except TrunklineError as error:
             reasons.append(str(error))
-    kind = type(network).__name__
+    kind = with_article(type(network).__name__)
     raise TrunklineError(
-        "; ".join(reasons) or f"peft has no adapters for a {kind}; take a part of it that is a GPT, a BERT or a ViT"
+        "; ".join(reasons) or f"peft has no adapters for {kind}; take a part of it that is a GPT, a BERT or a ViT"
     )
 
 

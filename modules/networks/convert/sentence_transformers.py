@@ -38,17 +38,20 @@ def sentence_options(folder: Path) -> dict[str, Any] | None:
         raise TrunklineError(f"{file} does not list the parts of a model: {error!r}; copy it again") from error
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]) or places[0]:
         raise TrunklineError(
-            f"{file} names the parts {', '.join(kinds)}, but a TextHead has Transformer, Pooling and Normalize; load "
-            "its BERT or GPT alone with BERT.from_pretrained or GPT.from_pretrained"
+            f"{file} names as parts {', '.join(kinds) or 'nothing'}, but a TextHead has Transformer, Pooling and "
+            "Normalize; load its BERT or GPT alone with BERT.from_pretrained or GPT.from_pretrained"
         )
     pooling = folder / places[1] / "config.json"
     if Path(places[1]).name != places[1]:
         raise TrunklineError(f"{file} names a part outside its folder: {places[1]}")
     options = part_of_model(pooling)
+    if not isinstance(options, dict):
+        raise TrunklineError(f"{pooling} does not say how tokens are pooled: it is no object; copy it again")
     modes = [name.removeprefix("pooling_mode_") for name, value in options.items() if value is True]
     modes = [mode for mode in modes if mode != "include_prompt"]
     if "pooling_mode" in options:  # of newer versions
-        modes = {"cls": ["cls_token"], "mean": ["mean_tokens"]}.get(options["pooling_mode"], [options["pooling_mode"]])
+        newer = str(options["pooling_mode"])
+        modes = [{"cls": "cls_token", "mean": "mean_tokens"}.get(newer, newer)]
     if len(modes) != 1 or modes[0] not in POOLS:
         raise TrunklineError(
             f"{pooling} asks for {' and '.join(map(str, modes)) or 'no pooling'}, but a TextHead pools by one of "

@@ -289,7 +289,7 @@ def timm_weights_to(weights: Mapping[str, Tensor], config: ViTConfig) -> dict[st
 
 TIMM = ForeignFamily(
     name=TIMM_VIT,
-    library="timm",
+    origin="timm",
     network=ViT,
     recognises=is_timm,
     config_from=timm_config_from,

@@ -168,7 +168,7 @@ def ast_config_to_transformers(config: ASTConfig, class_names: Sequence[str] | N
 
 TRANSFORMERS_AST = ForeignFamily(
     name=THEIR_AST,
-    library="transformers",
+    origin="transformers",
     network=AST,
     recognises=with_model_type("audio-spectrogram-transformer"),
     config_from=ast_config_from_transformers,

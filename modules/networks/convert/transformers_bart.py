@@ -216,7 +216,7 @@ class BartLike:
         """Its entry among the families."""
         return ForeignFamily(
             name=self.name,
-            library="transformers",
+            origin="transformers",
             network=EncoderDecoder,
             recognises=with_model_type(self.model_type),
             config_from=self.config_from,

@@ -195,7 +195,7 @@ class BertLike:
         """Its entry among the families."""
         return ForeignFamily(
             name=self.name,
-            library="transformers",
+            origin="transformers",
             network=BERT,
             recognises=with_model_type(self.model_type),
             config_from=self.config_from,

@@ -351,7 +351,7 @@ def clip_family(name: str, kind: str, names: VitNames) -> ForeignFamily:
     read = siglip_config_from_transformers if siglip else clip_config_from_transformers
     return ForeignFamily(
         name=name,
-        library="transformers",
+        origin="transformers",
         network=CLIP,
         recognises=with_model_type(kind, f"{kind}_text_model", f"{kind}_vision_model"),
         config_from=lambda content, weights: read(content),

@@ -139,7 +139,7 @@ def gpt2_config_to_transformers(config: GPTConfig) -> dict[str, Any]:
 
 GPT2 = ForeignFamily(
     name=THEIR_GPT2,
-    library="transformers",
+    origin="transformers",
     network=GPT,
     recognises=with_model_type("gpt2"),
     config_from=lambda content, weights: gpt2_config_from_transformers(content),

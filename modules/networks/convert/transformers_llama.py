@@ -180,7 +180,7 @@ def llama_family(kind: str) -> ForeignFamily:
     name = FAMILIES_OF_LLAMA[kind]
     return ForeignFamily(
         name=name,
-        library="transformers",
+        origin="transformers",
         network=GPT,
         recognises=with_model_type(kind),
         config_from=lambda content, weights: llama_config_from_transformers(content),

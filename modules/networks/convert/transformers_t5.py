@@ -173,7 +173,7 @@ def t5_config_to_transformers(config: EncoderDecoderConfig) -> dict[str, Any]:
 
 T5 = ForeignFamily(
     name="a T5",
-    library="transformers",
+    origin="transformers",
     network=EncoderDecoder,
     recognises=with_model_type("t5", "mt5"),
     config_from=lambda content, weights: t5_config_from_transformers(content),

@@ -130,7 +130,7 @@ class TextHeadLike:
         """Its entry among the families."""
         return ForeignFamily(
             name=self.name,
-            library="transformers",
+            origin="transformers",
             network=TextHead,
             recognises=lambda config: self.model in (config.get("architectures") or ()),
             config_from=self.config_from,

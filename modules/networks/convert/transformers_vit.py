@@ -213,7 +213,7 @@ class VitLike:
         """Its entry among the families."""
         return ForeignFamily(
             name=self.name,
-            library="transformers",
+            origin="transformers",
             network=ViT,
             recognises=with_model_type(self.model_type),
             config_from=self.config_from,

@@ -148,7 +148,7 @@ def whisper_config_to_transformers(config: WhisperConfig) -> dict[str, Any]:
 
 TRANSFORMERS_WHISPER = ForeignFamily(
     name=THEIR_WHISPER,
-    library="transformers",
+    origin="transformers",
     network=Whisper,
     recognises=with_model_type("whisper"),
     config_from=lambda content, weights: whisper_config_from_transformers(content),

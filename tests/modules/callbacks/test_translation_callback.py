@@ -285,5 +285,5 @@ def test_other_data_and_networks(tmp_path: Path) -> None:
         with pytest.raises(TrunklineError, match="Translations needs data with sources and targets, such as Translati"):
             Translations().setup(trainer, module, "fit")
     module.network = nn.Linear(1, 1)
-    with pytest.raises(TrunklineError, match="Translations needs a EncoderDecoder, but the network is a Linear"):
+    with pytest.raises(TrunklineError, match="Translations needs an EncoderDecoder, but the network is a Linear"):
         Translations().setup(trainer, module, "fit")

@@ -48,7 +48,7 @@ def twins() -> tuple[nn.Module, ViT]:
     shape = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 3}
     peer = timm.create_model("vit_tiny_patch16_224", reg_tokens=2, no_embed_class=True, **shape)
     config = ViTConfig((8, 12), 4, num_classes=3, num_registers=2, backbone=trunk(norm_eps=1e-6))
-    family = next(f for f in FOREIGN_FAMILIES if f.library == "timm" and f.network is ViT)
+    family = next(f for f in FOREIGN_FAMILIES if f.origin == "timm" and f.network is ViT)
     own = ViT(config).eval()
     own.load_state_dict(family.weights_from(randomise(peer).eval().state_dict(), config))
     return peer.eval(), own

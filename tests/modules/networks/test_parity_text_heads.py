@@ -163,6 +163,8 @@ DENSE = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformer
         (MODULES, {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "cls_token and mean_tokens, but"),
         (MODULES, {}, "asks for no pooling, but"),
         ({"0": "Transformer"}, {}, "does not list the parts of a model"),
+        ([], {}, "names as parts nothing, but a TextHead has"),
+        (MODULES, {"pooling_mode": ["mean"]}, r"asks for \['mean'\], but"),
         ([MODULES[0], {**MODULES[1], "path": "../elsewhere"}], {}, "names a part outside its folder"),
         ([MODULES[0], {**MODULES[1], "path": "2_Pooling"}], {}, "cannot read .*2_Pooling"),
     ],
@@ -170,6 +172,22 @@ DENSE = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformer
 def test_sentence_transformers_that_we_have_not(modules: Any, pooling: Any, message: str, tmp_path: Path) -> None:
     write_sentences(tmp_path, modules, **pooling)
     with pytest.raises(TrunklineError, match=message):
+        trunkline.load(tmp_path)
+
+
+def test_a_pooling_that_is_no_object(tmp_path: Path) -> None:
+    write_sentences(tmp_path)
+    (tmp_path / "1_Pooling/config.json").write_text("[]")
+    with pytest.raises(TrunklineError, match=r"1_Pooling/config\.json does not say how tokens are pooled"):
+        trunkline.load(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [["cat", "dog", "cow"], {"cat": 0, "dog": 1, "cow": 2}])
+def test_names_that_are_no_names(labels: Any, tmp_path: Path) -> None:
+    make_peer("bert-SequenceClassification").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"id2label": labels}))
+    with pytest.raises(TrunklineError, match=r"id2label that does not map numbers to names, as \{"):
         trunkline.load(tmp_path)
 
 

@@ -47,7 +47,7 @@ def test_groups_as_timm_makes_them() -> None:
     number_of = {id(p): str(number) for number, p in enumerate(peer.parameters())}
     scaled = [{**group, "lr": 0.8 * group["lr_scale"]} for group in theirs]
     want = settings(scaled, number_of)
-    family = next(f for f in FOREIGN_FAMILIES if f.library == "timm" and f.network is ViT)
+    family = next(f for f in FOREIGN_FAMILIES if f.origin == "timm" and f.network is ViT)
     converted = family.weights_from(peer.state_dict(), own.config)
     groups = decay_groups(own, lr=0.8, weight_decay=0.1, layer_decay=0.5)
     got = settings(groups, {id(p): name for name, p in own.named_parameters()})

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from trunkline import TrunklineError
+from trunkline.modules.generation.compiled import CompiledDecoder
+from trunkline.modules.networks import GPT
 from trunkline.pipelines.benchmarks import device_benchmark, device_cases
 from trunkline.pipelines.benchmarks.benchmark import benchmark
 from trunkline.pipelines.benchmarks.device_benchmark import Budget, measure_device, window_steps
@@ -45,6 +47,14 @@ def test_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     trained = results["cases"][:5]
     assert all(row["flops_per_step"] > 0 for row in trained)
     assert "say nothing about speed" in shown
+
+
+def test_generation_is_compiled_where_the_peer_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[nn.Module] = []
+    monkeypatch.setattr(device_cases, "generate", lambda network, *_, **__: given.append(network))
+    for compiled in (True, False):
+        device_cases.our_generation(Bench(TINY, 1, CPU, compiled))[0]()
+    assert [type(network) for network in given] == [CompiledDecoder, GPT]
 
 
 def test_both_sides_are_one_network(monkeypatch: pytest.MonkeyPatch) -> None:
