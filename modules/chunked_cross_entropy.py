@@ -69,26 +69,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        dtype: torch.dtype,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        target: Tensor,
-        row_keys: Tensor | None,
-        class_keys: Tensor | None,
-        smoothing: float,
-        z_loss: float,
-        chunk: int | None,
-        dtype: torch.dtype,
-        compiled: bool,
+        *rest: Any,
     ) -> Tensor:
+        """As `loss_and_gradients`, after the type in which to multiply; the sum of the losses."""
         ctx.dtypes = [None if each is None else each.dtype for each in (x, weight, bias)]
-        needed = list(ctx.needs_input_grad[:3])
+        needed = list(ctx.needs_input_grad[1:4])
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         # Inside a compiled network the loop is one opaque operation: unrolled, it would be a graph for each chunk.
-        compute = chunked_cross_entropy if torch.compiler.is_compiling() else loss_and_gradients
-        total, *grads = compute(
-            x, weight, bias, target, row_keys, class_keys, smoothing, z_loss, chunk, compiled, needed
-        )
+        compute: Any = chunked_cross_entropy if torch.compiler.is_compiling() else loss_and_gradients
+        total, *grads = compute(x, weight, bias, *rest, needed)
         ctx.save_for_backward(*grads)
         return total
 
@@ -96,7 +89,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (outer,) = grad_outputs  # float32 or wider, and so are the products: in float16 small ones would vanish
         found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for place, (grad, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+        for place, (grad, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True), start=1):
             if ctx.needs_input_grad[place]:
                 found[place] = (grad.to(outer.dtype) * outer).to(dtype)
         return tuple(found)

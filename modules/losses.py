@@ -53,7 +53,7 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     both = (None, None) if keys is None else keys
     compiled = device == "cuda" if compiled is None else compiled
-    return ChunkedCrossEntropy.apply(x, weight, bias, target, *both, label_smoothing, z_loss, chunk, dtype, compiled)
+    return ChunkedCrossEntropy.apply(dtype, x, weight, bias, target, *both, label_smoothing, z_loss, chunk, compiled)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def self_attention_mask(
 
     If the flag alone is enough, no (T, S) mask is built.
     """
-    if not causal or end - start == 1:  # a single new token sees all tokens before it
+    if not causal:
         return mask, False
     if mask is None and start == 0:
         return None, True

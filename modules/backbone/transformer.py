@@ -203,10 +203,23 @@ class Transformer(nn.Module):
         self.norm = make_norm(config, config.dim) if config.final_norm else nn.Identity()
         self.apply(init_linear)
 
-    def _blocks(
-        self, x: Tensor, mask: Tensor | None, document: Tensor | None, causal: bool, whole: bool
-    ) -> "BlockMask | None":
-        """What flex attention reads in every block, if this batch takes that path; the rest as for `attention_path`."""
+    def _rules(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        document: Tensor | None,
+        causal: bool,
+        start: int,
+        whole: bool,
+        every: bool,
+    ) -> tuple["BlockMask | None", Tensor | None, bool]:
+        """Which scores count in the self-attention of the tokens x (B, T, D), of which `start` came before.
+
+        `whole` is as for `attention_path`; `every` says that the last block computes all tokens too.
+
+        Returns:
+            what flex attention reads, if this batch takes that path; mask and `is_causal` for a block without it.
+        """
         path = attention_path(
             mask_kind(mask, document),
             x.device,
@@ -217,7 +230,12 @@ class Transformer(nn.Module):
             compiled=torch.compiler.is_compiling() and not torch.compiler.is_exporting(),
             whole=whole,
         )
-        return block_mask(x, mask, document, causal) if path == "flex" else None
+        blocks = block_mask(x, mask, document, causal) if path == "flex" else None
+        if blocks is not None and every:
+            return blocks, None, False
+        mask = four_dimensional(mask)
+        mask = mask if document is None else restrict(mask, same_document(document))
+        return blocks, *self_attention_mask(mask, causal, start, start + x.shape[1], x.device)
 
     def forward(
         self,
@@ -268,15 +286,10 @@ class Transformer(nn.Module):
                 f"but context is {'given' if context is not None else 'missing'}"
             )
         count, start = x.shape[1], 0 if cache is None else cache.length
-        end = start + count
         causal = self.config.causal if causal is None else causal
         causal = causal and count > 1  # a single new token sees all tokens before it
-        blocks = self._blocks(x, mask, document, causal, whole=cache is None and not return_attention)
-        is_causal = False
-        if blocks is None or keep is not None:  # the last block reads the mask of the kept tokens
-            mask = four_dimensional(mask)
-            mask = mask if document is None else restrict(mask, same_document(document))
-            mask, is_causal = self_attention_mask(mask, causal, start, end, x.device)
+        whole = cache is None and not return_attention
+        blocks, mask, is_causal = self._rules(x, mask, document, causal, start, whole, keep is None)
         rotation = None
         if self.config.rope_theta is not None:
             positions = torch.arange(count, device=x.device) + start
