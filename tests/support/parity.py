@@ -14,6 +14,20 @@ def randomise(module: nn.Module, scale: float = 0.2) -> Any:
     return module
 
 
+@torch.random.fork_rng()
+def random_peer(model: Any, config: dict[str, Any]) -> Any:
+    """A model of transformers in which no weight is zero; the same at each call."""
+    torch.manual_seed(0)
+    return randomise(model(model.config_class(**config)).eval(), 0.1)
+
+
+def padded_texts(padding: int) -> tuple[Tensor, Tensor]:
+    """Tokens (2, 13) of two texts, and their mask; the second ends with padding."""
+    tokens = torch.randint(2, 50, (2, 13), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(13) < torch.tensor([[13], [9]])
+    return tokens.where(mask, padding), mask
+
+
 def assert_near(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from parity import assert_near, randomise
+from parity import assert_near, random_peer
 from test_pretrained import edit, edit_weights
 from torch import Tensor
 from travels import arrive, go_back, gradients
@@ -45,11 +45,8 @@ PEERS: dict[str, tuple[Any, dict[str, Any]]] = {
 every_peer = pytest.mark.parametrize("name", PEERS)
 
 
-@torch.random.fork_rng()
 def make_peer(name: str) -> Any:
-    torch.manual_seed(0)
-    model, config = PEERS[name]
-    return randomise(model(model.config_class(**config)).eval(), 0.1)
+    return random_peer(*PEERS[name])
 
 
 def texts(length: int = 9) -> tuple[Tensor, Tensor, Tensor]:

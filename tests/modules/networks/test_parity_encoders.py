@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from parity import assert_near, randomise
+from parity import assert_near, padded_texts, random_peer
 from test_pretrained import edit, edit_weights
 from torch import Tensor
 from travels import arrive, go_back, gradients
@@ -40,18 +40,13 @@ PEERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@torch.random.fork_rng()
 def make_peer(name: str) -> Any:
-    torch.manual_seed(0)
-    model, config = PEERS[name]
-    return randomise(model(model.config_class(**config)).eval(), 0.1)
+    return random_peer(*PEERS[name])
 
 
 def texts(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Two texts of 13 tokens, the second padded: inputs of theirs and of ours."""
-    tokens = torch.randint(2, 50, (2, 13), generator=torch.Generator().manual_seed(1))
-    mask = torch.arange(13) < torch.tensor([[13], [9]])
-    tokens = tokens.where(mask, 1 if "roberta" in name else 0)
+    tokens, mask = padded_texts(1 if "roberta" in name else 0)
     theirs = {"input_ids": tokens, "attention_mask": mask.long()}
     if name in ("pairs", "masked", "body"):
         segment = (torch.arange(13) > 6).long().expand(2, 13)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from parity import assert_near, randomise
+from parity import assert_near, random_peer, randomise
 from safetensors.torch import load_file, save_file
 from test_pretrained import edit
 from torch import Tensor
@@ -38,11 +38,8 @@ PEERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@torch.random.fork_rng()
 def make_peer(name: str) -> Any:
-    torch.manual_seed(0)
-    model, config = PEERS[name]
-    return randomise(model(model.config_class(**config)).eval(), 0.1)
+    return random_peer(*PEERS[name])
 
 
 def images(peer: Any) -> Tensor:

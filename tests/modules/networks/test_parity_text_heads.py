@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from parity import assert_near, randomise
+from parity import assert_near, padded_texts, random_peer, randomise
 from safetensors.torch import load_file, save_file
 from test_parity_encoders import OF_DISTILBERT, OF_ROBERTA, SIZES
 from torch import Tensor
@@ -35,18 +35,13 @@ PEERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@torch.random.fork_rng()
 def make_peer(name: str) -> Any:
-    torch.manual_seed(0)
-    model, config = PEERS[name]
-    return randomise(model(model.config_class(**config)).eval(), 0.1)
+    return random_peer(*PEERS[name])
 
 
 def texts(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Two texts of 13 tokens, the second padded: inputs of theirs and of ours."""
-    tokens = torch.randint(2, 50, (2, 13), generator=torch.Generator().manual_seed(1))
-    mask = torch.arange(13) < torch.tensor([[13], [9]])
-    tokens = tokens.where(mask, 1 if name.startswith("roberta") else 0)
+    tokens, mask = padded_texts(1 if name.startswith("roberta") else 0)
     theirs, ours = {"input_ids": tokens, "attention_mask": mask.long()}, {"tokens": tokens, "mask": mask}
     if name.startswith("bert"):
         segment = (torch.arange(13) > 6).long().expand(2, 13)
