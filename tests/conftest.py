@@ -18,17 +18,24 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """Lightning leaves ranks and seeds in the environment, from which a later test would conclude that it is a rank."""
-    before = dict(os.environ)
+    """Lightning leaves ranks and seeds in the environment, from which a later test would conclude that it is a rank;
+    and it changes the number of threads, on which rounding depends.
+    """
+    before, threads = dict(os.environ), torch.get_num_threads()
     yield
     os.environ.clear()
     os.environ.update(before)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_process_group_left() -> Iterator[None]:
-    """Lightning never ends the process group of a run in this process; another file may want to begin one."""
+def after_a_file() -> Iterator[None]:
+    """The same for what the fixtures of a file do; and Lightning never ends the process group of a run in this process,
+    where the next file may want to begin one.
+    """
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     if dist.is_initialized():
         dist.destroy_process_group()
 

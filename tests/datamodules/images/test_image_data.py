@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
+from pretended_trainer import pretended_trainer
 from torch import Tensor
 
 from trunkline import TrunklineError
@@ -139,7 +140,7 @@ def test_ranks_share_an_epoch_and_fillers_are_not_valid() -> None:
     data = make(eval_batch_size=50, val_fraction=0.1005)
     counted = []
     for rank in range(2):
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=2, num_devices=2)  # type: ignore[assignment]
+        data.trainer = pretended_trainer(rank, 2)
         batches = list(data.loader("val"))
         assert [len(b["index"]) for b in batches] == [25, 25, 25, 16]
         counted += [int(i) for b in batches for i in b["index"][b["valid"]]]

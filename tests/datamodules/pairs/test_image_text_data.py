@@ -4,13 +4,13 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pretended_trainer import pretended_trainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
@@ -161,7 +161,7 @@ def test_any_number_of_processes_sees_the_same(kind: str, tmp_path: Path, reques
         shares = []
         for rank in range(world_size):
             data = make(path, tmp_path, num_workers=workers, shard_window=2, augmentation=Augmentation())
-            data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, num_devices=1)  # type: ignore[assignment]
+            data.trainer = pretended_trainer(rank, world_size)
             shares.append(epoch(data.loader("train", train=True), 1))
         return shares
 
@@ -304,7 +304,7 @@ def test_skipped_rows_are_counted_and_no_rank_has_fewer(source: Path, tmp_path: 
     sizes, skipped = [], []
     for rank in range(2):
         data = make(source, tmp_path, skip_corrupt=True)
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=2, num_devices=1)  # type: ignore[assignment]
+        data.trainer = pretended_trainer(rank, 2)
         batches = epoch(data.loader("train", train=True))
         sizes.append([len(batch["image"]) for batch in batches])
         skipped += [int(i) for b in batches for i in b["index"][b["skipped"] == 1]]
