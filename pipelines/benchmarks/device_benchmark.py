@@ -86,10 +86,7 @@ def measure_device(
     check_precision("bf16-mixed", place)
     if compiled:
         check_compiler(place)
-    cases = [case for case in device_cases(sizes) if what in ("all", case.what)]
-    if not cases:
-        names = ", ".join(dict.fromkeys(case.what for case in device_cases(sizes)))
-        raise TrunklineError(f"--what {what} does not go with --device, which measures {names}")
+    cases = chosen_cases(what, sizes)
     file = Path(output or f"benchmark_{place.type}.json")
     results = {**describe(place, sizes, compiled), "minutes": minutes, "cases": [], "left_out": []}
     longest = 0.0
@@ -112,6 +109,20 @@ def measure_device(
     if not results["cases"]:
         raise TrunklineError(f"no case could be measured: {results['left_out'][0]['reason']}")
     return results
+
+
+def chosen_cases(what: str, sizes: Sizes) -> list[DeviceCase]:
+    """The cases of `--what`.
+
+    Raises:
+        TrunklineError: if there are none.
+    """
+    cases = list(device_cases(sizes))
+    chosen = [case for case in cases if what in ("all", case.what)]
+    if not chosen:
+        names = ", ".join(dict.fromkeys(case.what for case in cases))
+        raise TrunklineError(f"--what {what} does not go with --device, which measures {names}")
+    return chosen
 
 
 def describe(device: torch.device, sizes: Sizes, compiled: bool) -> dict[str, Any]:
