@@ -18,6 +18,8 @@ from trunkline.modules.training.sharding import whole_weights
 
 TOLERATED_WAIT = 0.1
 """Share of the time that training may wait for data before it warns."""
+JUDGED_INTERVALS = 5
+"""Over how many intervals: in a single one, something else may have kept the CPU busy."""
 
 
 class Throughput(Callback):
@@ -34,9 +36,9 @@ class Throughput(Callback):
     `<unit>_seen`, the units of all processes since the start of training; and under `by_<unit>/` the losses and
     metrics with the number of units seen as the x-axis. A unit is a sample, unless the objective has a `unit_size`.
 
-    One warning says what to raise if more than a tenth of an interval was waiting for data. The first interval does not
-    count, in which workers start and a network compiles. The host queues work for the device and runs ahead of it, but
-    not far: a host that waits for data through a whole interval has a device that does so too.
+    One warning says what to raise if more than a tenth of five intervals together was waiting for data. The first
+    interval does not count, in which workers start and a network compiles. The host queues work for the device and
+    runs ahead of it, but not far: a host that waits for data through whole intervals has a device that does so too.
     """
 
     def __init__(self) -> None:
@@ -50,10 +52,12 @@ class Throughput(Callback):
         self.samples_a_step = 0
         """Of a run whose checkpoint does not tell `seen`."""
         self.started = 0.0
+        self.loader: Any = None
+        """That of the interval: in an epoch there may be a new one."""
         self.waited_before = 0.0
-        """Seconds that the loader was waited for until the start of the interval."""
-        self.intervals = 0
-        """Intervals of this run that were logged."""
+        """Seconds that it was waited for until the start of the interval."""
+        self.intervals: list[tuple[float, float]] = []
+        """Seconds waited and seconds in all, of each interval of this run that was logged, until it warns."""
         self.warned = False
         self.flops: int | None = None
         self.peak: int | None = None
@@ -65,12 +69,12 @@ class Throughput(Callback):
         self.unfinished = 0
         if trainer.global_step == 0:
             self.seen = 0
-        self.intervals, self.warned = 0, False
+        self.intervals, self.warned = [], False
         self._begin_interval(trainer)
 
     def _begin_interval(self, trainer: L.Trainer) -> None:
-        loader = trainer.train_dataloader
-        self.waited_before = loader.waited if isinstance(loader, CountsWaiting) else 0.0
+        self.loader = trainer.train_dataloader
+        self.waited_before = self.loader.waited if isinstance(self.loader, CountsWaiting) else 0.0
         self.seen_before = 0 if self.seen is None else int(self.seen)
         self.tokens, self.started = 0, time.perf_counter()
 
@@ -118,12 +122,14 @@ class Throughput(Callback):
         loader = trainer.train_dataloader
         if not isinstance(loader, CountsWaiting):
             return {}
-        share = (loader.waited - self.waited_before) / elapsed
-        if self.intervals and share > TOLERATED_WAIT and not self.warned:
+        waited = loader.waited - (self.waited_before if loader is self.loader else 0.0)
+        self.intervals.append((waited, elapsed))
+        judged = self.intervals[1:][-JUDGED_INTERVALS:]
+        share = sum(waited for waited, _ in judged) / max(sum(seconds for _, seconds in judged), 1e-9)
+        if len(judged) == JUDGED_INTERVALS and share > TOLERATED_WAIT and not self.warned:
             self.warned = True
             rank_zero_warn(waiting_message(share, loader.num_workers))
-        self.intervals += 1
-        return {"throughput/data_wait": share}
+        return {"throughput/data_wait": waited / elapsed}
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.started -= time.perf_counter()  # stops the clock; `on_validation_end` starts it again
@@ -157,7 +163,7 @@ def waiting_message(share: float, workers: int) -> str:
     made = "the training process makes its batches itself" if workers == 0 else f"num_workers is {workers}"
     return (
         f"training waits for data in {share:.0%} of the time ({made}): raise num_workers while CPU cores are free; or "
-        "make samples cheaper, such as by storing pictures no larger than training needs them"
+        "make samples cheaper: pictures and recordings stored no larger than training needs them, less augmentation"
     )
 
 

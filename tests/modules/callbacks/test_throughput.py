@@ -1,6 +1,7 @@
 """Samples seen and their speed, for batches that differ in size, over accumulated steps and a resume."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +74,7 @@ def run(
     kind: type[CausalLM] = Ragged,
     resume: Path | None = None,
     clock: Clock | None = None,
-    loader: DataLoader[Any] | None = None,
+    data: Any = None,
     **options: Any,
 ) -> dict[str, dict[int, float]]:
     """Train, and return the curves of TensorBoard."""
@@ -91,7 +92,8 @@ def run(
     with pytest.MonkeyPatch.context() as patch:
         for timed in (throughput, samplers):
             patch.setattr(timed, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-        trainer.fit(objective(kind), loader or batches(), batches(), ckpt_path=resume)
+        given = {"datamodule": data} if data else {"train_dataloaders": batches(), "val_dataloaders": batches()}
+        trainer.fit(objective(kind), ckpt_path=resume, **given)
     found = EventAccumulator(str(folder), {"scalars": 0}).Reload()
     return {tag: {e.step: e.value for e in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
 
@@ -221,37 +223,62 @@ class SlowRows(Dataset[Any]):
         return {"tokens": torch.arange(8), "targets": torch.arange(1, 9)}
 
 
+class Given(L.LightningDataModule):
+    """Asks a function for the loader of training."""
+
+    def __init__(self, loader: Callable[[], ResumableLoader]) -> None:
+        super().__init__()
+        self.loader = loader
+
+    def train_dataloader(self) -> ResumableLoader:
+        return self.loader()
+
+
 def wait(folder: Path, first: float, others: float) -> tuple[dict[int, float], list[str]]:
     """The logged shares, and the warnings, of steps of 2 seconds; `first` and `others` are the seconds of a row of the
-    first 5 batches and of the other 15, which have 2 rows each.
+    first 2 batches and of the other 18, which have 2 rows each.
     """
     clock = Clock()
-    rows = SlowRows(clock, [first] * 10 + [others] * 30)
+    rows = SlowRows(clock, [first] * 4 + [others] * 36)
     loader = ResumableLoader(rows, ResumableBatchSampler(40, 2, seed=0, shuffle=False))
     loader.waited = 1000.0  # before this run
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        options = {"log_every_n_steps": 5, "max_epochs": 1, "limit_val_batches": 0}
-        found = run(folder, Throughput(), clock=clock, loader=loader, **options)
+        options = {"log_every_n_steps": 2, "max_epochs": 1, "limit_val_batches": 0}
+        found = run(folder, Throughput(), clock=clock, data=Given(lambda: loader), **options)
     return found["throughput/data_wait"], [str(w.message) for w in said if "waits for data" in str(w.message)]
 
 
 def test_the_time_that_training_waits_for_data(tmp_path: Path) -> None:
     shares, said = wait(tmp_path, 0.0, 0.5)
-    assert shares == pytest.approx({5: 0.0, 10: 1 / 3, 15: 1 / 3, 20: 1 / 3})
+    assert shares == pytest.approx({2: 0.0} | dict.fromkeys(range(4, 21, 2), 1 / 3))
     assert len(said) == 1
     assert "waits for data in 33% of the time (the training process makes its batches itself): raise num_wo" in said[0]
 
 
 @pytest.mark.parametrize(
     ("first", "others", "shares"),
-    [(0.1, 0.1, {5: 1 / 11, 20: 1 / 11}), (3.0, 0.0, {5: 30 / 40, 20: 0.0})],
+    [(0.1, 0.1, {2: 1 / 11, 20: 1 / 11}), (3.0, 0.0, {2: 12 / 16, 20: 0.0})],
     ids=["a short wait", "a slow start"],
 )
 def test_no_reason_to_warn(first: float, others: float, shares: dict[int, float], tmp_path: Path) -> None:
     found, said = wait(tmp_path, first, others)
     assert {step: found[step] for step in shares} == pytest.approx(shares)
     assert said == []
+
+
+def test_a_loader_for_each_epoch(tmp_path: Path) -> None:
+    """None of its seconds are those of the loader before it."""
+    clock = Clock()
+
+    def loader() -> ResumableLoader:
+        rows = SlowRows(clock, [0.5] * 8)
+        return ResumableLoader(rows, ResumableBatchSampler(8, 2, seed=0, shuffle=False))
+
+    options = {"log_every_n_steps": 2, "max_epochs": 3, "limit_val_batches": 0}
+    options |= {"reload_dataloaders_every_n_epochs": 1}
+    found = run(tmp_path, Throughput(), clock=clock, data=Given(loader), **options)
+    assert found["throughput/data_wait"] == pytest.approx(dict.fromkeys(range(2, 13, 2), 1 / 3))
 
 
 def test_a_loader_of_another_kind_is_not_timed(tmp_path: Path) -> None:
