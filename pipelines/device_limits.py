@@ -41,9 +41,9 @@ class DeviceLimits(Callback):
         Raises:
             TrunklineError: naming the device, what it lacks, and what to choose instead.
         """
-        device = trainer.strategy.root_device
-        check_precision(self.precision, device)
-        if self.compiled:
+        device, trains = trainer.strategy.root_device, stage == "fit"
+        check_precision(self.precision, device, trains)
+        if self.compiled and trains:  # evaluations run uncompiled
             check_compiler(device)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -55,12 +55,13 @@ class DeviceLimits(Callback):
             exception.__cause__ = out_of_memory(trainer, pl_module, exception)
 
 
-def check_precision(precision: str, device: torch.device) -> None:
+def check_precision(precision: str, device: torch.device, trains: bool = True) -> None:
     """Check that a device computes in a precision without emulating it.
 
     Args:
         precision: as Lightning names them, such as `bf16-mixed`.
-        device: where the run trains.
+        device: where the run trains or evaluates.
+        trains: whether gradients are computed.
 
     Raises:
         TrunklineError: naming the device and the precisions that it has.
@@ -77,7 +78,7 @@ def check_precision(precision: str, device: torch.device) -> None:
             raise refusal(precision, f"{which}, and 8-bit floating-point numbers need 8.9", instead)
     elif kind == "fp8":
         raise refusal(precision, f"8-bit floating-point numbers need an NVIDIA GPU, not {device.type}", "bf16-mixed")
-    elif device.type == "cpu" and precision in ("16", "16-mixed"):
+    elif device.type == "cpu" and trains and precision in ("16", "16-mixed"):
         raise refusal(precision, "gradients in float16 are not scaled on a CPU", "bf16-mixed or 32-true")
     elif device.type != "cpu" and kind in NUMBER_FORMATS:
         try:

@@ -98,9 +98,19 @@ def refuse_changed(network: Any) -> None:
     """Refuse to save a network in which a layer was replaced: its files could not be loaded again.
 
     Raises:
-        TrunklineError: with the weights that are not those of its configuration.
+        TrunklineError: with the weights that are not those of its configuration, or what goes wrong when the class is
+            made of it.
     """
-    wanted = {name: tuple(value.shape) for name, value in unfilled(type(network), network.config).state_dict().items()}
+    kind = type(network).__name__
+    try:
+        made = unfilled(type(network), network.config)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise TrunklineError(
+            f"this {kind} cannot be saved, because it could not be loaded again: it cannot be made of its "
+            f"configuration alone and without values ({error}); let its constructor need nothing but `config`, and "
+            "read no values of tensors"
+        ) from error
+    wanted = {name: tuple(value.shape) for name, value in made.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     faults = [
         f"'{name}' is {found.get(name, 'missing')}, but {wanted.get(name, 'missing')} by the configuration"
@@ -108,7 +118,6 @@ def refuse_changed(network: Any) -> None:
         if wanted.get(name) != found.get(name)
     ]
     if faults:
-        kind = type(network).__name__
         raise TrunklineError(
             f"this {kind} cannot be saved, because it could not be loaded again: {enumerated(faults)}. Change "
             f"the configuration and make a {kind} of it, into which you load the weights that stay, or save "

@@ -231,3 +231,15 @@ def test_only_a_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer.strategy.root_device = GPU
     DeviceLimits().on_exception(trainer, ImageClassifier(tiny.vit()), error)
     assert str(error.__cause__) == "explained"
+
+
+def test_an_evaluation_needs_neither_scaled_gradients_nor_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that a GPU trained in 16-mixed, compiled, may be evaluated on a CPU."""
+    monkeypatch.setattr(device_limits, "finds_compiler", lambda *_: False)
+    limits, trainer = DeviceLimits("16-mixed", compiled=True), fake(None)
+    trainer.strategy.root_device = CPU
+    for stage in ("validate", "test"):
+        limits.setup(trainer, ImageClassifier(tiny.vit()), stage)
+    for each, expected in ((limits, "16-mixed cannot be used"), (DeviceLimits(compiled=True), "needs a C.. compiler")):
+        with pytest.raises(TrunklineError, match=expected):
+            each.setup(trainer, ImageClassifier(tiny.vit()), "fit")

@@ -259,6 +259,29 @@ def test_a_network_with_another_head_is_not_saved(library: Any, tmp_path: Path) 
     assert trunkline.load(tmp_path / "out").config.num_classes == 0
 
 
+class Reading(ViT):
+    """Its constructor reads a value of a tensor."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        self.first = float(self.head.weight[0, 0])
+
+
+class Asking(ViT):
+    """Its constructor needs more than a configuration."""
+
+    def __init__(self, config: ViTConfig, more: int) -> None:
+        super().__init__(config)
+
+
+@pytest.mark.parametrize(("kind", "more"), [(Reading, ()), (Asking, (1,))])
+def test_a_network_that_its_configuration_does_not_make(kind: type[ViT], more: tuple[int, ...], tmp_path: Path) -> None:
+    vit = kind(ViTConfig(8, 4, num_classes=5, backbone=TransformerConfig(dim=16, depth=1, num_heads=2)), *more)
+    with pytest.raises(TrunklineError, match=rf"this {kind.__name__} cannot be saved.*need nothing but `config`"):
+        vit.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("file", "message"),
     [
