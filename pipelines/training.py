@@ -3,7 +3,7 @@
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -299,12 +299,25 @@ class TrainingCLI(LightningCLI):
         return ""
 
     def validate(self, **kwargs: Any) -> None:
-        kwargs |= {"weights_only": True, "verbose": False}  # the table shows the metrics
-        self.summarise(self.trainer.validate(**kwargs)[0], kwargs["ckpt_path"])
+        self.evaluate(self.trainer.validate, "val", kwargs)
 
     def test(self, **kwargs: Any) -> None:
-        kwargs |= {"weights_only": True, "verbose": False}
-        self.summarise(self.trainer.test(**kwargs)[0], kwargs["ckpt_path"])
+        self.evaluate(self.trainer.test, "test", kwargs)
+
+    def evaluate(self, run: Callable[..., list[Any]], split: str, kwargs: dict[str, Any]) -> None:
+        """Print the results of `validate` or `test`.
+
+        Raises:
+            TrunklineError: if the data has no such split.
+        """
+        results = run(**kwargs | {"weights_only": True, "verbose": False})  # the table shows the metrics
+        if not results:
+            other = "test" if split == "val" else "validate"
+            raise TrunklineError(
+                f"the data of this run has no {split} split; give it one in --data, or measure the other: trunkline "
+                f"{other}"
+            )
+        self.summarise(results[0], kwargs["ckpt_path"])
 
     def summarise(self, metrics: Any, checkpoint: str, averaged: bool = False) -> None:
         """Print a table of the results.

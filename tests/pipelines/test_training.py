@@ -241,6 +241,13 @@ def test_fit_tests_the_averaged_best_weights_and_test_agrees(capsys: pytest.Capt
     assert 0 < float(table(capsys.readouterr().out)["val/loss"]) < 2.5
 
 
+@pytest.mark.parametrize(("split", "other"), [("test", "validate"), ("val", "test")])
+def test_a_split_that_the_data_lacks(split: str, other: str) -> None:
+    """Lightning then returns no results."""
+    with pytest.raises(TrunklineError, match=f"has no {split} split; .* trunkline {other}$"):
+        TrainingCLI.evaluate(None, lambda **_: [], split, {"ckpt_path": "a.ckpt"})  # type: ignore[arg-type]
+
+
 def test_names_that_lightning_keeps_to_itself() -> None:
     """What `TrainingCLI` overrides and calls of LightningCLI; in a release without them it would do nothing."""
     assert {"_parse_ckpt_path", "_get"} <= vars(LightningCLI).keys()
