@@ -1,6 +1,7 @@
 """How a recording becomes a row of a batch: read, changed at random in training, turned into log-mel frames, padded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,19 @@ class Clip(NamedTuple):
     truncated: bool
     """Whether its end was cut off."""
     mix: Mix | None = None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, as a worker does: Fourier transforms and convolutions round in another way on several, and
+    features would depend on the number of workers.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class AudioClips(Dataset[dict[str, Any]]):
@@ -106,6 +120,7 @@ class AudioClips(Dataset[dict[str, Any]]):
         """The samples of a training row, mixed with those of another row or not."""
         return samples, None
 
+    @one_thread()
     def clip(self, key: SampleKey) -> Clip:
         """A row as the network hears it."""
         samples, skipped = self.readable(key.index)

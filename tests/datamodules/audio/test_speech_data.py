@@ -151,6 +151,7 @@ def test_slow_speech_is_not_longer_than_the_limit(make: Make) -> None:
 
 
 def test_workers_change_nothing(make: Make) -> None:
+    torch.set_num_threads(2)  # a worker has one
     here, there = (everything(prepared(make(augmentation=NOISY, num_workers=workers))) for workers in (0, 2))
     assert len(here) == len(there) > 0
     for ours, theirs in zip(here, there, strict=True):
