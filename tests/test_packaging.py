@@ -196,7 +196,10 @@ def test_make_slurm() -> None:
 
     def printed(*settings: str) -> list[str]:
         command = ["make", "-C", str(ROOT), "--no-print-directory", "-n", "slurm", "READY=", "BIN=/venv/bin", *settings]
-        return shlex.split(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        # Without what `make test ARGS=…` hands down.
+        environ = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "ARGS")}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+        return shlex.split(done.stdout)
 
     start, script = ["TRUNKLINE=/venv/bin/trunkline", "sbatch"], "configs/slurm/train.sbatch"
     options = ["--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=1-0"]
