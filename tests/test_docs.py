@@ -66,7 +66,7 @@ def test_a_page_is_one_screen() -> None:
             assert len(file.read_text(encoding="utf-8").splitlines()) <= 80, file
 
 
-WITHOUT_CODE = ("gallery", "cluster", "reuse", "finetuning")
+WITHOUT_CODE = ("gallery", "cluster", "reuse", "finetuning", "measured")
 """Pages that deploy nothing."""
 FITTED: dict[str, tuple[str, dict[str, str]]] = {
     "images": ("ImageClassifier", {"torch.zeros(1, 3, 32, 32)": "torch.zeros(1, 1, 8, 8)"}),

@@ -22,7 +22,6 @@ from trunkline.pipelines.objectives import import_class
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {file: file.read_text(encoding="utf-8") for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 """What a user reads."""
 
@@ -280,11 +279,11 @@ def test_other_commands_of_the_pages() -> None:
         assert needed <= set(flags)
 
 
-def test_flags_named_in_the_readme() -> None:
+def test_flags_named_in_the_pages() -> None:
     from trunkline.modules.objectives.base import TrunklineModule
     from trunkline.modules.objectives.contrastive_image_text import ContrastiveImageText
 
-    named = re.findall(r"`--model\.(\w+) [A-Z_]+`", README)
+    named = [name for text in PAGES.values() for name in re.findall(r"`--model\.(\w+) [A-Z_]+`", text)]
     known = {name for c in (TrunklineModule, ContrastiveImageText) for name in inspect.signature(c).parameters}
     assert {"init_from", "freeze_blocks", "init_image_from", "init_text_from"} <= set(named) <= known
 

@@ -1,4 +1,4 @@
-"""The README's commands for translations and summaries of one's own, with files as it names them."""
+"""The pages' commands for translations and summaries of one's own, with files as they name them."""
 
 import json
 import re
@@ -10,8 +10,9 @@ import pytest
 
 from trunkline.pipelines.commands.prepare import run_prepare
 
-README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^trunkline fit (--config seq2seq/\S+ --data\.source .+)$", README, re.M)
+ROOT = Path(__file__).parents[3]
+PAGES = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/translation.md"))
+COMMANDS = re.findall(r"^trunkline fit (--config seq2seq/\S+ --data\.source .+)$", PAGES, re.M)
 ROWS = [(f"a red house {n}", f"ein rotes Haus {n}") for n in range(100)]
 UNIT = '<tu><tuv xml:lang="en-GB"><seg>{}</seg></tuv><tuv xml:lang="de"><seg>{}</seg></tuv></tu>'
 UNITS = "".join(UNIT.format(*row) for row in ROWS)
@@ -35,5 +36,5 @@ def test_own_files(
     assert sum(counts) == pairs * len(ROWS)
 
 
-def test_the_readme_has_such_commands() -> None:
+def test_the_pages_have_such_commands() -> None:
     assert len(COMMANDS) == 3
