@@ -1,5 +1,6 @@
 """Training with sharded weights is that of DDP; its checkpoints are resumed, converted, and never torn."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from recorded_run import Run
 from sharded_runs import MODULES, SCALE, in_processes, train
 from sharded_runs import optimizer as optimizer_config
+from torch._dynamo.utils import counters
 
 from trunkline import TrunklineError
 from trunkline.files import load_checkpoint
+from trunkline.modules import chunked_cross_entropy
 from trunkline.modules.networks import GPT, ViT
 from trunkline.modules.networks.base import Network
 from trunkline.modules.training.sharding import refuse_flattened, shard_module
@@ -115,6 +118,31 @@ def test_bfloat16_weights(tmp_path: Path) -> None:
     sharded, whole = (states(tmp_path / f"bf16-true-{strategy}/last.ckpt") for strategy in ("sharded", "ddp"))
     assert {x.dtype for name, x in sharded["state_dict"].items() if "network" in name} == {torch.bfloat16}
     torch.testing.assert_close(sharded["state_dict"], whole["state_dict"], rtol=0.05, atol=0.05)
+
+
+def compare_with_compiled_loss(rank: int, folder: Path) -> None:
+    """Train a GPT with the step of the loss that GPUs compile; here it is traced, which needs no compiler."""
+    plain = chunked_cross_entropy.loss_and_gradients
+
+    def compiled(*given: Any) -> list[torch.Tensor]:
+        *rest, _, needed = given
+        return plain(*rest, True, needed)
+
+    traced = torch.compile(chunked_cross_entropy._softmax, backend="aot_eager")
+    chunked_cross_entropy._compiler = cache(lambda: traced)
+    chunked_cross_entropy.loss_and_gradients = compiled
+    compare(rank, folder, ("gpt",))
+    assert not chunked_cross_entropy._not_compiled
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.slow
+def test_compiled_loss(runs: Path, tmp_path: Path) -> None:
+    in_processes(compare_with_compiled_loss, tmp_path)
+    assert_same_training(tmp_path, "gpt")
+    for strategy in ("ddp", "sharded"):
+        found, expected = (states(f / f"gpt-{strategy}/last.ckpt") for f in (tmp_path, runs))
+        assert_close(found, expected, 1e-5)
 
 
 def half_precision(rank: int, folder: Path) -> None:
