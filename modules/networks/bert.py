@@ -47,7 +47,8 @@ class BERTConfig:
     pooler: bool = False
     """A dense layer and tanh over the first token's state, also without `next_sentence`: see `BERT.pool`."""
     first_position: int = 0
-    """Row of the table of positions for the first token; RoBERTa's (arXiv:1907.11692) is the third."""
+    """Row of the table of positions for the first token. In a RoBERTa (arXiv:1907.11692) it is the row after the
+    padding's, and then only tokens are counted, not padding before them."""
     backbone: TransformerConfig = field(default_factory=bert_trunk)
     """The trunk."""
 
@@ -139,8 +140,8 @@ class BERT(Network):
     def rotary_length(self) -> int:
         return 0 if self.config.backbone.rope_theta is None else self.config.max_length
 
-    def embed(self, tokens: Tensor, segment: Tensor | None = None) -> Tensor:
-        """Token ids (B, T) and segments (B, T), all 0 if None -> embeddings (B, T, D).
+    def embed(self, tokens: Tensor, segment: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Token ids (B, T), segments (B, T), all 0 if None, and mask (B, T), all True if None -> embeddings (B, T, D).
 
         Raises:
             TrunklineError: if there are more tokens than positions.
@@ -154,7 +155,10 @@ class BERT(Network):
         x = self.token_embed(tokens)
         if self.pos_embed is not None:
             first = self.config.first_position
-            x = x + self.pos_embed.weight[first : first + length]
+            if first and mask is not None:
+                x = x + self.pos_embed(first - 1 + mask.cumsum(dim=1) * mask)
+            else:
+                x = x + self.pos_embed.weight[first : first + length]
         if self.segment_embed is not None:
             x = x + (self.segment_embed.weight[0] if segment is None else self.segment_embed(segment))
         return self.dropout(self.embed_norm(x))
@@ -191,7 +195,7 @@ class BERT(Network):
         layers: Collection[int] = (),
     ) -> TransformerOutput:
         """States after the trunk, (B, T, D), and on request the attention weights; arguments as for `forward`."""
-        x = self.embed(tokens, segment)
+        x = self.embed(tokens, segment, mask)
         return self.backbone(x, causal=False, mask=mask, keep=keep, return_attention=return_attention, layers=layers)
 
     def pool(self, states: Tensor) -> Tensor:

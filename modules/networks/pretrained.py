@@ -13,7 +13,13 @@ from trunkline.modules import networks
 from trunkline.modules.networks.base import CONFIG_FILE, Network, config_from_dict, refuse_nan
 from trunkline.modules.networks.bert import BERT
 from trunkline.modules.networks.companions import COMPANION_FILES, Companions
-from trunkline.modules.networks.convert.companion_files import PREPROCESSOR_FILE, PROCESSOR_FILE, companions_from_theirs
+from trunkline.modules.networks.convert.companion_files import (
+    PREPROCESSOR_FILE,
+    PROCESSOR_FILE,
+    TOKENIZER_CONFIG_FILE,
+    companions_from_theirs,
+    with_padding_of_tokenizer,
+)
 from trunkline.modules.networks.convert.families import described_by, foreign_family
 from trunkline.modules.networks.convert.family import ForeignFamily
 from trunkline.modules.networks.convert.foreign_files import (
@@ -131,6 +137,7 @@ def find_pretrained(
             )
         return Pretrained(place, kind, content, None)
     family = foreign_family(content, folder if config is None else "the given configuration")
+    content = with_padding_of_tokenizer(content, folder)
     if family.network in (BERT, GPT) and (not accepted or TextHead in accepted):
         pooling = sentence_options(folder)
         family = family if pooling is None else sentence_family(family, pooling)
@@ -191,4 +198,7 @@ WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json")
 """Of files of weights, and of the list of their parts."""
 SAFE = [name for name in (*WEIGHTS_FILES, *PART_FILES) if "safetensors" in name]
 PICKLED = [name for name in (*WEIGHTS_FILES, *PART_FILES) if "safetensors" not in name]
-BESIDE = [*CONFIG_FILES, *COMPANION_FILES, PREPROCESSOR_FILE, PROCESSOR_FILE, MODULES_FILE, POOLING_FILES]
+BESIDE = [
+    *(*CONFIG_FILES, *COMPANION_FILES, PREPROCESSOR_FILE, PROCESSOR_FILE),
+    *(TOKENIZER_CONFIG_FILE, MODULES_FILE, POOLING_FILES),
+]

@@ -68,6 +68,30 @@ def companions_from_theirs(folder: Path, content: Mapping[str, Any], library: Li
         raise TrunklineError(f"{file} does not say how inputs are prepared: {error}; copy it again") from error
 
 
+def with_padding_of_tokenizer(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The configuration of a SigLIP, which sees padding, with the padding token of the tokenizer beside it.
+
+    Nothing of transformers reads `pad_token_id` of a SigLIP: files leave it out, or have the usual value, which is
+    wrong for a SigLIP 2. Other configurations, and those without a tokenizer that knows its padding, stay as they are.
+    """
+    file = folder / TOKENIZER_CONFIG_FILE
+    if content.get("model_type") != "siglip" or not file.is_file():
+        return content
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        token = settings.get("pad_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        known = {added["content"]: int(number) for number, added in settings.get("added_tokens_decoder", {}).items()}
+        if token not in known and (folder / TOKENIZER_FILE).is_file():
+            known |= vocabulary((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
+        number = known.get(token)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrunklineError(f"{file} does not say which token fills texts up: {error!r}; copy it again") from error
+    if number is None:
+        return content
+    return content | {"text_config": (content.get("text_config") or {}) | {"pad_token_id": number}}
+
+
 def class_names(labels: Any, folder: Path) -> list[str] | None:
     """Names of `id2label` in the order of their numbers; None if they only count.
 

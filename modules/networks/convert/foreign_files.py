@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -154,7 +155,8 @@ def _places_in(file: Path) -> dict[str, _Place]:
 def _read_torch(file: Path) -> dict[str, Tensor]:
     """The weights in a file of `torch.save`: a state dict, or a dictionary that holds one as timm's files do."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # Files from before version 1.6 of torch, such as the first of BERT and GPT-2, are no archives of parts.
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except Exception as error:  # a cut or foreign file raises many kinds
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise TrunklineError(

@@ -119,6 +119,11 @@ def timm_tower(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
     kinds = {"token": "cls", "avg": "mean", "map": "map"}
     if pool not in kinds:
         raise TrunklineError(f"timm's {name} with global_pool={pool!r} cannot be converted: {OUR_VIT} cannot pool so")
+    if "cls_token" in shapes and pool != "token":
+        raise TrunklineError(
+            f"timm's {name} with a class token and global_pool={pool!r} cannot be converted: {OUR_VIT} with a class "
+            "token reads that"
+        )
     first, second = (f"blocks.0.mlp.{layer}.weight" for layer in ("fc1", "fc2"))
     missing = [key for key in (PATCHES_OF_TIMM, first, second) if key not in shapes]
     if missing:
@@ -218,6 +223,10 @@ def timm_config_to(config: ViTConfig) -> dict[str, Any]:
         )
     if trunk.mlp in ("swiglu", "geglu", "relu2"):
         raise TrunklineError(f"{OUR_VIT} with mlp={trunk.mlp} cannot become {TIMM_VIT}")
+    if config.pool == "map" and not trunk.attention_bias:
+        raise TrunklineError(
+            f"{OUR_VIT} with pool=map and qkv_bias=False cannot become {TIMM_VIT}, whose pooling has these biases"
+        )
     options = {
         "img_size": list(config.size),
         "patch_size": config.patch_size,

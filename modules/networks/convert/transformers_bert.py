@@ -64,7 +64,9 @@ class BertLike:
     """Names of a `BERT` -> of the output layers; that over the vocabulary is listed first."""
     copies: Mapping[str, str]
     """Names that files have in the place of others, which they share."""
-    first_position: int = 0
+    after_padding: bool = False
+    """The table of positions has a row for padding, whose number is that of the padding's token, and those of tokens
+    follow it."""
 
     def table(self, body: bool) -> KeyTable:
         """Names of all layers, of a model with or without an output layer."""
@@ -135,12 +137,12 @@ class BertLike:
             num_heads=sizes["num_attention_heads"],
             mlp_dim=sizes["intermediate_size"],
             mlp=ACTIVATIONS_OF_BERT[sizes["hidden_act"] or "gelu"],  # type: ignore[arg-type]
-            norm_eps=config.get("layer_norm_eps", 1e-12),
+            norm_eps=1e-12 if self.trunk is TRUNK_OF_DISTILBERT else config.get("layer_norm_eps", 1e-12),
             norm_first=False,
             final_norm=False,
             dropout=0.1 if sizes["hidden_dropout_prob"] is None else sizes["hidden_dropout_prob"],
         )
-        first = self.first_position
+        first = config.get("pad_token_id", 1) + 1 if self.after_padding else 0
         return BERTConfig(
             vocab_size=config["vocab_size"],
             max_length=config.get("max_position_embeddings", 512) - first,
@@ -153,19 +155,21 @@ class BertLike:
         )
 
     def config_to(self, config: BERTConfig) -> dict[str, Any]:
-        """Our configuration -> content of their config.json. Token ids, such as that of padding, are not in it.
+        """Our configuration -> content of their config.json. Token ids are not in it, but that of a RoBERTa's padding.
 
         Raises:
             TrunklineError: if ours has an option that theirs does not have.
         """
         trunk, body, names = config.backbone, not config.predicts_tokens, {v: k for k, v in ACTIVATIONS_OF_BERT.items()}
         kind = 0 if body else 2 if config.next_sentence and self.classes[2] else 1
+        first = max(config.first_position, 1) if self.after_padding else 0
         content: dict[str, Any] = {
             "model_type": self.model_type,
             "architectures": [self.classes[kind]],
             "vocab_size": config.vocab_size,
-            "max_position_embeddings": config.max_length + self.first_position,
+            "max_position_embeddings": config.max_length + first,
             "tie_word_embeddings": True,
+            **({"pad_token_id": first - 1} if self.after_padding else {}),
         }
         if self.trunk is TRUNK_OF_DISTILBERT:
             content |= {
@@ -178,7 +182,7 @@ class BertLike:
                 **{"hidden_size": trunk.dim, "num_hidden_layers": trunk.depth, "num_attention_heads": trunk.num_heads},
                 **{"intermediate_size": trunk.hidden_dim, "hidden_act": names.get(trunk.mlp, "gelu")},
                 **{"hidden_dropout_prob": trunk.dropout, "attention_probs_dropout_prob": trunk.dropout},
-                **{"layer_norm_eps": trunk.norm_eps, "type_vocab_size": config.num_segments},
+                **{"layer_norm_eps": trunk.norm_eps, "type_vocab_size": max(config.num_segments, 1)},
             }
         expressed = self.config_from(content, dict.fromkeys(self._names_of(config)))  # type: ignore[arg-type]
         refuse_difference(replace(config, pooler=expressed.pooler), expressed, self.name, OUR_BERT)
@@ -250,7 +254,7 @@ BERT_LIKE = (
             "head": ("lm_head",),
         },
         copies={"lm_head.decoder.": "lm_head."},
-        first_position=2,
+        after_padding=True,
     ),
     BertLike(
         name="a DistilBERT",

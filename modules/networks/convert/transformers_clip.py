@@ -155,8 +155,9 @@ IMAGE_OF_SIGLIP = {**IMAGE_OF_CLIP, "patch_size": 16}
 
 
 def part_of(config: Mapping[str, Any], name: str, usual: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of one tower. The older `text_config_dict`, where it is, goes before `text_config`."""
-    return {**usual, **(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
+    """The settings of one tower. In a CLIP the older `text_config_dict`, where it is, goes before `text_config`."""
+    older = config.get(f"{name}_dict") if config.get("model_type") == "clip" else None
+    return {**usual, **(config.get(name) or {}), **(older or {})}
 
 
 def refuse_one_tower(config: Mapping[str, Any], whole: str) -> None:

@@ -108,12 +108,15 @@ def t5_config_from_transformers(config: Mapping[str, Any]) -> EncoderDecoderConf
         )
     usual = {"model_type": ("t5", "mt5"), "is_encoder_decoder": (True,), "feed_forward_proj": ACTIVATIONS_OF_T5}
     refuse_options(config, usual, "a T5")
+    feed_forward = config.get("feed_forward_proj", "relu")
+    named = "gelu_new" if feed_forward == "gated-gelu" else feed_forward.removeprefix("gated-")
+    refuse_options(config, {"dense_act_fn": (named,)}, f"a T5 with feed_forward_proj={feed_forward}, but")
     encoder = TransformerConfig(
         dim=config["d_model"],
         depth=config["num_layers"],
         num_heads=config["num_heads"],
         mlp_dim=config["d_ff"],
-        mlp=ACTIVATIONS_OF_T5[config.get("feed_forward_proj", "relu")],  # type: ignore[arg-type]
+        mlp=ACTIVATIONS_OF_T5[feed_forward],  # type: ignore[arg-type]
         norm="rmsnorm",
         norm_eps=config.get("layer_norm_epsilon", 1e-6),
         bias=False,
@@ -121,8 +124,10 @@ def t5_config_from_transformers(config: Mapping[str, Any]) -> EncoderDecoderConf
         head_dim=config["d_kv"],
         attn_scale=1.0,
     )
-    # Version 5 of transformers keeps `scale_decoder_outputs`, and says of every T5 that it is tied.
-    scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+    # Version 5 of transformers keeps `scale_decoder_outputs`, and says of every T5 and mT5 that it is tied.
+    scaled = config.get("model_type") != "mt5" and config.get(
+        "scale_decoder_outputs", config.get("tie_word_embeddings", True)
+    )
     length = config.get("n_positions") or 512
     return EncoderDecoderConfig(
         vocab_size=config["vocab_size"],

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks.convert.family import ForeignFamily, with_model_type
 from trunkline.modules.networks.convert.key_tables import KeyTable, refuse_difference, refuse_options
@@ -176,6 +177,10 @@ class VitLike:
             TrunklineError: if ours has an option that theirs does not have.
         """
         trunk, names = config.backbone, {ours: theirs for theirs, ours in ACTIVATIONS_OF_VIT.items()}
+        if self.is_dino and config.size[0] != config.size[1]:
+            raise TrunklineError(
+                f"{OUR_VIT} with image_size={config.image_size} cannot become {self.name}, which sees square images"
+            )
         gated = trunk.mlp == "swiglu" and self.is_dino
         content: dict[str, Any] = {
             "model_type": self.model_type,

@@ -1,5 +1,6 @@
 """CLIP and SigLIP of transformers become a CLIP and go back, bit for bit."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,35 @@ def test_padding_that_is_seen(name: str, tmp_path: Path) -> None:
         assert_near(clip.encode_text(tokens[:, :7], mask[:, :7]), want)
         assert_near(clip.encode_text(padded[:, :7]), want)
         assert not torch.allclose(clip.encode_text(tokens), want, atol=0.01)
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "tokenizer.json"])
+def test_padding_of_the_tokenizer(place: str, tmp_path: Path) -> None:
+    """The files of SigLIP 2 do not state it, or state that of SigLIP."""
+    peer = make_peer("siglip")
+    peer.save_pretrained(tmp_path)
+    added = {"4": {"content": "<pad>"}} if place == "tokenizer_config.json" else {}
+    settings = {"pad_token": "<pad>" if added else {"content": "<pad>"}, "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": "<pad>", "id": 4}]}))
+    clip = CLIP.from_pretrained(tmp_path).eval()
+    assert clip.config.text_padding == 4
+    image, tokens, _ = pairs(peer)
+    tokens[:, 5:] = 4
+    with torch.no_grad():
+        assert_near(clip.encode_text(tokens[:, :5]), peer(input_ids=tokens, pixel_values=image).text_embeds)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(TrunklineError, match=r"tokenizer_config\.json does not say which token fills texts up"):
+        CLIP.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert CLIP.from_pretrained(tmp_path).config.text_padding == 1
+
+
+def test_settings_that_a_siglip_does_not_read(tmp_path: Path) -> None:
+    peer = make_peer("siglip")
+    peer.save_pretrained(tmp_path)
+    edit(text_config_dict={"layer_norm_eps": 0.1}, vision_config_dict={"hidden_act": "gelu"})(tmp_path)
+    assert_same_results(peer, CLIP.from_pretrained(tmp_path).eval())
 
 
 def test_texts_without_an_end_token(tmp_path: Path) -> None:

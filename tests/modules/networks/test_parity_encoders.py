@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from parity import assert_near, padded_texts, random_peer
-from test_pretrained import edit, edit_weights
+from test_pretrained import edit, edit_weights, to_pickles
 from torch import Tensor
 from travels import arrive, go_back, gradients
 
@@ -35,6 +35,7 @@ PEERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "body": (hf.BertModel, {**SIZES, "hidden_act": "relu", "layer_norm_eps": 1e-3}),
     "roberta": (hf.RobertaForMaskedLM, OF_ROBERTA),
     "roberta-body": (hf.RobertaModel, OF_ROBERTA),
+    "roberta-padding": (hf.RobertaForMaskedLM, {**OF_ROBERTA, "pad_token_id": 3, "max_position_embeddings": 20}),
     "distilbert": (hf.DistilBertForMaskedLM, OF_DISTILBERT),
     "distilbert-body": (hf.DistilBertModel, {**OF_DISTILBERT, "activation": "relu"}),
 }
@@ -46,7 +47,7 @@ def make_peer(name: str) -> Any:
 
 def texts(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Two texts of 13 tokens, the second padded: inputs of theirs and of ours."""
-    tokens, mask = padded_texts(1 if "roberta" in name else 0)
+    tokens, mask = padded_texts(PEERS[name][1].get("pad_token_id", 0))
     theirs = {"input_ids": tokens, "attention_mask": mask.long()}
     if name in ("pairs", "masked", "body"):
         segment = (torch.arange(13) > 6).long().expand(2, 13)
@@ -78,6 +79,25 @@ def test_there_and_back_again(name: str, tmp_path: Path) -> None:
             assert_near(bert.pool(bert(**ours)), peer(**theirs).pooler_output)
 
 
+@pytest.mark.parametrize("name", ["masked", "roberta", "roberta-padding", "distilbert"])
+def test_padding_on_the_left(name: str, tmp_path: Path) -> None:
+    """A RoBERTa counts positions from the first token that is not padding; the others count padding too."""
+    peer = make_peer(name)
+    bert = arrive(peer, BERT, tmp_path)
+    theirs, ours = ({key: value.flip(1) for key, value in inputs.items()} for inputs in texts(name))
+    mask = ours["mask"]
+    assert not mask[1, 0]
+    with torch.no_grad():
+        assert_near(bert(**ours)[mask], main_output(peer, theirs)[mask])
+
+
+def test_an_epsilon_that_nothing_reads(tmp_path: Path) -> None:
+    peer = make_peer("distilbert")
+    peer.save_pretrained(tmp_path)
+    edit(layer_norm_eps=0.1)(tmp_path)
+    assert BERT.from_pretrained(tmp_path).config.backbone.norm_eps == 1e-12
+
+
 @pytest.mark.parametrize("name", ["masked", "roberta", "distilbert"])
 def test_gradients(name: str, tmp_path: Path) -> None:
     peer = make_peer(name)
@@ -96,7 +116,9 @@ def test_gradients(name: str, tmp_path: Path) -> None:
 
 
 def test_files_of_old(tmp_path: Path) -> None:
-    """The first files of BERT call the weights of a norm gamma and beta, and repeat the tied output layer."""
+    """The first files of BERT call the weights of a norm gamma and beta, repeat the tied output layer, and are such as
+    torch wrote before version 1.6.
+    """
     peer = make_peer("pairs")
     theirs, ours = texts("pairs")
     peer.save_pretrained(tmp_path)
@@ -109,6 +131,7 @@ def test_files_of_old(tmp_path: Path) -> None:
         weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"].clone()
 
     edit_weights(age)(tmp_path)
+    to_pickles(tmp_path, archive=False)
     assert_near(BERT.from_pretrained(tmp_path).eval()(**ours)[ours["mask"]], main_output(peer, theirs)[ours["mask"]])
 
 
@@ -140,6 +163,9 @@ def test_networks_that_no_encoder_can_be(tmp_path: Path) -> None:
     trunk = TransformerConfig(dim=32, depth=1, num_heads=4)
     with pytest.raises(TrunklineError, match=r"become a DistilBERT.*=True cannot become a BERT.*become a RoBERTa"):
         save_foreign(BERT(BERTConfig(50, 16, backbone=trunk)), tmp_path, "transformers")
+    pairs = BERTConfig(50, 16, num_segments=0, next_sentence=True, backbone=bert_trunk())
+    with torch.device("meta"), pytest.raises(TrunklineError, match="num_segments=0 cannot become a BERT"):
+        save_foreign(BERT(pairs), tmp_path, "transformers")
 
 
 def test_a_body_has_no_pooler_unless_it_says_so() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from parity import assert_near, randomise
+from parity import assert_near, random_peer, randomise
 from safetensors.torch import load_file
 from test_parity_ast import PEERS as SIZES_OF_AST
 from test_parity_seq2seq import BART, IDS, MARIAN, PEERS, T5
@@ -111,6 +111,16 @@ def test_parts_and_pickles(name: str, tmp_path: Path) -> None:
     assert_near(results(network, name), results(peer, name))
     to_pickles(tmp_path)
     assert torch.equal(results(trunkline.load(tmp_path), name), results(network, name))
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["tied", "not-tied"])
+def test_mt5(kept: bool, tmp_path: Path) -> None:
+    """Its outputs are never scaled, whatever its files say of tied weights."""
+    sizes = {name: value for name, value in T5.items() if name != "tie_word_embeddings"}
+    peer = random_peer(hf.MT5ForConditionalGeneration, sizes)
+    peer.save_pretrained(tmp_path)
+    edit(tie_word_embeddings=kept)(tmp_path)
+    assert_near(results(trunkline.load(tmp_path), "t5"), results(peer, "t5"))
 
 
 def fixed_tables(weights: dict[str, Tensor]) -> None:

@@ -135,8 +135,12 @@ SCALED = TransformerConfig(dim=32, depth=1, num_heads=4, layer_scale=0.1)
             "mlp_dim=40 cannot become a DINOv2, which has backbone.mlp_dim=32",
         ),
         (ViTConfig(24, 8, positions="none", backbone=TRUNK), "positions=none cannot become a ViT of transformers"),
+        (
+            ViTConfig((16, 32), 8, pool="cls_mean", backbone=SCALED),
+            r"image_size=\(16, 32\) cannot become a DINOv2, which sees square images",
+        ),
     ],
-    ids=["pool", "pooler", "pooler-of-dinov2", "no-layer-scale", "part-of-a-ratio", "no-positions"],
+    ids=["pool", "pooler", "pooler-of-dinov2", "no-layer-scale", "part-of-a-ratio", "no-positions", "not-square"],
 )
 def test_a_network_that_no_other_can_be(network: ViTConfig, message: str, tmp_path: Path) -> None:
     with pytest.raises(TrunklineError, match=message):

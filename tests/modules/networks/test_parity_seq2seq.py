@@ -212,6 +212,7 @@ def test_an_encoder_alone(tmp_path: Path) -> None:
     [
         ("t5-1.0", {"feed_forward_proj": "gated-relu"}),
         ("t5-1.0", {"is_encoder_decoder": False}),
+        ("t5-1.0", {"dense_act_fn": "silu"}),
         ("bart", {"activation_function": "gelu_fast"}),
         ("bart", {"tie_word_embeddings": False}),
         ("bart", {"normalize_embedding": False}),
@@ -222,7 +223,7 @@ def test_an_encoder_alone(tmp_path: Path) -> None:
 )
 def test_options_that_the_network_lacks(name: str, option: dict[str, Any]) -> None:
     ((key, value),) = option.items()
-    with pytest.raises(TrunklineError, match=f"with {key}={value} cannot be converted: an EncoderDecoder has no such"):
+    with pytest.raises(TrunklineError, match=f"{key}={value} cannot be converted: an EncoderDecoder has no such"):
         family_of(name).config_from({**pair(name).theirs.config.to_dict(), **option}, {})
 
 

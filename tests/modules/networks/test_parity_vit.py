@@ -207,6 +207,10 @@ def test_architectures_are_expressed(name: str) -> None:
         ({"architecture": "vit_new_patch16_224"}, "timm's vit_new_patch16_224 cannot be converted"),
         ({"architecture": "vit_tiny_patch16_224", "global_pool": "max"}, "global_pool='max' cannot be converted"),
         (
+            {"architecture": "vit_tiny_patch16_224", "global_pool": "avg"},
+            "a class token and global_pool='avg' cannot be converted",
+        ),
+        (
             {"architecture": "vit_tiny_patch16_224", "model_args": {"act_layer": "mish"}},
             "act_layer=mish cannot be converted",
         ),
@@ -233,3 +237,10 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
     save_file({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors")
     with pytest.raises(TrunklineError, match=r"the weights of timm's vit_tiny_patch16_224 lack 'patch_embed\.proj"):
         ViT.from_pretrained(tmp_path / "model.safetensors", config={"architecture": "vit_tiny_patch16_224"})
+
+
+def test_pooling_with_and_without_biases(tmp_path: Path) -> None:
+    trunk = TransformerConfig(dim=32, depth=1, num_heads=4, norm_eps=1e-6, qkv_bias=False)
+    config = ViTConfig(24, 8, pool="map", backbone=trunk)
+    with pytest.raises(TrunklineError, match="pool=map and qkv_bias=False cannot become a Vision Transformer of timm"):
+        save_foreign(ViT(config), tmp_path, "timm")

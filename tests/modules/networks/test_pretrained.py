@@ -46,10 +46,11 @@ def test_folders_of_transformers(safe: bool, parts: bool, theirs: Any, tmp_path:
     assert_near(results(EncoderDecoder.from_pretrained(tmp_path)), results(theirs))
 
 
-def to_pickles(folder: Path) -> None:
-    """The layout of the files before safetensors."""
+def to_pickles(folder: Path, archive: bool = True) -> None:
+    """The layout of the files before safetensors; without an archive, that of files before version 1.6 of torch."""
     for file in folder.glob("*.safetensors"):
-        torch.save(load_file(file), folder / file.name.replace("model", "pytorch_model").replace("safetensors", "bin"))
+        place = folder / file.name.replace("model", "pytorch_model").replace("safetensors", "bin")
+        torch.save(load_file(file), place, _use_new_zipfile_serialization=archive)
         file.unlink()
     for index in folder.glob("*.index.json"):
         text = index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
@@ -209,11 +210,13 @@ def test_what_is_wrong_is_named(
 def test_a_pickle_with_code_is_refused(theirs: Any, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    torch.save({"shared.weight": Path("code")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(
-        TrunklineError, match=r"pytorch_model\.bin: .*; only files of torch\.save with nothing but tensors"
-    ):
-        EncoderDecoder.from_pretrained(tmp_path)
+    for archive in (True, False):
+        code = {"shared.weight": Path("code")}
+        torch.save(code, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=archive)
+        with pytest.raises(
+            TrunklineError, match=r"pytorch_model\.bin: .*; only files of torch\.save with nothing but tensors"
+        ):
+            EncoderDecoder.from_pretrained(tmp_path)
     torch.save({"epoch": 3}, tmp_path / "pytorch_model.bin")
     with pytest.raises(TrunklineError, match="holds no state dict"):
         EncoderDecoder.from_pretrained(tmp_path)
