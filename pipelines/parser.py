@@ -96,7 +96,9 @@ def explain(message: str, names: Collection[str]) -> str:
     if parallel:
         return f"{locate(parallel[1]).text}: {NO_TENSOR_PARALLELISM}"
     # An argument of a class, such as a strategy; the last error is the one inside it.
-    nested = re.search(r"key \"(trainer\.\S+)\": .* - (.+?) Given value type: .* (NestedArg\(|{'class_path')", message)
+    nested = re.search(
+        r"key \"(trainer\.\S+)\": .* - (.+?) Given value type: .* Given value: (NestedArg|{'class_path)", message
+    )
     if nested:
         return explain_nested(nested[1], nested[2])
     unknown = re.search(r"Option '(\S+)' is not|not accept option '(\S+)'|unrecognized arguments: ([^\s=]+)", message)
