@@ -258,7 +258,7 @@ def folder_fault(folder: Path, token: str) -> str | None:
     return None if os.access(folder, os.W_OK) else f"cannot write into {folder}; mend its permissions"
 
 
-class Sizes(NamedTuple):
+class WrittenSizes(NamedTuple):
     """About how many bytes a run writes."""
 
     checkpoint: int
@@ -267,7 +267,7 @@ class Sizes(NamedTuple):
     """What LoRA leaves out of the checkpoints, and writes beside them once."""
 
 
-def checkpoint_sizes(trainer: L.Trainer, module: L.LightningModule) -> Sizes:
+def checkpoint_sizes(trainer: L.Trainer, module: L.LightningModule) -> WrittenSizes:
     """The sizes of what a run writes."""
     parameters = list(module.parameters())
     weights = sum(tensor.nbytes for tensor in [*parameters, *module.buffers()])
@@ -276,7 +276,7 @@ def checkpoint_sizes(trainer: L.Trainer, module: L.LightningModule) -> Sizes:
     frozen = sum(p.nbytes for p in parameters if not p.requires_grad) if beside else 0
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     copies = 1 + any(isinstance(callback, WeightAveraging) for callback in callbacks)
-    return Sizes(copies * (weights - frozen) + learnt, frozen)
+    return WrittenSizes(copies * (weights - frozen) + learnt, frozen)
 
 
 def files_to_come(trainer: L.Trainer, folder: Path) -> int:

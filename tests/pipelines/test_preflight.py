@@ -369,7 +369,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (8_099_999, (2_000_000, 100_000), "2.0 MB and the frozen weights of 0.1 MB, but 8.1 MB are"),
     ):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: types.SimpleNamespace(free=free))
-        monkeypatch.setattr(preflight, "checkpoint_sizes", lambda *_, sizes=sizes: preflight.Sizes(*sizes))
+        monkeypatch.setattr(preflight, "checkpoint_sizes", lambda *_, sizes=sizes: preflight.WrittenSizes(*sizes))
         found = preflight.lacking_space(trainer, trainer, tmp_path / "not" / "yet")
         assert (found is None) == (said is None)
         assert said is None or said in str(found)
