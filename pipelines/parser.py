@@ -24,6 +24,11 @@ from trunkline.pipelines.renamed import OLD_KEYS, moved, new_flag, outdated
 
 LIBRARIES = ("trunkline.", "lightning.")
 """Packages whose class paths are not the user's own."""
+NO_TENSOR_PARALLELISM = (
+    "there is no tensor parallelism: each process computes with whole matrices. Leave it out; for a network that one "
+    "device cannot hold, train with trainer/fsdp, where each process keeps a share of the weights, gradients and "
+    "optimiser states"
+)
 OPEN_ENDED = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
@@ -87,6 +92,15 @@ def dotted(cls: type, prefix: str) -> Iterator[str]:
 
 def explain(message: str, names: Collection[str]) -> str:
     """Turn jsonargparse's message (in one line) into a sentence that names the flag or the line, and the remedy."""
+    parallel = re.search(r"['.-](tensor[_-]parallel[_-]size)\b", message)
+    if parallel:
+        return f"{locate(parallel[1]).text}: {NO_TENSOR_PARALLELISM}"
+    # An argument of a class, such as a strategy; the last error is the one inside it.
+    nested = re.search(
+        r"key \"(trainer\.\S+)\": .* - (.+?) Given value type: .* Given value: (NestedArg|{'class_path)", message
+    )
+    if nested:
+        return explain_nested(nested[1], nested[2])
     unknown = re.search(r"Option '(\S+)' is not|not accept option '(\S+)'|unrecognized arguments: ([^\s=]+)", message)
     if unknown:
         return explain_option(next(group for group in unknown.groups() if group).lstrip("-"), names)
@@ -115,6 +129,17 @@ def explain(message: str, names: Collection[str]) -> str:
     if lacking := re.search(r"following arguments are required: (.+)", message):
         return f"this command needs {' and '.join(f'--{name}' for name in lacking[1].split(', '))}"
     return message
+
+
+def explain_nested(key: str, inner: str) -> str:
+    """The message for a class at `key` whose argument is wrong, for which `inner` is the message."""
+    path = re.fullmatch(r"Expected a dot import path string: (\S+)", inner)
+    if path is None:
+        return inner
+    given = next((plain(flag) for flag, _ in flags() if plain(flag).startswith(f"{key}.")), key)
+    option = given.removeprefix(f"{key}.")
+    said = f"--{given}: {key} is the word '{path[1]}', which takes no {option}"
+    return f"{said}; name a class instead, such as --trainer.strategy DDPStrategy"
 
 
 def explain_option(key: str, names: Collection[str]) -> str:

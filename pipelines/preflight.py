@@ -1,4 +1,4 @@
-"""Checks of the machines before the first step of several processes: faults that would end the run late, or never.
+"""Checks of the machines before the first step: faults that would end the run late, or never.
 
 The first functions look at what this process sees alone; whether it finds the others is the matter of `reachable.py`.
 `PreFlight` compares the processes once they are connected. All of them then end together, and the first one says why.
@@ -24,7 +24,9 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from trunkline import TrunklineError, __version__
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.samplers import check_batch_size
+from trunkline.files import megabytes
 from trunkline.modules.callbacks.graceful_stop import LastCheckpoint
+from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.distributed import gather_lists
 from trunkline.pipelines.errors import FoundByAll
 
@@ -168,14 +170,20 @@ class PreFlight(Callback):
 
         Raises:
             FoundByAll: naming the process and its host, what differs, and what to do.
+            TrunklineError: if a single process lacks space.
         """
-        if stage != "fit" or trainer.world_size == 1:
+        if stage != "fit":
             return
         folder, first = Path(trainer.default_root_dir), trainer.is_global_zero
+        if trainer.world_size == 1:
+            space = lacking_space(trainer, pl_module, folder)
+            if space is not None:
+                raise TrunklineError(space, "run_dir")
+            return
         token, *_ = gather_lists([leave_token(folder)] if first else [], trainer.world_size)
         try:
             everyone: list[Survey] = gather_lists([survey(trainer, folder, token)], trainer.world_size)
-            space = lacking_space(folder, files_to_come(trainer, folder), checkpoint_bytes(trainer, pl_module))
+            space = lacking_space(trainer, pl_module, folder)
             own: list[tuple[str | None, str | None]] = [(space, "run_dir")] if first else []
             found = [*disagreements(everyone), *gather_lists(own, trainer.world_size)]
         finally:
@@ -250,17 +258,31 @@ def folder_fault(folder: Path, token: str) -> str | None:
     return None if os.access(folder, os.W_OK) else f"cannot write into {folder}; mend its permissions"
 
 
-def checkpoint_bytes(trainer: L.Trainer, module: L.LightningModule) -> int:
-    """About how large a checkpoint will be: weights, two values of the optimiser for each that learns, and averages."""
+class WrittenSizes(NamedTuple):
+    """About how many bytes a run writes."""
+
+    checkpoint: int
+    """Weights, two values of the optimiser for each that learns, and averages."""
+    frozen: int
+    """What LoRA leaves out of the checkpoints, and writes beside them once."""
+
+
+def checkpoint_sizes(trainer: L.Trainer, module: L.LightningModule) -> WrittenSizes:
+    """The sizes of what a run writes."""
     parameters = list(module.parameters())
-    weights = sum(p.numel() * p.element_size() for p in [*parameters, *module.buffers()])
-    learnt = sum(2 * p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    weights = sum(tensor.nbytes for tensor in [*parameters, *module.buffers()])
+    learnt = sum(2 * p.nbytes for p in parameters if p.requires_grad)
+    beside = isinstance(module, TrunklineModule) and bool(module.lora.rank)
+    frozen = sum(p.nbytes for p in parameters if not p.requires_grad) if beside else 0
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return weights + learnt + weights * any(isinstance(callback, WeightAveraging) for callback in callbacks)
+    copies = 1 + any(isinstance(callback, WeightAveraging) for callback in callbacks)
+    return WrittenSizes(copies * (weights - frozen) + learnt, frozen)
 
 
 def files_to_come(trainer: L.Trainer, folder: Path) -> int:
     """How many more checkpoints the run will keep at a time, with the one that is being written."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return 0
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     kept = sum(isinstance(callback, LastCheckpoint) for callback in callbacks)
     for callback in callbacks:
@@ -269,12 +291,15 @@ def files_to_come(trainer: L.Trainer, folder: Path) -> int:
     return max(kept - len(list(folder.glob("checkpoints/*.ckpt"))), 0) + 1 if kept else 0
 
 
-def lacking_space(folder: Path, files: int, size: int) -> str | None:
+def lacking_space(trainer: L.Trainer, module: L.LightningModule, folder: Path) -> str | None:
     """Why the run's checkpoints will not fit on the disk; None if they will."""
-    free = shutil.disk_usage(folder).free
-    if free >= files * size:
+    files, sizes = files_to_come(trainer, folder), checkpoint_sizes(trainer, module)
+    present = next(place for place in [folder, *folder.absolute().parents] if place.is_dir())
+    free = shutil.disk_usage(present).free
+    if not files or free >= files * sizes.checkpoint + sizes.frozen:
         return None
+    beside = f" and the frozen weights of {megabytes(sizes.frozen)}" if sizes.frozen else ""
     return (
-        f"the run will write {files} checkpoints of about {size / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free at "
-        f"{folder}; free some space, choose another run_dir, or let ModelCheckpoint keep fewer (save_top_k)"
+        f"the run will write {files} checkpoints of about {megabytes(sizes.checkpoint)}{beside}, but {megabytes(free)} "
+        f"are free at {folder}; free some space, choose another run_dir, or let ModelCheckpoint keep fewer (save_top_k)"
     )

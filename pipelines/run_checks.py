@@ -11,6 +11,7 @@ from trunkline import TrunklineError
 from trunkline.modules.networks.base import refuse_nan
 from trunkline.pipelines.errors import flags, plain
 from trunkline.pipelines.objectives import KINDS, PROBES, short
+from trunkline.pipelines.parser import NO_TENSOR_PARALLELISM
 from trunkline.ranges import check_ranges
 
 TRAINER = {
@@ -36,7 +37,8 @@ def check_run(config: Namespace) -> None:
     """Check a recipe.
 
     Raises:
-        TrunklineError: for a value out of its range, or an objective and data that do not fit each other.
+        TrunklineError: for a value out of its range, a strategy for networks that cut themselves into parts, or an
+            objective and data that do not fit each other.
     """
     for flag, _ in flags():
         if plain(flag) in ("data.seed", "model.seed"):
@@ -45,6 +47,10 @@ def check_run(config: Namespace) -> None:
     trainer = config.trainer.as_dict()
     given = {name: value for name in TRAINER if isinstance(value := trainer.get(name), int | float)}
     check_ranges("trainer", given, **{name: TRAINER[name] for name in given})
+    strategy = config.trainer.get("strategy")
+    path = class_path_of(strategy) if isinstance(strategy, Namespace) else str(strategy)
+    if short(path) == "ModelParallelStrategy":
+        raise TrunklineError(f"ModelParallelStrategy: {NO_TENSOR_PARALLELISM}", "trainer.strategy")
     check_partners(class_path_of(config.get("model")), class_path_of(config.get("data")))
 
 

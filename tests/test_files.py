@@ -138,9 +138,11 @@ def test_message_of_a_failed_write(error: Any, words: str, tmp_path: Path) -> No
     found = cannot_write(path, error, "data.place", ", then go on")
     start, _, rest = str(found).partition(" MB free there): ")
     assert start.startswith(f"cannot write {path} (")
-    assert int(start.rpartition("(")[2].replace(",", "")) >= 0
+    assert float(start.rpartition("(")[2].replace(",", "")) >= 0
     assert rest == f"{words} another place, then go on"
     assert found.field == "data.place"
+    known = str(cannot_write(path, error, "data.place", needed=1_234_560_000))
+    assert known.startswith(f"cannot write {path} (needs 1,234.6 MB, ")
 
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:

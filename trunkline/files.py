@@ -136,7 +136,9 @@ def atomic_write(path: Path, content: Iterable[bytes | memoryview], field: str =
         raise cannot_write(path, error, field) from error
 
 
-def cannot_write(path: Path, error: OSError | RuntimeError, field: str = CACHE_FIELD, then: str = "") -> TrunklineError:
+def cannot_write(
+    path: Path, error: OSError | RuntimeError, field: str = CACHE_FIELD, then: str = "", needed: int = 0
+) -> TrunklineError:
     """The error for a file that cannot be written: it names the path, the reason, the free space and what to do.
 
     Args:
@@ -144,13 +146,20 @@ def cannot_write(path: Path, error: OSError | RuntimeError, field: str = CACHE_F
         error: what writing raised. A RuntimeError of torch does not tell the reason; a full disk is assumed.
         field: the field that set the folder.
         then: what to do afterwards; the message ends with it.
+        needed: how many bytes the file needs; 0 if that is not known.
     """
     existing_folder = next(folder for folder in path.absolute().parents if os.path.isdir(folder))
-    free = f"{shutil.disk_usage(existing_folder).free / 1e6:,.0f} MB free there"
+    free = f"{megabytes(shutil.disk_usage(existing_folder).free)} free there"
+    free = f"needs {megabytes(needed)}, {free}" if needed else free
     reason, number = (error.strerror or error, error.errno) if isinstance(error, OSError) else (error, errno.ENOSPC)
     space = "free some space, or " if number in (errno.ENOSPC, errno.EDQUOT) else ""
     setting = field.rpartition(".")[2]
     return TrunklineError(f"cannot write {path} ({free}): {reason}; {space}choose another {setting}{then}", field)
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes as messages say it."""
+    return f"{size / 1e6:,.1f} MB"
 
 
 def facts_at_end(facts: Any) -> bytes:

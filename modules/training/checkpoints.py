@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from trunkline.base_weights import BASE
-from trunkline.files import cannot_write, check_parts, digest_file, in_use, load_checkpoint, remove_unused, replacing
-from trunkline.modules.training.sharded_checkpoints import previous_of, remove
+from trunkline.files import check_parts, digest_file, in_use, load_checkpoint, remove_unused, replacing
+from trunkline.modules.training.sharded_checkpoints import cannot_save, previous_of, remove
 from trunkline.seal import seal
 
 CHECKPOINT_PARTS = {
@@ -49,8 +49,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """Write to a temporary file beside the target, flush it to the disk, then rename it.
 
         Raises:
-            TrunklineError: if the disk is full or not writable, with the path and the free space. An older file of the
-                same name stays as it was.
+            TrunklineError: if the disk is full or not writable, with the path and the space, needed and free. An older
+                file of the same name stays as it was.
         """
         path = Path(path)
         try:
@@ -71,7 +71,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             remove(previous_of(path))
             digest_file(path).unlink(missing_ok=True)  # of an older version's file
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            raise cannot_write(path, error, "run_dir", then=", then resume the run") from error
+            raise cannot_save(path, error, checkpoint) from error
 
     def load_checkpoint(
         self,

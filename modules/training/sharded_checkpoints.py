@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from trunkline import TrunklineError
@@ -120,11 +121,11 @@ def write_parts(shared: dict[str, Any], held: dict[str, Any], path: Path, proces
         RuntimeError: if a process has ended meanwhile.
     """
     first = processes.global_rank == 0
+    contents = {rows_name(processes.global_rank): held, **({META_FILE: shared} if first else {})}
     token = processes.gather(secrets.token_hex(4))[0]
     temporary = path.with_name(f".{path.name}.{token}.tmp")
 
     def write() -> dict[str, str]:
-        contents = {rows_name(processes.global_rank): held, **({META_FILE: shared} if first else {})}
         digests = {}
         for name, content in contents.items():
             torch.save(content, temporary / name)
@@ -144,12 +145,24 @@ def write_parts(shared: dict[str, Any], held: dict[str, Any], path: Path, proces
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
         if error is not None:
-            raise cannot_write(path, error, "run_dir", then=", then resume the run") from error
+            raise cannot_save(path, error, contents) from error
         raise TrunklineError(f"another process cannot write its part of {path}; see its message", "run_dir")
 
     together(lambda: make_room(path, temporary) if first else None)
     digests = {name: value for found in together(write) for name, value in found.items()}
     together(lambda: put_in_place(temporary, path, digests) if first else None)
+
+
+def cannot_save(path: Path, error: OSError | RuntimeError, content: dict[str, Any]) -> TrunklineError:
+    """The error for a checkpoint, or this process's part of one, that cannot be written: see `cannot_write`."""
+    storages: dict[int, int] = {}
+
+    def measure(place: str, leaf: Any) -> None:
+        if isinstance(leaf, Tensor) and leaf.device.type != "meta":  # tensors that share memory are written once
+            storages[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage().nbytes()
+
+    replace_leaves(content, measure)
+    return cannot_write(path, error, "run_dir", then=", then resume the run", needed=sum(storages.values()))
 
 
 def make_room(path: Path, temporary: Path) -> None:

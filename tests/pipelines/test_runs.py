@@ -225,7 +225,9 @@ def test_a_folder_that_cannot_be_written(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(function, fail)
-    words = rf"cannot write runs/vit/mine/.* \([\d,]+ MB free there\): {os.strerror(code)}; .*choose another run_dir"
+    words = (
+        rf"cannot write runs/vit/mine/.* \([\d,]+\.\d MB free there\): {os.strerror(code)}; .*choose another run_dir"
+    )
     with ExitStack() as stack, pytest.raises(TrunklineError, match=words) as caught:
         claim(stack)
     assert caught.value.field == "run_dir"

@@ -9,16 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_runs import EVERY, assert_equals, environment, first_steps, uninterrupted, write_extra
-from local_slurm import Slurm, local_slurm, missing, wait_for
+from cluster_runs import EVERY, assert_equals, first_steps, uninterrupted, write_extra
+from local_slurm import Slurm, local_slurm, missing
 from recorded_run import go_on, halt_at, halted_file
+from slurm_job import Job
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "configs/slurm/train.sbatch"
 HALT = 10
 """The step at which something happens to a job."""
-PATIENCE = 200.0
-"""Seconds for what takes SLURM and a starting Python about half a minute."""
 
 pytestmark = [
     pytest.mark.cluster,
@@ -40,44 +37,6 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return uninterrupted(tmp_path_factory.mktemp("reference"))
 
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-
-
-class Job:
-    """A job of the script, on two nodes.
-
-    Args:
-        cluster: that runs it.
-        folder: of the run; it is recorded there.
-        *flags: the recipe and flags of `fit`.
-        environ: variables of the job.
-    """
-
-    def __init__(self, cluster: Slurm, folder: Path, *flags: str, environ: dict[str, str] | None = None) -> None:
-        self.cluster, self.folder = cluster, folder
-        cluster.environ |= {**environment(), **(environ or {})}
-        options = ("--parsable", "--nodes=2", "--ntasks-per-node=1", "--time=60")
-        self.number = int(cluster.command("sbatch", *options, str(SCRIPT), *flags, cwd=folder))
-
-    def output(self) -> str:
-        """What it has printed so far, in all attempts."""
-        file = self.folder / f"trunkline-{self.number}.out"
-        return file.read_text() if file.exists() else ""
-
-    def wait_for_output(self, text: str, count: int = 1) -> None:
-        wait_for(lambda: self.output().count(text) >= count, PATIENCE, f"'{text}'", self.output)
-
-    def update(self, setting: str) -> None:
-        self.cluster.command("scontrol", "update", f"JobId={self.number}", setting)
-
-    def wait(self, state: str, restarts: int) -> str:
-        """Wait for its end, and return what it has printed."""
-        wait_for(lambda: self.cluster.job(self.number)["JobState"] in ENDED, PATIENCE, "the job's end", self.output)
-        found = self.cluster.job(self.number)
-        assert (found["JobState"], found["Restarts"]) == (state, str(restarts)), self.output()
-        return self.output()
-
-
 @pytest.fixture
 def halted(cluster: Slurm, tmp_path: Path, request: pytest.FixtureRequest) -> Job:
     """A job whose run has halted at the end of step `HALT` of its first attempt, until `go_on`.
@@ -88,7 +47,7 @@ def halted(cluster: Slurm, tmp_path: Path, request: pytest.FixtureRequest) -> Jo
     environ = {"MAX_RESTARTS": str(getattr(request, "param", 1))}
     job = Job(cluster, tmp_path, "vit/digits", "--config", str(write_extra(tmp_path)), environ=environ)
     files = [halted_file(tmp_path, rank) for rank in (0, 1)]
-    wait_for(lambda: all(file.exists() for file in files), PATIENCE, "halted tasks", job.output)
+    job.wait_for(lambda: all(file.exists() for file in files), "halted tasks")
     return job
 
 
@@ -106,7 +65,7 @@ def test_a_lost_node(node: str, halted: Job, reference: Path) -> None:
     cluster = halted.cluster
     cluster.lose_node(node)
     go_on(halted.folder)
-    wait_for(lambda: cluster.states()[node].startswith("down"), PATIENCE, "a node that is down", halted.output)
+    halted.wait_for(lambda: cluster.states()[node].startswith("down"), "a node that is down")
     cluster.start_node(node)
     halted.wait("COMPLETED", restarts=1)
     assert first_steps(halted.folder) == [0, HALT - HALT % EVERY]
@@ -142,7 +101,7 @@ def test_a_job_that_is_cancelled_stays_so(halted: Job) -> None:
     halted.cluster.command("scancel", str(halted.number))
     go_on(halted.folder)
     assert "started again" not in halted.wait("CANCELLED", restarts=0)
-    wait_for(lambda: set(halted.cluster.states().values()) == {"idle"}, PATIENCE, "free nodes", halted.output)
+    halted.wait_for(lambda: set(halted.cluster.states().values()) == {"idle"}, "free nodes")
     assert halted.cluster.job(halted.number)["JobState"] == "CANCELLED"
 
 

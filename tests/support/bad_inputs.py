@@ -250,6 +250,8 @@ def write_bad_configs(folder: Path) -> None:
         "callback.yaml": "trainer:\n  callbacks+:\n    - class_path: trunkline.modules.callbacks.Nothing\n",
         "argument.yaml": "trainer:\n  callbacks+:\n    - class_path: trunkline.modules.callbacks.LastCheckpoint\n"
         "      init_args: {often: 3}\n",
+        "parallel.yaml": "trainer:\n  strategy:\n    class_path: trunkline.modules.training.sharding.ShardedStrategy\n"
+        "    init_args:\n      tensor_parallel_size: 2\n",
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -185,10 +185,10 @@ class Keyed(Dataset[Any]):
 class Run:
     """`trunkline ARGUMENTS` in a folder, as one or several processes, each with its own session.
 
-    Several processes are started as on a cluster, with their ranks in the environment.
+    Several processes are started as on a cluster, with their ranks in the environment, beside what `more` has.
     """
 
-    def __init__(self, arguments: list[str], folder: Path, processes: int = 1) -> None:
+    def __init__(self, arguments: list[str], folder: Path, processes: int = 1, **more: str) -> None:
         self.log = folder / f"{time.monotonic_ns()}.log"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -203,7 +203,7 @@ class Run:
             }
             ranks |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environ = {name: str(value) for name, value in ranks.items()} if processes > 1 else {}
+            environ = more | ({name: str(value) for name, value in ranks.items()} if processes > 1 else {})
             self.processes.append(CONTEXT.Process(target=run_command, args=(arguments, folder, self.log, environ)))
         for process in self.processes:
             process.start()

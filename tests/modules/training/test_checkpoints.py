@@ -165,7 +165,7 @@ def test_failing_write(function: str, tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(function, fail)
-    with pytest.raises(TrunklineError, match=rf"{path} \([\d,]+ MB free there\): .*No space left on device"):
+    with pytest.raises(TrunklineError, match=rf"{path} \(needs 1\.0 MB, [\d,.]+ MB free there\): .*No space left"):
         save(path, 2)
     monkeypatch.undo()
     assert number_in(path) == 1

@@ -5,7 +5,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import mount_small, umount
 from recorded_run import CONTEXT
 from tiny import batches, classifier, fit
 
@@ -111,12 +111,9 @@ def test_50_kills_while_saving(kind: type[SafeCheckpointIO], folder: Path) -> No
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for one checkpoint."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("may not mount a small disk")
+    mount_small(disk, "1536k")
     yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    umount(disk)
 
 
 @pytest.mark.parametrize("kind", [SafeCheckpointIO, BackgroundCheckpointIO])
@@ -125,7 +122,7 @@ def test_full_disk(kind: type[SafeCheckpointIO], small_disk: Path) -> None:
     for _ in range(2):
         with pytest.raises(
             TrunklineError,
-            match=rf"cannot write .*{path} \(\d MB free there\): No space left on device; free some space",
+            match=rf"cannot write .*{path} \(needs 1\.0 MB, \d\.\d MB free there\): No space left on device; free some",
         ) as caught:
             save_as(kind, path, 2)
         assert caught.value.field == "run_dir"

@@ -134,7 +134,9 @@ def test_full_disk(
     for before in (None, b"older"):
         if before:
             output.write_bytes(before)
-        words = rf"cannot write {output} \([\d,]+ MB free there\): No space .*; free some space, or choose another out"
+        words = (
+            rf"cannot write {output} \([\d,]+\.\d MB free there\): No space .*; free some space, or choose another out"
+        )
         with pytest.raises(TrunklineError, match=words):
             run(grey_checkpoint, images, output)
         assert {path.name for path in tmp_path.iterdir()} == {"images", *([output.name] if before else [])}
