@@ -109,6 +109,8 @@ class TrunklineModule(EvaluatedModule):
         self.finite_steps = FiniteSteps(self.optimizer_config.skip_nonfinite)
         self.position = Position()
         self.accumulation = Accumulation()
+        self.trained_loss: Tensor | float | None = None
+        """The loss of the last step, the sum of all its terms; its average over processes is the global mean."""
         self.held: list[Any] = []
         """Batches of the current accumulation, for a joint loss."""
 
@@ -266,6 +268,7 @@ class TrunklineModule(EvaluatedModule):
         None with `prog_bar`: Lightning would read it, and so wait for the device, in every step. `ProgressBar` reads
         the loss in logging steps.
         """
+        self.trained_loss = sum(mean.detach() if isinstance(mean, Tensor) else mean for _, mean in means)
         for term, mean in means:
             self.log(f"train/{term.name}", mean)
             for name, value in term.logs.items():

@@ -1,12 +1,11 @@
 """Check that the network can learn one batch by heart."""
 
-import math
 from typing import Any
 
 import lightning as L
 
 from trunkline.pipelines.checks.trial import Trial
-from trunkline.pipelines.checks.trial_process import TrialObserver
+from trunkline.pipelines.checks.trial_process import NO_LOSS, TrialObserver, trained_loss
 
 MOST_STEPS = 300
 """Most steps on the batch."""
@@ -23,15 +22,17 @@ class LossObserver(TrialObserver):
     """Keeps the first and the last loss, and ends the trial when the loss is low enough."""
 
     def after_step(self, trainer: L.Trainer, module: L.LightningModule, rows: list[Any]) -> None:
-        loss = float(trainer.callback_metrics.get("train/loss", math.nan))
+        loss = trained_loss(module)
         first = self.result.setdefault("first", loss)
         self.result |= {"last": loss, "steps": trainer.global_step, "rows": len(rows)}
         if learnt(first, loss):
             trainer.should_stop = True
 
 
-def learnt(first: float, last: float) -> bool:
-    """Whether the loss has fallen far enough."""
+def learnt(first: float | None, last: float | None) -> bool:
+    """Whether the loss has fallen far enough; None stands for a loss that is not known."""
+    if first is None or last is None:
+        return False
     return last <= first - SHARE * abs(first) or last < NOTHING_LEFT
 
 
@@ -41,8 +42,17 @@ def overfit_trial() -> Trial:
     return Trial(title, LossObserver(), steps=MOST_STEPS, rows=ROWS_LEARNT, one_batch=True, parts=1)
 
 
+def overfit_figures(result: dict[str, Any]) -> str:
+    """What the trial measured."""
+    if result["last"] is None:
+        return f"loss not compared in {result['steps']} steps"
+    return f"loss {result['first']:.4g} to {result['last']:.4g} in {result['steps']} steps"
+
+
 def explain_standstill(result: dict[str, Any]) -> str:
     """What is wrong if the batch was not learnt, and what to do."""
+    if result["last"] is None:
+        return NO_LOSS
     return (
         f"the loss of one batch of {result['rows']} rows went from {result['first']:.4g} to {result['last']:.4g} in "
         f"{result['steps']} steps, and should fall by {SHARE:.0%}: the network cannot learn it; see whether the inputs "
