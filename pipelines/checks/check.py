@@ -172,7 +172,7 @@ def check_overfit(bench: Workbench, alone: Mapping[str, Any], processes: int) ->
     (found,) = bench.run(overfit_trial())
     passed = learnt(found["first"], found["last"])
     advice = "" if passed else explain_standstill(found)
-    what = f"{found['rows']} rows can be learnt by heart"
+    what = f"the loss of {found['rows']} rows falls"
     return [Finding("overfit", what, passed, overfit_figures(found), advice)]
 
 

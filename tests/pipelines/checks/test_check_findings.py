@@ -204,6 +204,35 @@ def test_a_network_that_sees_nothing_is_found(tmp_path: Path) -> None:
     assert "optimizer.lr" in explain_standstill(found)
 
 
+class Told:
+    """Stands for a `Workbench` whose trial found this."""
+
+    def __init__(self, **result: Any) -> None:
+        self.result = {"rows": 16, "steps": 41, **result}
+
+    def run(self, trial: Trial) -> list[Any]:
+        return [self.result]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "figures"),
+    [
+        (7.66, 1.848, "by 76% (at least 75% expected), 7.66 to 1.848 in 41 steps"),
+        (2.0, 3.0, "by -50% (at least 75% expected), 2 to 3 in 41 steps"),
+        (-2.0, -3.5, "by 75% (at least 75% expected), -2 to -3.5 in 41 steps"),
+        (0.2, 0.0499, "by 75% (at least 75% expected), 0.2 to 0.0499 in 41 steps"),
+        (0.04, 0.03, "by 25% to below 0.05, 0.04 to 0.03 in 41 steps"),
+        (0.0, 0.0, "by 0% to below 0.05, 0 to 0 in 41 steps"),
+    ],
+)
+def test_the_table_says_what_was_measured(first: float, last: float, figures: str) -> None:
+    """Not that the rows are known by heart, which a fall of the loss by 75% does not show."""
+    (row,) = check_overfit(Told(first=first, last=last), {}, 1)
+    assert (row.what, row.figures) == ("the loss of 16 rows falls", figures)
+    assert row.passed == (last != 3.0)
+    assert ("should fall by 75%" in row.advice) == (not row.passed)
+
+
 def test_a_loss_of_another_name_is_learnt(tmp_path: Path) -> None:
     found = result_of(replace(overfit_trial(), steps=30), tmp_path, "faulty_tasks.Shifted")
     assert found["last"] < found["first"]
