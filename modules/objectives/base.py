@@ -42,7 +42,7 @@ from trunkline.modules.training.flops import counted_flops, training_flops
 from trunkline.modules.training.lora_runs import check_lora_run, check_same_lora, leave_out_frozen, refuse_beside_lora
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.position import Position
-from trunkline.modules.training.sharding import refuse_flattened, replicates
+from trunkline.modules.training.sharding import refuse_flattened, refuse_model_parallel, replicates
 from trunkline.modules.training.start_parts import donors, part_for, sizes_from, start_from
 from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze
 from trunkline.ranges import check_ranges
@@ -203,8 +203,9 @@ class TrunklineModule(EvaluatedModule):
         """Compare the network with the data before the first step.
 
         Raises:
-            TrunklineError: for sizes or a tokenizer that do not fit.
+            TrunklineError: for sizes or a tokenizer that do not fit, or a strategy that cannot be used.
         """
+        refuse_model_parallel(self.trainer.strategy)
         facts = facts_of(self.trainer)
         if stage == "fit":
             for given in self.unchecked:

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -254,6 +254,20 @@ class ShardedStrategy(DDPStrategy):
         local = rows(*own_span(shape[0], self.global_rank, self.world_size)).to(self.root_device, copy=True)
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def refuse_model_parallel(strategy: Strategy) -> None:
+    """Refuse the strategy of Lightning that leaves the sharding to the module (see `ShardedStrategy`).
+
+    Raises:
+        TrunklineError: naming it.
+    """
+    if isinstance(strategy, ModelParallelStrategy):
+        raise TrunklineError(
+            f"{type(strategy).__name__} cannot be used: the networks do not shard themselves, and its checkpoints are "
+            "not read safely; train with trainer/fsdp, whose ShardedStrategy shards any network",
+            "trainer.strategy",
+        )
 
 
 def refuse_flattened(strategy: Strategy, config: OptimizerConfig) -> None:

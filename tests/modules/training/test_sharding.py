@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from recorded_run import Run
 from sharded_runs import MODULES, SCALE, in_processes, train
 from sharded_runs import optimizer as optimizer_config
@@ -14,7 +15,7 @@ from trunkline import TrunklineError
 from trunkline.files import load_checkpoint
 from trunkline.modules.networks import GPT, ViT
 from trunkline.modules.networks.base import Network
-from trunkline.modules.training.sharding import refuse_flattened, shard_module
+from trunkline.modules.training.sharding import ShardedStrategy, refuse_flattened, shard_module
 from trunkline.pipelines.cli import main
 
 FAST = ("gpt", "vit")
@@ -182,6 +183,18 @@ def test_optimisers_of_whole_matrices_are_refused_where_weights_are_flattened() 
             assert error.value.field == "trainer.strategy"
         refuse_flattened(made, optimizer_config())
     refuse_flattened(DDPStrategy(), optimizer_config("muon"))
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_lightnings_own_sharding_is_refused(stage: str, tmp_path: Path) -> None:
+    module = MODULES["vit"]()
+    module.trainer = tiny.trainer(tmp_path, strategy=ModelParallelStrategy(), devices=2)
+    message = "^ModelParallelStrategy cannot be used: .*; train with trainer/fsdp, whose ShardedStrategy shards any"
+    with pytest.raises(TrunklineError, match=message) as error:
+        module.setup(stage)
+    assert error.value.field == "trainer.strategy"
+    module.trainer = tiny.trainer(tmp_path, strategy=ShardedStrategy(), devices=2)
+    module.setup(stage)
 
 
 def test_a_parameter_without_dimension_is_refused() -> None:
