@@ -144,4 +144,7 @@ def trainer_error(error: Exception, place: str = "") -> TrunklineError:
     named = re.search("precision|accelerator|devices|strategy|num_nodes|backend|torch_xla|duration", reason)
     others = {"backend": "accelerator", "torch_xla": "accelerator", "duration": "max_time"}
     option = others.get(named[0], named[0]) if named else None
+    if reason.startswith("No supported gpu backend"):
+        files = "trainer/cpu or trainer/ddp_cpu, or " if place else ""
+        reason += f" Choose {files}--{place}accelerator cpu"
     return TrunklineError(f"--trainer: {reason}" if place else reason, f"{place}{option}" if option else None)

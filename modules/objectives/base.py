@@ -42,7 +42,7 @@ from trunkline.modules.training.flops import counted_flops, training_flops
 from trunkline.modules.training.lora_runs import check_lora_run, check_same_lora, leave_out_frozen, refuse_beside_lora
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.position import Position
-from trunkline.modules.training.sharding import refuse_flattened, replicates
+from trunkline.modules.training.sharding import refuse_flattened, refuse_model_parallel, replicates
 from trunkline.modules.training.start_parts import donors, part_for, sizes_from, start_from
 from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze
 from trunkline.ranges import check_ranges
@@ -109,6 +109,8 @@ class TrunklineModule(EvaluatedModule):
         self.finite_steps = FiniteSteps(self.optimizer_config.skip_nonfinite)
         self.position = Position()
         self.accumulation = Accumulation()
+        self.trained_loss: Tensor | float | None = None
+        """The loss of the last step, the sum of all its terms; its average over processes is the global mean."""
         self.held: list[Any] = []
         """Batches of the current accumulation, for a joint loss."""
 
@@ -201,8 +203,9 @@ class TrunklineModule(EvaluatedModule):
         """Compare the network with the data before the first step.
 
         Raises:
-            TrunklineError: for sizes or a tokenizer that do not fit.
+            TrunklineError: for sizes or a tokenizer that do not fit, or a strategy that cannot be used.
         """
+        refuse_model_parallel(self.trainer.strategy)
         facts = facts_of(self.trainer)
         if stage == "fit":
             for given in self.unchecked:
@@ -266,6 +269,7 @@ class TrunklineModule(EvaluatedModule):
         None with `prog_bar`: Lightning would read it, and so wait for the device, in every step. `ProgressBar` reads
         the loss in logging steps.
         """
+        self.trained_loss = sum(mean.detach() if isinstance(mean, Tensor) else mean for _, mean in means)
         for term, mean in means:
             self.log(f"train/{term.name}", mean)
             for name, value in term.logs.items():

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
@@ -171,7 +171,7 @@ class Seq2Seq(TrunklineModule):
         super().setup(stage)
         if self.scores and TextFacts.read(facts_of(self.trainer), self.usual_data) is not None:
             strategy = self.trainer.strategy
-            if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+            if isinstance(strategy, FSDPStrategy):
                 raise TrunklineError(
                     f"scores of generated texts need all weights in each process, but {type(strategy).__name__} shards "
                     "them; set scores to []",

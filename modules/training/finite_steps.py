@@ -18,6 +18,9 @@ DIVERGED = (
     "Lower optimizer.lr, lengthen optimizer.warmup, set trainer.gradient_clip_val to 1, or with 16-mixed precision use "
     "bf16-mixed, or leave a few such steps out with optimizer.skip_nonfinite; then resume"
 )
+LEAST_SCALE = 1.0
+"""A gradient that overflows at this loss scale of 16-mixed would do so without one. DeepSpeed ends a run here, too;
+fairseq does at 1e-4, but it scales a sum over thousands of tokens, where the loss here is a mean."""
 MOST_ROWS = 100
 """Number of rows that a message names."""
 
@@ -47,8 +50,9 @@ class FiniteSteps:
     host learns of it at the next step. An optimiser that cannot is waited for, if steps may be left out; otherwise a
     bad step does reach the weights in memory, but no checkpoint, and the next step ends the run.
 
-    With 16-mixed precision gradients overflow while the right scale is looked for; `GradScaler` leaves such steps out.
-    There only the loss is looked at, and those steps are counted (`overflows`).
+    With 16-mixed precision gradients overflow while the right scale is looked for; `GradScaler` leaves such steps out,
+    and they are only counted (`overflows`). A step is bad if its loss is not finite, or if a gradient overflows
+    although the scale has fallen to `LEAST_SCALE`.
 
     Args:
         allowed: bad steps of a run that are left out; the one after them ends it.
@@ -113,12 +117,15 @@ class FiniteSteps:
         loss = norm if self.loss is None else self.loss
         step = Step(trainer.global_step, trainer.current_epoch, self.batches, self.rows, loss)
         self.forget()
-        scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-        bad = (loss if scales else norm).isfinite().logical_not().float()
-        if scales and trainer.world_size > 1:  # not every process sees another one's loss in its gradients
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        if scales:  # the norm is not finite if the scaler has found such a gradient in any process
-            overflowed = (1 - bad) * norm.isfinite().logical_not()
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scales = scaler is not None
+        bad = norm.isfinite().logical_not().float()
+        if scaler is not None:  # the norm is not finite if the scaler has found such a gradient in any process
+            overflowed, scale = bad, scaler.scale(torch.ones_like(bad))  # unlike get_scale, without waiting for it
+            bad = torch.maximum(loss.isfinite().logical_not().float(), overflowed * (scale <= LEAST_SCALE))
+            if trainer.world_size > 1:  # not every process sees another one's loss in its gradients
+                dist.all_reduce(bad, dist.ReduceOp.MAX)
+            overflowed = (1 - bad) * overflowed
             self.overflows = overflowed if self.overflows is None else self.overflows + overflowed
         able = scales or bool(optimizer.defaults.get("fused"))
         if self.host_may_wait(bad) or (self.allowed and not able):
@@ -172,6 +179,8 @@ class FiniteSteps:
         named = [row for rank, (_, rows) in enumerate(found) if rank in guilty or not guilty for row in rows]
         what = "the loss" if guilty else "a gradient"
         text = f"{what} is not finite by step {step.number} (epoch {step.epoch})"
+        if not guilty and getattr(trainer.precision_plugin, "scaler", None) is not None:
+            text += f" although the loss scale has fallen to {LEAST_SCALE:g}"
         numbers = ", ".join(map(str, step.batches))
         text += f", in batch {numbers} of the epoch"
         if guilty and trainer.world_size > 1:

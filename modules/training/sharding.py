@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -39,6 +40,17 @@ class WholeModule(nn.Module):
         return self.module(*inputs, **options)
 
 
+def trunks_of(module: nn.Module) -> list[Transformer]:
+    """The trunks of all networks in a module; one that they share, once."""
+    return [m for m in module.modules() if isinstance(m, Transformer)]
+
+
+def recompute_activations(module: nn.Module, recompute: bool) -> None:
+    """Let all trunks recompute their activations or not; the network's configuration stays as it was."""
+    for trunk in trunks_of(module):
+        trunk.config = replace(trunk.config, activation_checkpointing=recompute)
+
+
 def shard_module(module: nn.Module, mesh: DeviceMesh) -> WholeModule:
     """Shard each block of each trunk by itself, and all other parameters together.
 
@@ -62,7 +74,7 @@ def shard_module(module: nn.Module, mesh: DeviceMesh) -> WholeModule:
                 "train with trainer/ddp",
                 "trainer.strategy",
             )
-    trunks = [m for m in module.modules() if isinstance(m, Transformer)]
+    trunks = trunks_of(module)
     for trunk in trunks:
         for block in trunk.blocks:
             fully_shard(block, mesh=mesh)
@@ -91,12 +103,18 @@ class ShardedStrategy(DDPStrategy):
     Args:
         process_group_backend: such as gloo; None chooses by the device.
         timeout: after which a process that waits for others gives up.
+        activation_checkpointing: whether all trunks recompute the activations of their blocks in the backward pass, for
+            less memory and the same numbers; None leaves that to the network's own configuration, which is not changed.
     """
 
     def __init__(
-        self, process_group_backend: str | None = None, timeout: timedelta | None = timedelta(minutes=5)
+        self,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = timedelta(minutes=5),
+        activation_checkpointing: bool | None = None,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        self.activation_checkpointing = activation_checkpointing
         self.wholes: list[WholeModule] = []
         """The sharded module, and those of callbacks that average its weights."""
         self.mesh: DeviceMesh | None = None
@@ -121,6 +139,8 @@ class ShardedStrategy(DDPStrategy):
             for tensor in [*module.parameters(), *module.buffers()]:  # as DDP does
                 dist.broadcast(tensor.detach(), 0)
             self.mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+            if self.activation_checkpointing is not None:
+                recompute_activations(module, self.activation_checkpointing)
             self.wholes = [shard_module(module, self.mesh)]
         mesh = self.mesh
         assert mesh is not None
@@ -254,6 +274,20 @@ class ShardedStrategy(DDPStrategy):
         local = rows(*own_span(shape[0], self.global_rank, self.world_size)).to(self.root_device, copy=True)
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def refuse_model_parallel(strategy: Strategy) -> None:
+    """Refuse the strategy of Lightning that leaves the sharding to the module (see `ShardedStrategy`).
+
+    Raises:
+        TrunklineError: naming it.
+    """
+    if isinstance(strategy, ModelParallelStrategy):
+        raise TrunklineError(
+            f"{type(strategy).__name__} cannot be used: the networks do not shard themselves, and its checkpoints are "
+            "not read safely; train with trainer/fsdp, whose ShardedStrategy shards any network",
+            "trainer.strategy",
+        )
 
 
 def refuse_flattened(strategy: Strategy, config: OptimizerConfig) -> None:

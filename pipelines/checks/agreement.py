@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trunkline.modules.training.distributed import gather_rows, local_rows
 from trunkline.pipelines.checks.trial import Trial
-from trunkline.pipelines.checks.trial_process import TrialObserver
+from trunkline.pipelines.checks.trial_process import NO_LOSS, TrialObserver, trained_loss
 from trunkline.pipelines.checks.trials import Workbench
 
 TOLERANCE = 1e-5
@@ -43,8 +43,7 @@ class StepObserver(TrialObserver):
         }
 
     def after_step(self, trainer: L.Trainer, module: L.LightningModule, rows: list[Any]) -> None:
-        loss = trainer.callback_metrics.get("train/loss")
-        self.result |= {"rows": rows, "loss": None if loss is None else float(loss), "gradients": {}}
+        self.result |= {"rows": rows, "loss": trained_loss(module), "gradients": {}}
         for name, p in module.named_parameters():
             if p.requires_grad:
                 whole = None if p.grad is None else gather_rows(local_rows(p.grad), like=p.grad)
@@ -63,8 +62,8 @@ class Agreement(NamedTuple):
     """How far a step agrees with that of one process."""
 
     same_rows: bool
-    loss: float
-    """Relative difference."""
+    loss: float | None
+    """Relative difference; None if there was no loss to compare."""
     gradient: float
     """Largest relative difference of a parameter's gradient."""
     worst: str
@@ -73,7 +72,7 @@ class Agreement(NamedTuple):
     @property
     def passed(self) -> bool:
         """Whether nothing differs by more than `TOLERANCE`; a difference that is no number does."""
-        return self.same_rows and self.loss <= TOLERANCE and self.gradient <= TOLERANCE
+        return self.same_rows and self.loss is not None and self.loss <= TOLERANCE and self.gradient <= TOLERANCE
 
 
 def step_trial(processes: int = 1, parts: int = 1) -> Trial:
@@ -93,7 +92,7 @@ def compare_steps(alone: Mapping[str, Any], others: list[Mapping[str, Any]]) -> 
     """
     rows = sorted(row for other in others for row in other["rows"])
     losses = [other["loss"] for other in others]
-    loss = 0.0
+    loss = None
     if alone["loss"] is not None and None not in losses:
         loss = abs(sum(losses) / len(losses) - alone["loss"]) / max(abs(alone["loss"]), 1e-8)
     gradients, found = alone["gradients"], others[0]["gradients"]
@@ -118,6 +117,8 @@ def explain_difference(found: Agreement, kind: str, alone: Mapping[str, Any]) ->
             "(seed, epoch) and be shared by the processes; use the loaders of TrunklineDataModule, or their "
             "ResumableBatchSampler"
         )
+    if found.loss is None:
+        return f"{kind}: {NO_LOSS}"
     unused = [name for name, gradient in alone["gradients"].items() if gradient is None]
     if unused and "processes" in kind:
         return (

@@ -15,7 +15,7 @@ from rich.table import Table
 from trunkline import TrunklineError
 from trunkline.pipelines.checks.agreement import TOLERANCE, explain_difference, run_agreement, step_trial
 from trunkline.pipelines.checks.estimates import cost_trial, estimate_rows
-from trunkline.pipelines.checks.overfit import explain_standstill, learnt, overfit_trial
+from trunkline.pipelines.checks.overfit import explain_standstill, learnt, overfit_figures, overfit_trial
 from trunkline.pipelines.checks.parameters import parameter_faults, parameter_figures
 from trunkline.pipelines.checks.resume import END, KILLED, explain_resume, run_resume
 from trunkline.pipelines.checks.trials import TrialFailed, Workbench
@@ -153,7 +153,8 @@ def check_agreement(bench: Workbench, alone: Mapping[str, Any], processes: int) 
     """One process, accumulated gradients and several processes: the same loss and gradients."""
     rows = []
     for kind, found in run_agreement(bench, alone, processes).items():
-        figures = f"loss {found.loss:.1e}, gradients {found.gradient:.1e} apart (at most {TOLERANCE:.0e})"
+        loss = "not compared" if found.loss is None else f"{found.loss:.1e}"
+        figures = f"loss {loss}, gradients {found.gradient:.1e} apart (at most {TOLERANCE:.0e})"
         advice = "" if found.passed else explain_difference(found, kind, alone)
         rows.append(Finding("agreement", f"{kind} as one process", found.passed, figures, advice))
     return rows
@@ -169,10 +170,10 @@ def check_parameters(bench: Workbench, alone: Mapping[str, Any], processes: int)
 def check_overfit(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Finding]:
     """One batch, again and again."""
     (found,) = bench.run(overfit_trial())
-    figures = f"loss {found['first']:.4g} to {found['last']:.4g} in {found['steps']} steps"
     passed = learnt(found["first"], found["last"])
     advice = "" if passed else explain_standstill(found)
-    return [Finding("overfit", f"{found['rows']} rows can be learnt by heart", passed, figures, advice)]
+    what = f"the loss of {found['rows']} rows falls"
+    return [Finding("overfit", what, passed, overfit_figures(found), advice)]
 
 
 def check_resume(bench: Workbench, alone: Mapping[str, Any], processes: int) -> list[Finding]:

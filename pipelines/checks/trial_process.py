@@ -54,6 +54,10 @@ NO_VALIDATION = {
 """More of them, for a trial without the recipe's callbacks."""
 WARMUP_STEPS = 10
 """Of a trial that repeats one batch."""
+NO_LOSS = (
+    "the loss was not compared, because no step told it: leave `training_step` to TrunklineModule, and let `loss` "
+    "return Loss(total, count) or a list of such terms"
+)
 
 
 class TrialObserver(Callback):
@@ -80,6 +84,12 @@ class TrialObserver(Callback):
         while parent is not None and parent.is_alive():
             time.sleep(0.1)
         os._exit(1)  # nobody is left who would kill it
+
+
+def trained_loss(module: L.LightningModule) -> float | None:
+    """The loss that this process trained in the last step, of all terms whatever their names; None if not known."""
+    loss = getattr(module, "trained_loss", None)
+    return None if loss is None else float(loss)
 
 
 def row_numbers(batch: Any) -> list[Any]:

@@ -23,6 +23,39 @@ class SumOfSums(CloudClassifier):
         return Loss(F.cross_entropy(self.network(batch["points"]), batch["label"], reduction="sum"), 1)
 
 
+class Shifted(CloudClassifier):
+    """Each batch adds a number to the loss, which has another name than usual; the gradients do not know of it."""
+
+    def loss(self, batch: dict[str, Tensor]) -> Loss:
+        found = super().loss(batch)
+        return Loss(found.total + 1.0, found.count, name="cloud")
+
+
+class Terms(CloudClassifier):
+    """The loss has a second term, the number of points."""
+
+    joint = True
+
+    def loss(self, batch: dict[str, Tensor]) -> list[Loss]:  # type: ignore[override]
+        return [super().loss(batch), Loss(batch["points"].square().sum(), len(batch["label"]), name="size")]
+
+
+class ShiftedTerm(Terms):
+    """Each batch adds a number to the second term."""
+
+    def loss(self, batch: dict[str, Tensor]) -> list[Loss]:  # type: ignore[override]
+        first, second = super().loss(batch)
+        return [first, Loss(second.total + 1.0, second.count, name=second.name)]
+
+
+class Untold(CloudClassifier):
+    """It has a training step of its own, which tells nobody its terms."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        found = self.loss(batch)
+        return found.total / found.count
+
+
 class Unused(CloudClassifier):
     """With a layer that the loss does not use, and one whose output is multiplied by zero."""
 

@@ -147,6 +147,19 @@ class Save(Callback):
             trainer.save_checkpoint(self.path)
 
 
+class BlockCalls(Callback):
+    """Counts how often the last block is computed in training; again in each step if activations are recomputed."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.network.backbone.blocks[-1].register_forward_pre_hook(self.add)
+
+    def add(self, block: torch.nn.Module, *_: Any) -> None:
+        self.count += block.training
+
+
 class Draw(Callback):
     """Runs the network in the first process alone, as those callbacks do that draw pictures."""
 
@@ -172,10 +185,12 @@ def train(
     module = MODULES[kind]()
     folder = folder / f"{kind}-{strategy}"
     callbacks: list[Callback] = [Throughput()]
+    calls = BlockCalls()
     if kind == "vit":
-        callbacks += [Draw(), EMAWeightAveraging(decay=0.9)]
+        callbacks += [calls, Draw(), EMAWeightAveraging(decay=0.9)]
     if save:
         callbacks.append(Save(folder / "middle.ckpt", MIDDLE))
+    recompute = True if kind == "vit" else None
     plugins: list[Any] = [BackgroundCheckpointIO() if strategy == "sharded" else SafeCheckpointIO()]
     if kind == "16-mixed":
         plugins.append(half(SCALE))
@@ -183,7 +198,7 @@ def train(
     fitted = tiny.trainer(
         folder,
         devices=devices,
-        strategy=ShardedStrategy() if strategy == "sharded" else strategy,
+        strategy=ShardedStrategy(activation_checkpointing=recompute) if strategy == "sharded" else strategy,
         plugins=plugins,
         max_epochs=1,
         val_check_interval=5,
@@ -203,7 +218,8 @@ def train(
     save_and_wait(fitted, folder / "last.ckpt")
     logged = {name: float(value) for name, value in fitted.callback_metrics.items()}
     scaler = getattr(fitted.precision_plugin, "scaler", None)
-    return {"steps": fitted.global_step, "logged": logged, "scale": scaler and scaler.get_scale()}
+    scale = scaler and scaler.get_scale()
+    return {"steps": fitted.global_step, "logged": logged, "scale": scale, "calls": calls.count}
 
 
 def in_processes(work: Callable[..., None], *arguments: Any, processes: int = PROCESSES) -> None:

@@ -1,17 +1,25 @@
 """Training in each precision: what is scaled for float16 is unscaled before it is clipped, logged and used."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import tiny
 import torch
-from sharded_runs import half
+from lightning.pytorch.callbacks import Callback
+from sharded_runs import half, in_processes
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from trunkline import TrunklineError
+from trunkline.contract import Loss
+from trunkline.files import load_checkpoint
 from trunkline.modules.objectives.image_classifier import ImageClassifier
+from trunkline.modules.training.checkpoints import SafeCheckpointIO
+from trunkline.modules.training.finite_steps import FiniteSteps
 from trunkline.modules.training.optim import OptimizerConfig
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -75,6 +83,97 @@ def test_the_count_of_left_out_steps_is_resumed(tmp_path: Path) -> None:
     assert overflowing.scaler is not None
     more_halved = math.log2(plugin.scaler.get_scale()) - math.log2(overflowing.scaler.get_scale())
     assert more.callback_metrics["train/skipped_steps"] == halved + more_halved
+
+
+class Overflowing(ImageClassifier):
+    """Its gradients are infinite from the second step on, whatever the scale."""
+
+    def loss(self, batch: Any) -> Any:
+        found: Any = super().loss(batch)
+        if int(batch["index"][0]) > 0:
+            logits = self.network(batch["image"])
+            logits.register_hook(lambda gradient: gradient * torch.inf)
+            return Loss(found.total + logits.sum() * 1e-3, found.count)
+        return found
+
+
+def overflow(folder: Path, allowed: int = 0, count: int = 8, **options: Any) -> tuple[Overflowing, Any]:
+    """Fit with a loss scale of 8; batch n has the rows 10 n to 10 n + 3."""
+    torch.manual_seed(0)
+    config = OptimizerConfig(lr=0.01, schedule="constant", warmup=0, skip_nonfinite=allowed)
+    model, plugin = Overflowing(tiny.vit(), optimizer=config), half(8.0)
+    data = [{**batch, "index": torch.arange(4) + 10 * n} for n, batch in enumerate(tiny.batches(count))]
+    save = SaveEach(folder)
+    try:
+        tiny.fit(model, folder, data, plugins=[plugin, SafeCheckpointIO()], callbacks=[save], **options)
+    except TrunklineError as error:
+        return model, error
+    return model, plugin.scaler
+
+
+class SaveEach(Callback):
+    """Saves each step and the end of training."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+def test_overflows_that_no_scale_mends_end_the_run(late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of 8, 4 and 2 are tried in steps 1 to 3; at 1 the step is bad, and saving after it is refused."""
+    monkeypatch.setattr(FiniteSteps, "host_may_wait", lambda self, result: not late)
+    model, error = overflow(tmp_path)
+    assert isinstance(error, TrunklineError)
+    assert re.match(
+        r"a gradient is not finite by step 4 \(epoch 0\) although the loss scale has fallen to 1, in batch 4 of the "
+        r"epoch, which has the rows 40, 41, 42, 43; the last checkpoint was saved before that\. Lower optimizer\.lr",
+        str(error),
+    )
+    assert error.field == "model.optimizer.skip_nonfinite"
+    assert model.finite_steps.overflows == 3
+    assert sorted(file.name for file in tmp_path.glob("*.ckpt")) == ["1.ckpt", "2.ckpt", "3.ckpt", "4.ckpt"]
+    last = load_checkpoint(tmp_path / "4.ckpt")
+    assert last["MixedPrecision"]["scale"] == 1.0
+    saved = {name.removeprefix("network."): value for name, value in last["state_dict"].items()}
+    for weights in (load_checkpoint(tmp_path / "1.ckpt")["state_dict"], model.state_dict()):
+        assert all(torch.equal(saved[name.removeprefix("network.")], value) for name, value in weights.items())
+
+
+def test_a_run_that_ends_with_its_overflow_saves_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator the host learns of the last step when it saves the end."""
+    monkeypatch.setattr(FiniteSteps, "host_may_wait", lambda self, result: False)
+    _, error = overflow(tmp_path, count=5)
+    assert "by step 4 (epoch 0) although the loss scale" in str(error)
+    assert not (tmp_path / "5.ckpt").exists()
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_such_steps_can_be_left_out(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="although the loss scale has fallen to 1, .*; left out, as 2 of at most 2"):
+        model, scaler = overflow(tmp_path, allowed=2, count=6)
+    assert (model.finite_steps.skipped, model.finite_steps.overflows) == (2, 3)
+    assert scaler.get_scale() == 0.25
+
+
+def overflow_in_one(rank: int, folder: Path) -> None:
+    """Overflows that come from the second process alone."""
+    if rank == 0:
+        Overflowing.loss = ImageClassifier.loss  # type: ignore[method-assign]
+    _, error = overflow(folder / str(rank), devices=2, strategy="ddp")
+    (folder / f"{rank}.txt").write_text(str(error))
+
+
+def test_all_processes_end_with_overflows_of_one(tmp_path: Path) -> None:
+    in_processes(overflow_in_one, tmp_path)
+    texts = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert texts[0] == texts[1]
+    assert "a gradient is not finite by step 4 (epoch 0) although the loss scale has fallen to 1" in texts[0]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

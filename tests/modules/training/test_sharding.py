@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+import yaml
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from recorded_run import Run
 from sharded_runs import MODULES, SCALE, in_processes, train
 from sharded_runs import optimizer as optimizer_config
@@ -17,7 +19,13 @@ from trunkline.files import load_checkpoint
 from trunkline.modules import chunked_cross_entropy
 from trunkline.modules.networks import GPT, ViT
 from trunkline.modules.networks.base import Network
-from trunkline.modules.training.sharding import refuse_flattened, shard_module
+from trunkline.modules.training.sharding import (
+    ShardedStrategy,
+    recompute_activations,
+    refuse_flattened,
+    shard_module,
+    trunks_of,
+)
 from trunkline.pipelines.cli import main
 
 FAST = ("gpt", "vit")
@@ -83,6 +91,37 @@ def test_20_steps_are_those_of_ddp(kind: str, runs: Path) -> None:
     assert ("averaging_state" in content) == (kind == "vit")
     start = MODULES[kind]().state_dict()
     assert max((start[name] - x).abs().max() for name, x in content["state_dict"].items() if x.numel() > 1) > 1e-2
+
+
+def test_activations_are_recomputed_without_a_trace(runs: Path) -> None:
+    """Each block is computed twice in each step of the sharded ViT; its configuration is saved as it was."""
+    for rank in range(2):
+        found = torch.load(runs / f"{rank}.pt")
+        assert (found["vit", "ddp"]["calls"], found["vit", "sharded"]["calls"]) == (20, 40)
+    sharded, whole = (load_checkpoint(runs / f"vit-{strategy}/last.ckpt") for strategy in ("sharded", "ddp"))
+    assert sharded["hyper_parameters"] == whole["hyper_parameters"]
+    assert sharded["hyper_parameters"]["network"]["backbone"]["activation_checkpointing"] is False
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_all_trunks_recompute(recompute: bool) -> None:
+    """Also the network's configuration is not changed, which is saved with its weights."""
+    module = MODULES["seq2seq"]()
+    configs = [module.network.config.encoder, module.network.config.decoder]
+    recompute_activations(module, recompute)
+    assert [trunk.config.activation_checkpointing for trunk in trunks_of(module)] == [recompute] * 2
+    assert configs == [module.network.config.encoder, module.network.config.decoder]
+    assert all(config.activation_checkpointing for config in configs)
+
+
+def test_the_flag_of_the_machine_file(capsys: pytest.CaptureFixture[str]) -> None:
+    flag = ["--trainer.strategy.activation_checkpointing", "true"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "vit/digits", "--config", "trainer/fsdp", *flag, "--print_config"])
+    strategy = yaml.safe_load(capsys.readouterr().out)["trainer"]["strategy"]
+    assert strategy["class_path"].endswith("ShardedStrategy")
+    assert strategy["init_args"]["activation_checkpointing"] is True
+    assert strategy["init_args"]["timeout"] == "0:05:00"
 
 
 def test_resume_is_exact(runs: Path) -> None:
@@ -210,6 +249,18 @@ def test_optimisers_of_whole_matrices_are_refused_where_weights_are_flattened() 
             assert error.value.field == "trainer.strategy"
         refuse_flattened(made, optimizer_config())
     refuse_flattened(DDPStrategy(), optimizer_config("muon"))
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_lightnings_own_sharding_is_refused(stage: str, tmp_path: Path) -> None:
+    module = MODULES["vit"]()
+    module.trainer = tiny.trainer(tmp_path, strategy=ModelParallelStrategy(), devices=2)
+    message = "^ModelParallelStrategy cannot be used: .*; train with trainer/fsdp, whose ShardedStrategy shards any"
+    with pytest.raises(TrunklineError, match=message) as error:
+        module.setup(stage)
+    assert error.value.field == "trainer.strategy"
+    module.trainer = tiny.trainer(tmp_path, strategy=ShardedStrategy(), devices=2)
+    module.setup(stage)
 
 
 def test_a_parameter_without_dimension_is_refused() -> None:

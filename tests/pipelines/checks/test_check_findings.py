@@ -1,6 +1,7 @@
 """What each check of `trunkline check` finds: on numbers made up here, and in trials of tasks with one fault each."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from faulty_tasks import own_config
 from torch import Tensor
 
 from trunkline.pipelines.checks.agreement import Agreement, compare_steps, explain_difference, step_trial
+from trunkline.pipelines.checks.check import Finding, check_agreement, check_overfit
 from trunkline.pipelines.checks.estimates import bytes_of, cost_trial, estimate_rows
 from trunkline.pipelines.checks.overfit import explain_standstill, learnt, overfit_trial
 from trunkline.pipelines.checks.parameters import parameter_faults, parameter_figures
@@ -109,6 +111,50 @@ def test_a_loss_without_its_count_is_found(tmp_path: Path) -> None:
     )
 
 
+def agreement_of(model: str, folder: Path) -> Finding:
+    """The row of one process and two accumulated parts."""
+    (row,) = check_agreement(InProcess(folder, model), result_of(step_trial(), folder, model), 1)
+    return row
+
+
+class InProcess:
+    """Stands for a `Workbench`: runs trials of one process in this one."""
+
+    def __init__(self, folder: Path, model: str, **changed: Any) -> None:
+        self.folder, self.model, self.changed = folder, model, changed
+
+    def run(self, trial: Trial) -> list[Any]:
+        return [result_of(replace(trial, **self.changed), self.folder, self.model)]
+
+
+@pytest.mark.parametrize("model", ["Shifted", "ShiftedTerm"])
+def test_a_loss_is_compared_whatever_its_name(model: str, tmp_path: Path) -> None:
+    """Its gradients are right."""
+    row = agreement_of(f"faulty_tasks.{model}", tmp_path)
+    assert row.passed is False
+    apart = re.fullmatch(r"loss (\S+), gradients (\S+) apart \(at most 1e-05\)", row.figures)
+    assert apart is not None
+    assert float(apart[1]) > 1e-3
+    assert float(apart[2]) < 1e-5
+    assert f"2 accumulated parts: the loss differs by {apart[1]}" in row.advice
+
+
+def test_the_loss_is_the_sum_of_all_terms(tmp_path: Path) -> None:
+    alone, terms = (result_of(step_trial(), tmp_path, m) for m in ("own_task.CloudClassifier", "faulty_tasks.Terms"))
+    assert terms["loss"] > alone["loss"] + 1e-2
+    assert agreement_of("faulty_tasks.Terms", tmp_path).passed
+
+
+def test_a_loss_that_nobody_tells_is_not_compared(tmp_path: Path) -> None:
+    row = agreement_of("faulty_tasks.Untold", tmp_path)
+    assert row.passed is False
+    assert row.figures.startswith("loss not compared, gradients ")
+    assert "leave `training_step` to TrunklineModule" in row.advice
+    (row,) = check_overfit(InProcess(tmp_path, "faulty_tasks.Untold", steps=2), {}, 1)
+    assert (row.passed, row.figures) == (False, "loss not compared in 2 steps")
+    assert "leave `training_step` to TrunklineModule" in row.advice
+
+
 # --- parameters
 
 
@@ -156,6 +202,40 @@ def test_a_network_that_sees_nothing_is_found(tmp_path: Path) -> None:
     assert not learnt(found["first"], found["last"])
     assert "the loss of one batch of 16 rows went from 1.1" in explain_standstill(found)
     assert "optimizer.lr" in explain_standstill(found)
+
+
+class Told:
+    """Stands for a `Workbench` whose trial found this."""
+
+    def __init__(self, **result: Any) -> None:
+        self.result = {"rows": 16, "steps": 41, **result}
+
+    def run(self, trial: Trial) -> list[Any]:
+        return [self.result]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "figures"),
+    [
+        (7.66, 1.848, "by 76% (at least 75% expected), 7.66 to 1.848 in 41 steps"),
+        (2.0, 3.0, "by -50% (at least 75% expected), 2 to 3 in 41 steps"),
+        (-2.0, -3.5, "by 75% (at least 75% expected), -2 to -3.5 in 41 steps"),
+        (0.2, 0.0499, "by 75% (at least 75% expected), 0.2 to 0.0499 in 41 steps"),
+        (0.04, 0.03, "by 25% to below 0.05, 0.04 to 0.03 in 41 steps"),
+        (0.0, 0.0, "by 0% to below 0.05, 0 to 0 in 41 steps"),
+    ],
+)
+def test_the_table_says_what_was_measured(first: float, last: float, figures: str) -> None:
+    """Not that the rows are known by heart, which a fall of the loss by 75% does not show."""
+    (row,) = check_overfit(Told(first=first, last=last), {}, 1)
+    assert (row.what, row.figures) == ("the loss of 16 rows falls", figures)
+    assert row.passed == (last != 3.0)
+    assert ("should fall by 75%" in row.advice) == (not row.passed)
+
+
+def test_a_loss_of_another_name_is_learnt(tmp_path: Path) -> None:
+    found = result_of(replace(overfit_trial(), steps=30), tmp_path, "faulty_tasks.Shifted")
+    assert found["last"] < found["first"]
 
 
 # --- resume
