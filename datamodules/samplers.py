@@ -237,7 +237,7 @@ class ResumableLoader(DataLoader[Any]):
 def hear_torch_out() -> None:
     """Let torch say now that a worker was lost: the signal of its end would interrupt the saving of the last step."""
     until = time.monotonic() + WORKER_ENDS_WITHIN
-    with suppress(RuntimeError):  # raised once for all workers
+    with suppress(RuntimeError):  # raised once for all workers of a loader
         while time.monotonic() < until:
             _error_if_any_worker_fails()
             time.sleep(0.01)

@@ -80,10 +80,12 @@ def averaged_modules(trainer: L.Trainer) -> list[torch.nn.Module]:
 def end_data_workers(trainer: L.Trainer) -> None:
     """End the workers of a run that has failed or was stopped.
 
-    In a validation Lightning would end those of the validation only. The others would outlive the run by seconds, and
-    their end would replace its exit code.
+    In a validation Lightning would end those of the validation only, and none if it is interrupted: torch raises the
+    loss of a worker anywhere. The others would outlive the run by seconds, and their end would replace its exit code.
     """
-    trainer.fit_loop.teardown()
+    for loader in (trainer.fit_loop._combined_loader, trainer.fit_loop.epoch_loop.val_loop._combined_loader):
+        if loader is not None:
+            loader.reset()
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:

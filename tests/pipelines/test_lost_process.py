@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from recorded_run import Run, go_on, halt_at, kill_sessions, members, wait_until_halted
+from recorded_run import Run, go_on, halt_at, kill_sessions, members, wait_until_gone, wait_until_halted
 from tiny import trainer
 
 from trunkline.modules.training.exact_resume import LONGEST_WAIT, limit_waiting
@@ -36,100 +38,125 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def recipe(folder: Path, seconds: int | None = None) -> list[str]:
-    """A run of two processes that wait for each other at most so long."""
+GONE_WITHIN = 10.0
+"""Seconds to the end of all processes, from the loss of one, or from when the others have waited long enough for it."""
+
+
+def recipe(folder: Path, seconds: int | None = None, brief: float | None = None) -> list[str]:
+    """A run of two processes that wait for each other so many seconds at most, `brief` only once training has begun."""
     strategy: Any = "ddp"
     if seconds is not None:
         strategy = {"class_path": "lightning.pytorch.strategies.DDPStrategy"}
         strategy["init_args"] = {"timeout": f"0:00:{seconds:02}"}
-    recorder = {"class_path": "recorded_run.Recorder", "init_args": {"folder": str(folder)}}
-    trainer = {**RECIPE["trainer"], "strategy": strategy, "callbacks+": [recorder]}
+    callbacks = [{"class_path": "recorded_run.Recorder", "init_args": {"folder": str(folder)}}]
+    if brief is not None:
+        callbacks.append({"class_path": "recorded_run.BriefWait", "init_args": {"seconds": brief}})
+    trainer = {**RECIPE["trainer"], "strategy": strategy, "callbacks+": callbacks}
     (folder / "tiny.yaml").write_text(yaml.safe_dump({**RECIPE, "trainer": trainer}))
     return ["fit", "--config", str(folder / "tiny.yaml")]
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_killed_process_ends_the_other(rank: int, tmp_path: Path) -> None:
-    halt_at(tmp_path, "batch start", 3, [0, 1])
-    run = Run(recipe(tmp_path), tmp_path, 2)
+@contextmanager
+def halted(arguments: list[str], folder: Path, processes: int = 2) -> Iterator[Run]:
+    """A run that has halted in a step, until `go_on`."""
+    ranks = list(range(processes))
+    halt_at(folder, "batch start", 3, ranks)
+    run = Run(arguments, folder, processes)
     try:
-        assert wait_until_halted(tmp_path, [0, 1], run.alive), run.output()
-        os.kill(run.processes[rank].pid or 0, signal.SIGKILL)
-        go_on(tmp_path)
-        other = run.processes[1 - rank]
-        other.join(60)
-        assert other.exitcode == TRY_AGAIN, run.output()
-        assert "error: another process of this run has ended" in run.output()
+        assert wait_until_halted(folder, ranks, run.alive), run.output()
+        yield run
     finally:
         run.kill()
 
 
-@pytest.mark.slow
-def test_a_killed_data_worker_ends_all_processes(tmp_path: Path) -> None:
-    halt_at(tmp_path, "batch start", 3, [0, 1])
-    run = Run([*recipe(tmp_path), "--data.num_workers", "1"], tmp_path, 2)
-    try:
-        assert wait_until_halted(tmp_path, [0, 1], run.alive), run.output()
-        workers = set(members(run.processes[1].pid or 0)) - {run.processes[1].pid}
+def time_of_end(pids: list[int], number: int, folder: Path, sessions: list[int], seconds: float = 0.0) -> float:
+    """Send a signal to some processes of a halted run, and let it go on: seconds until nothing is left of the sessions.
+
+    The others may wait `seconds` for those that got the signal.
+    """
+    start = time.monotonic()
+    for pid in pids:
+        os.kill(pid, number)
+    go_on(folder)
+    gone = wait_until_gone(sessions, start + seconds + GONE_WITHIN)
+    assert gone, "\n".join(file.read_text() for file in folder.glob("*log"))
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_other(rank: int, tmp_path: Path) -> None:
+    with halted(recipe(tmp_path), tmp_path) as run:
+        time_of_end([run.sessions[rank]], signal.SIGKILL, tmp_path, run.sessions)
+        assert run.wait()[1 - rank] == TRY_AGAIN, run.output()
+        assert "error: another process of this run has ended" in run.output()
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_stopped_process_ends_the_other(rank: int, tmp_path: Path) -> None:
+    """Which then ends the stopped one or leaves that to the launcher, as the tests below have it."""
+    seconds = 3.0
+    with halted(recipe(tmp_path, brief=seconds), tmp_path) as run:
+        other = run.sessions[1 - rank]
+        assert time_of_end([run.sessions[rank]], signal.SIGSTOP, tmp_path, [other], seconds) > seconds / 2
+        run.processes[1 - rank].join()
+        assert run.processes[1 - rank].exitcode == TRY_AGAIN, run.output()
+        assert "error: another process of this run has ended" in run.output()
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_data_worker_ends_all_processes(processes: int, tmp_path: Path) -> None:
+    strategy = "ddp" if processes > 1 else "auto"
+    flags = f"--data.num_workers 1 --trainer.devices {processes} --trainer.strategy {strategy}"
+    with halted([*recipe(tmp_path), *flags.split()], tmp_path, processes) as run:
+        last = run.sessions[-1]
+        workers = set(members(last)) - {last}
         assert workers
-        for worker in workers:
-            os.kill(worker, signal.SIGKILL)
-        go_on(tmp_path)
-        for process in run.processes:
-            process.join(60)
-        assert [process.exitcode for process in run.processes] == [TRY_AGAIN, 2], run.output()
+        time_of_end(list(workers), signal.SIGKILL, tmp_path, run.sessions)
+        assert run.wait() == [*[TRY_AGAIN] * (processes - 1), 2], run.output()
         text = " ".join(run.output().split())
         assert "error: a process that loads data was killed" in text
-        assert "error: another process of this run has ended" in text
+        assert ("error: another process of this run has ended" in text) == (processes > 1)
         assert "Traceback" not in text
-    finally:
-        run.kill()
 
 
-def started_by_lightning(folder: Path, seconds: int | None) -> tuple[subprocess.Popen[bytes], list[int]]:
-    """A run whose second process Lightning starts, halted in a step; the ids of both."""
+def launch(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    """A command that starts two processes of a run, which have halted in a step."""
     halt_at(folder, "batch start", 3, [0, 1])
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [str(Path(sys.executable).with_name("trunkline")), *recipe(folder, seconds)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, env=environ, stdout=log, stderr=log, start_new_session=True)
     assert wait_until_halted(folder, [0, 1], lambda: process.poll() is None), (folder / "log").read_text()
-    return process, sorted(members(process.pid), key=lambda pid: pid != process.pid)
+    return process
+
+
+TRUNKLINE = str(Path(sys.executable).with_name("trunkline"))
+WAIT = 40
+"""Seconds that processes wait for a stopped one, within which both must also have started."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_of_processes_that_lightning_starts_none_is_left(rank: int, number: int, tmp_path: Path) -> None:
-    seconds = 40  # within which both must also have started
-    process, pids = started_by_lightning(tmp_path, seconds if number == signal.SIGSTOP else None)
+    seconds = WAIT if number == signal.SIGSTOP else None
+    process = launch([TRUNKLINE, *recipe(tmp_path, seconds)], tmp_path)
     try:
+        pids = sorted(members(process.pid), key=lambda pid: pid != process.pid)
         assert len(pids) == 2
-        os.kill(pids[rank], number)
-        start = time.monotonic()
-        go_on(tmp_path)
-        limit = 10 + (seconds if number == signal.SIGSTOP else 0)
-        while process.poll() is None or members(process.pid):
-            assert time.monotonic() - start < limit, (tmp_path / "log").read_text()
-            time.sleep(0.05)
-        assert process.returncode != 0
+        time_of_end([pids[rank]], number, tmp_path, [process.pid], seconds or 0)
+        assert process.wait() != 0
     finally:
         kill_sessions([process.pid])
         process.wait()
 
 
-def started_by_torchrun(folder: Path, seconds: int) -> tuple[subprocess.Popen[bytes], dict[int, int]]:
+def started_by_torchrun(folder: Path, seconds: int | None) -> tuple[subprocess.Popen[bytes], dict[int, int]]:
     """A run of two processes that torchrun starts, halted in a step, and the id of each rank."""
-    halt_at(folder, "batch start", 3, [0, 1])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    command = [*launcher, "--no-python", str(Path(sys.executable).with_name("trunkline")), *recipe(folder, seconds)]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environ, stdout=log, stderr=log, start_new_session=True)
-    assert wait_until_halted(folder, [0, 1], lambda: process.poll() is None), (folder / "log").read_text()
+    process = launch([*launcher, "--no-python", TRUNKLINE, *recipe(folder, seconds)], folder)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     environs = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
     return process, {int(b"RANK=1" in environ): pid for pid, environ in environs.items()}
@@ -137,18 +164,17 @@ def started_by_torchrun(folder: Path, seconds: int) -> tuple[subprocess.Popen[by
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_process_of_torchrun(rank: int, tmp_path: Path) -> None:
-    """The launcher itself would wait for another half a minute."""
-    seconds = 40  # within which both must also have started
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_of_processes_that_torchrun_starts_none_is_left(rank: int, number: int, tmp_path: Path) -> None:
+    """The launcher itself would wait for another half a minute for a stopped one."""
+    seconds = WAIT if number == signal.SIGSTOP else None
     process, pids = started_by_torchrun(tmp_path, seconds)
     try:
-        os.kill(pids[rank], signal.SIGSTOP)
-        start = time.monotonic()
-        go_on(tmp_path)
-        assert process.wait(seconds + 10) != 0
-        assert time.monotonic() - start > seconds / 2
-        assert not any(map(members, pids.values()))
-        assert "error: another process of this run has ended" in (tmp_path / "log").read_text()
+        took = time_of_end([pids[rank]], number, tmp_path, [process.pid, *pids.values()], seconds or 0)
+        assert process.wait() != 0
+        assert took > (seconds or 0) / 2
+        if seconds:  # otherwise torchrun may end it before it has said so
+            assert "error: another process of this run has ended" in (tmp_path / "log").read_text()
     finally:
         kill_sessions([process.pid, *pids.values()])
         process.wait()

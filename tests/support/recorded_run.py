@@ -10,11 +10,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import machine_settings
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, Dataset
 
@@ -145,6 +147,20 @@ class Recorder(Callback):
         self.write(trainer, "epoch", {"ended": trainer.current_epoch})
 
 
+class BriefWait(Callback):
+    """Gives up on another process after some seconds once training has begun; processes may still start slowly.
+
+    Args:
+        seconds: instead of the `timeout` of the strategy.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.seconds))  # `set_timeout` from torch 2.14 on
+
+
 class Poison(Callback):
     """Makes the images of a batch infinite.
 
@@ -216,16 +232,19 @@ class Run:
         self.kill()
         return codes
 
+    @property
+    def sessions(self) -> list[int]:
+        """One for each process, with its number; also what the process starts is in it."""
+        return [process.pid for process in self.processes if process.pid is not None]
+
     def signal(self, number: int) -> None:
         """Send a signal to all processes, as a terminal does, including those that load data."""
-        for process in self.processes:
-            assert process.pid is not None
-            os.killpg(process.pid, number)
+        for session in self.sessions:
+            os.killpg(session, number)
 
     def kill(self) -> None:
         """Kill all processes that are still running, and wait until they are gone."""
-        sessions = [process.pid for process in self.processes if process.pid is not None]
-        kill_sessions(sessions)
+        kill_sessions(self.sessions)
         for process in self.processes:
             process.join()
 
@@ -255,6 +274,15 @@ def run_command(arguments: list[str], folder: Path, log: Path, environ: dict[str
     from trunkline.pipelines.cli import main
 
     main()
+
+
+def wait_until_gone(sessions: list[int], until: float) -> bool:
+    """Wait for the end of every process of these sessions, no longer than `until` (of `time.monotonic`); True if so."""
+    while any(map(members, sessions)):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def kill_sessions(sessions: list[int]) -> None:

@@ -4,6 +4,7 @@ used nowhere else.
 
 import ast
 from collections.abc import Iterator
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from trunkline.modules.training import exact_resume
 from trunkline.modules.training.exact_resume import (
@@ -22,6 +24,7 @@ from trunkline.modules.training.exact_resume import (
     compute_dtype,
     correct_step_count,
     drop_half_done_validation,
+    end_data_workers,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -63,6 +66,27 @@ def fit(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
     loaders = [DataLoader(data, batch_size=None) for data in (rows, rows[:1])]  # type: ignore[arg-type]
     fitted.fit(tiny.classifier(), *loaders)
     return fitted
+
+
+def test_data_workers_are_ended_where_lightning_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by torch, which says in the midst of it that it has lost one of them."""
+    shut_down, errors = _MultiProcessingDataLoaderIter._shutdown_workers, [RuntimeError("a worker is killed")]
+
+    def interrupted(workers: Any) -> None:
+        if errors:
+            raise errors.pop()
+        shut_down(workers)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_shutdown_workers", interrupted)
+    fitted, before = tiny.trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0), set(active_children())
+    options: Any = {"batch_size": None, "num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+    with pytest.raises(RuntimeError, match="is killed"):
+        fitted.fit(tiny.classifier(), *(DataLoader(tiny.batches(2), **options) for _ in range(2)))
+    assert len(set(active_children()) - before) == 2
+    end_data_workers(fitted)
+    assert set(active_children()) == before
 
 
 # --- what the loops say
@@ -233,6 +257,8 @@ def test_one_file_alone_uses_what_lightning_keeps_to_itself(tmp_path: Path) -> N
         "trainer.fit_loop._should_accumulate",
         "trainer.fit_loop.epoch_loop._batches_that_stepped",
         "trainer.fit_loop._data_fetcher",
+        "trainer.fit_loop._combined_loader",
+        "trainer.fit_loop.epoch_loop.val_loop._combined_loader",
         "trainer._val_check_time_interval",
         "loop._should_accumulate",
         "loop._should_check_val_fx",
