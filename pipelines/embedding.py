@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trunkline import TrunklineError
-from trunkline.datamodules.images.image_sources import FileRows, given_images, to_channels
+from trunkline.datamodules.images.image_decoding import to_channels
+from trunkline.datamodules.images.image_sources import FileRows, given_images
 from trunkline.datamodules.images.preprocessing import Preprocessing, TransformedImages
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI, EmojiPictures

@@ -12,14 +12,13 @@ from trunkline.contract import DataFacts
 from trunkline.datamodules.base import TrunklineDataModule, short_digest
 from trunkline.datamodules.folders import FileNames
 from trunkline.datamodules.hub import HubSource
+from trunkline.datamodules.images.image_decoding import open_image, to_channels
 from trunkline.datamodules.images.image_sources import (
     FileRows,
     ImageRows,
     ImageTable,
     Subset,
     load_image_table,
-    open_image,
-    to_channels,
 )
 from trunkline.datamodules.images.preprocessing import ImageInput, Preprocessing, TransformedImages
 from trunkline.datamodules.samplers import SampleKey

@@ -1,7 +1,6 @@
 """Sources of labelled images: the offline digits, local files, or the Hugging Face hub."""
 
 import glob
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from trunkline import TrunklineError
 from trunkline.datamodules.folders import FileNames, files_below, listed_files, some_files
+from trunkline.datamodules.images.image_decoding import open_image
 from trunkline.names import check_regular, hub_access, looks_like_path
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
@@ -30,7 +30,7 @@ class ImageRows(Protocol):
     """(N,) class numbers."""
 
     def image(self, row: int) -> Image.Image:
-        """The decoded picture of a row, upright, in the mode of its file (such as RGB or palette)."""
+        """The picture of a row, upright, in the mode of its file (such as RGB or palette), as `open_image` gives it."""
 
     def name(self, row: int) -> str:
         """Name of the file or row, for messages."""
@@ -101,47 +101,6 @@ class TableRows:
 
     def _name(self, row: int, cell: dict[str, Any]) -> str:
         return f"{self.title}, row {row}" + (f" ({cell['path']})" if cell["path"] else "")
-
-
-def open_image(file: bytes | str | Path | None, name: str) -> Image.Image:
-    """Decode a whole image file and turn it upright by its EXIF orientation.
-
-    Args:
-        file: content or path of the file; None is an empty cell of a table.
-        name: name of the image, for the message.
-
-    Raises:
-        TrunklineError: if the file is missing, unreadable or cut short, or if the range of its pixel values is unknown.
-    """
-    try:
-        if file is None:
-            raise ValueError("the cell is empty")
-        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-        image.load()
-        if image.mode in ("F", "LAB"):
-            raise ValueError(f"pixels of mode {image.mode} cannot be scaled to 8 bits")
-        return ImageOps.exif_transpose(image)
-    except Exception as error:  # decoders raise many kinds of errors for broken files
-        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
-        raise TrunklineError(
-            f"cannot read the image {name}: {reason}; replace or remove it, or set skip_corrupt=true",
-            field="data.skip_corrupt",
-        ) from error
-
-
-def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Convert a picture to 8 bits and 1 (grey) or 3 (RGB) channels.
-
-    Transparent pictures (with an alpha channel or a palette) are drawn on white; 16-bit grey is scaled to 8 bits.
-    """
-    if image.mode.startswith("I"):  # 16-bit grey: `convert` would clip it at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    mode = "L" if channels == 1 else "RGB"
-    return image if image.mode == mode else image.convert(mode)
 
 
 def load_digits_table() -> ImageTable:

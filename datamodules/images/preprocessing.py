@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -301,12 +301,17 @@ class TransformedImages(Dataset[dict[str, Any]]):
         with preserved_generators():
             return [self._item(key) for key in keys]
 
-    def _item(self, key: SampleKey) -> dict[str, Any]:
+    def _transformed(self, key: SampleKey, row: int) -> dict[str, Any]:
+        """A row, as the item of `key`; seeded here, because a JPEG can turn out broken after numbers were drawn."""
         if self.seed is not None:
             seed_generators(self.seed, key.epoch, key.index)
-        item, skipped = self.skipped.first_readable(self.read, key.index, len(self) if self.skip_corrupt else 1)
+        item = self.read(row)
+        return item | {"image": self.transform(item["image"])}
+
+    def _item(self, key: SampleKey) -> dict[str, Any]:
+        rows = len(self) if self.skip_corrupt else 1
+        item, skipped = self.skipped.first_readable(partial(self._transformed, key), key.index, rows)
         return item | {
-            "image": self.transform(item["image"]),
             "index": key.index,
             # Training can use the other row, but counting it twice would distort a metric.
             "valid": key.valid and not (skipped and self.seed is None),

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
 from trunkline import TrunklineError
-from trunkline.datamodules.images.image_sources import open_image, to_channels
+from trunkline.datamodules.images.image_decoding import open_image, to_channels
 from trunkline.datamodules.text.text_sources import package_file
 
 TWEMOJI, OPENMOJI = "twemoji", "openmoji"

@@ -15,7 +15,7 @@ from trunkline.contract import DataFacts
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.folders import names_and_sizes
 from trunkline.datamodules.hub import HubSource
-from trunkline.datamodules.images.image_sources import to_channels
+from trunkline.datamodules.images.image_decoding import to_channels
 from trunkline.datamodules.images.preprocessing import Augmentation, ImageInput, TransformedImages
 from trunkline.datamodules.pairs.captions import CaptionEncoder, caption_key
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI

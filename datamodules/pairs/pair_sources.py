@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 from trunkline import TrunklineError
+from trunkline.datamodules.images.image_decoding import open_image
 from trunkline.datamodules.images.image_sources import (
     SPLIT_NAMES,
     check_columns,
     choose_splits,
-    open_image,
     open_tables,
     undecoded,
 )

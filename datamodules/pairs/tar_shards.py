@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from trunkline import TrunklineError
-from trunkline.datamodules.images.image_sources import open_image
+from trunkline.datamodules.images.image_decoding import open_image
 from trunkline.datamodules.pairs.captions import caption_list
 from trunkline.datamodules.pairs.tar_index import ABSENT, open_index
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from trunkline import TrunklineError
-from trunkline.datamodules.images.image_sources import to_channels
+from trunkline.datamodules.images.image_decoding import to_channels
 from trunkline.datamodules.images.preprocessing import Preprocessing
 from trunkline.datamodules.pairs.captions import CaptionEncoder
 from trunkline.datamodules.tables import STANDARD, read_column, read_lines, reader_of

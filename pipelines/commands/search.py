@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from trunkline import TrunklineError
-from trunkline.datamodules.images.image_sources import FileRows, to_channels
+from trunkline.datamodules.images.image_decoding import to_channels
+from trunkline.datamodules.images.image_sources import FileRows
 from trunkline.files import atomic_write
 from trunkline.modules.callbacks.drawing import GREY, captioned, grid, wrapped
 from trunkline.pipelines.commands.output import check_output

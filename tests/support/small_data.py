@@ -8,6 +8,7 @@ import json
 import random
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -155,10 +156,10 @@ def write_folders(folder: Path, count: int, colour: bool = True, size: tuple[int
     return str(folder)
 
 
-def encoded(image: Image.Image, form: str) -> bytes:
-    """The bytes of an image file in a format, such as PNG."""
+def encoded(image: Image.Image, form: str = "png", **options: Any) -> bytes:
+    """The bytes of an image file in a format; `options` are those of Pillow."""
     stream = io.BytesIO()
-    image.save(stream, form)
+    image.save(stream, form, **options)
     return stream.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Where rows of images come from, what a picture becomes, and what a broken source says."""
+"""Where rows of images come from, and what a broken source says."""
 
 import io
 from collections.abc import Callable
@@ -16,8 +16,6 @@ from trunkline.datamodules.images.image_sources import (
     ImageTable,
     image_files,
     load_image_table,
-    open_image,
-    to_channels,
 )
 
 
@@ -202,99 +200,7 @@ def test_labels_are_read_without_decoding_images(tmp_path: Path, monkeypatch: py
     assert decoded == []
 
 
-# --- pictures
-
-
-def with_palette(**options: Any) -> bytes:
-    picture = Image.new("P", (2, 2), 1)
-    picture.putpalette([0, 0, 0, 10, 200, 30])
-    return encoded(picture, **options)
-
-
-def grey(red: int, green: int, blue: int) -> int:
-    """Luma of ITU-R 601."""
-    return round(0.299 * red + 0.587 * green + 0.114 * blue)
-
-
-PICTURES = {
-    "grey": (encoded(77), (77, 77, 77)),
-    "grey_jpeg": (encoded(77, "jpeg"), (77, 77, 77)),
-    "rgb": (encoded(Image.new("RGB", (2, 2), (10, 200, 30))), (10, 200, 30)),
-    "one_bit_white": (encoded(Image.new("1", (2, 2), 1)), (255, 255, 255)),
-    "one_bit_black": (encoded(Image.new("1", (2, 2), 0)), (0, 0, 0)),
-    "palette": (with_palette(), (10, 200, 30)),
-    "palette_opaque_there": (with_palette(transparency=0), (10, 200, 30)),
-    "palette_transparent": (with_palette(transparency=1), (255, 255, 255)),
-    "palette_half_transparent": (with_palette(transparency=bytes([255, 51])), (206, 244, 210)),  # 20 % of the colour
-    "rgb_transparent_colour": (encoded(Image.new("RGB", (2, 2), (1, 2, 3)), transparency=(1, 2, 3)), (255, 255, 255)),
-    "rgba": (encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 51))), (255, 204, 204)),
-    "rgba_transparent": (encoded(Image.new("RGBA", (2, 2), (9, 9, 9, 0))), (255, 255, 255)),
-    "grey_alpha": (encoded(Image.new("LA", (2, 2), (0, 51))), (204, 204, 204)),
-    "grey_16_bit": (encoded(Image.fromarray(np.full((2, 2), 200 * 257, np.uint16))), (200, 200, 200)),
-    "grey_16_bit_white": (encoded(Image.fromarray(np.full((2, 2), 65535, np.uint16))), (255, 255, 255)),
-    "cmyk_jpeg": (encoded(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "jpeg", quality=100), (0, 255, 255)),
-    "cmyk_jpeg_black": (encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 255)), "jpeg", quality=100), (0, 0, 0)),
-}
-
-
-@pytest.mark.parametrize("name", PICTURES)
-def test_pictures_of_all_modes_become_grey_or_rgb(name: str) -> None:
-    data, colour = PICTURES[name]
-    picture = open_image(data, name)
-    rgb, luma = to_channels(picture, 3), to_channels(picture, 1)
-    assert (rgb.mode, luma.mode) == ("RGB", "L")
-    assert rgb.size == luma.size == picture.size
-    np.testing.assert_allclose(rgb.getpixel((1, 1)), colour, atol=1)
-    np.testing.assert_allclose(luma.getpixel((1, 1)), grey(*colour), atol=1)
-
-
-# EXIF's own words: the visual side at which the stored row 0 and column 0 lie
-SIDES = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left"}
-SIDES |= {5: "left top", 6: "right top", 7: "right bottom", 8: "left bottom"}
-
-
-@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
-@pytest.mark.parametrize("orientation", SIDES)
-def test_pictures_are_turned_upright(orientation: int, kind: str) -> None:
-    upright = np.kron(np.array([[0, 50, 100], [150, 200, 250]]), np.ones((16, 16))).astype(np.uint8)
-    row, column = SIDES[orientation].split()
-    stored = upright.T if row in ("left", "right") else upright
-    stored = stored[::-1] if row in ("bottom", "right") else stored
-    stored = stored[:, ::-1] if column in ("bottom", "right") else stored
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(Image.fromarray(np.ascontiguousarray(stored)).convert("RGB"), kind, exif=exif)
-    picture = to_channels(open_image(data, "x"), 1)
-    np.testing.assert_allclose(np.asarray(picture)[8::16, 8::16], upright[8::16, 8::16], atol=5)
-    assert picture.size == (48, 32)
-
-
 # --- errors
-
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
-BROKEN = {
-    "no_image": b"hello",
-    "empty": b"",
-    "missing": None,
-    "short_jpeg": encoded(NOISE, "jpeg")[:1000],
-    "short_png": encoded(NOISE, "png")[:1000],
-    "flipped_png": encoded(NOISE, "png")[:500] + b"?" * 20 + encoded(NOISE, "png")[520:],
-    "short_avif": encoded(NOISE, "avif")[:-500],
-    "floats": encoded(Image.fromarray(np.ones((2, 2), np.float32)), "tiff"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_pictures_name_their_file(name: str, tmp_path: Path) -> None:
-    file = tmp_path / f"{name}.png"
-    if BROKEN[name] is not None:
-        file.write_bytes(BROKEN[name])
-    for given in (BROKEN[name], file):
-        with pytest.raises(TrunklineError) as caught:
-            open_image(given, str(file))
-        assert str(caught.value).startswith(f"cannot read the image {file}: ")
-        assert "replace or remove it, or set skip_corrupt=true" in str(caught.value)
-        assert " at 0x" not in str(caught.value)
 
 
 def parquet(made: Callable[[], Any]) -> Callable[[Path], Path]:

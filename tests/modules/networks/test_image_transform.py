@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from trunkline import TrunklineError
-from trunkline.datamodules.images.image_sources import to_channels
+from trunkline.datamodules.images.image_decoding import to_channels
 from trunkline.datamodules.images.preprocessing import Preprocessing
 from trunkline.modules.networks.image_transform import ImageTransform
 
