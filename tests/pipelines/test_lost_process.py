@@ -20,6 +20,7 @@ from tiny import trainer
 
 from trunkline.modules.training.exact_resume import LONGEST_WAIT, limit_waiting
 from trunkline.pipelines import processes
+from trunkline.pipelines.configs import config_names, find_config
 from trunkline.pipelines.errors import TRY_AGAIN
 from trunkline.pipelines.preflight import Launch
 from trunkline.pipelines.processes import end_children, end_stopped, end_stopped_siblings
@@ -245,6 +246,17 @@ def test_nobody_waits_half_an_hour(tmp_path: Path) -> None:
         own = trainer(tmp_path, strategy=kind(timeout=timedelta(seconds=20)), devices=2)
         limit_waiting(own)
         assert own.strategy._timeout == timedelta(seconds=20)
+
+
+@pytest.mark.parametrize("machine", sorted(name for name in config_names() if name.startswith("trainer/")))
+def test_machine_files_of_several_processes_limit_the_wait(machine: str) -> None:
+    """As their text says, and not only because the command would set it."""
+    options = yaml.safe_load(find_config(machine).read_text())["trainer"]
+    several = machine not in ("trainer/cpu", "trainer/gpu")
+    assert several == (options["devices"] != 1)
+    assert several == ("strategy" in options)
+    if several:
+        assert options["strategy"]["init_args"]["timeout"] == str(LONGEST_WAIT)
 
 
 def test_lightning_does_not_see_what_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:

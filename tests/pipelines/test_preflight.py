@@ -6,6 +6,7 @@ import socket
 import sys
 import types
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -408,14 +409,31 @@ class RankData(ImageData):
         return f"{self.trainer.global_rank}"  # type: ignore[union-attr]
 
 
-def test_all_processes_end_together_and_one_says_why(tmp_path: Path) -> None:
-    command = "fit --config vit/digits --data test_preflight.RankData --trainer.devices 2 --trainer.strategy ddp"
+class OlderPackage(ImageData):
+    """The second process has another torch."""
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.trainer.global_rank == 1:  # type: ignore[union-attr]
+            preflight.version = lambda name: "0.4.1" if name == "torch" else metadata.version(name)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        ("RankData", "reads other data (digest 1) than the first process"),
+        ("OlderPackage", f"but {metadata.version('torch')} for the first process"),
+    ],
+)
+def test_all_processes_end_together_and_one_says_why(data: str, fault: str, tmp_path: Path) -> None:
+    command = f"fit --config vit/digits --data test_preflight.{data} --trainer.devices 2 --trainer.strategy ddp"
     run = Run(command.split(), tmp_path, processes=2)
     assert run.wait() == [2, 2], run.output()
     said = run.output()
     assert said.count("error: ") == 1
     assert "process 1 on" in said
-    assert "reads other data (digest 1) than the first process" in " ".join(said.split())
+    assert fault in " ".join(said.split())
+    assert ("torch is 0.4.1 for process 1" in " ".join(said.split())) == (data == "OlderPackage")
     assert not list(tmp_path.rglob("*.yaml"))
     assert not list(tmp_path.rglob(".preflight*"))
 

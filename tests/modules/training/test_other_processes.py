@@ -1,12 +1,16 @@
 """A run that is resumed on other numbers of processes is the run of one process."""
 
+import json
 import signal
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 from recorded_run import Run, go_on, halt_at
 from resumed_run import arguments, lines, wait_for_halt, write_config
+
+from trunkline.pipelines.record import device_name
 
 SLOW = pytest.mark.slow
 
@@ -34,6 +38,19 @@ def train_on(config: Path, processes: list[int], stops: list[int], sizes: list[i
         run.signal(signal.SIGTERM)
         go_on(folder)
         assert run.wait() == [128 + signal.SIGTERM] * count, run.output()
+
+
+def check_records(folder: Path, processes: list[int]) -> None:
+    """Each start of a run has left a record, of all its processes."""
+    (run,) = (folder / "runs").glob("*/*/")
+    names = ["record.json", *(f"record_{n}.json" for n in range(2, len(processes) + 1))]
+    assert {file.name for file in run.glob("record*.json")} == set(names)
+    for name, count in zip(names, processes, strict=True):
+        record = json.loads((run / name).read_text())
+        assert record["processes"] == count
+        assert record["devices"] == [device_name(torch.device("cpu"))] * count
+        assert record["hosts"] == [socket.gethostname()]
+        assert record["strategy"].endswith("DDPStrategy" if count > 1 else "SingleDeviceStrategy")
 
 
 def steps_of(folder: Path) -> dict[tuple[int, int, int], tuple[list[int], float, int]]:
@@ -69,6 +86,7 @@ def test_two_then_three_then_one_process(task: str, accumulate: int, tmp_path_fa
         folder = tmp_path_factory.mktemp(name)
         options = {"batch_size": 24, "max_epochs": 2, "accumulate_grad_batches": accumulate}
         train_on(write_config(folder, task, exact=True, **options), processes, stops)  # type: ignore[arg-type]
+        check_records(folder, processes)
         found.append(steps_of(folder))
     one, several = found
     assert one.keys() == several.keys()
