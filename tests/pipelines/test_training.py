@@ -51,6 +51,17 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["trunkline"])
 
 
+@pytest.mark.parametrize("name", [name for name in config_names() if not name.startswith("trainer/")])
+def test_a_recipe_keeps_its_best_weights_or_means_the_last(name: str) -> None:
+    """Without a best checkpoint, it tests the last weights, or validates only these."""
+    recipe = yaml.safe_load(find_config(name).read_text())
+    trainer = recipe["trainer"]
+    monitored = [c["init_args"]["monitor"] for c in trainer.get("callbacks+", []) if "Checkpoint" in c["class_path"]]
+    best = any(metric.startswith("val/") for metric in monitored)
+    once = trainer.get("val_check_interval") is not None and trainer["val_check_interval"] == trainer.get("max_steps")
+    assert best or once or recipe.get("test_with") in ("last", "none")
+
+
 @pytest.mark.parametrize("name", config_names())
 def test_header_states_command_time_and_result(name: str) -> None:
     first, *rest = [line for line in find_config(name).read_text().splitlines() if line.startswith("#")]
