@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from torch import Tensor
 
 from trunkline import TrunklineError
-from trunkline.modules.backbone import Transformer
 from trunkline.modules.training.distributed import local_rows
+from trunkline.modules.training.sharding import trunks_in
 
 BFLOAT16, FLOAT8, TRITON = (8, 0), (8, 9), (7, 0)
 """Compute capabilities from which an NVIDIA GPU has instructions for these formats, and Triton generates code for it:
@@ -213,9 +213,8 @@ def out_of_memory(trainer: L.Trainer, module: L.LightningModule, error: BaseExce
 
 def savings(trainer: L.Trainer, module: L.LightningModule) -> list[str]:
     """Other settings that take less memory, of those that the run does not have yet."""
-    trunks = [part for part in module.modules() if isinstance(part, Transformer)]
     found = []
-    if any(not trunk.config.activation_checkpointing for trunk in trunks):
+    if any(not trunk.config.activation_checkpointing for trunk in trunks_in(module)):
         found.append("activation_checkpointing true in the network's backbone")
     if str(trainer.precision).startswith(("32", "64")):
         old = torch.cuda.get_device_capability(trainer.strategy.root_device) < BFLOAT16

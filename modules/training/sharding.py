@@ -40,14 +40,14 @@ class WholeModule(nn.Module):
         return self.module(*inputs, **options)
 
 
-def trunks_of(module: nn.Module) -> list[Transformer]:
+def trunks_in(module: nn.Module) -> list[Transformer]:
     """The trunks of all networks in a module; one that they share, once."""
     return [m for m in module.modules() if isinstance(m, Transformer)]
 
 
 def recompute_activations(module: nn.Module, recompute: bool) -> None:
     """Let all trunks recompute their activations or not; the network's configuration stays as it was."""
-    for trunk in trunks_of(module):
+    for trunk in trunks_in(module):
         trunk.config = replace(trunk.config, activation_checkpointing=recompute)
 
 
@@ -74,7 +74,7 @@ def shard_module(module: nn.Module, mesh: DeviceMesh) -> WholeModule:
                 "train with trainer/ddp",
                 "trainer.strategy",
             )
-    trunks = trunks_of(module)
+    trunks = trunks_in(module)
     for trunk in trunks:
         for block in trunk.blocks:
             fully_shard(block, mesh=mesh)

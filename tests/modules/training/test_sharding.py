@@ -24,7 +24,7 @@ from trunkline.modules.training.sharding import (
     recompute_activations,
     refuse_flattened,
     shard_module,
-    trunks_of,
+    trunks_in,
 )
 from trunkline.pipelines.cli import main
 
@@ -109,7 +109,7 @@ def test_all_trunks_recompute(recompute: bool) -> None:
     module = MODULES["seq2seq"]()
     configs = [module.network.config.encoder, module.network.config.decoder]
     recompute_activations(module, recompute)
-    assert [trunk.config.activation_checkpointing for trunk in trunks_of(module)] == [recompute] * 2
+    assert [trunk.config.activation_checkpointing for trunk in trunks_in(module)] == [recompute] * 2
     assert configs == [module.network.config.encoder, module.network.config.decoder]
     assert all(config.activation_checkpointing for config in configs)
 
