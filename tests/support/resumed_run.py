@@ -73,7 +73,7 @@ def write_config(
     return path
 
 
-SHARDED = "--config trainer/fsdp --trainer.accelerator cpu --trainer.precision 32-true".split()
+SHARDED = ["--config", "trainer/fsdp", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
 """What lets processes train with sharded weights here."""
 
 
