@@ -104,7 +104,7 @@ class UndecodedJpeg(Image.Image):
     def _decode(self, least: tuple[int, int]) -> tuple[Image.Image, float]:
         """The whole picture of this (width, height) at least, upright and converted; and by how much it is reduced."""
         assert self.file is not None
-        with readable(self.name), Image.open(stream(self.file)) as image:
+        with readable(self.name), Image.open(readable_stream(self.file)) as image:
             width = image.width
             drafted = image.draft(None, least[::-1] if self.orientation in TURNED else least)
             reduction = width / drafted[1][2] if drafted else 1
@@ -128,7 +128,7 @@ def readable(name: str) -> Iterator[None]:
         ) from error
 
 
-def stream(file: bytes | str | Path) -> Any:
+def readable_stream(file: bytes | str | Path) -> Any:
     """What Pillow opens: a path, or a file of this content."""
     return io.BytesIO(file) if isinstance(file, bytes) else file
 
@@ -147,7 +147,7 @@ def open_image(file: bytes | str | Path | None, name: str) -> Image.Image:
     with readable(name):
         if file is None:
             raise ValueError("the cell is empty")
-        with Image.open(stream(file)) as image:
+        with Image.open(readable_stream(file)) as image:
             if isinstance(image, JpegImageFile):
                 return UndecodedJpeg(file, name, image)
             image.load()

@@ -1,10 +1,8 @@
 """Where the samples of tar shards are: found once, then kept in one file that all processes of a machine map.
 
 A process reads only the pages of the index that it needs, and the machine keeps each page once: 400 million samples are
-a file of 13.2 GB, of which no process holds a copy. To begin an epoch, a process was measured to need 13 MiB of its own
-for 10 million samples in 1,000 shards, and 18 MiB for 40 million in 4,000: about 0.1 GiB for 400 million in 40,000, by
-extrapolation (`python tests/support/data_memory.py shards FOLDER 10`). Setting a share of the rows aside takes 6 s per
-100 million.
+a file of 13.2 GB, of which no process holds a copy. To begin an epoch of them, a process needs about 0.1 GiB of its own
+(docs/measured.md). Setting a share of the rows aside takes 6 s per 100 million.
 """
 
 import hashlib

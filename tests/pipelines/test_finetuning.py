@@ -2,14 +2,17 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny_clip
 import torch
 import yaml
 from small_data import word_tokenizer
 from task_files import LENGTH, WORDS, labelled, pretrained, tagged
 
 from trunkline.files import load_checkpoint
+from trunkline.modules.networks import GPT, ViT
 from trunkline.pipelines.cli import main
 from trunkline.seal import seal
 
@@ -118,31 +121,60 @@ def test_stated_rates_are_kept(bert: str, tmp_path: Path) -> None:
     assert (network["bert"]["backbone"]["dim"], network["bert"]["vocab_size"]) == (32, len(WORDS) + 5)
 
 
+def trained_without(starts: list[Path], given: list[str], capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """Train an epoch, remove what the run started from, validate, test and train another epoch: both checkpoints."""
+    small = "--trainer.accelerator cpu --data.batch_size 4 --data.val_fraction 0.25 --data.test_fraction 0.25"
+    given = [*given, *small.split(), "--test_with", "last"]
+    main([*given, "--trainer.max_epochs", "1"])
+    (last,) = Path("runs").rglob("last.ckpt")
+    first, table = load_checkpoint(last), figures(capsys.readouterr().out)
+    for start in starts:
+        start.rename(start.with_name(f"{start.name} is gone"))
+    with pytest.raises(SystemExit):
+        main([*given, "--trainer.max_epochs", "2"])  # a new run needs them
+    assert str(starts[0]) in " ".join(capsys.readouterr().err.split())
+    for split, command in (("val", "validate"), ("test", "test")):
+        for arguments in ([command], [command, *given[1:]]):
+            main([*arguments, "--ckpt_path", str(last)])
+            found = figures(capsys.readouterr().out)
+            assert found == [(name, figure) for name, figure in table if name.startswith(f"{split}/")] != []
+    main([*given, "--trainer.max_epochs", "2", "--resume", "auto"])
+    again = load_checkpoint(last)
+    assert again["global_step"] == 2 * first["global_step"] > 0
+    return [first, again]
+
+
 def test_the_weights_and_the_tokenizer_may_be_gone_later(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """For a resume and for `test`: the checkpoint has both, and the network's sizes."""
+    """For a resume, `validate` and `test`: the checkpoint has both, and the network's sizes."""
     start = pretrained(tmp_path)
-    given = [*command("classify", labelled(tmp_path), start), "--trainer.accelerator", "cpu", "--data.batch_size", "4"]
-    main([*given, "--trainer.max_epochs", "1"])
-    (run,) = tmp_path.glob("runs/bert/classify/*")
-    first = load_checkpoint(run / "checkpoints/last.ckpt")
-    table = capsys.readouterr().out
-    Path(start).unlink()
-    with pytest.raises(SystemExit):
-        main([*given, "--trainer.max_epochs", "2"])  # a new run needs them
-    assert f"no file {start}" in " ".join(capsys.readouterr().err.split())
-    for arguments in (["validate"], ["validate", *given[1:]]):
-        main([*arguments, "--ckpt_path", str(run / "checkpoints/last.ckpt")])
-        assert figures(capsys.readouterr().out) == figures(table) != []
-    main([*given, "--trainer.max_epochs", "2", "--resume", "auto"])
-    assert f"there is no tokenizer {start} any more: taking that in {run.relative_to(tmp_path)}" in caplog.text
-    again = load_checkpoint(run / "checkpoints/last.ckpt")
-    assert again["global_step"] == 2 * first["global_step"] > 0
+    first, again = trained_without([Path(start)], command("classify", labelled(tmp_path), start), capsys)
+    assert f"there is no tokenizer {start} any more: taking that in runs/bert/classify/" in caplog.text
     for part in ("hyper_parameters", "LabelledTextData"):  # with the name of the file, for the record
         for field in ("network", "init_from", "tokenizer", "class_names"):
             assert again[part].get(field) == first[part].get(field)
     assert first["hyper_parameters"]["init_from"] == start
+
+
+def test_the_towers_may_be_gone_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a CLIP whose recipe leaves their sizes out."""
+    towers, starts = tiny_clip.module().network, [tmp_path / "image", tmp_path / "text"]
+    ViT(towers.config.image).save_pretrained(starts[0])
+    GPT(towers.config.gpt).save_pretrained(starts[1])
+    tiny_clip.tokenizer().save(str(tmp_path / "words.json"))
+    rows = [(colour, [f"a {colour} thing"]) for colour in tiny_clip.COLOURS] * 6
+    names = {"init_image_from": str(starts[0]), "init_text_from": str(starts[1])}
+    network = {"dim": 8, "image": {"pool": "mean"}, "gpt": {}}
+    model = {"class_path": "ContrastiveImageText", "init_args": {"network": network, **names}}
+    data = {"source": str(tiny_clip.listed(tmp_path / "pairs", rows)), "tokenizer": str(tmp_path / "words.json")}
+    data |= {"image_size": 8, "channels": 3, "max_length": 6, "num_workers": 0}
+    recipe = {"model": model, "data": {"class_path": "ImageTextData", "init_args": data}}
+    (tmp_path / "clip.yaml").write_text(yaml.safe_dump(recipe))
+    first, again = trained_without(starts, ["fit", "--config", "clip.yaml"], capsys)
+    assert again["hyper_parameters"] == first["hyper_parameters"]
+    assert first["hyper_parameters"]["network"]["image"]["backbone"]["dim"] == towers.config.image.backbone.dim
+    assert names.items() <= first["hyper_parameters"].items()
 
 
 def figures(output: str) -> list[tuple[str, str]]:

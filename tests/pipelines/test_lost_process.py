@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from recorded_run import Run, go_on, halt_at, kill_sessions, members, wait_until_gone, wait_until_halted
+from recorded_run import GONE_WITHIN, Run, go_on, halt_at, kill_sessions, members, wait_until_gone, wait_until_halted
 from tiny import trainer
 
 from trunkline.modules.training.exact_resume import LONGEST_WAIT, limit_waiting
@@ -37,10 +37,6 @@ RECIPE: dict[str, Any] = {
     "trainer": {"accelerator": "cpu", "devices": 2, "max_epochs": 9, "enable_progress_bar": False},
     "test_with": "none",
 }
-
-
-GONE_WITHIN = 10.0
-"""Seconds to the end of all processes, from the loss of one, or from when the others have waited long enough for it."""
 
 
 def recipe(folder: Path, seconds: int | None = None, brief: float | None = None) -> list[str]:

@@ -175,6 +175,10 @@ class Slurm:
         )
         return found
 
+    def of_tasks(self) -> set[int]:
+        """Process ids of all tasks, with what these have started."""
+        return {pid for pid, environ in self.processes() if {"SLURM_PROCID", "SLURM_STEP_ID"} <= environ.keys()}
+
     def processes(self) -> Iterator[tuple[int, dict[str, str]]]:
         """(id, environment) of every process of this cluster but this one's own."""
         for file in Path("/proc").glob("[0-9]*/environ"):

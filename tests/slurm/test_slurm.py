@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cluster_runs import EVERY, assert_equals, first_steps, uninterrupted, write_extra
 from local_slurm import Slurm, local_slurm, missing
-from recorded_run import go_on, halt_at, halted_file
+from recorded_run import GONE_WITHIN, go_on, halt_at, halted_file
 from slurm_job import Job
 
 HALT = 10
@@ -52,8 +52,11 @@ def halted(cluster: Slurm, tmp_path: Path, request: pytest.FixtureRequest) -> Jo
 
 
 def test_a_killed_task(halted: Job, reference: Path) -> None:
+    first = halted.cluster.of_tasks()
+    assert halted.cluster.task(0) in first
     os.kill(halted.cluster.task(1), signal.SIGKILL)
     go_on(halted.folder)
+    halted.wait_for(lambda: not first & halted.cluster.of_tasks(), "the end of the other task", GONE_WITHIN)
     assert "it is started again from its last checkpoint" in halted.wait("COMPLETED", restarts=1)
     assert first_steps(halted.folder) == [0, HALT - HALT % EVERY]
     assert_equals(halted.folder, reference)

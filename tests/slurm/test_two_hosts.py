@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cluster_runs import EVERY, assert_equals, environment, first_steps, uninterrupted, write_extra
 from local_slurm import wait_for
-from recorded_run import go_on, halt_at, halted_file
+from recorded_run import GONE_WITHIN, go_on, halt_at, halted_file, members
 from two_hosts import Host, missing, two_hosts
 
 HALT = 10
@@ -73,8 +73,10 @@ def launched(tmp_path: Path, reference: Path) -> Iterator[Launched]:
 
 
 def test_a_killed_process(launched: Launched, reference: Path, record_property: Callable[..., None]) -> None:
-    os.kill(launched.hosts[1].worker(), signal.SIGKILL)
+    first = [host.worker() for host in launched.hosts]
+    os.kill(first[1], signal.SIGKILL)
     go_on(launched.folder)
+    wait_for(lambda: not any(map(members, first)), GONE_WITHIN, "the end of the other process", launched.output)
     record_property("seconds", launched.resumed_after())
     launched.wait()
     assert first_steps(launched.folder) == [0, HALT - HALT % EVERY]

@@ -48,7 +48,7 @@ def measure_shards(folder: Path, samples: int) -> None:
     content = np.zeros(SHARD, tar_index.SAMPLE)
     content["image"], content["image_size"] = number * 32_768 + 512, 30_000
     content["text"], content["text_size"] = number * 32_768 + 31_744, 60
-    tar_index.scan = lambda shard: (content, "")
+    tar_index.scan = lambda shard: (content.copy(), "")
     shards = [folder / f"{n:06}.tar" for n in range(samples // SHARD)]
     folder.mkdir(parents=True, exist_ok=True)
     for shard in shards:

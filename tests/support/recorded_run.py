@@ -29,6 +29,8 @@ CONTEXT.set_forkserver_preload(["recorded_run", "trunkline.pipelines.training", 
 
 
 HALT = "halt.json"
+GONE_WITHIN = 10.0
+"""Seconds to the end of all processes, from the loss of one, or from when the others have waited long enough for it."""
 POINTS = ("batch start", "backward", "batch end", "validation", "saving", "writing")
 
 

@@ -73,8 +73,13 @@ def write_config(
     return path
 
 
-def arguments(config: Path, processes: int, workers: int = 0, resume: bool = False) -> list[str]:
-    distributed = ["--trainer.devices", str(processes), "--trainer.strategy", "ddp"] if processes > 1 else []
+SHARDED = ["--config", "trainer/fsdp", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+"""What lets processes train with sharded weights here."""
+
+
+def arguments(config: Path, processes: int, workers: int = 0, resume: bool = False, sharded: bool = False) -> list[str]:
+    strategy = SHARDED if sharded else ["--trainer.strategy", "ddp"]
+    distributed = [*strategy, "--trainer.devices", str(processes)] if processes > 1 else []
     tail = ["--resume", "auto"] if resume else []
     return ["fit", "--config", str(config), "--data.num_workers", str(workers), *distributed, *tail]
 

@@ -85,6 +85,7 @@ MODULES: dict[str, Callable[[], TrunklineModule]] = {
     "seq2seq": seq2seq,
     "frozen": lambda: vit(freeze_blocks=1),
     "bf16-true": vit,
+    "bf16-mixed": vit,
     "16-mixed": vit,
 }
 
@@ -182,7 +183,9 @@ def train(
 ) -> dict[str, Any]:
     """Train and return weights, averaged weights and what was logged; the checkpoint `last.ckpt` holds all of it."""
     torch.manual_seed(0)
-    module = MODULES[kind]()
+    module, products = MODULES[kind](), set()
+    linear = next(part for part in module.modules() if isinstance(part, torch.nn.Linear))
+    linear.register_forward_hook(lambda _, inputs, output: products.add(str(output.dtype)))
     folder = folder / f"{kind}-{strategy}"
     callbacks: list[Callback] = [Throughput()]
     calls = BlockCalls()
@@ -205,7 +208,7 @@ def train(
         log_every_n_steps=5,
         gradient_clip_val=1.0,
         callbacks=callbacks,
-        precision=kind if kind == "bf16-true" else None,
+        precision=kind if kind.startswith("bf16") else None,
         **options,
     )
     accumulated = options.get("accumulate_grad_batches", 1)
@@ -218,8 +221,8 @@ def train(
     save_and_wait(fitted, folder / "last.ckpt")
     logged = {name: float(value) for name, value in fitted.callback_metrics.items()}
     scaler = getattr(fitted.precision_plugin, "scaler", None)
-    scale = scaler and scaler.get_scale()
-    return {"steps": fitted.global_step, "logged": logged, "scale": scale, "calls": calls.count}
+    found = {"steps": fitted.global_step, "logged": logged, "scale": scaler and scaler.get_scale()}
+    return {**found, "products": sorted(products), "calls": calls.count}
 
 
 def in_processes(work: Callable[..., None], *arguments: Any, processes: int = PROCESSES) -> None:

@@ -295,17 +295,30 @@ def assert_stopped_and_resume(output: str, folder: Path, processes: int) -> None
 def test_equal_losses_on_one_and_two_processes(
     task: str, accumulate: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    assert_equal_losses(task, accumulate, False, tmp_path_factory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["masked_pairs", "classify", "translate", "speech", "listen", "audio"])
+def test_equal_losses_with_sharded_weights(task: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With the machine file trainer/fsdp. GPT, ViT and CLIP are compared in test_sharding.py; LoRA is refused."""
+    assert_equal_losses(task, 1, True, tmp_path_factory)
+
+
+def assert_equal_losses(task: str, accumulate: int, sharded: bool, factory: pytest.TempPathFactory) -> None:
     """`batch_size` is over all processes: the mean of two processes' losses is the loss of one."""
     losses, validated, indices = {}, {}, {}
     for processes in (1, 2):
-        folder = tmp_path_factory.mktemp(f"equal{processes}")
+        folder = factory.mktemp(f"equal{processes}")
         config = write_config(folder, task, exact=True, max_epochs=2, accumulate_grad_batches=accumulate)
-        run = Run(arguments(config, processes), folder, processes)
+        run = Run(arguments(config, processes, sharded=sharded), folder, processes)
         assert run.wait() == [0] * processes, run.output()
         validated[processes] = [line["loss"] for line in lines(folder) if "validated_at" in line]
         steps = [[line for line in lines(folder, rank) if "index" in line] for rank in range(processes)]
         losses[processes] = [sum(line["loss"] for line in step) / processes for step in zip(*steps, strict=True)]
         indices[processes] = [sorted(i for line in step for i in line["index"]) for step in zip(*steps, strict=True)]
+    (last,) = folder.glob("runs/tiny/*/checkpoints/last.ckpt")
+    assert last.is_dir() == sharded
     assert len(losses[1]) == 2 * BATCHES
     assert indices[1] == indices[2]
     assert max(losses[1]) - min(losses[1]) > 0.1  # equal losses are not those of a network that does not move

@@ -184,6 +184,18 @@ def test_compiled_loss(runs: Path, tmp_path: Path) -> None:
         assert_close(found, expected, 1e-5)
 
 
+@pytest.mark.slow
+def test_mixed_bfloat16(tmp_path: Path) -> None:
+    """Products in bfloat16, of weights in float32."""
+    in_processes(compare, tmp_path, ("bf16-mixed",))
+    assert_same_training(tmp_path, "bf16-mixed", 3e-3)
+    weights = states(tmp_path / "bf16-mixed-sharded/last.ckpt")["state_dict"]
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found["bf16-mixed", "sharded"]["products"] == ["torch.bfloat16"]
+
+
 def half_precision(rank: int, folder: Path) -> None:
     """Train in 16-mixed: with DDP, with shards, from the middle, and with an overflow that one process alone sees."""
     kind, middle = "16-mixed", folder / "16-mixed-sharded/middle.ckpt"

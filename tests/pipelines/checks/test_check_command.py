@@ -243,13 +243,21 @@ def test_demos(recipe: str, checked: Callable[..., tuple[int, str]]) -> None:
     assert code == 0, text
 
 
+SMALL = [(recipe, "trainer/cpu") for recipe in sorted(set(RECIPES) - set(DEMOS))]
+"""Recipes and machines. Other kinds are trained with sharded weights in test_resume.py and test_sharding.py."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("recipe", sorted(set(RECIPES) - set(DEMOS)))
-def test_recipes_on_small_data(recipe: str, tmp_path: Path, checked: Callable[..., tuple[int, str]]) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "machine"), [*SMALL, ("bert/tagging", "trainer/fsdp"), ("bert/squad", "trainer/fsdp")]
+)
+def test_recipes_on_small_data(
+    recipe: str, machine: str, tmp_path: Path, checked: Callable[..., tuple[int, str]]
+) -> None:
     shrunk = record_numbers.shrunk_recipes(tmp_path)[recipe]
-    machine = ["--config", "trainer/cpu", "--trainer.precision", "32-true"]
+    here = ["--config", machine, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
     only = ["--processes", "2", "--only", "agreement,parameters,resume"]
-    code, text = checked("--config", recipe, *machine, *shrunk.arguments(), *SMALL_DATA.get(recipe, []), *only)
+    code, text = checked("--config", recipe, *here, *shrunk.arguments(), *SMALL_DATA.get(recipe, []), *only)
     assert code == 0, text
     assert sys.argv[1] == "fit"
