@@ -76,8 +76,8 @@ gallery: $(READY) ## draw what the demos learnt, for docs/gallery.md: about a mi
 	$(DRAW) runs/seq2seq/dates --only val/alignment --output docs/images/dates_alignment.png
 	$(DRAW) runs/audio/digits --only val/transcripts --output docs/images/speech_transcripts.png
 
-test: $(READY) ## the fast tests, without a network; two files side by side
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+test: $(READY) ## the fast tests, without a network; two files side by side, the longest first
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: $(READY) ## all tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -115,7 +115,8 @@ def device_name(device: torch.device) -> str:
 
 def packages() -> dict[str, str]:
     """All installed packages, also those that only code of the user's own needs: name -> version."""
-    found = {d.name: d.version for d in distributions() if d.name}
+    read = (distribution.metadata for distribution in distributions())  # each access reads the file again
+    found = {metadata["Name"]: metadata["Version"] for metadata in read if "Name" in metadata}
     return {name: found[name] for name in sorted(found, key=str.lower)}
 
 

@@ -1,5 +1,6 @@
 """Shared by all tests: few threads, one seed, an environment for each, and the settings of `make test-everywhere`."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+gc.disable()  # finds nothing while libraries and tests are imported, where it takes a quarter of the time
 machine_settings.apply()
 
 
@@ -42,3 +44,9 @@ def after_a_file() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     machine_settings.reorder(items)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is collected again, but not looked for among what has been imported, which stays to the end."""
+    gc.freeze()
+    gc.enable()

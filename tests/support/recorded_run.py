@@ -25,7 +25,7 @@ from trunkline.datamodules.samplers import SampleKey
 
 # A fork of a server that has imported everything starts at once; python itself takes many seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["recorded_run", "trunkline.pipelines.training", "sklearn.datasets", "timm.data"])
+CONTEXT.set_forkserver_preload(["recorded_run", "warm_server"])
 
 
 HALT = "halt.json"
