@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +64,8 @@ class LowRank(NamedTuple):
 def save_adapter(network: Network, folder: str | Path, base: str | None = None) -> ForeignFamily:
     """Write what LoRA has trained as a folder of peft, for the model of transformers that the frozen network is.
 
-    Output modules that learn go with it, where their model has them (`modules_to_save` of peft).
+    Other layers that learn, such as output modules, go with it whole, where their model has them (`modules_to_save` of
+    peft).
 
     Args:
         network: with adapters: after `add_lora`, or of `from_checkpoint(..., merge=False)`.
@@ -75,8 +76,8 @@ def save_adapter(network: Network, folder: str | Path, base: str | None = None) 
         the family of the model.
 
     Raises:
-        TrunklineError: without adapters, if no model of transformers is such a network, or if it has no place for an
-            output module.
+        TrunklineError: without adapters, if no model of transformers is such a network, or if it has no place for
+            something that learns.
     """
     from safetensors.torch import save_file
 
@@ -88,7 +89,7 @@ def save_adapter(network: Network, folder: str | Path, base: str | None = None) 
     weights: dict[str, Tensor] = {}
     for name, low in found.items():
         weights |= {f"{name}.lora_A.weight": low.a, f"{name}.lora_B.weight": low.b}
-    heads, head_weights = trained_heads(network, family, table)
+    layers, layer_weights = trained_layers(network, family, table)
     rank = Counter(len(low.a) for low in found.values()).most_common(1)[0][0]
     alphas = {name: low.scale * len(low.a) for name, low in found.items()}
     alpha = next(alphas[name] for name, low in found.items() if len(low.a) == rank)
@@ -104,12 +105,12 @@ def save_adapter(network: Network, folder: str | Path, base: str | None = None) 
         "target_modules": sorted(found),
         "rank_pattern": {name: len(low.a) for name, low in found.items() if len(low.a) != rank},
         "alpha_pattern": {name: plain_number(value) for name, value in alphas.items() if value != alpha},
-        "modules_to_save": sorted(heads) or None,
+        "modules_to_save": sorted(layers) or None,
         "bias": "none",
         "fan_in_fan_out": family is GPT2,
     }
     weights = {PREFIX_OF_PEFT + name: value.detach().clone().contiguous() for name, value in weights.items()}
-    weights |= {PREFIX_OF_PEFT + name: value.detach().clone().contiguous() for name, value in head_weights.items()}
+    weights |= {PREFIX_OF_PEFT + name: value.detach().clone().contiguous() for name, value in layer_weights.items()}
     folder = Path(folder)
     with replacing(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS) as (config_file, weights_file):
         config_file.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
@@ -179,29 +180,36 @@ def one_adapter(rows: tuple[int, ...], parts: Mapping[int, Adapter]) -> LowRank:
     return LowRank(a, b, scale)
 
 
-def trained_heads(network: Network, family: ForeignFamily, table: KeyTable) -> tuple[set[str], dict[str, Tensor]]:
+def trained_layers(network: Network, family: ForeignFamily, table: KeyTable) -> tuple[set[str], dict[str, Tensor]]:
     """Their names of the layers outside of adapters that learn, and the weights of these layers, by their full names.
 
     Raises:
-        TrunklineError: if theirs has no such layer.
+        TrunklineError: if theirs has no such layer, or ours has adapters beside it.
     """
+    adapted = {name for name, module in network.named_modules() if isinstance(module, LoRALinear)}
     own = {name: value for name, value in network.state_dict().items() if ".adapters." not in name}
-    learning = [n for n, p in network.named_parameters() if p.requires_grad and ".adapters." not in n]
-    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in learning))
-    unknown = [name for name in learning if name.rpartition(".")[0] not in table]
-    if unknown:
-        raise TrunklineError(
-            f"{unknown[0]} has learned, but an adapter of {family.name} has no place for it; write the merged "
-            "network instead"
-        )
-    theirs = family.weights_to(own, network.config) if layers else {}
-    weights = {}
-    for layer in layers:
-        for name, value in own.items():
-            if name.rpartition(".")[0] == layer:
-                name = f"{table[layer][0]}.{name.rpartition('.')[2]}"
-                weights[name] = theirs.get(name, value)
-    return {table[layer][0] for layer in layers}, weights
+    learning = [
+        name.rpartition(".")
+        for name, p in network.named_parameters(remove_duplicate=False)  # what is tied must go under each of its names
+        if p.requires_grad and ".adapters." not in name
+    ]
+    for layer, dot, kind in learning:
+        if layer_number(layer, table)[0] not in table or kind not in ("weight", "bias") or layer in adapted:
+            raise TrunklineError(
+                f"{layer}{dot}{kind} has learned, but an adapter of {family.name} has no place for it; write the "
+                "merged network instead"
+            )
+    theirs = family.weights_to(own, network.config) if learning else {}
+    weights, names = {}, set()
+    for layer in dict.fromkeys(layer for layer, *_ in learning):
+        place, number = layer_number(layer, table)
+        parts = [name.replace("*", number) for name in table[place]]
+        names |= {*parts}
+        for kind in ("weight", "bias"):
+            pieces = own[f"{layer}.{kind}"].chunk(len(parts)) if f"{layer}.{kind}" in own else ()
+            # The names of files have the same values, in their library's order of rows and columns.
+            weights |= {f"{p}.{kind}": theirs.get(f"{p}.{kind}", v) for p, v in zip(parts, pieces, strict=bool(pieces))}
+    return names, weights
 
 
 def plain_number(value: float) -> float:
@@ -213,9 +221,9 @@ def plain_number(value: float) -> float:
 
 
 def load_adapter(network: Network, folder: str | Path) -> Network:
-    """Give a network the adapters in a folder of peft, in place, and the output modules that were trained with them.
+    """Give a network the adapters in a folder of peft, in place, and the layers that were trained whole beside them.
 
-    All else is frozen, as by `add_lora`. With `merge_lora` it becomes plain.
+    These learn here too. All else is frozen, as by `add_lora`. With `merge_lora` it becomes plain.
 
     Args:
         network: the network for which the adapters were trained, without adapters.
@@ -235,7 +243,8 @@ def load_adapter(network: Network, folder: str | Path) -> Network:
     names = [name.removeprefix(PREFIX_OF_PEFT) for name in weights]
     found: dict[str, dict[int, LowRank]] = {}
     counts: dict[str, int] = {}
-    heads: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
+    layers: set[str] = set()
     for name in names:
         layer, _, kind = name.rpartition(".lora_")
         if kind == "B.weight" and f"{layer}.lora_A.weight" in names:
@@ -245,8 +254,8 @@ def load_adapter(network: Network, folder: str | Path) -> Network:
             own, part, counts[own] = place_in_ours(layer, tables, family, folder)
             found.setdefault(own, {})[part] = LowRank(a, b, scale_of(config, layer, len(a)))
         elif not layer:
-            place_in_ours(name.rpartition(".")[0], tables, family, folder)
-            heads[name] = weights[PREFIX_OF_PEFT + name]
+            layers.add(place_in_ours(name.rpartition(".")[0], tables, family, folder)[0])
+            whole[name] = weights[PREFIX_OF_PEFT + name]
         else:
             raise TrunklineError(f"{folder} holds '{name}', which is no pair of A and B of LoRA")
     places = {layer.name: layer for layer in linear_layers(network)}
@@ -260,8 +269,11 @@ def load_adapter(network: Network, folder: str | Path) -> Network:
         weight = places[own].module.weight
         adapters = {part: adapter_from(low, weight, rows[part], dropout, named) for part, low in sorted(parts.items())}
         made[own] = rows, adapters
-    load_heads(network, family, heads, folder)
+    learning = load_layers(network, family, whole, layers, folder) if whole else set()
     freeze_base(network)
+    for name, p in network.named_parameters(remove_duplicate=False):
+        if name in learning:
+            p.requires_grad_(True)
     for own, (rows, adapters) in made.items():
         places[own].replace(LoRALinear(places[own].module, rows, adapters))
     return network
@@ -315,15 +327,40 @@ def place_in_ours(layer: str, tables: Iterable[KeyTable], family: ForeignFamily,
     )
 
 
-def load_heads(network: Network, family: ForeignFamily, heads: Mapping[str, Tensor], folder: Path) -> None:
-    """Put the trained layers of peft's `modules_to_save` in the place of the network's.
+def load_layers(
+    network: Network, family: ForeignFamily, whole: Mapping[str, Tensor], layers: Collection[str], folder: Path
+) -> set[str]:
+    """Put the layers of peft's `modules_to_save` in the place of the network's.
+
+    Args:
+        network: the network.
+        family: the model that it is.
+        whole: weights of these layers, by their names.
+        layers: our names of them.
+        folder: for messages.
+
+    Returns:
+        our names of their parameters.
 
     Raises:
-        TrunklineError: if they have another shape, or are tied in ours and no longer in theirs.
+        TrunklineError: if they have another shape, or if one has changed alone that is tied to another.
     """
-    if heads:
-        theirs = {**family.weights_to(network.state_dict(), network.config), **heads}
-        assign_weights(network, family.weights_from(theirs, network.config), folder, dtype=None)
+    weights = family.weights_from({**family.weights_to(network.state_dict(), network.config), **whole}, network.config)
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    learning = set()
+    for name, p in parameters.items():
+        if name.rpartition(".")[0] not in layers:
+            continue
+        tied = next((n for n, q in parameters.items() if q is p and n.rpartition(".")[0] not in layers), None)
+        if tied is None:
+            learning.add(name)
+        elif not torch.equal(weights[name].to(p), p):
+            raise TrunklineError(
+                f"{folder} holds '{name}' trained apart from '{tied}', but the network has one weight for both; train "
+                "it in peft with ensure_weight_tying, or merge the adapter there"
+            )
+    assign_weights(network, weights, folder, dtype=None)
+    return learning
 
 
 def adapter_from(low: LowRank, weight: Tensor, rows: int, dropout: float, named: str) -> Adapter:

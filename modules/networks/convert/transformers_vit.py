@@ -109,6 +109,9 @@ class VitLike:
             "backbone.blocks.*.mlp.fc1": tuple(f"{place}.mlp.{part}" for part in first),
             "backbone.blocks.*.mlp.fc2": (f"{place}.mlp.{second}",),
         }
+        if not self.is_dino:
+            names = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+            today |= {f"backbone.blocks.*.{own}": (f"{place}.{name}",) for own, name in names.items()}
         return {**before, **today}, before
 
     def weights_from(self, weights: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:

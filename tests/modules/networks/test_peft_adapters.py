@@ -145,6 +145,49 @@ def test_our_file_in_theirs_and_back(name: str, targets: Any, tmp_path: Path) ->
             assert torch.equal(p, q), n
 
 
+@pytest.mark.parametrize(
+    ("name", "whole", "own"),
+    [
+        ("llama", ["embed_tokens"], "token_embed"),
+        ("llama", ["norm"], "backbone.norm"),  # of each block too
+        ("llama", ["down_proj"], "backbone.blocks.0.mlp.fc2"),
+        ("llama", ["k_proj"], None),  # the same layer as the adapted queries in ours
+        ("qwen2", ["embed_tokens"], "token_embed"),
+        ("qwen2", ["down_proj", "q_proj"], None),
+        ("gpt2", ["mlp.c_fc"], "backbone.blocks.1.mlp.fc1"),
+        ("gpt2-untied", ["wte", "ln_f"], "token_embed"),
+        ("bert-body", ["embeddings.LayerNorm"], "embed_norm"),
+        ("bert", ["decoder"], None),
+        ("vit", ["vit.layernorm"], "backbone.norm"),
+        ("t5", ["final_layer_norm"], "encoder.norm"),
+    ],
+)
+def test_layers_trained_whole(name: str, whole: list[str], own: str | None, tmp_path: Path) -> None:
+    """Other layers than heads, beside the adapters: they learn here too, and go back, or what cannot is refused."""
+    peer, (theirs, ours) = make_peer(name), calls(name)
+    network = arrive(peer, PEERS[name][2], tmp_path)
+    options = {"modules_to_save": whole, "ensure_weight_tying": name == "qwen2"}
+    tuned = peft.get_peft_model(peer, peft.LoraConfig(r=2, target_modules=PEERS[name][3], **options)).eval()
+    spread(tuned, ("lora_", "modules_to_save"))
+    tuned.save_pretrained(tmp_path / "adapter")
+    if name == "bert":
+        with pytest.raises(
+            TrunklineError, match=r"'head\.weight' trained apart from 'token_embed\.weight'.*_weight_tying"
+        ):
+            load_adapter(network, tmp_path / "adapter")
+        return
+    with torch.no_grad():
+        want = theirs(tuned)
+        assert_near(ours(load_adapter(network, tmp_path / "adapter").eval()), want)
+        if own is None:
+            with pytest.raises(TrunklineError, match=r"attn\.qkv\.weight has learned, .*write the merged network"):
+                save_adapter(network, tmp_path / "again")
+            return
+        assert all(p.requires_grad for p in network.get_submodule(own).parameters())
+        save_adapter(network, tmp_path / "again")
+        assert_near(theirs(peft.PeftModel.from_pretrained(make_peer(name), tmp_path / "again").eval()), want)
+
+
 def test_layers_of_different_ranks_become_one(tmp_path: Path) -> None:
     """Of a GPT-2 that has learned its queries and values alone, with different scales."""
     peer, (theirs, ours) = make_peer("gpt2"), calls("gpt2")
