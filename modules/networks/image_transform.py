@@ -27,8 +27,9 @@ GREY = (0.299, 0.587, 0.114)
 class ImageTransform:
     """Picture -> (C, height, width) float32: resize, cut out the centre, normalise.
 
-    A PIL image is resized by PIL, and becomes exactly what evaluation in training makes of it. Arrays and tensors are
-    resized by torch, which differs by about a grey level of 255; no PIL is needed for them.
+    A PIL image is resized by PIL, and becomes exactly what evaluation in training makes of it, except that evaluation
+    decodes a JPEG of four times the size or more reduced. That, and resizing arrays and tensors by torch, differs by
+    about a grey level of 255; no PIL is needed for them.
 
     Raises:
         TrunklineError: for a value that it cannot have.
