@@ -52,7 +52,7 @@ def processor_transform(settings: Mapping[str, Any], model_type: str | None) -> 
     names = {number: name for name, number in RESAMPLING.items()}
     # (pixel * factor - mean) / std, where a pixel is a number up to 255 and ours is divided by 255.
     scale = 255 * settings.get("rescale_factor", 1 / 255)
-    mean, std = ([value / scale for value in settings[f"image_{name}"]] for name in ("mean", "std"))
+    mean, std = (tuple(value / scale for value in settings[f"image_{name}"]) for name in ("mean", "std"))
     return ImageTransform(crop, len(mean), mean, std, names[options["resample"]], resize, squash)
 
 

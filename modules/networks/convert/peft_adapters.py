@@ -200,7 +200,8 @@ def trained_layers(network: Network, family: ForeignFamily, table: KeyTable) -> 
                 "merged network instead"
             )
     theirs = family.weights_to(own, network.config) if learning else {}
-    weights, names = {}, set()
+    weights: dict[str, Tensor] = {}
+    names: set[str] = set()
     for layer in dict.fromkeys(layer for layer, *_ in learning):
         place, number = layer_number(layer, table)
         parts = [name.replace("*", number) for name in table[place]]
