@@ -25,8 +25,8 @@ from trunkline.modules.networks.convert.feature_extractors import extractor_sett
 ROOT = Path(__file__).parents[1]
 
 
-def photo() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 57, 3), dtype=np.uint8))
+def photo(width: int = 57) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, width, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("kind", ["vit", "gpt", "bert", "t5"])
@@ -183,6 +183,69 @@ def test_image_processors_of_transformers(processor: str, options: dict[str, Any
     want = theirs(photo(), return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(network.transform(photo()), want, rtol=1e-5, atol=1e-5)
     assert network.companions.class_names == CLASSES
+
+
+SQUARE, CUT = {"height": 16, "width": 16}, {"crop_size": {"height": 16, "width": 16}}
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "ViT": {"size": SQUARE},
+    "DeiT": {"size": {"height": 20, "width": 20}, **CUT},
+    "CLIP": {"size": {"shortest_edge": 20}, **CUT},
+    "Bit": {"size": {"shortest_edge": 20}, **CUT},
+    "Siglip": {"size": SQUARE},
+}
+LEFT_OUT = (
+    "resample",
+    "size",
+    "crop_size",
+    "do_center_crop",
+    "do_resize",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+)
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize(
+    ("without", "options"),
+    [
+        *[((name,), {}) for name in LEFT_OUT],
+        ((), {"rescale_factor": 1 / 127.5}),
+        (LEFT_OUT, {"size": 20, "crop_size": 16}),  # as in older files
+        (("image_processor_type",), {"feature_extractor_type": "{kind}FeatureExtractor"}),
+        (("image_processor_type", "resample"), {}),
+    ],
+    ids=str,
+)
+def test_settings_that_files_leave_out(
+    kind: str, without: tuple[str, ...], options: dict[str, Any], tmp_path: Path
+) -> None:
+    """They are those of the processor that the file names, or if it names none, of the model's."""
+    processor = getattr(transformers, f"{kind}ImageProcessorPil")
+    processor(**PROCESSORS[kind]).save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    kept = {name: value for name, value in json.loads(file.read_text()).items() if name not in without}
+    options = {name: value.format(kind=kind) if isinstance(value, str) else value for name, value in options.items()}
+    file.write_text(json.dumps(kept | options))
+    model = {"Bit": "dinov2"}.get(kind, kind.lower())
+    transform = companions_from_theirs(tmp_path, {"model_type": model}, "transformers").transform
+    if kind == "Siglip" and isinstance(options.get("size"), int):
+        assert transform is None  # the longer side stays as it is
+        return
+    assert transform is not None
+    picture = photo(60)  # cut at whole pixels: the two kinds of processors that they have round halves differently
+    want = processor.from_pretrained(tmp_path)(picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(transform(picture), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"image_processor_type": "OtherImageProcessor"}, {"size": {"longest_edge": 16}}, {"do_resize": False}]
+)
+def test_other_preparations_of_transformers_are_left_out(options: dict[str, Any], tmp_path: Path) -> None:
+    transformers.CLIPImageProcessorPil(**PROCESSORS["CLIP"]).save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+    assert companions_from_theirs(tmp_path, {"model_type": "clip"}, "transformers").transform is None
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])

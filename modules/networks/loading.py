@@ -1,5 +1,6 @@
 """`trunkline.load`: a network from whatever holds one."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ from trunkline import TrunklineError
 from trunkline.files import check_parts, load_checkpoint
 from trunkline.modules import networks
 from trunkline.modules.networks.base import Network, nameless, network_of, stored_config
+from trunkline.modules.networks.convert.family import ForeignFamily
 from trunkline.modules.networks.convert.foreign_files import CONFIG_FILES, other_content
-from trunkline.modules.networks.pretrained import load_pretrained
+from trunkline.modules.networks.pretrained import find_pretrained
+from trunkline.modules.networks.vit import ViT
 from trunkline.run_folders import find_checkpoint, is_checkpoint
 
 
@@ -28,11 +31,32 @@ def load_network(source: str | Path) -> Any:
         content = load_checkpoint(file)
         return network_of(class_in_checkpoint(content, file), content, file).eval()
     try:
-        return load_pretrained(source).eval()
+        found = find_pretrained(source)
+        network = found.network().eval()
+        if isinstance(network, ViT) and found.family is not None:
+            fit_to_transform(network, found.family)
+        return network
     except TrunklineError as error:
         if str(source) in str(error):
             raise
         raise TrunklineError(f"cannot load {source}: {error}") from error
+
+
+def fit_to_transform(network: ViT, family: ForeignFamily) -> None:
+    """Let a network take the pictures that its transform makes, if the files state another size for it, in place.
+
+    A published DINOv2 has positions for 518 pixels and is given pictures of 224, for which it interpolates them at each
+    call; here that happens once.
+
+    Args:
+        network: the network.
+        family: the model that it was, which says how positions are interpolated.
+    """
+    size = network.config.size if network.transform is None else network.transform.image_size
+    if size != network.config.size:
+        rest = any(side % network.config.patch_size for side in size)  # such pixels are left out there
+        network.config = replace(network.config, drop_remainder=rest)
+        network.resize(size[0] if size[0] == size[1] else size, antialias=family.antialias)
 
 
 def class_in_checkpoint(content: dict[str, Any], file: Path) -> type[Network]:

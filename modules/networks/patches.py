@@ -109,11 +109,11 @@ def sincos_positions_2d(grid: tuple[int, int], dim: int, theta: float = 10_000.0
     return torch.cat((sincos(x.flatten(), frequency), sincos(y.flatten(), frequency)), dim=1)
 
 
-def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Interpolate positions (1, rows * columns, D) from one patch grid to another (bicubic, antialiased)."""
+def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool = True) -> Tensor:
+    """Interpolate positions (1, rows * columns, D) from one patch grid to another (bicubic, usually antialiased)."""
     if old == new:
         return positions
     dim, dtype = positions.shape[-1], positions.dtype
     image = positions.float().reshape(1, *old, dim).permute(0, 3, 1, 2)  # (1, D, rows, columns)
-    image = F.interpolate(image, size=new, mode="bicubic", antialias=True)
+    image = F.interpolate(image, size=new, mode="bicubic", antialias=antialias)
     return image.permute(0, 2, 3, 1).reshape(1, math.prod(new), dim).to(dtype)

@@ -180,7 +180,11 @@ class ViT(Network):
 
     @torch.no_grad()
     def resize(
-        self, image_size: int | tuple[int, int], patch_size: int | None = None, in_chans: int | None = None
+        self,
+        image_size: int | tuple[int, int],
+        patch_size: int | None = None,
+        in_chans: int | None = None,
+        antialias: bool = True,
     ) -> None:
         """Change the images that the network takes, in place; learned positions are interpolated.
 
@@ -188,6 +192,8 @@ class ViT(Network):
             image_size: pixels: one side, or (height, width).
             patch_size: side of a patch, as `resize_patches` changes it; None keeps it.
             in_chans: channels of an image, likewise.
+            antialias: smooth the positions where there are fewer afterwards, as timm does; most models of transformers
+                do not.
 
         Raises:
             TrunklineError: if the patch does not divide the new size.
@@ -208,7 +214,7 @@ class ViT(Network):
         self.config = replace(config, image_size=image_size, patch_size=side, in_chans=channels)
         before = self.pos_embed
         if isinstance(before, nn.Parameter):
-            positions = resize_positions(before, old, self.patch_embed.grid)
+            positions = resize_positions(before, old, self.patch_embed.grid, antialias)
             self.pos_embed = nn.Parameter(positions, requires_grad=before.requires_grad)
         elif before is not None:
             self.pos_embed = sincos_positions_2d(self.patch_embed.grid, config.backbone.dim)[None].to(before)

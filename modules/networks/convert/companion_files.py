@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from trunkline import TrunklineError
 from trunkline.modules.networks.companions import TOKENIZER_FILE, Companions, tokenizer_text
 from trunkline.modules.networks.convert.family import Library
 from trunkline.modules.networks.convert.feature_extractors import extractor_settings, sounds_of_extractor
-from trunkline.modules.networks.image_transform import RESAMPLING, ImageTransform
+from trunkline.modules.networks.convert.image_processors import processor_settings, processor_transform, two_sides
+from trunkline.modules.networks.image_transform import ImageTransform
 
 PREPROCESSOR_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
 """How inputs are prepared; version 5 of transformers writes it into the second, beside what a processor adds."""
@@ -61,7 +63,7 @@ def companions_from_theirs(folder: Path, content: Mapping[str, Any], library: Li
         settings = json.loads(file.read_text(encoding="utf-8"))
         if file.name == PROCESSOR_FILE:
             settings = settings.get("image_processor") or settings.get("feature_extractor")
-        found.transform = guarded(processor_transform, settings, file)
+        found.transform = guarded(partial(processor_transform, model_type=content.get("model_type")), settings, file)
         found.sounds = guarded(sounds_of_extractor, settings, file)
         return found
     except (OSError, ValueError, AttributeError) as error:
@@ -128,13 +130,8 @@ def guarded(read: Any, settings: Any, place: Path) -> Any:
     """
     try:
         return read(settings) if settings else None
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise TrunklineError(f"{place} does not say how inputs are prepared: {error!r}; copy it again") from error
-
-
-def two_sides(size: Any) -> tuple[int, int]:
-    """(height, width) of a size that is one side of a square, or both."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def open_clip_transform(settings: Mapping[str, Any]) -> ImageTransform | None:
@@ -158,35 +155,6 @@ def timm_transform(settings: Mapping[str, Any]) -> ImageTransform | None:
     resize = tuple(math.floor(side / settings.get("crop_pct", 0.875)) for side in size)
     interpolation = settings.get("interpolation", "bilinear")
     return ImageTransform(two_sides(size), channels, mean, std, interpolation, two_sides(resize), mode == "squash")
-
-
-def processor_transform(settings: Mapping[str, Any]) -> ImageTransform | None:
-    """Of a preprocessor_config.json of transformers; None if it is of no picture, or does something else with it."""
-    if "image_mean" not in settings or not (settings.get("do_rescale", True) and settings.get("do_normalize", True)):
-        return None
-    size = settings.get("size", 224)
-    whole = isinstance(size, int)
-    crops = settings.get("do_center_crop", settings.get("crop_size") is not None)
-    if not whole and "shortest_edge" in size:
-        resize, squash = two_sides(size["shortest_edge"]), False
-    elif not whole and "height" in size:
-        resize, squash = (size["height"], size["width"]), True
-    elif whole:  # of older versions, in which only processors that crop kept the ratio
-        resize, squash = two_sides(size), not crops
-    else:
-        return None
-    crop = settings.get("crop_size", resize)
-    crop = two_sides(crop) if isinstance(crop, int) else tuple(crop.values()) if isinstance(crop, dict) else crop
-    if isinstance(settings.get("crop_size"), dict):
-        crop = (settings["crop_size"]["height"], settings["crop_size"]["width"])
-    if not settings.get("do_resize", True) or (not crops and not squash):
-        return None
-    names = {number: name for name, number in RESAMPLING.items()}
-    channels = len(settings["image_mean"])
-    mean, std = settings["image_mean"], settings["image_std"]
-    return ImageTransform(
-        crop if crops else resize, channels, mean, std, names[settings.get("resample", 2)], resize, squash
-    )
 
 
 def companions_to_theirs(
@@ -258,32 +226,6 @@ def open_clip_settings(transform: ImageTransform | None) -> dict[str, Any]:
             "interpolation": transform.interpolation,
             "resize_mode": "squash" if transform.squash else "shortest",
         }
-    }
-
-
-def processor_settings(transform: ImageTransform | None) -> dict[str, Any]:
-    """Content of preprocessor_config.json, if transformers has an image processor that does the same."""
-    if transform is None or transform.channels != 3:
-        return {}
-    resize, size = transform.resize, transform.image_size
-    if resize[0] != resize[1] and not transform.squash:
-        return {}
-    sides: dict[str, int] = (
-        {"height": resize[0], "width": resize[1]} if transform.squash else {"shortest_edge": resize[0]}
-    )
-    return {
-        "image_processor_type": "CLIPImageProcessor",  # the one that keeps the ratio and cuts out the centre
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": sides,
-        "resample": RESAMPLING[transform.interpolation],
-        "do_center_crop": True,
-        "crop_size": {"height": size[0], "width": size[1]},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(transform.mean),
-        "image_std": list(transform.std),
     }
 
 

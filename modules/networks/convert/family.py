@@ -42,6 +42,8 @@ class ForeignFamily:
     layers: Callable[[Any], tuple[KeyTable, ...]] | None = None
     """Our configuration -> our names of the layers and those of their modules, for adapters; first the names of today,
     then older ones. None where adapters are not supported."""
+    antialias: bool = True
+    """Whether theirs smooths learned positions that it interpolates for smaller images; see `ViT.resize`."""
 
 
 def with_model_type(*names: str) -> Callable[[Mapping[str, Any]], bool]:

@@ -30,8 +30,14 @@ from trunkline.names import with_article
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX_OF_PEFT = "base_model.model."
-TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+TASK_TYPES = {
+    **{"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"},
+    **{"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"},
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 """End of the name of a class of transformers -> the `task_type` of peft."""
+HEADS_OF_TASKS = ("classifier", "qa_outputs")
+"""What peft looks for in the file of such a task, each as a whole, even if it has not learned."""
 FREE_OPTIONS = {
     *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save"),
     # What follows from the names of the weights, or changes none of them.
@@ -128,13 +134,16 @@ def adapted_family(network: Network) -> tuple[ForeignFamily, tuple[KeyTable, ...
     for family in FOREIGN_FAMILIES:
         if family.layers is None or not isinstance(network, family.network):
             continue
+        if family.suits is not None and not family.suits(network):
+            continue
         try:
             return family, family.layers(network.config), family.config_to(network.config)
         except TrunklineError as error:
             reasons.append(str(error))
     kind = with_article(type(network).__name__)
     raise TrunklineError(
-        "; ".join(reasons) or f"peft has no adapters for {kind}; take a part of it that is a GPT, a BERT or a ViT"
+        "; ".join(reasons)
+        or f"{kind} is no model whose adapters peft takes; merge them, or take a part of it that is a GPT or a BERT"
     )
 
 
@@ -196,16 +205,18 @@ def trained_layers(network: Network, family: ForeignFamily, table: KeyTable) -> 
     for layer, dot, kind in learning:
         if layer_number(layer, table)[0] not in table or kind not in ("weight", "bias") or layer in adapted:
             raise TrunklineError(
-                f"{layer}{dot}{kind} has learned, but an adapter of {family.name} has no place for it; write the "
-                "merged network instead"
+                f"{layer}{dot}{kind} has learned, but an adapter of {family.name} has no place for it; freeze "
+                "it before training, or write the merged network"
             )
-    theirs = family.weights_to(own, network.config) if learning else {}
+    heads = [ours for ours, names in table.items() if names[0].partition(".")[0] in HEADS_OF_TASKS]
+    layers = dict.fromkeys([layer for layer, *_ in learning] + heads)
+    theirs = family.weights_to(own, network.config) if layers else {}
     weights: dict[str, Tensor] = {}
     names: set[str] = set()
-    for layer in dict.fromkeys(layer for layer, *_ in learning):
+    for layer in layers:
         place, number = layer_number(layer, table)
         parts = [name.replace("*", number) for name in table[place]]
-        names |= {*parts}
+        names |= {parts[0].partition(".")[0]} if layer in heads else {*parts}
         for kind in ("weight", "bias"):
             pieces = own[f"{layer}.{kind}"].chunk(len(parts)) if f"{layer}.{kind}" in own else ()
             # The names of files have the same values, in their library's order of rows and columns.

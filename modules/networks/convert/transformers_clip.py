@@ -350,6 +350,8 @@ def clip_family(name: str, kind: str, names: VitNames) -> ForeignFamily:
     """The family of a `model_type`."""
     siglip = kind == "siglip"
     read = siglip_config_from_transformers if siglip else clip_config_from_transformers
+    stacked = ("image.attn_pool.attn.q", "image.attn_pool.attn.kv")  # one parameter there, of no module
+    modules = {ours: theirs for ours, theirs in names.table.items() if ours not in stacked}
     return ForeignFamily(
         name=name,
         origin="transformers",
@@ -359,6 +361,7 @@ def clip_family(name: str, kind: str, names: VitNames) -> ForeignFamily:
         config_to=lambda config: clip_config_to_transformers(config, siglip),
         weights_from=lambda weights, config: clip_from_transformers(weights, config, names),
         weights_to=lambda weights, config: clip_to_transformers(weights, config, names),
+        layers=lambda config: (modules,),
     )
 
 

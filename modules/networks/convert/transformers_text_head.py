@@ -138,6 +138,7 @@ class TextHeadLike:
             weights_from=self.weights_from,
             weights_to=self.weights_to,
             suits=self.suits,
+            layers=lambda config: (self.table(),),
         )
 
 

@@ -77,6 +77,8 @@ class VitLike:
     """The usual one."""
     prefix_positions: int = 1
     """Number of tokens before the patches that have a position."""
+    antialias: bool = False
+    """Whether positions are smoothed that it interpolates."""
 
     @property
     def is_dino(self) -> bool:
@@ -229,6 +231,7 @@ class VitLike:
             weights_from=self.weights_from,
             weights_to=self.weights_to,
             layers=self.modules,
+            antialias=self.antialias,
         )
 
 
@@ -282,6 +285,7 @@ VIT_LIKE = (
         blocks=OF_DINOV2,
         tokens={**CLASS_TOKEN, "mask_token": "mask_token", "reg_token": "register_tokens"},
         eps=1e-6,
+        antialias=True,
     ),
 )
 TRANSFORMERS_VIT, DEIT, DINOV2, DINOV2_REGISTERS = (kind.family() for kind in VIT_LIKE)

@@ -4,16 +4,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
 from parity import assert_near, random_peer, randomise
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_pretrained import edit
 from torch import Tensor
 from travels import arrive, go_back, gradients
 
+import trunkline
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import ViT, ViTConfig
@@ -68,6 +71,36 @@ def test_there_and_back_again(name: str, tmp_path: Path) -> None:
             assert_near(vit(image), want)
             assert_near(vit.forward_head(vit.forward_features(image)), want)
             assert torch.equal(again(image).logits, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels"),
+    [("vit", 16), ("deit", 32), ("dinov2", 16), ("dinov2-body", 40), ("registers", 12), ("registers", 30)],
+)
+def test_pictures_of_another_size(name: str, pixels: int, tmp_path: Path) -> None:
+    """As of a published DINOv2: the network takes what its transform makes, with positions interpolated as theirs."""
+    peer = make_peer(name)
+    peer.save_pretrained(tmp_path / "theirs")
+    sides = {"height": pixels, "width": pixels}
+    hf.BitImageProcessorPil(size={"shortest_edge": 40}, crop_size=sides).save_pretrained(tmp_path / "theirs")
+    network = trunkline.load(tmp_path / "theirs")
+    picture = np.random.default_rng(0).integers(0, 255, (48, 56, 3), dtype=np.uint8)
+    image = network.transform(Image.fromarray(picture))[None]
+
+    def output(model: Any, **options: Any) -> Tensor:
+        out = model(image, **options)
+        return out.pooler_output if "body" in name else out.logits
+
+    always = name.startswith(("dinov2", "registers"))  # at each call; the others want to be told
+    with torch.no_grad():
+        want = output(peer) if always else output(peer, interpolate_pos_encoding=True)
+        assert_near(network(image), want)
+        save_foreign(network, tmp_path / "back", "transformers")
+        again = type(peer).from_pretrained(tmp_path / "back").eval()
+        assert again.config.image_size == network.config.image_size == pixels
+        assert_near(output(again), want)
+        assert_near(trunkline.load(tmp_path / "back")(image), want)
+    assert ViT.from_pretrained(tmp_path / "theirs").config.image_size == 24
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "registers"])

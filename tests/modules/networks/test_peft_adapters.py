@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as hf
 from parity import assert_near, randomise
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,18 @@ from travels import arrive
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
-from trunkline.modules.networks import BERT, GPT, EncoderDecoder, GPTConfig, TextHead, TextHeadConfig, ViT
+from trunkline.modules.networks import (
+    BERT,
+    CLIP,
+    GPT,
+    EncoderDecoder,
+    GPTConfig,
+    TextHead,
+    TextHeadConfig,
+    ViT,
+    Whisper,
+    WhisperConfig,
+)
 from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.convert.families import save_foreign
 from trunkline.modules.networks.convert.peft_adapters import load_adapter, save_adapter
@@ -26,6 +38,7 @@ SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 TEXT = {**SHAPE, "vocab_size": 30, "max_position_embeddings": 12}
 IDS = {"bos_token_id": None, "eos_token_id": None}
 GPT2 = {"vocab_size": 30, "n_positions": 12, "n_embd": 16, "n_layer": 2, "n_head": 2, **IDS}
+DISTILBERT = {"vocab_size": 30, "max_position_embeddings": 12, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
 T5 = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 IMAGE = {**SHAPE, "image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 3}
 PEERS: dict[str, tuple[Any, dict[str, Any], type[Network], list[str], list[str]]] = {
@@ -45,11 +58,40 @@ PEERS: dict[str, tuple[Any, dict[str, Any], type[Network], list[str], list[str]]
     "roberta": (hf.RobertaForMaskedLM, {**TEXT, "pad_token_id": 1}, BERT, ["key"], ["lm_head.dense"]),
     "distilbert": (
         hf.DistilBertForMaskedLM,
-        {"vocab_size": 30, "max_position_embeddings": 12, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
+        DISTILBERT,
         BERT,
         ["q_lin", "out_lin"],
         ["vocab_transform"],
     ),
+    "bert-classes": (
+        hf.BertForSequenceClassification,
+        {**TEXT, "num_labels": 3},
+        TextHead,
+        ["query", "value"],
+        ["classifier", "pooler.dense"],
+    ),
+    "roberta-classes": (
+        hf.RobertaForSequenceClassification,
+        {**TEXT, "pad_token_id": 1, "num_labels": 3},
+        TextHead,
+        ["key", "output.dense"],
+        ["classifier"],
+    ),
+    "distilbert-classes": (
+        hf.DistilBertForSequenceClassification,
+        {**DISTILBERT, "num_labels": 3},
+        TextHead,
+        ["v_lin"],
+        ["pre_classifier", "classifier"],
+    ),
+    "distilbert-tags": (
+        hf.DistilBertForTokenClassification,
+        {**DISTILBERT, "num_labels": 3},
+        TextHead,
+        ["q_lin", "out_lin"],
+        ["classifier"],
+    ),
+    "bert-answers": (hf.BertForQuestionAnswering, {**TEXT, "num_labels": 2}, TextHead, ["query"], ["qa_outputs"]),
     "vit": (hf.ViTForImageClassification, IMAGE, ViT, ["q_proj", "v_proj"], ["classifier"]),
     "dinov2-swiglu": (
         hf.Dinov2ForImageClassification,
@@ -82,6 +124,8 @@ def calls(name: str) -> tuple[Outputs, Outputs]:
         return lambda peer: peer(tokens, decoder_input_ids=tokens).logits, lambda own: own(tokens, tokens)
     if name.endswith("body"):
         return lambda peer: peer(tokens).last_hidden_state, lambda own: own(tokens, return_logits=False)
+    if name == "bert-answers":
+        return lambda peer: torch.stack(peer(tokens)[:2], dim=-1), lambda own: own(tokens)
     return lambda peer: peer(tokens).logits, lambda own: own(tokens)
 
 
@@ -188,6 +232,22 @@ def test_layers_trained_whole(name: str, whole: list[str], own: str | None, tmp_
         assert_near(theirs(peft.PeftModel.from_pretrained(make_peer(name), tmp_path / "again").eval()), want)
 
 
+@pytest.mark.parametrize("name", ["roberta-classes", "distilbert-tags", "bert-answers"])
+def test_a_task_of_peft_with_a_frozen_head(name: str, tmp_path: Path) -> None:
+    """Its classes for tasks want the head in the file."""
+    theirs, ours = calls(name)
+    own = add_lora(arrive(make_peer(name), TextHead, tmp_path), LoRAConfig(2))
+    own.head.requires_grad_(False)
+    spread(own, ("lora_",))
+    save_adapter(own, tmp_path / "adapter", str(tmp_path / "theirs"))
+    kind = {"roberta": "SequenceClassification", "distilbert": "TokenClassification", "bert": "QuestionAnswering"}
+    auto = getattr(peft, f"AutoPeftModelFor{kind[name.partition('-')[0]]}")
+    with torch.no_grad():
+        assert_near(
+            theirs(auto.from_pretrained(tmp_path / "adapter", num_labels=own.config.num_outputs).eval()), ours(own)
+        )
+
+
 def test_layers_of_different_ranks_become_one(tmp_path: Path) -> None:
     """Of a GPT-2 that has learned its queries and values alone, with different scales."""
     peer, (theirs, ours) = make_peer("gpt2"), calls("gpt2")
@@ -284,7 +344,7 @@ def test_what_no_adapter_expresses_is_refused(tmp_path: Path) -> None:
         save_adapter(gpt, tmp_path / "adapter")
     add_lora(gpt, LoRAConfig(2))
     head = add_lora(TextHead(TextHeadConfig(gpt=gpt.config, pool="last")), LoRAConfig(2))
-    with pytest.raises(TrunklineError, match="no adapters for a TextHead"):
+    with pytest.raises(TrunklineError, match="a TextHead on a GPT cannot become a DistilBertForSequenceClassification"):
         save_adapter(head, tmp_path / "adapter")
     vit = add_lora(arrive(make_peer("vit"), ViT, tmp_path / "vit"), LoRAConfig(2))
     vit.cls_token.requires_grad_(True)
@@ -298,7 +358,59 @@ def test_what_no_adapter_expresses_is_refused(tmp_path: Path) -> None:
     other = add_lora(GPT(GPTConfig(30, 12, positions="none", backbone=rotary)), LoRAConfig(2))
     with pytest.raises(TrunklineError, match="cannot become a GPT-2"):
         save_adapter(other, tmp_path / "adapter")
+    recogniser = Whisper(WhisperConfig(encoder=TransformerConfig(16, 1, 2), decoder=TransformerConfig(16, 1, 2)))
+    with pytest.raises(TrunklineError, match="a Whisper is no model whose adapters peft takes; merge them"):
+        save_adapter(add_lora(recogniser, LoRAConfig(2)), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+CLIPS = {
+    "clip": (
+        hf.CLIPModel,
+        {"eos_token_id": 29},
+        ["q_proj", "fc1", "out_proj"],
+        ["visual_projection", "text_projection"],
+    ),
+    "siglip": (hf.SiglipModel, {"pad_token_id": 1}, ["k_proj", "fc2"], ["text_model.head"]),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_clip(name: str, tmp_path: Path) -> None:
+    """Both towers, in both directions. What its scale learns has no place in an adapter."""
+    kind, special, targets, heads = CLIPS[name]
+    sizes = {"text_config": {**TEXT, **special}, "vision_config": {**SHAPE, "image_size": 8, "patch_size": 4}}
+    drawn = torch.Generator().manual_seed(1)
+    tokens, image = torch.randint(3, 29, (2, 12), generator=drawn), torch.randn(2, 3, 8, 8, generator=drawn)
+    tokens[:, -1] = 29
+
+    def peer() -> Any:
+        torch.manual_seed(0)
+        return randomise(kind(kind.config_class(**sizes)).eval(), 0.2)
+
+    def embeddings(model: Any) -> Tensor:
+        if isinstance(model, CLIP):
+            return torch.cat(model(image, tokens))
+        out = model(input_ids=tokens, pixel_values=image)
+        return F.normalize(torch.cat((out.image_embeds, out.text_embeds)), dim=-1)
+
+    own, first = arrive(peer(), CLIP, tmp_path), peer()
+    options = peft.LoraConfig(r=2, target_modules=rf".*encoder.*({'|'.join(targets)})", modules_to_save=heads)
+    tuned = peft.get_peft_model(first, options).eval()
+    spread(tuned, ("lora_", "modules_to_save"))
+    tuned.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        want, before = embeddings(tuned), embeddings(own)
+        assert_near(embeddings(load_adapter(own, tmp_path / "adapter").eval()), want)
+        assert (want - before).abs().max() > 0.1
+        with pytest.raises(TrunklineError, match=r"has learned, .*freeze it before training"):
+            save_adapter(own, tmp_path / "again")
+        own.scale.requires_grad_(False)
+        if own.image.attn_pool is not None:
+            own.image.attn_pool.requires_grad_(False)
+        save_adapter(own, tmp_path / "again")
+        assert_near(embeddings(peft.PeftModel.from_pretrained(peer(), tmp_path / "again").eval()), want)
+        assert_near(embeddings(merge_lora(own)), want)
 
 
 def test_merged_for_others(tmp_path: Path) -> None:
