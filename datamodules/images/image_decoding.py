@@ -81,15 +81,14 @@ class UndecodedJpeg(Image.Image):
             self._take(picture)
             return super().resize(size, resample)
         # sides are rounded up: of 2001 pixels, halved, the last is only half a pixel, or if mirrored the first
-        x, y = (
+        starts = [
             small - full / reduction if self.orientation in mirrored else 0
             for small, full, mirrored in zip(picture.size, self.full_size, MIRRORED, strict=True)
-        )
-        left, top, right, bottom = (
-            start + edge / reduction for start, edge in zip((x, y, x, y), self.box, strict=True)
-        )
-        picture = picture.crop((x := floor(left), y := floor(top), ceil(right), ceil(bottom)))
-        return picture.resize(size, resample, (left - x, top - y, right - x, bottom - y))
+        ]
+        left, top, right, bottom = (start + edge / reduction for start, edge in zip(2 * starts, self.box, strict=True))
+        x, y = floor(left), floor(top)
+        part = picture.crop((x, y, ceil(right), ceil(bottom)))
+        return part.resize(size, resample, (left - x, top - y, right - x, bottom - y))
 
     def _noted(self, **changes: Any) -> Image.Image:
         """The same file with other notes."""
