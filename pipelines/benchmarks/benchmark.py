@@ -22,6 +22,7 @@ from trunkline.pipelines.benchmarks.image_cases import (
     vit_compiled,
     vit_eager,
 )
+from trunkline.pipelines.benchmarks.jpeg_cases import jpeg_input
 from trunkline.pipelines.benchmarks.loading import loading_times, show_loads
 from trunkline.pipelines.benchmarks.loss_cases import chunked_loss
 from trunkline.pipelines.benchmarks.ngrams import date_matches, ngram_accuracy
@@ -59,6 +60,7 @@ CASES = {
     "saves": save_stalls,
     "ddp": ddp_scaling,
     "export": exported_forward,
+    "jpeg": jpeg_input,
 }
 """Cases that measure times, by name."""
 DATE_TESTS = ("dates:years", "dates:locales", "dates:forms", "dates:languages")
@@ -87,6 +89,7 @@ def benchmark(
         "saves",
         "ddp",
         "export",
+        "jpeg",
         "svm",
         "ngram",
         "dates",
@@ -122,7 +125,8 @@ def benchmark(
             against writing it at once; and a step beside it, against a step alone. `ddp`: two processes of one thread
             that train the ViT together, against two that each train one, at the same time. `export`: forward passes of
             GPT-2 124M with 1 and 4 rows of 256 tokens, exported to onnxruntime, against our own in float32 eager, and
-            memory. `svm`: test accuracy of an RBF SVM on the splits of vit/digits. `ngram`: test accuracy of a logistic
+            memory. `jpeg`: from JPEG files to inputs of 224 pixels, decoded no larger than needed, against whole ones.
+            `svm`: test accuracy of an RBF SVM on the splits of vit/digits. `ngram`: test accuracy of a logistic
             regression on character n-grams on the splits of bert/classify_demo. `dates`: dates that logistic
             regressions on character n-grams read right in the test sets of seq2seq/dates, in about 80 seconds of CPU
             time. `dtw`: digit errors of time warping with recorded templates on test sets of audio/digits. `start`:
@@ -132,7 +136,7 @@ def benchmark(
             in a fresh process (Linux).
         rounds: number of measurements of each side.
         batch_size: images or rows per step; default: 16 images or sounds, 8 rows of a GPT, 32 rows of BERT or T5, 64
-            pairs, 1 in generation, 8 with beams; in `loss`, tokens.
+            pairs, 1 in generation, 8 with beams; in `loss`, tokens; in `jpeg`, crops of a picture.
         output: a JSON file for the results; with `device` it is `benchmark_<kind of device>.json` unless named.
         device: measure on this device at the sizes for which GPUs are bought, in bfloat16 and compiled on both sides:
             training steps of GPT-2 124M with 32 x 1,024 tokens, ViT-S/16 and ViT-B/16 at 224 pixels, BERT-base and CLIP

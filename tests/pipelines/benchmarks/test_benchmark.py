@@ -19,8 +19,8 @@ from trunkline.pipelines.benchmarks import benchmark as module
 from trunkline.pipelines.benchmarks import clip_cases as benchmark_clip
 from trunkline.pipelines.benchmarks import export_cases as benchmark_export
 from trunkline.pipelines.benchmarks import image_cases as benchmark_image
+from trunkline.pipelines.benchmarks import jpeg_cases, saves, timing
 from trunkline.pipelines.benchmarks import loss_cases as benchmark_loss
-from trunkline.pipelines.benchmarks import saves, timing
 from trunkline.pipelines.benchmarks import seq2seq_cases as benchmark_seq2seq
 from trunkline.pipelines.benchmarks import text_cases as benchmark_text
 from trunkline.pipelines.benchmarks.benchmark import benchmark
@@ -106,6 +106,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(benchmark_clip, name, value)
     monkeypatch.setattr(benchmark_clip, "peak_memory", lambda prepare: prepare.args[0] << 20)
     monkeypatch.setattr(benchmark_loss, "VOCABULARY", 50)
+    monkeypatch.setattr(jpeg_cases, "SIZES", ((40, 30),))
     monkeypatch.setattr(benchmark_loss, "peak_memory", lambda prepare: prepare()() and len(prepare.args[0]) << 20)
     ends = {"bos_token_id": None, "eos_token_id": None}
     monkeypatch.setattr(transformers, "GPT2Config", lambda **_: configure(n_embd=16, n_layer=1, n_head=2, **ends))
@@ -141,6 +142,7 @@ CASES = {
     "loss": [("chunked loss", "plain loss")],
     "muon": [("Muon step", "torch.optim.Muon")],
     "overhead": [("trainer.fit", "bare loop")],
+    "jpeg": [(f"JPEG of 40 x 30, {name}", "decoded whole") for name in ("training", "evaluation")],
     "export": [("GPT-2 in onnxruntime, 2 x 8", "our own eager")],
     "saves": [("training held up by a save", "written at once"), ("a step beside a save", "a step alone")],
 }
