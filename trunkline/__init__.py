@@ -29,7 +29,8 @@ def load(source: str | PathLike[str]) -> Any:
 
     Args:
         source: a checkpoint of `trunkline fit` or a run's folder; a folder that `save_pretrained` wrote; a folder or a
-            file of a model of transformers, timm or open_clip; or the name of a Hugging Face hub repository of these.
+            file of a model of transformers, timm or open_clip; a folder of peft, whose adapters are merged into the
+            model that it names; or the name of a Hugging Face hub repository of these.
 
     Returns:
         a network of `trunkline.modules.networks`.

@@ -10,6 +10,7 @@ from trunkline.modules import networks
 from trunkline.modules.networks.base import Network, nameless, network_of, stored_config
 from trunkline.modules.networks.convert.family import ForeignFamily
 from trunkline.modules.networks.convert.foreign_files import CONFIG_FILES, other_content
+from trunkline.modules.networks.convert.peft_folders import ADAPTER_CONFIG
 from trunkline.modules.networks.pretrained import find_pretrained
 from trunkline.modules.networks.vit import ViT
 from trunkline.run_folders import find_checkpoint, is_checkpoint
@@ -18,7 +19,9 @@ from trunkline.run_folders import find_checkpoint, is_checkpoint
 def load_network(source: str | Path) -> Any:
     """The network in a checkpoint, a folder or a hub repository, in evaluation mode; see `trunkline.load`."""
     path = Path(source)
-    if is_checkpoint(path) or (path.is_dir() and not any((path / name).is_file() for name in CONFIG_FILES)):
+    if is_checkpoint(path) or (
+        path.is_dir() and not any((path / name).is_file() for name in (*CONFIG_FILES, ADAPTER_CONFIG))
+    ):
         try:
             file = find_checkpoint(path)
         except TrunklineError as error:

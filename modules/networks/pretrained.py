@@ -1,7 +1,7 @@
 """Read a pretrained network: a folder of `save_pretrained`, files of transformers, timm or open_clip, or a hub name."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,13 @@ from trunkline.modules.networks.convert.foreign_files import (
     open_weights,
     read_config,
 )
+from trunkline.modules.networks.convert.peft_adapters import load_adapter
+from trunkline.modules.networks.convert.peft_folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_of_adapter,
+    is_adapter_folder,
+)
 from trunkline.modules.networks.convert.sentence_transformers import (
     MODULES_FILE,
     POOLING_FILES,
@@ -37,6 +44,7 @@ from trunkline.modules.networks.convert.sentence_transformers import (
     sentence_options,
 )
 from trunkline.modules.networks.gpt import GPT
+from trunkline.modules.networks.lora import merge_lora
 from trunkline.modules.networks.text_head import TextHead
 from trunkline.modules.networks.weights import assign_weights, unfilled
 from trunkline.names import hub_access, looks_like_path, with_article
@@ -53,6 +61,8 @@ class Pretrained:
     """Content of the configuration file."""
     family: ForeignFamily | None
     """The family of a foreign model; None for files of `save_pretrained`."""
+    adapter: Path | None = None
+    """A folder of peft with adapters for it, which are merged into its weights."""
 
     @cached_property
     def weights(self) -> ForeignWeights:
@@ -107,6 +117,9 @@ class Pretrained:
         assign_weights(network, weights, self.source, dtype)
         refuse_nan(network, self.source)
         network.companions = self.companions
+        if self.adapter is not None:
+            merge_lora(load_adapter(network, self.adapter))
+            refuse_nan(network, self.adapter)
         return network
 
 
@@ -118,7 +131,8 @@ def find_pretrained(
     """Read what kind of network is in files; its configuration and weights are read when they are asked for.
 
     Args:
-        source: a folder, a file of weights with its configuration file beside it, or a hub name.
+        source: a folder, a file of weights with its configuration file beside it, or a hub name. A folder of peft
+            stands for the base model that it names, with its adapters merged.
         accepted: classes of networks that are not Trunkline's own, which a configuration file may name.
         config: of a foreign model, if no file has it: the content of its configuration file, or a path to it.
 
@@ -126,6 +140,8 @@ def find_pretrained(
         TrunklineError: if there is no configuration file, or it describes a model that no network of ours can be.
     """
     place = pretrained_place(source)
+    if is_adapter_folder(place):
+        return replace(find_pretrained(base_of_adapter(place), accepted, config), adapter=place)
     folder = place if place.is_dir() else place.parent
     content = dict(config) if isinstance(config, Mapping) else read_config(Path(config or folder))
     if "network" in content:
@@ -196,9 +212,9 @@ def pretrained_place(source: str | Path) -> Path:
 
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json")
 """Of files of weights, and of the list of their parts."""
-SAFE = [name for name in (*WEIGHTS_FILES, *PART_FILES) if "safetensors" in name]
+SAFE = [name for name in (*WEIGHTS_FILES, *PART_FILES, ADAPTER_WEIGHTS) if "safetensors" in name]
 PICKLED = [name for name in (*WEIGHTS_FILES, *PART_FILES) if "safetensors" not in name]
 BESIDE = [
     *(*CONFIG_FILES, *COMPANION_FILES, PREPROCESSOR_FILE, PROCESSOR_FILE),
-    *(TOKENIZER_CONFIG_FILE, MODULES_FILE, POOLING_FILES),
+    *(TOKENIZER_CONFIG_FILE, MODULES_FILE, POOLING_FILES, ADAPTER_CONFIG),
 ]

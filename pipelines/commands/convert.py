@@ -12,7 +12,8 @@ from trunkline.modules.networks.base import CONFIG_FILE, WEIGHTS_FILE, network_o
 from trunkline.modules.networks.companions import CARD_FILE
 from trunkline.modules.networks.convert.families import FILES, save_foreign, to_foreign
 from trunkline.modules.networks.convert.family import Library
-from trunkline.modules.networks.convert.peft_adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
+from trunkline.modules.networks.convert.peft_adapters import save_adapter
+from trunkline.modules.networks.convert.peft_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trunkline.modules.networks.hub import check_repository, upload
 from trunkline.modules.networks.pretrained import load_pretrained
 from trunkline.pipelines.trained import Trained

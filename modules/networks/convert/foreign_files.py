@@ -194,7 +194,7 @@ OTHER_CONTENT = {
     "tf_model*.h5": "weights of TensorFlow",
     "flax_model*.msgpack": "weights of Flax",
     "*.gguf": "weights in the format GGUF",
-    "adapter_config.json": "an adapter of PEFT, which has to be merged into its base model first",
+    "adapter_config.json": "an adapter of PEFT, which convert.peft_adapters.load_adapter gives to its base model",
     "modules.json": "a model of sentence-transformers, whose network is in a folder of its own",
     "*.safetensors": "weights without the config.json of their network",
     "pytorch_model*.bin": "weights without the config.json of their network",

@@ -6,7 +6,6 @@ all of them as one of a higher rank.
 """
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -23,12 +22,17 @@ from trunkline.modules.networks.convert.families import FOREIGN_FAMILIES
 from trunkline.modules.networks.convert.family import ForeignFamily
 from trunkline.modules.networks.convert.foreign_files import ForeignWeights
 from trunkline.modules.networks.convert.key_tables import KeyTable, layer_number
+from trunkline.modules.networks.convert.peft_folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    read_adapter_config,
+    scale_of,
+)
 from trunkline.modules.networks.convert.transformers_gpt2 import GPT2
 from trunkline.modules.networks.lora import Adapter, LoRALinear, freeze_base, linear_layers, refuse_adapted
 from trunkline.modules.networks.weights import assign_weights, enumerated
 from trunkline.names import with_article
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX_OF_PEFT = "base_model.model."
 TASK_TYPES = {
     **{"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"},
@@ -38,19 +42,6 @@ TASK_TYPES = {
 """End of the name of a class of transformers -> the `task_type` of peft."""
 HEADS_OF_TASKS = ("classifier", "qa_outputs")
 """What peft looks for in the file of such a task, each as a whole, even if it has not learned."""
-FREE_OPTIONS = {
-    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save"),
-    # What follows from the names of the weights, or changes none of them.
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "task_type"),
-    *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "runtime_config"),
-    *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "ensure_weight_tying"),
-}
-"""Options of peft's LoRA that are read, or do not matter after training."""
-USUAL_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base's weights
-}
 
 
 class LowRank(NamedTuple):
@@ -291,32 +282,6 @@ def load_adapter(network: Network, folder: str | Path) -> Network:
     return network
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The options in a folder of peft.
-
-    Raises:
-        TrunklineError: if they cannot be read, or for one that has no counterpart here.
-    """
-    file = folder / ADAPTER_CONFIG
-    try:
-        config = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise TrunklineError(f"cannot read {file}, which says what the adapters are: {error}") from error
-    for name, value in config.items():
-        if name not in FREE_OPTIONS and value not in USUAL_OPTIONS.get(name, (None, False, {}, [])):
-            raise TrunklineError(
-                f"{file} has {name}={value}, which is not LoRA as here; merge the adapter in peft, and load that model"
-            )
-    return config
-
-
-def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """What peft multiplies the change of a layer by: alpha / r, or with rank-stabilised LoRA alpha / sqrt(r)."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", layer)), config.get("lora_alpha", 8))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
 def place_in_ours(layer: str, tables: Iterable[KeyTable], family: ForeignFamily, folder: Path) -> tuple[str, int, int]:
     """Our name of their layer, its number among those that are stacked in ours, and how many these are.
 
@@ -371,7 +336,7 @@ def load_layers(
                 f"{folder} holds '{name}' trained apart from '{tied}', but the network has one weight for both; train "
                 "it in peft with ensure_weight_tying, or merge the adapter there"
             )
-    assign_weights(network, weights, folder, dtype=None)
+    assign_weights(network, weights, folder, next(network.parameters()).dtype)
     return learning
 
 

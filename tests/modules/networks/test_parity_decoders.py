@@ -1,5 +1,6 @@
 """Decoders of transformers that are built like LLaMA, and GPT-2, become a GPT and go back, bit for bit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from parity import assert_near, random_peer
+from safetensors.torch import load_file
 from test_pretrained import edit, edit_weights
 from torch import Tensor
 from travels import arrive, go_back, gradients
@@ -36,6 +38,13 @@ PEERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama-theta": (
         hf.LlamaForCausalLM,
         {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "head_dim": 6},
+    ),
+    "smollm": (
+        hf.LlamaForCausalLM,
+        {
+            **{**SIZES, "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5},
+            **{"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0}},
+        },
     ),
     "mistral": (hf.MistralForCausalLM, {**SIZES, "num_key_value_heads": 1, "sliding_window": None}),
     "qwen2": (hf.Qwen2ForCausalLM, {**SIZES, "num_key_value_heads": 2}),
@@ -99,6 +108,45 @@ def test_files_without_an_output_layer(tmp_path: Path) -> None:
     make_peer("llama").model.save_pretrained(tmp_path / "untied")
     with pytest.raises(TrunklineError, match=r"do not fit a GPT: 'head\.weight' is missing$"):
         GPT.from_pretrained(tmp_path / "untied")
+
+
+def test_a_published_smollm(tmp_path: Path) -> None:
+    """Its config.json as of SmolLM2-135M, but for the sizes, with weights of half the precision."""
+    peer = make_peer("smollm").bfloat16()
+    peer.save_pretrained(tmp_path)
+    sizes = {name: PEERS["smollm"][1][name] for name in SIZES if name not in ("bos_token_id", "eos_token_id")}
+    content = {
+        **{"architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1},
+        **{"eos_token_id": 2, "hidden_act": "silu", **sizes, "initializer_range": 0.041666666666666664},
+        **{"is_llama_config": True, "model_type": "llama", "num_key_value_heads": 3, "pad_token_id": 2},
+        **{"pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None},
+        **{"rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True},
+        "transformers_js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    tokens, _, _ = texts()
+    with torch.no_grad():
+        assert_near(GPT.from_pretrained(tmp_path).eval()(tokens), peer.float()(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside", "written"),
+    [
+        (hf.GPT2Model, "transformer.", "GPT2LMHeadModel"),
+        (hf.LlamaModel, "model.", "LlamaForCausalLM"),
+        (hf.Qwen2Model, "model.", "Qwen2ForCausalLM"),
+        (hf.MistralForCausalLM, "", "LlamaForCausalLM"),
+    ],
+)
+def test_names_that_the_way_back_changes(kind: Any, inside: str, written: str, tmp_path: Path) -> None:
+    """As docs/reuse.md says; the bits stay."""
+    sizes = SMALL if kind is hf.GPT2Model else {**SIZES, "num_key_value_heads": 2, "sliding_window": None}
+    peer = random_peer(kind, {**sizes, "eos_token_id": None, "tie_word_embeddings": True})
+    save_foreign(arrive(peer, GPT, tmp_path), tmp_path / "back", "transformers")
+    before, after = load_file(tmp_path / "theirs/model.safetensors"), load_file(tmp_path / "back/model.safetensors")
+    assert {f"{inside}{name}" for name in before} == after.keys()
+    assert all(torch.equal(value, after[f"{inside}{name}"]) for name, value in before.items())
+    assert json.loads((tmp_path / "back/config.json").read_text())["architectures"] == [written]
 
 
 def test_files_of_gpt2_of_old(tmp_path: Path) -> None:

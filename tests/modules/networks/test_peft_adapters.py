@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from travels import arrive
 
+import trunkline
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks import (
@@ -33,6 +34,7 @@ from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.convert.families import save_foreign
 from trunkline.modules.networks.convert.peft_adapters import load_adapter, save_adapter
 from trunkline.modules.networks.lora import Adapter, LoRAConfig, LoRALinear, add_lora, merge_lora
+from trunkline.modules.training.warm_start import TrainedWeights
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 TEXT = {**SHAPE, "vocab_size": 30, "max_position_embeddings": 12}
@@ -230,6 +232,40 @@ def test_layers_trained_whole(name: str, whole: list[str], own: str | None, tmp_
         assert all(p.requires_grad for p in network.get_submodule(own).parameters())
         save_adapter(network, tmp_path / "again")
         assert_near(theirs(peft.PeftModel.from_pretrained(make_peer(name), tmp_path / "again").eval()), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "distilbert-tags"])
+def test_a_folder_of_peft_stands_for_its_merged_base(name: str, tmp_path: Path) -> None:
+    """Its weights are of half the precision, but not those of the network."""
+    peer, (theirs, ours) = make_peer(name), calls(name)
+    _, _, kind, targets, heads = PEERS[name]
+    before = arrive(peer, kind, tmp_path)
+    peer.config._name_or_path = peer.name_or_path = str(tmp_path / "theirs")
+    tuned = peft.get_peft_model(peer, peft.LoraConfig(r=2, target_modules=targets, modules_to_save=heads)).eval()
+    spread(tuned, ("lora_", "modules_to_save"))
+    tuned.bfloat16().float().save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
+    with torch.no_grad():
+        tuned = peft.PeftModel.from_pretrained(make_peer(name), tmp_path / "adapter").eval()
+        want = theirs(tuned)
+        for network in (trunkline.load(tmp_path / "adapter"), start(name, kind, tmp_path)):
+            assert {p.dtype for p in network.parameters()} == {torch.float32}
+            assert network.state_dict().keys() == before.state_dict().keys()
+            assert_near(ours(network.eval()), want)
+    assert (ours(before) - want).abs().max() > 0.1
+    options = tmp_path / "adapter/adapter_config.json"
+    for base in (None, str(tmp_path / "adapter")):
+        options.write_text(json.dumps({**json.loads(options.read_text()), "base_model_name_or_path": base}))
+        with pytest.raises(
+            TrunklineError, match=rf"base_model_name_or_path={base}, which is no model without adapters"
+        ):
+            trunkline.load(tmp_path / "adapter")
+
+
+def start(name: str, kind: type[Network], folder: Path) -> Any:
+    """As `init_from` reads it."""
+    return TrainedWeights.read(str(folder / "adapter"), "init_from", (kind,)).network()
 
 
 @pytest.mark.parametrize("name", ["roberta-classes", "distilbert-tags", "bert-answers"])

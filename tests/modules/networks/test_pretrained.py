@@ -291,7 +291,6 @@ def test_a_network_that_its_configuration_does_not_make(kind: type[ViT], more: t
         ("model.gguf", "but weights in the format GGUF"),
         ("tf_model.h5", "but weights of TensorFlow"),
         ("flax_model.msgpack", "but weights of Flax"),
-        ("adapter_config.json", "but an adapter of PEFT, which has to be merged"),
         ("modules.json", "but a model of sentence-transformers"),
         ("model.safetensors", r"but weights without the config\.json"),
     ],
@@ -304,6 +303,13 @@ def test_folders_of_other_formats(file: str, message: str, theirs: Any, tmp_path
     if file != "model.safetensors":
         theirs.config.save_pretrained(tmp_path / "folder")
         with pytest.raises(TrunklineError, match=rf"holds no weights, {message}.*; it needs one of model\.safetensors"):
+            trunkline.load(tmp_path / "folder")
+        (tmp_path / "folder/adapter_config.json").write_text("{}")
+        (tmp_path / "folder" / file).unlink()
+        with pytest.raises(
+            TrunklineError,
+            match=r"but an adapter of PEFT, which convert\.peft_adapters\.load_adapter gives to its base model",
+        ):
             trunkline.load(tmp_path / "folder")
     (tmp_path / file).write_bytes(b"")
     if file.endswith((".gguf", ".h5", ".msgpack")):
