@@ -32,11 +32,7 @@ from trunkline.modules.objectives.evaluation import EvaluatedModule
 from trunkline.modules.objectives.reduction import Accumulation, Terms, as_terms, mean_count, recomputed_sums
 from trunkline.modules.training.checkpoints import follow_folder
 from trunkline.modules.training.distributed import Gather, settle_buckets
-from trunkline.modules.training.exact_resume import (
-    accumulates,
-    correct_step_count,
-    settle_progress,
-)
+from trunkline.modules.training.exact_resume import accumulates, correct_step_count, settle_progress
 from trunkline.modules.training.finite_steps import FiniteSteps, gradient_norm, refuse_diverged, spread_fault
 from trunkline.modules.training.flops import counted_flops, training_flops
 from trunkline.modules.training.lora_runs import check_lora_run, check_same_lora, leave_out_frozen, refuse_beside_lora
@@ -308,7 +304,7 @@ class TrunklineModule(EvaluatedModule):
         np.random.seed(words[1])
         torch.manual_seed(int(words[2]))
         correct_step_count(self.trainer)
-        self.finite_steps.begin(batch, batch_idx)
+        self.finite_steps.begin(batch, batch_idx, self.trainer.optimizers)
 
     def on_before_backward(self, loss: Tensor) -> None:
         self.finite_steps.add(loss)
@@ -329,6 +325,11 @@ class TrunklineModule(EvaluatedModule):
             self.log("train/grad_norm", norm)
             if self.finite_steps.left_out is not None:
                 self.log("train/skipped_steps", self.finite_steps.left_out)
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *clipping: Any, **named: Any) -> None:
+        """Clip as usual; after that the optimiser alone decides, on its device, whether a step is left out."""
+        super().configure_gradient_clipping(optimizer, *clipping, **named)
+        self.finite_steps.leave_overflows_to(optimizer, itself=True)
 
     def is_logging_step(self) -> bool:
         """Whether the trainer logs this step's metrics."""

@@ -1,7 +1,7 @@
 """Steps whose loss or gradient is not finite: they never reach the weights, and end the run or are left out."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -50,9 +50,9 @@ class FiniteSteps:
     host learns of it at the next step. An optimiser that cannot is waited for, if steps may be left out; otherwise a
     bad step does reach the weights in memory, but no checkpoint, and the next step ends the run.
 
-    With 16-mixed precision gradients overflow while the right scale is looked for; `GradScaler` leaves such steps out,
-    and they are only counted (`overflows`). A step is bad if its loss is not finite, or if a gradient overflows
-    although the scale has fallen to `LEAST_SCALE`.
+    With 16-mixed precision gradients overflow while the right scale is looked for. Such steps are left out, by the
+    optimiser if it can, else by `GradScaler`, which waits for the device; and they are only counted (`overflows`). A
+    step is bad if its loss is not finite, or if a gradient overflows although the scale has fallen to `LEAST_SCALE`.
 
     Args:
         allowed: bad steps of a run that are left out; the one after them ends it.
@@ -91,8 +91,10 @@ class FiniteSteps:
         self.rows: list[Tensor] = []
         self.loss: Tensor | None = None
 
-    def begin(self, batch: Any, number: int) -> None:
-        """Remember which rows a batch has, for the message."""
+    def begin(self, batch: Any, number: int, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        """Remember which rows a batch has, for the message, and let the gradients be clipped without their scale."""
+        for optimizer in optimizers:
+            self.leave_overflows_to(optimizer, itself=False)
         self.batches.append(number)
         rows = batch.get("index") if isinstance(batch, Mapping) else None
         if isinstance(rows, Tensor):
@@ -127,7 +129,7 @@ class FiniteSteps:
                 dist.all_reduce(bad, dist.ReduceOp.MAX)
             overflowed = (1 - bad) * overflowed
             self.overflows = overflowed if self.overflows is None else self.overflows + overflowed
-        able = scales or bool(optimizer.defaults.get("fused"))
+        able = scales or skips_by_itself(optimizer)
         if self.host_may_wait(bad) or (self.allowed and not able):
             if bool(bad):
                 self.reject(trainer, step)
@@ -139,6 +141,15 @@ class FiniteSteps:
         self.settle(trainer)
         self.late.send(bad.reshape(1).clone())
         self.sent = step
+
+    def leave_overflows_to(self, optimizer: torch.optim.Optimizer, itself: bool) -> None:
+        """Say whether the optimiser, not `GradScaler`, leaves out a step in which the scaler has found an overflow.
+
+        The scaler has to read what it found, and the host waits. But of an optimiser that skips by itself Lightning
+        takes it that it also divides the gradients by the scale: then they could not be clipped, and their norm would
+        be logged with the scale. So this is said only after the clipping of a step, and taken back before the next.
+        """
+        optimizer._step_supports_amp_scaling = itself and skips_by_itself(optimizer)  # type: ignore[attr-defined]
 
     def host_may_wait(self, result: Tensor) -> bool:
         """Whether a result is there as soon as the host can ask for it."""
@@ -204,6 +215,11 @@ def gradient_norm(module: torch.nn.Module) -> Tensor:
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     own = torch.nn.utils.get_total_norm([local_rows(gradient) for gradient in gradients])
     return norms_over_processes([own], gradients[0])[0]
+
+
+def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step changes nothing if the attribute `found_inf`, a scalar on the device, is 1."""
+    return bool(optimizer.defaults.get("fused"))
 
 
 def drop_gradients(optimizer: torch.optim.Optimizer) -> None:

@@ -172,16 +172,7 @@ class ScaledAdamW(torch.optim.Optimizer):
 
 
 class RowwiseAdamW(torch.optim.AdamW):
-    """torch's AdamW with two differences that change no result.
-
-    The fused kernel could divide gradients by the scale of 16-mixed itself. Then they could not be clipped before, and
-    their norm would be logged with the scale; so here the scaler divides. And of sharded tensors the kernel is given
-    this process's rows, because that avoids the cost of DTensors.
-    """
-
-    def __init__(self, params: Any, **options: Any) -> None:
-        super().__init__(params, **options)
-        self._step_supports_amp_scaling = False
+    """torch's AdamW, but of sharded tensors the kernel is given this process's rows: it avoids the cost of DTensors."""
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
         found = super()._init_group(group, *lists)

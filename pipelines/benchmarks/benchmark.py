@@ -140,7 +140,8 @@ def benchmark(
         output: a JSON file for the results; with `device` it is `benchmark_<kind of device>.json` unless named.
         device: measure on this device at the sizes for which GPUs are bought, in bfloat16 and compiled on both sides:
             training steps of GPT-2 124M with 32 x 1,024 tokens, ViT-S/16 and ViT-B/16 at 224 pixels, BERT-base and CLIP
-            ViT-B/32 (`gpt`, `vit`, `bert`, `clip`), and greedy generation with batch 1 and 64 (`generation`): tokens or
+            ViT-B/32 (`gpt`, `vit`, `bert`, `clip`), greedy generation with batch 1 and 64 (`generation`), and the
+            output layer and loss of 4,096 tokens against all logits at once, plain and compiled (`loss`): tokens or
             images a second, share of the device's peak speed (MFU), and peak memory. `cpu` rehearses it with tiny
             networks. Default: the other cases.
         minutes: with `device`, when to stop; the results so far are in the file after each case.

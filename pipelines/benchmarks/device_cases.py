@@ -23,6 +23,7 @@ from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.objectives.masked_lm import MaskedLM
 from trunkline.modules.objectives.reduction import as_terms
 from trunkline.pipelines.benchmarks.clip_cases import open_clip_network, random_pairs
+from trunkline.pipelines.benchmarks.loss_cases import loss_step
 from trunkline.pipelines.benchmarks.text_cases import transformers
 from trunkline.pipelines.benchmarks.timing import training_step
 
@@ -60,7 +61,7 @@ class Sizes(NamedTuple):
     clip_vocabulary: int = 49408
     clip_length: int = 77
     new_tokens: int = 128
-    batch_sizes: tuple[int, ...] = (32, 256, 128, 256, 512, 1, 64)
+    batch_sizes: tuple[int, ...] = (32, 256, 128, 256, 512, 1, 64, 4096)
     """Of the cases in their order."""
 
 
@@ -81,7 +82,7 @@ TINY = Sizes(
     clip_vocabulary=64,
     clip_length=8,
     new_tokens=4,
-    batch_sizes=(4, 4, 4, 4, 4, 1, 4),
+    batch_sizes=(4, 4, 4, 4, 4, 1, 4, 32),
 )
 """For a rehearsal without a GPU: the same code in seconds."""
 
@@ -116,7 +117,7 @@ class DeviceCase(NamedTuple):
 
 def device_cases(sizes: Sizes) -> Iterator[DeviceCase]:
     """All cases, the most telling first."""
-    gpt, small, base, bert, clip, one, many = sizes.batch_sizes
+    gpt, small, base, bert, clip, one, many, tokens = sizes.batch_sizes
     words, image, new = sizes.gpt_length, sizes.image_size, sizes.new_tokens
     tiny = "tiny " if sizes == TINY else ""
     name = f"{tiny}GPT-2 124M, rows of {words}"
@@ -133,6 +134,10 @@ def device_cases(sizes: Sizes) -> Iterator[DeviceCase]:
         name = f"{new} greedy tokens of {tiny}GPT-2 124M, batch {batch_size}"
         sizes_of = "generation", name, "transformers", "tokens", batch_size, batch_size, new
         yield DeviceCase(*sizes_of, our_generation, their_generation)
+    name = f"output layer and loss of {tiny}GPT-2 124M"
+    for peer in ("plain", "compiled"):
+        title = {"plain": "plain loss", "compiled": "plain loss, compiled"}[peer]
+        yield DeviceCase("loss", name, title, "tokens", tokens, 1, 1, our_loss, partial(their_loss, kind=peer))
 
 
 def trunk(shape: Shape, **options: Any) -> TransformerConfig:
@@ -296,3 +301,18 @@ def their_generation(bench: Bench) -> Turn:
     options: dict[str, Any] = {"max_new_tokens": bench.sizes.new_tokens, "do_sample": False, "pad_token_id": 0}
     options |= {"cache_implementation": "static"} if bench.compiled else {}
     return lambda: network.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+
+
+def our_loss(bench: Bench) -> tuple[Turn, int]:
+    """The loss that never holds all logits, which compiles itself on a GPU; its operations are those of the plain one:
+    a product of the output layer, and one for each of the two gradients.
+    """
+    dim, words = bench.sizes.gpt.dim, bench.sizes.gpt_vocabulary
+    step = loss_step("chunked", bench.batch_size, bench.device, True, dim, words)
+    return step, 3 * 2 * bench.batch_size * dim * words
+
+
+def their_loss(bench: Bench, kind: str) -> Turn:
+    """The loss of all logits at once, `plain` or `compiled`."""
+    kind = kind if bench.compiled else "plain"
+    return loss_step(kind, bench.batch_size, bench.device, True, bench.sizes.gpt.dim, bench.sizes.gpt_vocabulary)

@@ -10,12 +10,10 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.precision import MixedPrecision
 from recorded_run import Run
 from resumed_run import EPOCHS, arguments, assert_same_run, kill_and_resume, write_config
 from tasks import BATCHES, TASKS
 from torch import Tensor, nn
-from torch.amp import GradScaler
 
 from trunkline.pipelines.cli import main
 
@@ -54,13 +52,6 @@ def flat(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().cpu().double().flatten() for p in module.parameters()])
 
 
-class HalfOnCPU(MixedPrecision):
-    """16-mixed where a rehearsal runs: on a CPU, for which Lightning does not have it."""
-
-    def __init__(self) -> None:
-        super().__init__("16-mixed", "cpu", GradScaler("cpu", init_scale=2.0**10))
-
-
 def train(task: str, precision: str, compiled: bool, device: torch.device, folder: Path) -> Kept:
     """Twenty steps of a task, with no randomness but that of the data."""
     kind = "gpu" if device.type == "cuda" else "cpu"
@@ -69,7 +60,7 @@ def train(task: str, precision: str, compiled: bool, device: torch.device, folde
     content = yaml.safe_load(config.read_text())
     content["trainer"]["callbacks+"] = [{"class_path": "test_gpu_training.Kept"}]
     if (kind, precision) == ("cpu", "16-mixed"):
-        content["trainer"]["plugins"] = [{"class_path": "test_gpu_training.HalfOnCPU"}]
+        content["trainer"]["plugins"] = [{"class_path": "half_on_cpu.HalfOnCPU"}]
     else:
         content["trainer"]["precision"] = precision
     content["compile"] = compiled

@@ -10,11 +10,10 @@ import lightning as L
 import machine_settings
 import tiny
 import torch
+from half_on_cpu import HalfOnCPU
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
 from recorded_run import CONTEXT
 from torch import Tensor
-from torch.amp import GradScaler
 from torch.utils.data import DataLoader, Sampler
 
 from trunkline.contract import IGNORE
@@ -124,11 +123,6 @@ class Rest(Sampler[int]):
         return self.count
 
 
-def half(scale: float) -> MixedPrecision:
-    """16-mixed on a CPU, where Lightning would choose bfloat16. The scale does not grow in a few steps."""
-    return MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=scale))
-
-
 class Overflow(Callback):
     """Makes the gradients infinite that one process holds of a sharded weight, once."""
 
@@ -196,7 +190,7 @@ def train(
     recompute = True if kind == "vit" else None
     plugins: list[Any] = [BackgroundCheckpointIO() if strategy == "sharded" else SafeCheckpointIO()]
     if kind == "16-mixed":
-        plugins.append(half(SCALE))
+        plugins.append(HalfOnCPU())
         callbacks += [Overflow()] if overflow else []
     fitted = tiny.trainer(
         folder,

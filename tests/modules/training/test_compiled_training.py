@@ -1,6 +1,8 @@
 """Compiled training: one graph for each objective, without breaks, that nothing else touches."""
 
 from collections import Counter
+from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,42 @@ from trunkline.pipelines.cli import main
 
 RAGGED = {"translate", "speech", "listen"}
 """Tasks whose batches have as many rows as fit, and rows of different lengths."""
+ONCE, TWICE = [False], [False, True]
+"""Whether each graph has symbolic sizes: of batches of one shape, and of batches that differ."""
+RECIPES = {
+    "gpt/modern_124m": "block",
+    "gpt/gpt2_124m": "block",
+    "bert/base": "masked",
+    "clip/shared_trunk": "pairs",
+    "clip/siglip_b16": "pairs",
+    "clip/vit_b32": "pairs",
+    "clip/emoji": "pairs",
+    "vit/imagenet_b16": "image",
+    "vit/cifar10": "image",
+    "seq2seq/t5_small_c4": "translate",
+    "seq2seq/transformer_base_wmt": "translate",
+    "audio/ast_audioset": "audio",
+    "audio/librispeech_ctc": "speech",
+    "audio/whisper_tiny": "listen",
+}
+"""Recipes, and the task whose data they are trained on."""
+SHRUNK = {"dim": 16, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "hidden_dim": 32, "patch_size": 4, "stride": 3}
+SHRUNK |= {"chunk_size": 10, "max_new_tokens": 8}
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_training_is_compiled_once(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with an evaluation before training and after every step, in batches of another size."""
-    monkeypatch.chdir(tmp_path)
+def compiled_graphs(
+    folder: Path, task: str, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any] | None = None, **trainer: Any
+) -> list[bool]:
+    """Whether each graph that was compiled has symbolic sizes; with an evaluation before training and after every step.
+
+    Args:
+        folder: of the run.
+        task: one of the `TASKS`.
+        monkeypatch: undone after the test.
+        change: changes the recipe.
+        trainer: more of its options.
+    """
+    monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.argv", ["trunkline"])
     graphs: list[list[Any]] = []
 
@@ -31,16 +63,72 @@ def test_training_is_compiled_once(task: str, tmp_path: Path, monkeypatch: pytes
 
     compile_network = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compile_network(self, backend=backend))
-    options = {"limit_val_batches": 2, "num_sanity_val_steps": 2, "val_check_interval": 1, "max_steps": 6}
-    config = write_config(tmp_path, task, log_every_n_steps=2, **options)
+    options = {"limit_val_batches": 2, "num_sanity_val_steps": 2, "val_check_interval": 1, "max_steps": 6, **trainer}
+    config = write_config(folder, task, log_every_n_steps=2, **options)
     content = yaml.safe_load(config.read_text())
     content["trainer"]["callbacks+"] = content["trainer"]["callbacks+"][:1]  # the average
     content["data"]["init_args"]["eval_batch_size"] = 7
+    if change is not None:
+        change(content)
     config.write_text(yaml.safe_dump(content))
     torch._dynamo.reset()
     counters.clear()
     main([*arguments(config, 1), "--compile", "true"])
-    symbolic = [any(isinstance(x, torch.SymInt) for x in inputs) for inputs in graphs]
-    assert symbolic == ([False, True] if task in RAGGED else [False])
     assert counters["graph_break"] == Counter()
     assert counters["unimplemented"] == Counter()
+    return [any(isinstance(x, torch.SymInt) for x in inputs) for inputs in graphs]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_is_compiled_once(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although evaluations have batches of another size."""
+    assert compiled_graphs(tmp_path, task, monkeypatch) == (TWICE if task in RAGGED else ONCE)
+
+
+def test_texts_that_are_written_between_steps_compile_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text is written after each step, token by token over a cache, from prompts of two lengths."""
+    samples = {"prompts": ["a", "b c"], "max_new_tokens": 4}
+
+    def add(content: Any) -> None:
+        callback = {"class_path": "trunkline.modules.callbacks.TextSamples", "init_args": samples}
+        content["trainer"]["callbacks+"].append(callback)
+
+    assert compiled_graphs(tmp_path, "block", monkeypatch, add) == ONCE
+
+
+def shrink(part: Any) -> Any:
+    """Small sizes in place of a recipe's."""
+    if not isinstance(part, dict):
+        return part
+    return {key: SHRUNK[key] if key in SHRUNK and value else shrink(value) for key, value in part.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_compiled_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their networks and losses, small but with all options: grouped queries, shared trunks, mixed pictures."""
+
+    def take(content: Any) -> None:
+        recipe = yaml.safe_load((files("trunkline") / f"configs/{name}.yaml").read_text(encoding="utf-8"))
+        assert recipe["model"]["class_path"] == content["model"]["class_path"]
+        content["model"]["init_args"] = shrink(recipe["model"]["init_args"])
+
+    assert compiled_graphs(tmp_path, RECIPES[name], monkeypatch, take) == (TWICE if RECIPES[name] in RAGGED else ONCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["block", "pairs", "translate"])
+def test_accumulation_compiles_nothing_more(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = compiled_graphs(tmp_path, task, monkeypatch, accumulate_grad_batches=2, max_steps=3)
+    assert graphs == (TWICE if task in RAGGED else ONCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["image", "block"])
+def test_recomputed_activations_compile_nothing_more(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recompute(content: Any) -> None:
+        content["model"]["init_args"]["network"]["backbone"]["activation_checkpointing"] = True
+
+    assert compiled_graphs(tmp_path, task, monkeypatch, recompute) == ONCE

@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from half_on_cpu import HalfOnCPU
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.precision import MixedPrecision
 from recorded_run import Run
 from tiny import batches, classifier, trainer, weights
 from torch import Tensor
@@ -190,14 +190,10 @@ def test_a_finite_run_is_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 
-def half_precision() -> MixedPrecision:
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000))
-
-
 def test_with_a_scaler_gradients_may_overflow(tmp_path: Path) -> None:
     """It leaves such steps out by itself and lowers its scale; they are not counted."""
     steps, model = Steps(), faulty({1: NAN}, quiet=True, name="sgd")
-    plugin = half_precision()
+    plugin = HalfOnCPU(8.0)
     train(model, tmp_path, steps, precision=None, plugins=[SafeCheckpointIO(), plugin])
     assert model.finite_steps.skipped == 0
     assert plugin.scaler is not None
@@ -209,7 +205,7 @@ def test_with_a_scaler_gradients_may_overflow(tmp_path: Path) -> None:
 def test_with_a_scaler_a_bad_loss_ends_the_run(fault: float, tmp_path: Path) -> None:
     steps, model = Steps(), faulty({1: fault}, name="sgd")
     with pytest.raises(TrunklineError, match="the loss is not finite by step 1"):
-        train(model, tmp_path, steps, precision=None, plugins=[SafeCheckpointIO(), half_precision()])
+        train(model, tmp_path, steps, precision=None, plugins=[SafeCheckpointIO(), HalfOnCPU(8.0)])
     assert all(torch.equal(steps.weights[0][name], value) for name, value in weights(model).items())
 
 

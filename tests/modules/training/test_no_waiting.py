@@ -17,10 +17,12 @@ from trunkline.modules.training.finite_steps import FiniteSteps
 from trunkline.pipelines.cli import main
 
 
-def recipe(folder: Path, task: str, *callbacks: str) -> Path:
+def recipe(folder: Path, task: str, *callbacks: str, optimizer: dict[str, Any] | None = None, **trainer: Any) -> Path:
     """One epoch of a task, with weights averaged; it logs in every fifth step."""
-    config = write_config(folder, task, max_epochs=1, log_every_n_steps=5, val_check_interval=1.0)
+    options = {"max_epochs": 1, "log_every_n_steps": 5, "val_check_interval": 1.0, **trainer}
+    config = write_config(folder, task, **options)
     content = yaml.safe_load(config.read_text())
+    content["model"]["init_args"]["optimizer"] = optimizer or content["model"]["init_args"]["optimizer"]
     content["trainer"]["callbacks+"] = [
         *(each for each in content["trainer"]["callbacks+"] if each["class_path"].endswith("WeightAverage")),
         *({"class_path": path} for path in callbacks),
@@ -29,13 +31,13 @@ def recipe(folder: Path, task: str, *callbacks: str) -> Path:
     return config
 
 
-def run(folder: Path, task: str, monkeypatch: pytest.MonkeyPatch, *callbacks: str) -> None:
+def run(folder: Path, task: str, monkeypatch: pytest.MonkeyPatch, *callbacks: str, **options: Any) -> None:
     """Train a task as on an accelerator."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.argv", ["trunkline"])
     # There the optimiser leaves a bad step out by itself, and the host learns of it at the next step.
     monkeypatch.setattr(FiniteSteps, "host_may_wait", lambda self, result: False)
-    main(arguments(recipe(folder, task, *callbacks), 1))
+    main(arguments(recipe(folder, task, *callbacks, **options), 1))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -46,6 +48,34 @@ def test_a_step_reads_nothing(task: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(device_reads, "QUIET", quiet)
     run(tmp_path, task, monkeypatch, "device_reads.NoReads")
     assert quiet == [step for step in range(1, BATCHES) if (step + 1) % 5]
+
+
+HALF = {"plugins": [{"class_path": "half_on_cpu.HalfOnCPU"}], "gradient_clip_val": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "options"),
+    [
+        ("image", "adamw", {}),
+        ("block", "adamw", {}),
+        ("block", "adamw", {"rms_scaled": True}),
+        ("block", "muon", {}),
+        ("block", "adamw", {"skip_nonfinite": 3}),
+    ],
+)
+def test_nor_does_a_clipped_step_in_16_mixed(
+    task: str, name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither does the loss scaler, which lets these optimisers leave out a step that overflows."""
+    quiet: list[int] = []
+    monkeypatch.setattr(device_reads, "QUIET", quiet)
+    optimizer = {"name": name, "lr": 0.01, **options}
+    run(tmp_path, task, monkeypatch, "device_reads.NoReads", optimizer=optimizer, **HALF)
+    assert quiet == [step for step in range(1, BATCHES) if (step + 1) % 5]
+
+
+def test_bf16_mixed_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, "block", monkeypatch, "device_reads.NoReads", precision="bf16-mixed", gradient_clip_val=0.5)
 
 
 class TwoOnAnAccelerator(NoReads):

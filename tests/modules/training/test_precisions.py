@@ -9,8 +9,9 @@ import lightning as L
 import pytest
 import tiny
 import torch
+from half_on_cpu import HalfOnCPU
 from lightning.pytorch.callbacks import Callback
-from sharded_runs import half, in_processes
+from sharded_runs import in_processes
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -44,8 +45,8 @@ def fit(optimizer: str, folder: Path, **options: Any) -> tuple[dict[str, Tensor]
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_scale_of_16_mixed_changes_nothing(optimizer: str, tmp_path: Path) -> None:
     """Clipping sees true gradients, and their true norm is logged: as with a scale of 1."""
-    weights, logged = fit(optimizer, tmp_path, plugins=[half(2.0**10)])
-    expected, unscaled = fit(optimizer, tmp_path, plugins=[half(1.0)])
+    weights, logged = fit(optimizer, tmp_path, plugins=[HalfOnCPU(2.0**10)])
+    expected, unscaled = fit(optimizer, tmp_path, plugins=[HalfOnCPU(1.0)])
     torch.testing.assert_close(weights, expected, rtol=0, atol=2e-3)  # small gradients are rounded less with a scale
     assert logged["train/grad_norm"] == pytest.approx(unscaled["train/grad_norm"], rel=1e-2)
     assert logged["train/grad_norm"] > 0.5
@@ -57,7 +58,7 @@ def test_a_step_that_overflows_is_left_out(optimizer: str, tmp_path: Path) -> No
     """It does not count as divergence, the scale falls, and the count is logged."""
     torch.manual_seed(0)
     start = tiny.weights(ImageClassifier(tiny.vit()))
-    plugin = half(2.0**60)
+    plugin = HalfOnCPU(2.0**60)
     weights, logged = fit(optimizer, tmp_path, plugins=[plugin])
     assert plugin.scaler is not None
     assert plugin.scaler.get_scale() == 2.0**56
@@ -68,7 +69,7 @@ def test_a_step_that_overflows_is_left_out(optimizer: str, tmp_path: Path) -> No
 def test_the_count_of_left_out_steps_is_resumed(tmp_path: Path) -> None:
     """Where the scaler has halved its scale, it has left out a step, whatever the accumulation."""
     torch.manual_seed(0)
-    file, plugin = tmp_path / "a.ckpt", half(2.0**22)
+    file, plugin = tmp_path / "a.ckpt", HalfOnCPU(2.0**22)
     options: dict[str, Any] = {"log_every_n_steps": 1, "gradient_clip_val": 0.5}
     first = tiny.fit(ImageClassifier(tiny.vit()), tmp_path, tiny.batches(8), plugins=[plugin], **options)
     assert plugin.scaler is not None
@@ -76,7 +77,7 @@ def test_the_count_of_left_out_steps_is_resumed(tmp_path: Path) -> None:
     assert 0 < halved < 8
     assert first.callback_metrics["train/skipped_steps"] == halved
     first.save_checkpoint(file)
-    overflowing = half(2.0**60)
+    overflowing = HalfOnCPU(2.0**60)
     more = tiny.trainer(tmp_path, max_epochs=2, plugins=[overflowing], enable_model_summary=False, **options)
     rows = DataLoader(tiny.batches(8), batch_size=None)  # type: ignore[arg-type]
     more.fit(ImageClassifier(tiny.vit()), rows, ckpt_path=file, weights_only=True)
@@ -101,7 +102,7 @@ def overflow(folder: Path, allowed: int = 0, count: int = 8, **options: Any) -> 
     """Fit with a loss scale of 8; batch n has the rows 10 n to 10 n + 3."""
     torch.manual_seed(0)
     config = OptimizerConfig(lr=0.01, schedule="constant", warmup=0, skip_nonfinite=allowed)
-    model, plugin = Overflowing(tiny.vit(), optimizer=config), half(8.0)
+    model, plugin = Overflowing(tiny.vit(), optimizer=config), HalfOnCPU(8.0)
     data = [{**batch, "index": torch.arange(4) + 10 * n} for n, batch in enumerate(tiny.batches(count))]
     save = SaveEach(folder)
     try:
@@ -139,7 +140,7 @@ def test_overflows_that_no_scale_mends_end_the_run(late: bool, tmp_path: Path, m
     assert model.finite_steps.overflows == 3
     assert sorted(file.name for file in tmp_path.glob("*.ckpt")) == ["1.ckpt", "2.ckpt", "3.ckpt", "4.ckpt"]
     last = load_checkpoint(tmp_path / "4.ckpt")
-    assert last["MixedPrecision"]["scale"] == 1.0
+    assert last["HalfOnCPU"]["scale"] == 1.0
     saved = {name.removeprefix("network."): value for name, value in last["state_dict"].items()}
     for weights in (load_checkpoint(tmp_path / "1.ckpt")["state_dict"], model.state_dict()):
         assert all(torch.equal(saved[name.removeprefix("network.")], value) for name, value in weights.items())

@@ -67,7 +67,7 @@ def test_both_sides_are_one_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(device_cases, "training_step", training_step)
     meta = torch.device("meta")
-    for case in [case for case in device_cases.device_cases(Sizes()) if case.what != "generation"]:
+    for case in [case for case in device_cases.device_cases(Sizes()) if case.what not in ("generation", "loss")]:
         del built[:]
         with meta:
             bench = Bench(Sizes(), 2, meta, False)
@@ -82,6 +82,28 @@ def test_both_sides_are_one_network(monkeypatch: pytest.MonkeyPatch) -> None:
         if case.what == "gpt":  # arXiv:2204.02311, appendix B; the embedding of words is also the output layer
             for_a_token = 6 * (ours - 1024 * 768) + 12 * 12 * 768 * 1024
             assert flops / (2 * 1024) == pytest.approx(for_a_token, rel=0.01)
+
+
+def test_the_loss_can_be_measured_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, of as many tokens as `batch_size` says; on a GPU also against the plain loss compiled."""
+    monkeypatch.setattr(device_benchmark, "WINDOW", 0.0)
+    made: list[tuple[Any, ...]] = []
+    whole = device_cases.loss_step
+
+    def loss_step(*arguments: Any) -> Callable[[], None]:
+        made.append(arguments)
+        return whole(*arguments)
+
+    monkeypatch.setattr(device_cases, "loss_step", loss_step)
+    benchmark("loss", rounds=1, batch_size=8, device="cpu", output=str(tmp_path / "a.json"))
+    rows = json.loads((tmp_path / "a.json").read_text())["cases"]
+    assert [(row["peer"], row["batch_size"]) for row in rows] == [("plain loss", 8), ("plain loss, compiled", 8)]
+    assert [row["flops_per_step"] for row in rows] == [6 * 8 * 16 * 64] * 2
+    assert made == [(name, 8, CPU, True, 16, 64) for name in ("chunked", "plain") * 2]  # a rehearsal compiles nothing
+    monkeypatch.setattr(device_cases, "loss_step", lambda *arguments: arguments)
+    large = [case for case in device_cases.device_cases(Sizes()) if case.what == "loss"]
+    given = [case.theirs(Bench(Sizes(), case.batch_size, CPU, True)) for case in large]
+    assert given == [(kind, 4096, CPU, True, 768, 50304) for kind in ("plain", "compiled")]
 
 
 class Clock:

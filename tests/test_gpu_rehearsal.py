@@ -1,0 +1,36 @@
+"""The tests for a GPU are rehearsed on the CPU, so that a renamed function does not break them unnoticed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from tasks import TASKS
+
+ROOT = Path(__file__).parents[1]
+RESUMED, PRECISIONS, MODES = 5, 2, 2
+"""Resumed tasks, and how each task is trained."""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count"),
+    [
+        ("peak_memory or (own and eager)", 1 + PRECISIONS),
+        pytest.param("test", len(TASKS) * PRECISIONS * MODES + RESUMED + 1, marks=pytest.mark.slow),
+    ],
+    ids=["a few", "all"],
+)
+def test_the_tests_for_a_gpu_pass_on_a_cpu(chosen: str, count: int, tmp_path: Path) -> None:
+    """What needs a kernel of CUDA is skipped; all others pass."""
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", chosen]
+    command += ["--junitxml", str(report), "--basetemp", str(tmp_path / "tests"), "tests/gpu"]
+    environment = {**os.environ, "TRUNKLINE_TEST_GPU": "cpu"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    skipped = [found.get("message") for case in cases for found in case.iter("skipped")]
+    assert set(skipped) <= {"there is no CUDA device"}
+    assert len(cases) - len(skipped) == count
