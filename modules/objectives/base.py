@@ -201,7 +201,6 @@ class TrunklineModule(EvaluatedModule):
         Raises:
             TrunklineError: for sizes or a tokenizer that do not fit, or a strategy that cannot be used.
         """
-        refuse_model_parallel(self.trainer.strategy)
         facts = facts_of(self.trainer)
         if stage == "fit":
             for given in self.unchecked:
@@ -209,6 +208,7 @@ class TrunklineModule(EvaluatedModule):
             if self.lora.rank:
                 check_lora_run(self.trainer, self.hparams)
         check_sizes(self.network.config, facts)
+        refuse_model_parallel(self.trainer.strategy)
 
     def train(self, mode: bool = True) -> "TrunklineModule":
         """Set the mode as usual, but keep frozen parts in evaluation mode: their dropout would only be noise."""
