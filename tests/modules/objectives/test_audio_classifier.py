@@ -112,7 +112,7 @@ def test_a_new_head_guesses() -> None:
 
 def test_seconds_and_operations_of_a_step() -> None:
     made, (batch,) = model(), Tones(4).batches()
-    made.trainer = SimpleNamespace(datamodule=Tones())  # type: ignore[assignment]
+    made.trainer = SimpleNamespace(datamodule=Tones(), strategy=None)  # type: ignore[assignment]
     assert made.batch_size(batch) == batch["mask"].sum()
     assert (made.unit, made.unit_size) == ("audio_seconds", 0.25)
     assert made.flops_per_batch(batch) > 0  # type: ignore[arg-type]
@@ -247,12 +247,12 @@ def test_sizes_and_number_of_labels_come_from_the_data() -> None:
 )
 def test_data_with_another_number_of_labels(kind: Kind, have: str, expects: str) -> None:
     made = model(multi_label=kind == "ctc")
-    made.trainer = SimpleNamespace(datamodule=Tones(kind=kind))  # type: ignore[assignment]
+    made.trainer = SimpleNamespace(datamodule=Tones(kind=kind), strategy=None)  # type: ignore[assignment]
     message = f"the data's clips have {have}, but the objective expects {expects}; leave multi_label out"
     with pytest.raises(TrunklineError, match=message) as caught:
         made.setup("fit")
     assert caught.value.field == "model.multi_label"
-    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(facts=DataFacts(num_mels=MELS)))  # type: ignore[arg-type, assignment]
+    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(facts=DataFacts(num_mels=MELS)), strategy=None)  # type: ignore[arg-type, assignment]
     made.setup("fit")
 
 
