@@ -14,7 +14,7 @@ from trunkline.datamodules.images.image_decoding import open_image
 from trunkline.datamodules.images.preprocessing import Augmentation, Preprocessing
 from trunkline.pipelines.benchmarks.timing import Side, compare
 
-SIZES = ((500, 375), (2000, 1500), (4000, 3000))
+JPEG_SIZES = ((500, 375), (2000, 1500), (4000, 3000))
 """(width, height): usual in ImageNet, and of cameras."""
 INPUT = 224
 CROPS = 4
@@ -34,7 +34,7 @@ def picture(width: int, height: int) -> bytes:
     return file.getvalue()
 
 
-def whole(file: bytes, name: str) -> Image.Image:
+def decoded_whole(file: bytes, name: str) -> Image.Image:
     """The picture, decoded at its full size."""
     image = open_image(file, name)
     image.load()
@@ -60,9 +60,11 @@ def jpeg_input(rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     usual = Preprocessing(INPUT, 3, mean=(0.5,), std=(0.5,), interpolation="bicubic", crop_pct=0.9)
     transforms = {"training": usual.training(Augmentation()), "evaluation": usual.evaluation()}
     rows = []
-    for width, height in SIZES:
+    for width, height in JPEG_SIZES:
         file = picture(width, height)
         for name, transform in transforms.items():
-            ours, theirs = (inputs(opened, file, transform, batch_size or CROPS) for opened in (open_image, whole))
+            ours, theirs = (
+                inputs(opened, file, transform, batch_size or CROPS) for opened in (open_image, decoded_whole)
+            )
             rows.append(compare(f"JPEG of {width} x {height}, {name}", "decoded whole", ours, theirs, rounds))
     return rows

@@ -126,7 +126,7 @@ def test_learns_to_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "needed", "own"), [("vocab_size", 12, 11), ("max_length", 9, 8)])
 def test_data_that_does_not_fit(name: str, needed: int, own: int) -> None:
     made, facts = model(), DataFacts(**{name: needed})  # type: ignore[arg-type]
-    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(facts=facts))  # type: ignore[assignment]
+    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(facts=facts), strategy=None)  # type: ignore[assignment]
     message = (
         f"the network has {name}={own}, but the data needs at least {needed}; leave {name} out of the network, which "
         f"then takes the data's, or set it to {needed}"
@@ -162,7 +162,7 @@ def test_start_from_weights_with_another_tokenizer(tokenizer: str, tmp_path: Pat
     SafeCheckpointIO().save_checkpoint(content, tmp_path / "a.ckpt")
     made = model(init_from=str(tmp_path / "a.ckpt"))
     facts = DataFacts(tokenizer=words[tokenizer])
-    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(facts=facts))  # type: ignore[assignment]
+    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(facts=facts), strategy=None)  # type: ignore[assignment]
     if tokenizer == "same":
         made.setup("fit")
     else:

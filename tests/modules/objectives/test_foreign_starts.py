@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -308,7 +309,8 @@ def test_added_tokens_need_no_other_flag(folder: Path, caplog: pytest.LogCapture
 def test_data_that_comes_later_is_compared_before_the_first_step(folder: Path) -> None:
     model = CausalLM(GPTConfig(), init_from=str(folder / "gpt2"))
     for words, fits in ((WORDS, True), (WORDS[::-1], False)):
-        model.trainer = type("T", (), {"datamodule": type("D", (), {"facts": texts(words)})()})()  # type: ignore[assignment]
+        data = SimpleNamespace(facts=texts(words))
+        model.trainer = SimpleNamespace(datamodule=data, strategy=None)  # type: ignore[assignment]
         if fits:
             model.setup("fit")
             continue

@@ -106,7 +106,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(benchmark_clip, name, value)
     monkeypatch.setattr(benchmark_clip, "peak_memory", lambda prepare: prepare.args[0] << 20)
     monkeypatch.setattr(benchmark_loss, "VOCABULARY", 50)
-    monkeypatch.setattr(jpeg_cases, "SIZES", ((40, 30),))
+    monkeypatch.setattr(jpeg_cases, "JPEG_SIZES", ((40, 30),))
     monkeypatch.setattr(benchmark_loss, "peak_memory", lambda prepare: prepare()() and len(prepare.args[0]) << 20)
     ends = {"bos_token_id": None, "eos_token_id": None}
     monkeypatch.setattr(transformers, "GPT2Config", lambda **_: configure(n_embd=16, n_layer=1, n_head=2, **ends))
