@@ -141,7 +141,7 @@ def find_pretrained(
     """
     place = pretrained_place(source)
     if is_adapter_folder(place):
-        return replace(find_pretrained(base_of_adapter(place), accepted, config), adapter=place)
+        return replace(find_pretrained(base_of_adapter(place, pretrained_place), accepted, config), adapter=place)
     folder = place if place.is_dir() else place.parent
     content = dict(config) if isinstance(config, Mapping) else read_config(Path(config or folder))
     if "network" in content:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,25 @@ def is_adapter_folder(place: Path) -> bool:
     return (place / ADAPTER_CONFIG).is_file() and not any((place / name).is_file() for name in CONFIG_FILES)
 
 
-def base_of_adapter(folder: Path) -> str:
-    """Name or folder of the model for which the adapters in a folder of peft were trained.
+def base_of_adapter(folder: Path, find: Callable[[str], Path]) -> Path:
+    """The place of the model for which the adapters in a folder of peft were trained.
+
+    Args:
+        folder: the folder of peft.
+        find: gives the place of a model of that name, which may be one of the hub.
 
     Raises:
         TrunklineError: if the folder names none, or another with adapters.
     """
     base = read_adapter_config(folder).get("base_model_name_or_path")
-    if not base or is_adapter_folder(Path(base)):
+    place = find(str(base)) if base else None
+    if place is None or is_adapter_folder(place):
         raise TrunklineError(
             f"{folder / ADAPTER_CONFIG} has base_model_name_or_path={base}, which is no model without adapters; write "
             "there which model they were trained for, or load that and give it to load_adapter of "
             "trunkline.modules.networks.convert.peft_adapters"
         )
-    return str(base)
+    return place
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from trunkline.modules.networks import (
     ViT,
     Whisper,
     WhisperConfig,
+    pretrained,
 )
 from trunkline.modules.networks.base import Network
 from trunkline.modules.networks.convert.families import save_foreign
@@ -261,6 +262,17 @@ def test_a_folder_of_peft_stands_for_its_merged_base(name: str, tmp_path: Path) 
             TrunklineError, match=rf"base_model_name_or_path={base}, which is no model without adapters"
         ):
             trunkline.load(tmp_path / "adapter")
+
+
+def test_a_base_on_the_hub_with_adapters_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even if the two name each other; the inner adapters must not be left out without a word."""
+    for name, base in (("inner", "me/outer"), ("outer", "me/inner")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    found = {"me/inner": tmp_path / "inner", "me/outer": tmp_path / "outer"}
+    monkeypatch.setattr(pretrained, "pretrained_place", lambda name: found.get(name, name))
+    with pytest.raises(TrunklineError, match="base_model_name_or_path=me/inner, which is no model without adapters"):
+        trunkline.load(tmp_path / "outer")
 
 
 def start(name: str, kind: type[Network], folder: Path) -> Any:
