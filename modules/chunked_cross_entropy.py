@@ -13,8 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from trunkline.contract import IGNORE
 
@@ -149,7 +148,7 @@ def _empty_results(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
     return [x.new_empty((), dtype=wide), *grads]
 
 
-chunked_cross_entropy = custom_op("trunkline::chunked_cross_entropy", loss_and_gradients, mutates_args=())
+chunked_cross_entropy = library.custom_op("trunkline::chunked_cross_entropy", loss_and_gradients, mutates_args=())
 chunked_cross_entropy.register_fake(_empty_results)
 
 

@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import Callback
 
 from trunkline import TrunklineError
 from trunkline.modules.networks.base import refuse_nan
+from trunkline.modules.training.sharding import NO_MODEL_PARALLEL
 from trunkline.pipelines.errors import flags, plain
 from trunkline.pipelines.objectives import KINDS, PROBES, short
-from trunkline.pipelines.parser import NO_TENSOR_PARALLELISM
 from trunkline.ranges import check_ranges
 
 TRAINER = {
@@ -37,7 +37,7 @@ def check_run(config: Namespace) -> None:
     """Check a recipe.
 
     Raises:
-        TrunklineError: for a value out of its range, a strategy for networks that cut themselves into parts, or an
+        TrunklineError: for a value out of its range, a strategy that cannot be used, or an
             objective and data that do not fit each other.
     """
     for flag, _ in flags():
@@ -50,7 +50,7 @@ def check_run(config: Namespace) -> None:
     strategy = config.trainer.get("strategy")
     path = class_path_of(strategy) if isinstance(strategy, Namespace) else str(strategy)
     if short(path) == "ModelParallelStrategy":
-        raise TrunklineError(f"ModelParallelStrategy: {NO_TENSOR_PARALLELISM}", "trainer.strategy")
+        raise TrunklineError(NO_MODEL_PARALLEL, "trainer.strategy")
     check_partners(class_path_of(config.get("model")), class_path_of(config.get("data")))
 
 

@@ -276,6 +276,12 @@ class ShardedStrategy(DDPStrategy):
         return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
+NO_MODEL_PARALLEL = (
+    "ModelParallelStrategy cannot be used: the networks do not shard themselves, and its checkpoints are not read "
+    "safely; train with trainer/fsdp, whose ShardedStrategy shards any network"
+)
+
+
 def refuse_model_parallel(strategy: Strategy) -> None:
     """Refuse the strategy of Lightning that leaves the sharding to the module (see `ShardedStrategy`).
 
@@ -283,11 +289,7 @@ def refuse_model_parallel(strategy: Strategy) -> None:
         TrunklineError: naming it.
     """
     if isinstance(strategy, ModelParallelStrategy):
-        raise TrunklineError(
-            f"{type(strategy).__name__} cannot be used: the networks do not shard themselves, and its checkpoints are "
-            "not read safely; train with trainer/fsdp, whose ShardedStrategy shards any network",
-            "trainer.strategy",
-        )
+        raise TrunklineError(NO_MODEL_PARALLEL, "trainer.strategy")
 
 
 def refuse_flattened(strategy: Strategy, config: OptimizerConfig) -> None:

@@ -84,6 +84,13 @@ def arguments(config: Path, processes: int, workers: int = 0, resume: bool = Fal
     return ["fit", "--config", str(config), "--data.num_workers", str(workers), *distributed, *tail]
 
 
+def run_to_the_end(config: Path, processes: int) -> Path:
+    """Train without a fault; returns the folder of the config and of the run."""
+    run = Run(arguments(config, processes), config.parent, processes)
+    assert run.wait() == [0] * processes, run.output()
+    return config.parent
+
+
 def lines(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
     file = folder / f"rank{rank}.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

@@ -133,8 +133,7 @@ def adapted_family(network: Network) -> tuple[ForeignFamily, tuple[KeyTable, ...
             reasons.append(str(error))
     kind = with_article(type(network).__name__)
     raise TrunklineError(
-        "; ".join(reasons)
-        or f"{kind} is no model whose adapters peft takes; merge them, or take a part of it that is a GPT or a BERT"
+        "; ".join(reasons) or f"the adapters of {kind} cannot be written for peft; write the merged network instead"
     )
 
 
@@ -196,8 +195,8 @@ def trained_layers(network: Network, family: ForeignFamily, table: KeyTable) -> 
     for layer, dot, kind in learning:
         if layer_number(layer, table)[0] not in table or kind not in ("weight", "bias") or layer in adapted:
             raise TrunklineError(
-                f"{layer}{dot}{kind} has learned, but an adapter of {family.name} has no place for it; freeze "
-                "it before training, or write the merged network"
+                f"{layer}{dot}{kind} has learned, but an adapter of {family.name} has no place for it; write the "
+                "merged network instead"
             )
     heads = [ours for ours, names in table.items() if names[0].partition(".")[0] in HEADS_OF_TASKS]
     layers = dict.fromkeys([layer for layer, *_ in learning] + heads)

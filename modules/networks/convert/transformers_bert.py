@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.networks.bert import BERT, BERTConfig
 from trunkline.modules.networks.convert.family import ForeignFamily, with_model_type
@@ -142,7 +143,13 @@ class BertLike:
             final_norm=False,
             dropout=0.1 if sizes["hidden_dropout_prob"] is None else sizes["hidden_dropout_prob"],
         )
-        first = config.get("pad_token_id", 1) + 1 if self.after_padding else 0
+        padding = config.get("pad_token_id", 1)
+        if self.after_padding and (not isinstance(padding, int) or padding < 0):
+            raise TrunklineError(
+                f"{self.name} with pad_token_id={padding} cannot be converted: its positions begin after that number; "
+                "write the one of its tokenizer's padding into config.json"
+            )
+        first = padding + 1 if self.after_padding else 0
         return BERTConfig(
             vocab_size=config["vocab_size"],
             max_length=config.get("max_position_embeddings", 512) - first,

@@ -143,6 +143,7 @@ def test_files_of_old(tmp_path: Path) -> None:
         ("masked", {"position_embedding_type": "relative_key"}, "position_embedding_type=relative_key cannot"),
         ("masked", {"is_decoder": True}, "is_decoder=True cannot"),
         ("roberta", {"tie_word_embeddings": False}, "a RoBERTa with tie_word_embeddings=False cannot"),
+        ("roberta", {"pad_token_id": None}, "a RoBERTa with pad_token_id=None cannot"),
         ("distilbert", {"activation": "relu"}, "a DistilBERT with activation=relu cannot"),
     ],
 )

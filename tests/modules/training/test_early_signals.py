@@ -7,7 +7,7 @@ import pytest
 import yaml
 from early_signal import PLAN, plan_signal
 from recorded_run import Run
-from resumed_run import arguments, assert_same_run, lines, write_config
+from resumed_run import arguments, assert_same_run, lines, run_to_the_end, write_config
 
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138}
 ATTEMPTS = [
@@ -35,10 +35,7 @@ def write(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run without signals, on one or two processes."""
-    folder = tmp_path_factory.mktemp("reference")
-    run = Run(arguments(write(folder), request.param), folder, request.param)
-    assert run.wait() == [0] * request.param, run.output()
-    return folder
+    return run_to_the_end(write(tmp_path_factory.mktemp("reference")), request.param)
 
 
 def job_of_slurm(folder: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from full_disk import FULL, mount_small, umount
 from recorded_run import Run
-from resumed_run import arguments, assert_same_run, lines, write_config
+from resumed_run import arguments, assert_same_run, lines, run_to_the_end, write_config
 
 from trunkline.run_folders import newest_valid
 
@@ -19,10 +19,7 @@ FILLED_AT, SAVED_AT = 15, 14
 @pytest.fixture(scope="module")
 def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run without a fault, on one or two processes."""
-    folder = tmp_path_factory.mktemp("reference")
-    run = Run(arguments(write_config(folder), request.param), folder, request.param)
-    assert run.wait() == [0] * request.param, run.output()
-    return folder
+    return run_to_the_end(write_config(tmp_path_factory.mktemp("reference")), request.param)
 
 
 @pytest.fixture
