@@ -7,11 +7,13 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Collection, Iterator, Sequence
+from functools import reduce
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import Parameter
+from operator import or_
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -215,6 +217,22 @@ def likely_classes() -> list[str]:
 
     own = [short(path) for kind in KINDS.values() for path in (kind.objective, kind.data)] + [short(PROBES)]
     return own + lightning.pytorch.callbacks.__all__ + trunkline.modules.callbacks.__all__
+
+
+def whole_numbers_first(cls: type) -> None:
+    """Let a 1 be a whole number where a class takes those and fractions, as `limit_val_batches` of the trainer does.
+
+    jsonargparse takes the first type that fits. But `typing` makes one object of `Union[int, float]` and of
+    `Union[float, int]`, whichever it met first: where scikit-learn, say, is imported before Lightning, 1 batch would
+    become 1.0, all of them.
+    """
+    annotations = getattr(inspect.unwrap(cls.__init__), "__annotations__", {})  # type: ignore[misc]
+    for name, annotation in annotations.items():
+        kinds = list(get_args(annotation)) if get_origin(annotation) is Union else []
+        if {int, float} <= {*kinds} and kinds.index(float) < kinds.index(int):
+            kinds.remove(int)
+            kinds.insert(kinds.index(float), int)
+            annotations[name] = reduce(or_, kinds)  # unlike that of `Union`, its order is kept
 
 
 def import_recipe_classes(texts: Collection[str]) -> None:

@@ -34,7 +34,12 @@ from trunkline.pipelines.configs import DEFAULTS, resolve_configs
 from trunkline.pipelines.device_limits import DeviceLimits
 from trunkline.pipelines.errors import config_files, flags, own_error
 from trunkline.pipelines.loggers import forget_places, make_save_dir_optional, missing_package, place_loggers
-from trunkline.pipelines.parser import RecipeParser, import_recipe_classes, of_own_constructor
+from trunkline.pipelines.parser import (
+    RecipeParser,
+    import_recipe_classes,
+    of_own_constructor,
+    whole_numbers_first,
+)
 from trunkline.pipelines.preflight import (
     PreFlight,
     allow_any_srun,
@@ -92,6 +97,9 @@ class TrainingCLI(LightningCLI):
         make_save_dir_optional()
         configs = [Path(file).read_text(encoding="utf-8") for file in config_files(arguments)]
         import_recipe_classes([*arguments, *configs])
+        classes: list[type] = [L.Trainer, *Callback.__subclasses__()]
+        for cls in classes:
+            whole_numbers_first(cls)
         defaults = {"default_config_files": [str(DEFAULTS)]}
         with self.claims:  # the folder is held while LightningCLI's constructor runs the command
             super().__init__(

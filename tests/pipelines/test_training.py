@@ -4,6 +4,8 @@ import dataclasses
 import inspect
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +265,16 @@ def test_names_that_lightning_keeps_to_itself() -> None:
     """What `TrainingCLI` overrides and calls of LightningCLI; in a release without them it would do nothing."""
     assert {"_parse_ckpt_path", "_get"} <= vars(LightningCLI).keys()
     assert "self._parse_ckpt_path()" in inspect.getsource(LightningCLI.__init__)
+
+
+@pytest.mark.parametrize("before", ["import typing; typing.Union[float, int, None]", "import sklearn.datasets"])
+def test_one_batch_is_not_all_whatever_was_imported_before(before: str) -> None:
+    """`typing` keeps one order of `Union[int, float]` and `Union[float, int]`, that of the first; then 1 was 1.0."""
+    averages = "--trainer.callbacks+ StochasticWeightAveraging --trainer.callbacks.swa_epoch_start 2"
+    limits = "--trainer.limit_val_batches 1 --trainer.limit_test_batches 0.5 --trainer.overfit_batches 2"
+    command = f"fit --config vit/digits {averages} --trainer.callbacks.swa_lrs 0.1 {limits} --print_config"
+    code = f"{before}\nfrom trunkline.pipelines.cli import main\nmain({command.split()})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = ("limit_val_batches", "limit_test_batches", "overfit_batches", "swa_epoch_start")
+    found = dict(re.findall(r"(\w+): (\S+)$", done.stdout, re.M))
+    assert [found[name] for name in names] == ["1", "0.5", "2", "2"]
