@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 
 import machine_settings
@@ -21,13 +22,16 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
     """Lightning leaves ranks and seeds in the environment, from which a later test would conclude that it is a rank;
-    and it changes the number of threads, on which rounding depends.
+    and it changes the number of threads, on which rounding depends. An evaluation that is broken off leaves Dynamo with
+    a stance in which nothing is compiled.
     """
     before, threads = dict(os.environ), torch.get_num_threads()
     yield
     os.environ.clear()
     os.environ.update(before)
     torch.set_num_threads(threads)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.set_stance("default")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -39,13 +39,13 @@ class Job:
         state = self.cluster.command("scontrol", "show", "job", str(self.number), check=False)
         return "\n".join([self.output(), state, str(self.cluster.states()), self.cluster.logs()])
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-        """Look again and again until the condition holds.
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float | None = None) -> None:
+        """Look again and again until the condition holds, for `PATIENCE` if no time is given.
 
         Raises:
             TimeoutError: with the report, if it does not.
         """
-        wait_for(condition, seconds, what, self.report)
+        wait_for(condition, PATIENCE if seconds is None else seconds, what, self.report)
 
     def wait_for_output(self, text: str, count: int = 1) -> None:
         self.wait_for(lambda: self.output().count(text) >= count, f"'{text}'")
