@@ -102,7 +102,7 @@ def test_a_cache_of_fixed_shapes_with_sources(positions: Any, config: Generation
         assert generate(eager(network.decoder_of(source)), prompt, config=config) == want
 
 
-@pytest.mark.parametrize("kind", ["learned", "rotary", "gqa"])
+@pytest.mark.parametrize("kind", ["learned", "rotary", "window", "gqa"])
 @pytest.mark.parametrize("max_length", [9, 32, 600])
 def test_a_cache_of_fixed_shapes(kind: str, max_length: int) -> None:
     """Rows that end early, windows that slide, beams; and the memory of a finished text is used again."""

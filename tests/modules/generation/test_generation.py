@@ -23,6 +23,7 @@ from trunkline.modules.networks.convert.families import from_foreign
 TRUNKS: dict[str, dict[str, Any]] = {
     "learned": {},
     "rotary": {"rope_theta": 100.0},
+    "window": {"rope_theta": 100.0, "window": 4},
     "gqa": {"rope_theta": 100.0, "num_kv_heads": 2, "qk_norm": True, "norm": "rmsnorm", "mlp": "swiglu", "bias": False},
 }
 GREEDY = GenerationConfig(12, temperature=0)
