@@ -89,7 +89,7 @@ def causal_rule(query: Tensor, key: Tensor, window: int | None = None) -> Tensor
 
 
 def surely_within(length: int, limit: int) -> bool:
-    """Whether length <= limit; of a symbolic length, whether that is certain: asking would bind the graph to one side."""
+    """Whether length <= limit; of a symbolic length, whether that is certain: asking would bind a graph to one side."""
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 

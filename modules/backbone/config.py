@@ -63,12 +63,12 @@ class TransformerConfig:
     """Factor of the attention scores (T5: 1, muP: 1 / E); None means 1 / sqrt(E)."""
     qkv_bias: bool | None = None
     """Biases of queries, keys and values, if other layers differ (Qwen2 has no others); None means `bias`."""
-    window: int | None = None
-    """Tokens that a token of a causal trunk sees, itself included: the last ones (arXiv:2004.05150; Mistral and Qwen2
-    can have it); None means all."""
     layer_scale: float | None = None
     """Initial value of learned factors (D,) of what each sub-layer adds (LayerScale, arXiv:2103.17239; DeiT III and
     DINOv2 have it); None means no factors."""
+    window: int | None = None
+    """Tokens that a token of a causal trunk sees, itself included: the last ones (arXiv:2004.05150; Mistral and Qwen2
+    can have it); None means all."""
 
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(
