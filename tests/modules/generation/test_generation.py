@@ -307,7 +307,7 @@ def test_int8_weighs_a_quarter() -> None:
 
 
 def test_the_compiler_gets_int8_weights_as_they_are() -> None:
-    """Only their type changes before the product, which a compiler can do while it reads them; the scales come after."""
+    """Only their type changes before the product, which a compiler can do while reading; the scales come after."""
     layer, x = Int8Linear(torch.randn(24, 40), None).bfloat16(), torch.randn(16, 40).bfloat16()
     nodes = list(make_fx(layer)(x).graph.nodes)
     whole = [node for node in nodes if node.op == "call_function" and node.meta["val"].shape.numel() == 24 * 40]
