@@ -15,6 +15,8 @@ from tasks import TASKS
 from torch import nn
 from torch._dynamo.utils import counters
 
+from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.networks import SpeechEncoder, SpeechEncoderConfig
 from trunkline.pipelines.cli import main
 
 RAGGED = {"translate", "speech", "listen"}
@@ -136,6 +138,29 @@ def test_recipes_are_compiled_once(name: str, tmp_path: Path, monkeypatch: pytes
 
     first = task if task in TASKS else "block"
     assert compiled_graphs(tmp_path, first, monkeypatch, take) == [task in RAGGED]
+
+
+@pytest.mark.slow
+def test_the_backward_pass_takes_other_lengths() -> None:
+    """With the real compiler, and masks for padding: gradients as without it."""
+    trunk = TransformerConfig(16, 2, 2)
+    network = SpeechEncoder(SpeechEncoderConfig(vocab_size=6, num_mels=12, strides=[2], backbone=trunk))
+    torch._dynamo.reset()
+    counters.clear()
+    compiled, found = torch.compile(network), []
+    for rows, length in ((17, 16), (21, 24)):
+        x, mask = torch.randn(rows, length, 12), torch.ones(rows, length, dtype=torch.bool)
+        mask[0, 9:] = False
+        for field in (x, mask):
+            torch._dynamo.maybe_mark_dynamic(field, [0, 1])
+        found.append(
+            [
+                torch.autograd.grad(each(x, mask).square().mean(), list(network.parameters()))
+                for each in (compiled, network)
+            ]
+        )
+    for got, want in found:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 def test_all_recipes_are_compiled() -> None:
