@@ -185,8 +185,8 @@ def fused_attention(
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)  # the fused kernels need equal types
     elif mask is not None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        # PyTorch does the same inside, but its compiler (2.14) then fixes strides that the backward pass expects to those of
-        # the first batch, and raises in the first batch of another length.
+        # PyTorch does the same inside, but its compiler (2.14) then fixes the strides that the backward pass expects to
+        # those of the first batch, and raises in the first batch of another length.
         mask = q.new_zeros(mask.shape).masked_fill(~mask, -math.inf)
     if gqa and not shares_heads(q, mask):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))

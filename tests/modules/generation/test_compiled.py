@@ -65,7 +65,7 @@ def compiled_by(backend: str | None, decoder: Any) -> CompiledDecoder:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["learned", "gqa"])
+@pytest.mark.parametrize("kind", ["learned", "window", "gqa"])
 def test_texts_of_all_lengths_from_one_graph(kind: str, backend: Any, graphs: dict[str, Any]) -> None:
     """Prompts of other lengths, with and without padding, greedy and sampled, and past the context."""
     network = gpt(kind)
