@@ -3,13 +3,13 @@
 | path | when | kernel on a GPU in float16 or bfloat16 | in float32 |
 |---|---|---|---|
 | `unmasked` | no mask, or causality alone | flash, or cuDNN's | memory-efficient |
-| `flex` | documents or padding, compiled | flex attention (arXiv:2412.05496) | |
+| `flex` | documents, padding or a window, compiled | flex attention (arXiv:2412.05496) | |
 | `masked` | all else | memory-efficient, which reads the mask | the same |
 
 Flash attention takes no mask, and the memory-efficient kernel reads one in every layer and computes what it forbids.
 Flex attention asks a rule, which the compiler puts into the kernel, and skips blocks of scores in which nobody may
-attend: those of other documents, and of padding at the end of a row. It has no dropout. No token of a causal trunk sees
-padding on its right, so decoders, and `TextHead` on a GPT, pass no mask for it.
+attend: those of other documents, outside a window, and of padding at the end of a row. It has no dropout. No token of
+a causal trunk sees padding on its right, so decoders, and `TextHead` on a GPT, pass no mask for it.
 
 The last block is `masked` if it computes some tokens only (`keep`), and cross-attention if its context is padded. On a
 CPU all paths but `flex` lead to PyTorch's flash kernel for CPUs, with dropout to plain products.
@@ -32,14 +32,14 @@ SCORE_BLOCK = 128
 """Rows and columns of the blocks of scores that flex attention skips."""
 AttentionPath = Literal["unmasked", "flex", "masked"]
 MaskKind = Literal["none", "tokens", "scores"]
-"""What forbids scores, beside causality: nothing; a property of tokens (their documents, padding); or a tensor over the
-scores themselves, such as a bias."""
+"""What forbids scores, beside causality: nothing; a property of tokens (their documents, their places, padding); or a
+tensor over the scores themselves, such as a bias."""
 
 
-def mask_kind(mask: Tensor | None, document: Tensor | None) -> MaskKind:
-    """The kind of a `mask` and a `document` as for `Transformer.forward`."""
+def mask_kind(mask: Tensor | None, document: Tensor | None, window: int | None = None) -> MaskKind:
+    """The kind of a `mask` and a `document` as for `Transformer.forward`, and of a window that leaves tokens out."""
     if mask is None:
-        return "none" if document is None else "tokens"
+        return "none" if document is None and window is None else "tokens"
     return "tokens" if mask.ndim == 2 and mask.dtype == torch.bool else "scores"
 
 
@@ -70,8 +70,7 @@ def attention_path(
         return "unmasked"
     fast = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and compiled
     able = kind == "tokens" and whole and dropout == 0.0 and head_width >= 16
-    # The length comes last: a network that is compiled for any length is compiled again where it is asked.
-    return "flex" if fast and able and length > SCORE_BLOCK else "masked"
+    return "flex" if fast and able and not surely_within(length, SCORE_BLOCK) else "masked"
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -81,7 +80,33 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-def block_mask(x: Tensor, mask: Tensor | None, document: Tensor | None, causal: bool) -> "BlockMask":
+def causal_rule(query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
+    """Whether a token at the place `query` sees the one at `key`: itself and those before it.
+
+    With a window it sees only the last `window` of these. Places are integers of any shapes that broadcast.
+    """
+    return query >= key if window is None else (query >= key) & (query - key < window)
+
+
+def surely_within(length: int, limit: int) -> bool:
+    """Whether length <= limit; of a symbolic length, whether that is certain: asking would bind a graph to one side."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(length <= limit)
+    return length <= limit
+
+
+def narrow(window: int | None, length: int | Tensor) -> int | None:
+    """The window, if it may leave out some of `length` tokens; a length that is a tensor may be any."""
+    if window is None or isinstance(length, Tensor):
+        return window
+    return None if surely_within(length, window) else window
+
+
+def block_mask(
+    x: Tensor, mask: Tensor | None, document: Tensor | None, causal: bool, window: int | None = None
+) -> "BlockMask":
     """The rule by which tokens of x (B, T, D) attend to each other, for flex attention.
 
     Args:
@@ -89,13 +114,14 @@ def block_mask(x: Tensor, mask: Tensor | None, document: Tensor | None, causal: 
         mask: (B, T) bool, False for padding.
         document: (B, T) number of each token's document.
         causal: whether a token sees only itself and the tokens before it.
+        window: how many of these it sees; None is all.
     """
     from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
     rows, length = x.shape[:2]
     rules = []
     if causal:
-        rules.append(lambda row, head, query, key: query >= key)
+        rules.append(lambda row, head, query, key: causal_rule(query, key, window))
     if document is not None:
         document = document.expand(rows, length)
         rules.append(lambda row, head, query, key: document[row, query] == document[row, key])
@@ -158,6 +184,10 @@ def fused_attention(
     gqa = q.shape[1] != k.shape[1]
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)  # the fused kernels need equal types
+    elif mask is not None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # PyTorch does the same inside, but its compiler (2.14) then fixes the strides that the backward pass expects to
+        # those of the first batch, and raises in the first batch of another length.
+        mask = q.new_zeros(mask.shape).masked_fill(~mask, -math.inf)
     if gqa and not shares_heads(q, mask):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         gqa = False

@@ -4,7 +4,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import import_module
 from itertools import pairwise, takewhile
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = sys.argv[1:]
         put_off_collection()
     command = arguments[0] if arguments else "--help"
-    options: Collection[str] | None = None
+    options: Mapping[str, inspect.Parameter] | None = None
     try:
         if answered(command, arguments):
             return
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
-        own = own_error(error) or from_outside(error)
+        own = own_error(error) or from_outside(error, rows_at_a_time(options, arguments))
         if own is None:
             error.add_note(DEFECT)
             raise
@@ -128,6 +128,15 @@ def main(arguments: list[str] | None = None) -> None:
             note_refusal()
         report(own, options)
         raise SystemExit(TRY_AGAIN if isinstance(own, LostProcess) else 2) from None
+
+
+def rows_at_a_time(options: Mapping[str, inspect.Parameter] | None, arguments: list[str]) -> int | None:
+    """The batch size of a command that is a function, as given or by default; None if it has none."""
+    if options is None or "batch_size" not in options:
+        return None
+    given = [value for name, value in options_given(arguments) if name == "--batch_size"]
+    size: int = int(given[-1]) if given and given[-1].isdigit() else options["batch_size"].default
+    return size
 
 
 def note_refusal() -> None:

@@ -183,11 +183,10 @@ def out_of_memory(trainer: L.Trainer, module: L.LightningModule, error: BaseExce
     """What was tried, what was measured, what would fit, and which flags lower the need."""
     use, data = measure(trainer, module, error), getattr(trainer, "datamodule", None)
     evaluates = trainer.evaluating or trainer.sanity_checking
-    size = getattr(data, "batch_size", None)
-    if evaluates:
-        size = getattr(data, "eval_batch_size", None) or size
+    size, own = getattr(data, "batch_size", None), getattr(data, "eval_batch_size", None) if evaluates else None
+    size = own or size
     rows = max(size // trainer.world_size, 1) if isinstance(size, int) else 1
-    by_length = [name for name in ("batch_tokens", "batch_seconds") if getattr(data, name, None)]
+    by_length = [name for name in ("batch_tokens", "batch_seconds") if getattr(data, name, None) and not own]
     text = [
         f"the GPU's {in_gib(use.capacity)} are not enough (tried to allocate {in_gib(use.asked)} more; the most at a "
         f"time was {in_gib(use.peak)})"

@@ -56,12 +56,22 @@ LOST_PROCESS = re.compile(
 """What the libraries of communication say when a process is gone or does not answer."""
 
 
-def from_outside(error: BaseException) -> TrunklineError | None:
-    """A message for an error that is no defect of ours although a library raised it; None for any other error."""
+def from_outside(error: BaseException, batch_size: int | None = None) -> TrunklineError | None:
+    """A message for an error that is no defect of ours although a library raised it; None for any other error.
+
+    Args:
+        error: the error.
+        batch_size: rows that the command takes at a time, if it has a flag for them.
+    """
     reason = " ".join(str(error).split())
     name = type(error).__name__
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or NO_MEMORY.search(reason):
         asked = f" ({found[0]})" if (found := re.search(r"[Tt]ried to allocate [\d,.]+ \w+", reason)) else ""
+        if batch_size is not None and batch_size > 1:
+            return TrunklineError(
+                f"there is not enough memory{asked} for {batch_size} rows at a time; try {batch_size // 2}",
+                "batch_size",
+            )
         return TrunklineError(
             f"there is not enough memory{asked}; make the network (dim, depth), its inputs or batch_size smaller"
         )

@@ -244,6 +244,8 @@ class DataFacts:
     """(texts, target language or None) -> token ids of the sources, as in training."""
     equal_shares: bool | None = None
     """Whether all processes get equally many rows of every training batch, so that they need not ask each other."""
+    ragged: bool = False
+    """Whether batches of training differ in length (the second dimension of their tensors), and so maybe in rows."""
     row_name: Callable[[str, int], str] | None = None
     """(split, row) -> the file or row, for messages."""
     transcript: Callable[[str, int], str] | None = None

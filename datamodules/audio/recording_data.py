@@ -264,6 +264,7 @@ class RecordingData(TextSplits, TrunklineDataModule):
             num_mels=settings.num_mels,
             max_frames=settings.max_frames,
             frame_seconds=settings.frame_seconds,
+            ragged=settings.padding == "batch",
             row_name=self.row_name,
             waveform=self.waveform,
             max_skipped=self.max_skipped if self.skip_corrupt else None,

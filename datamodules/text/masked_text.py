@@ -136,7 +136,11 @@ class MaskedRows(Dataset[dict[str, Any]]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
-        """The items of a batch, as a DataLoader asks for them. `mask` is left out if no row of the batch is padded."""
+        """The items of a batch, as a DataLoader asks for them.
+
+        `mask` is left out if no row of the batch is padded. Pairs always have one: some of their batches need it, and a
+        compiled network is compiled again where it comes or goes.
+        """
         special, pair, shape = self.masker.special, isinstance(self.texts, Pairs), (len(keys), self.length)
         slots = self.masker.most(self.length - 3 if pair else self.length - 2)
         batch: dict[str, np.ndarray] = {
@@ -148,7 +152,7 @@ class MaskedRows(Dataset[dict[str, Any]]):
         if pair:
             batch["follows"] = np.full(len(keys), IGNORE, np.int64)
         sizes = [self._fill(batch, n, key) for n, key in enumerate(keys)]
-        if min(sizes) < self.length:
+        if pair or min(sizes) < self.length:
             batch["mask"] = np.arange(self.length) < np.array(sizes)[:, None]
         columns = {name: torch.from_numpy(values).unbind() for name, values in batch.items()}
         return [

@@ -244,6 +244,7 @@ class TranslationData(Vocabulary, TextSplits, TrunklineDataModule):
             pair=self.pair,
             source_tokens=self.source_tokens,
             encode_source=self.encoder.encode,
+            ragged=True,
         )
 
     # --- rows

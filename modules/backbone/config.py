@@ -66,9 +66,14 @@ class TransformerConfig:
     layer_scale: float | None = None
     """Initial value of learned factors (D,) of what each sub-layer adds (LayerScale, arXiv:2103.17239; DeiT III and
     DINOv2 have it); None means no factors."""
+    window: int | None = None
+    """Tokens that a token of a causal trunk sees, itself included: the last ones (arXiv:2004.05150; Mistral and Qwen2
+    can have it); None means all."""
 
     def __post_init__(self) -> None:
-        sizes = dict.fromkeys(("dim", "depth", "num_heads", "num_kv_heads", "mlp_dim", "head_dim"), "[1, inf)")
+        sizes = dict.fromkeys(
+            ("dim", "depth", "num_heads", "num_kv_heads", "mlp_dim", "head_dim", "window"), "[1, inf)"
+        )
         check_ranges("model.network.*", self, **sizes, dropout="[0, 1)", drop_path="[0, 1)")
         check_ranges("model.network.*", self, norm_eps="[0, inf)", rope_theta="(0, inf)", attn_scale="(-inf, inf)")
         check_ranges("model.network.*", self, layer_scale="(-inf, inf)")

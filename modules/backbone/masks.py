@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trunkline import TrunklineError
+from trunkline.modules.attention_kernels import causal_rule
 
 
 def same_document(document: Tensor) -> Tensor:
@@ -16,9 +17,10 @@ def same_document(document: Tensor) -> Tensor:
     return document[:, None, :, None] == document[:, None, None, :]
 
 
-def causal_mask(start: int, end: int, device: torch.device) -> Tensor:
-    """Causal mask (1, 1, end - start, end) for queries start..end over keys 0..end, True where they may attend."""
-    return torch.ones(1, 1, end - start, end, dtype=torch.bool, device=device).tril(start)
+def causal_mask(start: int | Tensor, count: int, keys: int, device: torch.device, window: int | None = None) -> Tensor:
+    """`causal_rule` of the queries start..start + T over the first S keys, (1, 1, T, S) for T = `count`, S = `keys`."""
+    query = torch.arange(count, device=device)[:, None] + start
+    return causal_rule(query, torch.arange(keys, device=device), window)[None, None]
 
 
 def restrict(mask: Tensor | None, allowed: Tensor) -> Tensor:
@@ -47,14 +49,20 @@ def four_dimensional(mask: Tensor | None) -> Tensor | None:
 
 
 def self_attention_mask(
-    mask: Tensor | None, causal: bool, start: int, end: int, device: torch.device
+    mask: Tensor | None,
+    causal: bool,
+    start: int | Tensor,
+    count: int,
+    device: torch.device,
+    window: int | None = None,
 ) -> tuple[Tensor | None, bool]:
-    """Mask and `is_causal` flag for queries start..end over keys 0..end.
+    """Mask and `is_causal` flag for the queries start..start + `count` over all keys up to theirs.
 
-    If the flag alone is enough, no (T, S) mask is built.
+    If the flag alone is enough, no (T, S) mask is built. A `start` that is a tensor goes with a mask of all keys.
     """
-    if not causal:
+    if not causal or (count == 1 and window is None):  # a single new token sees all tokens before it
         return mask, False
-    if mask is None and start == 0:
+    if mask is None and window is None and start == 0:
         return None, True
-    return restrict(mask, causal_mask(start, end, device)), False
+    keys = start + count if not isinstance(start, Tensor) else count if mask is None else mask.shape[-1]
+    return restrict(mask, causal_mask(start, count, keys, device, window)), False

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trunkline import TrunklineError
-from trunkline.modules.attention_kernels import attention_path, block_mask, mask_kind, product_dtype
+from trunkline.modules.attention_kernels import attention_path, block_mask, mask_kind, narrow, product_dtype
 from trunkline.modules.backbone.attention import (
     Attention,
     Keep,
@@ -158,7 +158,7 @@ class Block(nn.Module):
         """(B, T, D) -> (B, T, D), or (B, N, D) with `keep`; then self-attention and cross-attention weights."""
         if keep is not None:
             if is_causal:  # the flag would misplace the selected queries
-                mask, is_causal = causal_mask(0, x.shape[1], x.device), False
+                mask, is_causal = causal_mask(0, x.shape[1], x.shape[1], x.device), False
             mask, context_mask = take_queries(mask, keep), take_queries(context_mask, keep)
         branch, weights = self.attn(
             self.norm1(x) if self.norm_first else x,
@@ -220,8 +220,9 @@ class Transformer(nn.Module):
         Returns:
             what flex attention reads, if this batch takes that path; mask and `is_causal` for a block without it.
         """
+        window = narrow(self.config.window, start + x.shape[1]) if causal else None
         path = attention_path(
-            mask_kind(mask, document),
+            mask_kind(mask, document, window),
             x.device,
             product_dtype(x),
             length=x.shape[1],
@@ -230,12 +231,12 @@ class Transformer(nn.Module):
             compiled=torch.compiler.is_compiling() and not torch.compiler.is_exporting(),
             whole=whole,
         )
-        blocks = block_mask(x, mask, document, causal) if path == "flex" else None
+        blocks = block_mask(x, mask, document, causal, window) if path == "flex" else None
         if blocks is not None and every:
             return blocks, None, False
         mask = four_dimensional(mask)
         mask = mask if document is None else restrict(mask, same_document(document))
-        return blocks, *self_attention_mask(mask, causal, start, start + x.shape[1], x.device)
+        return blocks, *self_attention_mask(mask, causal, start, x.shape[1], x.device, window)
 
     def forward(
         self,
@@ -277,8 +278,8 @@ class Transformer(nn.Module):
             `TransformerOutput(x=(B, T, D), attention, cross_attention, states)`; x is (B, N, D) with `keep`.
 
         Raises:
-            TrunklineError: if `context` is given without `config.cross_attention` or missing with it, or if a mask is
-                neither boolean nor floating point.
+            TrunklineError: if `context` is given without `config.cross_attention` or missing with it, if a mask is
+                neither boolean nor floating point, or if a trunk with a window is not causal.
         """
         if (context is not None) != self.config.cross_attention:
             raise TrunklineError(
@@ -287,7 +288,11 @@ class Transformer(nn.Module):
             )
         count, start = x.shape[1], 0 if cache is None else cache.length
         causal = self.config.causal if causal is None else causal
-        causal = causal and count > 1  # a single new token sees all tokens before it
+        if self.config.window is not None and not causal:
+            raise TrunklineError(
+                f"window={self.config.window} is for a causal trunk, but this one sees all tokens; leave it out",
+                "model.network.*.window",
+            )
         whole = cache is None and not return_attention
         blocks, mask, is_causal = self._rules(x, mask, document, causal, start, whole, keep is None)
         rotation = None

@@ -31,6 +31,7 @@ from trunkline.modules.objectives.checks import (
 from trunkline.modules.objectives.evaluation import EvaluatedModule
 from trunkline.modules.objectives.reduction import Accumulation, Terms, as_terms, mean_count, recomputed_sums
 from trunkline.modules.training.checkpoints import follow_folder
+from trunkline.modules.training.compiling import let_sizes_vary
 from trunkline.modules.training.distributed import Gather, settle_buckets
 from trunkline.modules.training.exact_resume import accumulates, correct_step_count, settle_progress
 from trunkline.modules.training.finite_steps import FiniteSteps, gradient_norm, refuse_diverged, spread_fault
@@ -74,6 +75,8 @@ class TrunklineModule(EvaluatedModule):
     """What the samples are called in names of metrics; see `unit_size`."""
     gather = staticmethod(Gather)
     """How a loss that compares the rows of all processes gathers them."""
+    ragged = False
+    """Whether training batches differ in their sizes; `setup` asks the data."""
     joint = False
     """Whether the loss needs all batches of an accumulation at once (see `joint_loss`): because it is not a sum over
     rows, or because it consists of several sums, each with its own count."""
@@ -208,6 +211,7 @@ class TrunklineModule(EvaluatedModule):
             if self.lora.rank:
                 check_lora_run(self.trainer, self.hparams)
         check_sizes(self.network.config, facts)
+        self.ragged = facts.ragged
         refuse_model_parallel(self.trainer.strategy)
 
     def train(self, mode: bool = True) -> "TrunklineModule":
@@ -230,6 +234,8 @@ class TrunklineModule(EvaluatedModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a step, scaled so that its gradients, averaged over processes, are those of the global mean."""
         self.count(batch, "train")
+        if self.ragged:
+            let_sizes_vary(self.network, batch)
         return spread_fault(self.scaled_loss(batch, batch_idx))
 
     def scaled_loss(self, batch: Any, batch_idx: int) -> Tensor:

@@ -59,13 +59,15 @@ def test_the_kernel_of_a_recipe(recipe: str) -> None:
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("what", ["document", "mask"])
+@pytest.mark.parametrize("what", ["document", "window", "mask"])
 def test_flex_attention_is_the_mask(what: str, dtype: torch.dtype, kv_heads: int) -> None:
     """A compiled trunk against the same in float64 with the mask, where it is no further off than eager attention."""
-    cfg = TransformerConfig(dim=256, depth=2, num_heads=4, num_kv_heads=kv_heads, causal=what == "document")
+    window = 90 if what == "window" else None
+    cfg = TransformerConfig(256, 2, 4, kv_heads, causal=what != "mask", window=window)
     model = Transformer(cfg).to(DEVICE)
     x, mask = inputs(cfg)
-    given = {"mask": mask} if what == "mask" else {"document": torch.arange(LENGTH, device=DEVICE).expand(2, -1) // 130}
+    documents = torch.arange(LENGTH, device=DEVICE).expand(2, -1) // 130
+    given: dict[str, Any] = {"document": {"document": documents}, "mask": {"mask": mask}, "window": {}}[what]
     real = (mask if what == "mask" else torch.ones_like(mask))[..., None]
     graphs: list[torch.fx.GraphModule] = []
 

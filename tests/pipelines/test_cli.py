@@ -271,6 +271,24 @@ def test_interrupt_and_bugs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert capsys.readouterr().err == "trunkline fit: starting\n\nerror: what we said\n"
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", "not enough memory (Tried to allocate 2.00 GiB) for 64 rows at a time; try 32 (--batch_size)"),
+        ("--batch_size 8 --batch_size=6", "for 6 rows at a time; try 3 (--batch_size)"),
+        ("--batch_size 1", "not enough memory (Tried to allocate 2.00 GiB); make the network"),
+    ],
+)
+def test_a_command_whose_batch_does_not_fit(
+    flags: str, expected: str, message: Callable[[list[str]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …")
+
+    monkeypatch.setattr("trunkline.pipelines.cli.run_function", full)
+    assert expected in message(["embed", "--checkpoint", "x", *flags.split()])
+
+
 def test_report_by_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Another process than the first reports what it alone found, and is silent if the first has ended too."""
     monkeypatch.setattr(errors.time, "sleep", lambda seconds: None)

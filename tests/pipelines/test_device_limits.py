@@ -218,6 +218,8 @@ def test_what_is_said_of_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert evaluation.field == "data.eval_batch_size"
     tokens = out_of_memory(fake(SimpleNamespace(batch_size=64, batch_tokens=1000)), module, error)
     assert "batches were of batch_tokens 1000; 500 may fit: set --data.batch_tokens" in str(tokens)
+    mixed = fake(SimpleNamespace(batch_size=64, eval_batch_size=32, batch_tokens=1000), evaluating=True)
+    assert "--data.eval_batch_size 16" in str(out_of_memory(mixed, module, error))
     monkeypatch.setattr(device_limits, "measure", lambda *_: use._replace(fixed=50 * GIB))
     assert "take 50.00 GiB, so that no smaller batch would fit" in str(out_of_memory(fake(data), module, error))
 

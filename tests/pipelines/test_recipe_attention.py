@@ -16,6 +16,7 @@ from trunkline.pipelines.configs import find_config, resolve_configs
     ("recipe", "flags"),
     [
         ("gpt/gpt2_124m", "--data.packing documents"),
+        ("gpt/modern_124m", "--model.network.backbone.window 256"),
         ("bert/squad", "--model.network.bert.backbone.dropout 0"),
         ("audio/librispeech_ctc", "--model.network.backbone.dropout 0"),
         ("audio/ast_audioset", "--data.log_mel.padding batch"),

@@ -76,18 +76,14 @@ def llama_config_from_transformers(config: Mapping[str, Any]) -> GPTConfig:
     """Content of the config.json of a LLaMA, Mistral, Qwen2 or Qwen3 -> configuration of the same `GPT`.
 
     Raises:
-        TrunklineError: if it uses an option that the trunk does not have, such as scaled rotations or a window.
+        TrunklineError: if it uses an option that the trunk does not have, such as scaled rotations or a window in
+            some layers.
     """
     kind = config["model_type"]
     family = FAMILIES_OF_LLAMA[kind]
     usual = {"hidden_act": ("silu",), "pretraining_tp": (1,), "partial_rotary_factor": (1, None)}
     refuse_options(config, usual, family, OURS_OF_LLAMA)
     length = config.get("max_position_embeddings", 2048)
-    window = config.get("sliding_window") if kind == "mistral" or config.get("use_sliding_window") else None
-    if window is not None and window < length:
-        raise TrunklineError(
-            f"{family} with sliding_window={window} cannot be converted: {OURS_OF_LLAMA} has no such option"
-        )
     attention, mlp = (config.get(name, False) for name in ("attention_bias", "mlp_bias"))
     if attention != mlp:  # its biases are those of all four layers of attention
         raise TrunklineError(
@@ -109,6 +105,7 @@ def llama_config_from_transformers(config: Mapping[str, Any]) -> GPTConfig:
         head_dim=config.get("head_dim"),
         qkv_bias=True if kind == "qwen2" else None,
         qk_norm=kind == "qwen3",
+        window=window_of(config, length, family),
         dropout=0.0,
     )
     return GPTConfig(
@@ -118,6 +115,27 @@ def llama_config_from_transformers(config: Mapping[str, Any]) -> GPTConfig:
         tie_embeddings=config.get("tie_word_embeddings", False),
         backbone=trunk,
     )
+
+
+def window_of(config: Mapping[str, Any], length: int, family: str) -> int | None:
+    """The window of all layers; None if there is none, or if texts of `length` tokens fit into it.
+
+    Raises:
+        TrunklineError: if only some layers have it.
+    """
+    qwen, depth = config["model_type"].startswith("qwen"), config["num_hidden_layers"]
+    window: int | None = None if config["model_type"] == "llama" else config.get("sliding_window")
+    if window is None or window >= length or (qwen and not config.get("use_sliding_window")):
+        return None
+    first = config.get("max_window_layers", 28) if qwen else 0  # of these layers; newer files name the kind of each
+    kinds = config.get("layer_types") or [f"{'full' if n < first else 'sliding'}_attention" for n in range(depth)]
+    windowed = kinds.count("sliding_attention")
+    if 0 < windowed < depth:
+        raise TrunklineError(
+            f"{family} with sliding_window={window} in {windowed} of its {depth} layers cannot be converted: the "
+            f"layers of {OURS_OF_LLAMA} are alike"
+        )
+    return window if windowed else None
 
 
 def rope_theta(config: Mapping[str, Any], family: str) -> float:
@@ -167,8 +185,10 @@ def llama_config_to_transformers(config: GPTConfig, kind: str) -> dict[str, Any]
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "tie_word_embeddings": config.tie_embeddings,
     }
-    if kind == "mistral":
-        content["sliding_window"] = None
+    if kind != "llama":
+        content["sliding_window"] = trunk.window
+    if kind.startswith("qwen") and trunk.window is not None:
+        content |= {"use_sliding_window": True, "max_window_layers": 0}
     if kind == "llama":
         content |= {"attention_bias": trunk.bias, "mlp_bias": trunk.bias}
     refuse_difference(config, llama_config_from_transformers(content), FAMILIES_OF_LLAMA[kind], OURS_OF_LLAMA)

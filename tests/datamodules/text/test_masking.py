@@ -201,6 +201,9 @@ def test_targets_padding_and_fillers(tmp_path: Path) -> None:
     assert last["mask"].tolist() == [token != 0 for token in whole(last)]
     assert set(val[SampleKey(0, 0, valid=False)]["targets"].tolist()) == {-100}
     assert "mask" not in val[SampleKey(0, 0)]
+    pairs = data(tmp_path, next_sentence=True).datasets["train"]
+    rows = [pairs[SampleKey(0, n)] for n in range(len(pairs))]  # type: ignore[arg-type]
+    assert any(row["mask"].all() for row in rows)  # also a batch without padding has a mask
 
 
 def test_pairs_come_from_document_order(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def test_the_path_of_a_batch(change: dict[str, Any], path: str) -> None:
 def test_kinds_of_masks() -> None:
     assert mask_kind(None, None) == "none"
     assert mask_kind(None, DOCUMENT) == mask_kind(RIGHT, None) == mask_kind(RIGHT, DOCUMENT) == "tokens"
+    assert mask_kind(None, None, 5) == mask_kind(RIGHT, None, 5) == "tokens"
     for mask in (RIGHT[:, None, None], RIGHT.float()):
         assert mask_kind(mask, None) == mask_kind(mask, DOCUMENT) == "scores"
 
@@ -64,31 +65,40 @@ def test_the_type_of_products() -> None:
         assert product_dtype(torch.zeros(1, dtype=torch.float64)) == torch.bfloat16
 
 
-def allowed(mask: Tensor | None, document: Tensor | None, causal: bool, row: int, query: int) -> list[int]:
+def allowed(
+    mask: Tensor | None, document: Tensor | None, causal: bool, window: int | None, row: int, query: int
+) -> list[int]:
     """The keys that a query may attend to."""
     return [
         key
         for key in range(LENGTH)
         if not (causal and key > query)
+        and (window is None or key > query - window)
         and (document is None or document[row, key] == document[row, query])
         and (mask is None or mask[row, key])
     ]
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("mask", "document"), [(None, DOCUMENT), (RIGHT, None), (RIGHT, DOCUMENT), (~RIGHT, None)])
+TOKENS = [(None, DOCUMENT), (RIGHT, None), (RIGHT, DOCUMENT), (~RIGHT, None)]
+
+
+@pytest.mark.parametrize(
+    ("mask", "document", "causal", "window"),
+    [(*tokens, causal, None) for tokens in TOKENS for causal in (False, True)]
+    + [(*tokens, True, window) for tokens, window in [((None, None), 1), *((both, 40) for both in TOKENS)]],
+)
 def test_flex_attention_is_a_loop(
-    mask: Tensor | None, document: Tensor | None, causal: bool, monkeypatch: pytest.MonkeyPatch
+    mask: Tensor | None, document: Tensor | None, causal: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each query against the keys that it may see, in float64; padding on the left leaves queries without any."""
     pretend_gpu(monkeypatch)
     q, k, v = (torch.randn(2, heads, LENGTH, 16, requires_grad=True) for heads in (2, 1, 1))
-    got = block_attention(q, k, v, block_mask(torch.empty(2, LENGTH, 32), mask, document, causal), 0.3)
+    got = block_attention(q, k, v, block_mask(torch.empty(2, LENGTH, 32), mask, document, causal, window), 0.3)
     wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
     rows = []
     for row in range(2):
         for query in range(0, LENGTH, 7):
-            keys = allowed(mask, document, causal, row, query)
+            keys = allowed(mask, document, causal, window, row, query)
             weights = (wide[0][row, :, query] @ wide[1][row, 0, keys].mT * 0.3).softmax(dim=-1)
             rows.append(weights @ wide[2][row, 0, keys])  # (heads, E)
     want = torch.stack(rows).unflatten(0, (2, -1)).transpose(1, 2)
@@ -117,6 +127,9 @@ GROUPED = {"num_heads": 2, "num_kv_heads": 1, "qk_norm": True, "rope_theta": 1e4
         ({"causal": True}, {"document": DOCUMENT}),
         ({"causal": True, **GROUPED}, {"document": DOCUMENT, "keep": slice(-3, None)}),
         ({"causal": True, "activation_checkpointing": True}, {"document": DOCUMENT, "layers": [0]}),
+        ({"causal": True, "window": 140}, {}),
+        ({"causal": True, "window": 20, **GROUPED}, {"document": DOCUMENT, "keep": slice(-3, None)}),
+        ({"causal": True, "window": 50}, {"mask": RIGHT, "document": DOCUMENT}),
         ({"causal": False}, {"mask": RIGHT}),
         ({"causal": False, **GROUPED}, {"mask": RIGHT, "keep": torch.tensor([[2, 290], [0, 109]])}),
         ({"causal": False, "cross_attention": True}, {"mask": RIGHT, "document": DOCUMENT}),
@@ -152,6 +165,9 @@ def test_blocks_that_nobody_sees_are_left_out() -> None:
     assert (blocks.kv_num_blocks + blocks.full_kv_num_blocks)[:, 0].tolist() == [[3, 3, 3], [1, 1, 1]]
     document = torch.arange(LENGTH).expand(2, -1) // 128
     assert block_mask(x, None, document, causal=True).kv_num_blocks[:, 0].tolist() == [[1, 1, 1], [1, 1, 1]]
+    narrow = block_mask(x, None, None, causal=True, window=100)
+    assert narrow.kv_num_blocks[:, 0].tolist() == [[1, 2, 2], [1, 2, 2]]
+    assert narrow.full_kv_num_blocks is None or not narrow.full_kv_num_blocks.any()
 
 
 def test_a_rule_is_made_without_waiting_for_the_device() -> None:

@@ -65,7 +65,7 @@ def compiled_by(backend: str | None, decoder: Any) -> CompiledDecoder:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["learned", "gqa"])
+@pytest.mark.parametrize("kind", ["learned", "window", "gqa"])
 def test_texts_of_all_lengths_from_one_graph(kind: str, backend: Any, graphs: dict[str, Any]) -> None:
     """Prompts of other lengths, with and without padding, greedy and sampled, and past the context."""
     network = gpt(kind)
@@ -102,7 +102,7 @@ def test_a_cache_of_fixed_shapes_with_sources(positions: Any, config: Generation
         assert generate(eager(network.decoder_of(source)), prompt, config=config) == want
 
 
-@pytest.mark.parametrize("kind", ["learned", "rotary", "gqa"])
+@pytest.mark.parametrize("kind", ["learned", "rotary", "window", "gqa"])
 @pytest.mark.parametrize("max_length", [9, 32, 600])
 def test_a_cache_of_fixed_shapes(kind: str, max_length: int) -> None:
     """Rows that end early, windows that slide, beams; and the memory of a finished text is used again."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation import logits_process
 
@@ -23,6 +24,7 @@ from trunkline.modules.networks.convert.families import from_foreign
 TRUNKS: dict[str, dict[str, Any]] = {
     "learned": {},
     "rotary": {"rope_theta": 100.0},
+    "window": {"rope_theta": 100.0, "window": 4},
     "gqa": {"rope_theta": 100.0, "num_kv_heads": 2, "qk_norm": True, "norm": "rmsnorm", "mlp": "swiglu", "bias": False},
 }
 GREEDY = GenerationConfig(12, temperature=0)
@@ -302,6 +304,16 @@ def test_int8_weighs_a_quarter() -> None:
     layer = torch.nn.Linear(256, 512)
     values, scale = round_rows(layer.weight)
     assert values.nbytes + scale.nbytes < 0.27 * layer.weight.nbytes
+
+
+def test_the_compiler_gets_int8_weights_as_they_are() -> None:
+    """Only their type changes before the product, which a compiler can do while reading; the scales come after."""
+    layer, x = Int8Linear(torch.randn(24, 40), None).bfloat16(), torch.randn(16, 40).bfloat16()
+    nodes = list(make_fx(layer)(x).graph.nodes)
+    whole = [node for node in nodes if node.op == "call_function" and node.meta["val"].shape.numel() == 24 * 40]
+    assert {str(node.target) for node in whole} == {"aten._to_copy.default", "aten.t.default"}
+    (product,) = (node for node in nodes if str(node.target) == "aten.mm.default")
+    assert [str(node.target) for node in product.users] == ["aten.mul.Tensor"]
 
 
 @pytest.mark.parametrize("rows", [1, 9])

@@ -58,7 +58,7 @@ MORE: dict[str, Callable[[], Network]] = {
     "clip-shared": lambda: CLIP(towers(bert=bert({"norm_first": True, "final_norm": True}), share_trunk=True)),
 }
 FAST: dict[Format, set[str]] = {
-    "onnx": {"vit-cls", "gpt-modern", "bert-next", "clip", "t5", "speech-conv", "ast"},
+    "onnx": {"vit-cls", "gpt-modern", "gpt-window", "bert-next", "clip", "t5", "speech-conv", "ast"},
     "torch-export": {"bert-next", "t5", "ast"},
 }
 """The rest is slow: a graph takes a second or two."""

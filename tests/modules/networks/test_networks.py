@@ -102,6 +102,7 @@ NETWORKS: dict[str, tuple[type[Network], Any, list[int], list[int]]] = {  # clas
     ),
     "gpt-2": (GPT, gpt({"mlp": "gelu_tanh"}), [2, 9], [2, 9, 19]),
     "gpt-free-head": (GPT, gpt(tie_embeddings=False), [2, 7], [2, 7, 19]),
+    "gpt-window": (GPT, gpt({"num_kv_heads": 2, "window": 3}), [2, 9], [2, 9, 19]),
     "gpt-modern": (
         GPT,
         gpt(

@@ -16,6 +16,8 @@ from travels import arrive, go_back, gradients
 
 from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
+from trunkline.modules.generation.decoding import GenerationConfig
+from trunkline.modules.generation.sampling import generate
 from trunkline.modules.networks import GPT, GPTConfig
 from trunkline.modules.networks.convert.families import foreign_family, save_foreign
 
@@ -23,6 +25,8 @@ SIZES = {
     **{"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"intermediate_size": 40, "max_position_embeddings": 24, "bos_token_id": None, "eos_token_id": None},
 }
+WINDOW = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}
+ONE_OF_TWO = ["full_attention", "sliding_attention"]
 SMALL = {"vocab_size": 50, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": None}
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 PEERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -47,9 +51,12 @@ PEERS: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
     "mistral": (hf.MistralForCausalLM, {**SIZES, "num_key_value_heads": 1, "sliding_window": None}),
+    "mistral-window": (hf.MistralForCausalLM, {**SIZES, "num_key_value_heads": 2, "sliding_window": 4}),
     "qwen2": (hf.Qwen2ForCausalLM, {**SIZES, "num_key_value_heads": 2}),
     "qwen2-tied": (hf.Qwen2ForCausalLM, {**SIZES, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen2-window": (hf.Qwen2ForCausalLM, {**SIZES, "num_key_value_heads": 2, **WINDOW}),
     "qwen3": (hf.Qwen3ForCausalLM, {**SIZES, "num_key_value_heads": 2, "head_dim": 10}),
+    "qwen3-window": (hf.Qwen3ForCausalLM, {**SIZES, "num_key_value_heads": 2, "head_dim": 10, **WINDOW}),
 }
 every_peer = pytest.mark.parametrize("name", PEERS)
 
@@ -81,7 +88,7 @@ def test_there_and_back_again(name: str, tmp_path: Path) -> None:
         assert_near(gpt(tokens, mask=mask)[mask], want[mask])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-grouped", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-grouped", "mistral-window", "qwen2", "qwen3"])
 def test_gradients(name: str, tmp_path: Path) -> None:
     peer = make_peer(name)
     gpt = arrive(peer, GPT, tmp_path)
@@ -167,8 +174,12 @@ def test_files_of_gpt2_of_old(tmp_path: Path) -> None:
         ("llama", {"attention_bias": True}, "attention_bias=True and mlp_bias=False"),
         ("llama", {"hidden_act": "gelu"}, "a LLaMA with hidden_act=gelu"),
         ("llama", {"model_type": "mixtral"}, r"a kind that cannot be converted \(mixtral\)"),
-        ("mistral", {"sliding_window": 8}, "a Mistral with sliding_window=8"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "a Qwen2 with sliding_window=8"),
+        ("mistral", {"sliding_window": 8, "layer_types": ONE_OF_TWO}, "a Mistral with sliding_window=8 in 1 of its 2"),
+        (
+            "qwen2",
+            {**WINDOW, "layer_types": None, "max_window_layers": 1},
+            "a Qwen2 with sliding_window=3 in 1 of its 2",
+        ),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True cannot"),
         ("gpt2", {"activation_function": "tanh"}, "a GPT-2 with activation_function=tanh cannot"),
         ("gpt2", {"scale_attn_weights": False}, "a GPT-2 with scale_attn_weights=False cannot"),
@@ -182,11 +193,29 @@ def test_options_that_we_have_not(name: str, option: dict[str, Any], message: st
         GPT.from_pretrained(tmp_path)
 
 
-def test_a_window_that_is_as_long_as_the_texts_changes_nothing(tmp_path: Path) -> None:
-    peer = make_peer("mistral")
-    peer.save_pretrained(tmp_path)
-    edit(sliding_window=24)(tmp_path)
-    assert GPT.from_pretrained(tmp_path).config.max_length == 24
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("mistral", {"sliding_window": 24}),
+        ("qwen2", {**WINDOW, "use_sliding_window": False}),
+        ("qwen2", {**WINDOW, "layer_types": None, "max_window_layers": 2}),
+    ],
+)
+def test_windows_that_leave_nothing_out(name: str, option: dict[str, Any], tmp_path: Path) -> None:
+    make_peer(name).save_pretrained(tmp_path)
+    edit(**option)(tmp_path)
+    assert GPT.from_pretrained(tmp_path).config.backbone.window is None
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "qwen2-window"])
+def test_a_window_in_generated_text(name: str, tmp_path: Path) -> None:
+    """Greedy, over caches on both sides, far past the window."""
+    peer = make_peer(name)
+    gpt, (tokens, _, _) = arrive(peer, GPT, tmp_path), texts(5)
+    assert gpt.config.backbone.window == peer.config.sliding_window
+    options = {"do_sample": False, "max_new_tokens": 18, "pad_token_id": 0}
+    want = peer.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    assert generate(gpt, tokens, config=GenerationConfig(18, temperature=0)) == want[:, 5:].tolist()
 
 
 def test_a_network_that_no_decoder_can_be(tmp_path: Path) -> None:
