@@ -35,7 +35,9 @@ from trunkline.names import with_article
 
 PREFIX_OF_PEFT = "base_model.model."
 TASK_TYPES = {
-    **{"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"},
+    "WhisperForConditionalGeneration": None,  # peft's class of the next task wants token ids as inputs
+    **{"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"},
+    **{"ForConditionalGeneration": "SEQ_2_SEQ_LM", "MarianMTModel": "SEQ_2_SEQ_LM"},
     **{"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"},
     "ForQuestionAnswering": "QUESTION_ANS",
 }

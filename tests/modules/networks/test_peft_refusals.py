@@ -6,7 +6,7 @@ from typing import Any
 import peft
 import pytest
 import transformers as hf
-from test_peft_adapters import T5, make_peer
+from peft_peers import T5, make_peer
 from travels import arrive
 
 from trunkline import TrunklineError
