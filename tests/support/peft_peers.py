@@ -118,7 +118,12 @@ Outputs = Callable[[Any], Tensor]
 def make_peer(name: str) -> Any:
     torch.manual_seed(0)
     kind, config, *_ = PEERS[name]
-    return randomise(kind(kind.config_class(**config)).eval(), 0.2)
+    peer = kind(kind.config_class(**config)).eval()
+    tables = {p: p.clone() for p in peer.parameters() if not p.requires_grad}  # computed, and not in files of Marian
+    randomise(peer, 0.2)
+    for p, value in tables.items():
+        p.data.copy_(value)
+    return peer
 
 
 def calls(name: str) -> tuple[Outputs, Outputs]:

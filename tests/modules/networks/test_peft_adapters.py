@@ -97,8 +97,13 @@ def test_our_file_in_theirs_and_back(name: str, targets: Any, tmp_path: Path) ->
         ("gpt2-untied", ["wte", "ln_f"], "token_embed"),
         ("bert-body", ["embeddings.LayerNorm"], "embed_norm"),
         ("bert", ["decoder"], None),
-        ("vit", ["vit.layernorm"], "backbone.norm"),
+        ("vit", ["vit.layernorm", "layernorm_after"], "backbone.blocks.0.norm2"),
         ("t5", ["final_layer_norm"], "encoder.norm"),
+        ("bart", ["encoder.layernorm_embedding", "fc1"], "embed_norm"),
+        ("marian", ["encoder_attn_layer_norm"], "decoder.blocks.1.norm_cross"),
+        ("whisper", ["conv2", "decoder.embed_positions"], "front.convs.1"),
+        ("ast", ["projection", "layernorm_before"], "patch_embed.proj"),
+        ("ast-body", ["q_proj"], None),
     ],
 )
 def test_layers_trained_whole(name: str, whole: list[str], own: str | None, tmp_path: Path) -> None:
