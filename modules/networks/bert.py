@@ -141,7 +141,9 @@ class BERT(Network):
         return 0 if self.config.backbone.rope_theta is None else self.config.max_length
 
     def embed(self, tokens: Tensor, segment: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Token ids (B, T), segments (B, T), all 0 if None, and mask (B, T), all True if None -> embeddings (B, T, D).
+        """Token ids (B, T), segments (B, T), all 0 if None, and mask (B, T) -> embeddings (B, T, D).
+
+        The mask matters only with a `first_position`; without it all tokens but padding count.
 
         Raises:
             TrunklineError: if there are more tokens than positions.
