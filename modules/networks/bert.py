@@ -47,8 +47,8 @@ class BERTConfig:
     pooler: bool = False
     """A dense layer and tanh over the first token's state, also without `next_sentence`: see `BERT.pool`."""
     first_position: int = 0
-    """Row of the table of positions for the first token. In a RoBERTa (arXiv:1907.11692) it is the row after the
-    padding's, and then only tokens are counted, not padding before them."""
+    """Row of the table of positions for the first token. In a RoBERTa (arXiv:1907.11692) it is the number of the
+    padding's token + 1, and then only tokens are counted: those of the mask, or without one all others than padding."""
     backbone: TransformerConfig = field(default_factory=bert_trunk)
     """The trunk."""
 
@@ -141,7 +141,9 @@ class BERT(Network):
         return 0 if self.config.backbone.rope_theta is None else self.config.max_length
 
     def embed(self, tokens: Tensor, segment: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Token ids (B, T), segments (B, T), all 0 if None, and mask (B, T), all True if None -> embeddings (B, T, D).
+        """Token ids (B, T), segments (B, T), all 0 if None, and mask (B, T) -> embeddings (B, T, D).
+
+        The mask matters only with a `first_position`; without it all tokens but padding count.
 
         Raises:
             TrunklineError: if there are more tokens than positions.
@@ -155,10 +157,11 @@ class BERT(Network):
         x = self.token_embed(tokens)
         if self.pos_embed is not None:
             first = self.config.first_position
-            if first and mask is not None:
-                x = x + self.pos_embed(first - 1 + mask.cumsum(dim=1) * mask)
+            if first:
+                real = tokens != first - 1 if mask is None else mask
+                x = x + self.pos_embed(first - 1 + real.cumsum(dim=1) * real)
             else:
-                x = x + self.pos_embed.weight[first : first + length]
+                x = x + self.pos_embed.weight[:length]
         if self.segment_embed is not None:
             x = x + (self.segment_embed.weight[0] if segment is None else self.segment_embed(segment))
         return self.dropout(self.embed_norm(x))

@@ -24,6 +24,11 @@ KeyTable = Mapping[str, tuple[str, ...]]
 names, ours has their matrices and biases stacked."""
 
 
+def without_prefix(table: KeyTable, prefix: str) -> KeyTable:
+    """The same table for a body alone, whose layers lack the first part of their names."""
+    return {ours: tuple(name.removeprefix(prefix) for name in theirs) for ours, theirs in table.items()}
+
+
 def layer_number(name: str, table: Collection[str]) -> tuple[str, str]:
     """A layer's name -> its name in the table, and the number of its block or nothing."""
     number = "" if name in table else next(iter(re.findall(r"\.(\d+)\.", name)), "")

@@ -35,7 +35,9 @@ from trunkline.names import with_article
 
 PREFIX_OF_PEFT = "base_model.model."
 TASK_TYPES = {
-    **{"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"},
+    "WhisperForConditionalGeneration": None,  # peft's class of the next task wants token ids as inputs
+    **{"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"},
+    **{"ForConditionalGeneration": "SEQ_2_SEQ_LM", "MarianMTModel": "SEQ_2_SEQ_LM"},
     **{"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"},
     "ForQuestionAnswering": "QUESTION_ANS",
 }
@@ -133,7 +135,9 @@ def adapted_family(network: Network) -> tuple[ForeignFamily, tuple[KeyTable, ...
             reasons.append(str(error))
     kind = with_article(type(network).__name__)
     raise TrunklineError(
-        "; ".join(reasons) or f"the adapters of {kind} cannot be written for peft; write the merged network instead"
+        "; ".join(reasons)
+        or f"peft has no place for the adapters of {kind}, because transformers has no such model; save_pretrained "
+        "writes the network with its adapters merged"
     )
 
 
@@ -256,8 +260,11 @@ def load_adapter(network: Network, folder: str | Path) -> Network:
             own, part, counts[own] = place_in_ours(layer, tables, family, folder)
             found.setdefault(own, {})[part] = LowRank(a, b, scale_of(config, layer, len(a)))
         elif not layer:
-            layers.add(place_in_ours(name.rpartition(".")[0], tables, family, folder)[0])
-            whole[name] = weights[PREFIX_OF_PEFT + name]
+            layer, _, kind = name.rpartition(".")
+            own, part, _ = place_in_ours(layer, tables, family, folder)
+            layers.add(own)
+            place, number = layer_number(own, tables[-1])  # the last names are those of files
+            whole[f"{tables[-1][place][part].replace('*', number)}.{kind}"] = weights[PREFIX_OF_PEFT + name]
         else:
             raise TrunklineError(f"{folder} holds '{name}', which is no pair of A and B of LoRA")
     places = {layer.name: layer for layer in linear_layers(network)}
@@ -311,7 +318,7 @@ def load_layers(
     Args:
         network: the network.
         family: the model that it is.
-        whole: weights of these layers, by their names.
+        whole: weights of these layers, by their names in files.
         layers: our names of them.
         folder: for messages.
 

@@ -17,6 +17,7 @@ from trunkline.modules.networks.convert.key_tables import (
     refuse_difference,
     refuse_options,
     to_theirs,
+    without_prefix,
 )
 
 OUR_AST, THEIR_AST = "our AST", "an AST of transformers"
@@ -52,6 +53,12 @@ def ast_table(files: bool = True) -> KeyTable:
     names = (*others, "layernorm_before", "layernorm_after")
     layers = {f"{ours}.{mine}": (f"{theirs}.{name}",) for mine, name in zip(own, names, strict=True)}
     return {**table, f"{ours}.attn.qkv": qkv, **layers}
+
+
+def ast_modules(config: ASTConfig) -> tuple[KeyTable, ...]:
+    """Names of the layers as modules: in version 5 of transformers, and before it, as files still have them."""
+    tables = (ast_table(files=False), ast_table())
+    return tables if config.num_classes else tuple(without_prefix(table, BODY) for table in tables)
 
 
 def ast_from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -175,4 +182,5 @@ TRANSFORMERS_AST = ForeignFamily(
     config_to=ast_config_to_transformers,
     weights_from=lambda weights, config: ast_from_transformers(weights),
     weights_to=ast_to_transformers,
+    layers=ast_modules,
 )

@@ -17,6 +17,7 @@ from trunkline.modules.networks.convert.key_tables import (
     refuse_options,
     shared_weight,
     to_theirs,
+    without_prefix,
 )
 from trunkline.modules.networks.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
@@ -105,6 +106,11 @@ class BartLike:
     embed_norm: bool
     first_position: int
     """Row of the first position in a learned table; 0 for positions that are not learned."""
+
+    def modules(self, config: EncoderDecoderConfig) -> tuple[KeyTable, ...]:
+        """Names of all layers as modules, but of the output layer: it is tied, and its bias belongs to no module."""
+        table = {ours: theirs for ours, theirs in bart_table(config.one_embedding).items() if ours != "head"}
+        return (table if config.output_bias else without_prefix(table, "model."),)
 
     def weights_from(self, weights: Mapping[str, Tensor], config: EncoderDecoderConfig) -> dict[str, Tensor]:
         """Their state dict -> ours. Copies of a shared embedding may be absent, and so may the tied output layer.
@@ -223,6 +229,7 @@ class BartLike:
             config_to=self.config_to,
             weights_from=self.weights_from,
             weights_to=self.weights_to,
+            layers=self.modules,
         )
 
 

@@ -155,4 +155,5 @@ TRANSFORMERS_WHISPER = ForeignFamily(
     config_to=whisper_config_to_transformers,
     weights_from=lambda weights, config: whisper_from_transformers(weights),
     weights_to=whisper_to_transformers,
+    layers=lambda config: (whisper_table(),),
 )

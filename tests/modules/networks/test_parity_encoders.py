@@ -81,7 +81,10 @@ def test_there_and_back_again(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["masked", "roberta", "roberta-padding", "distilbert"])
 def test_padding_on_the_left(name: str, tmp_path: Path) -> None:
-    """A RoBERTa counts positions from the first token that is not padding; the others count padding too."""
+    """A RoBERTa counts positions from the first token that is not padding; the others count padding too.
+
+    Without a mask padding is attended to, but still not counted.
+    """
     peer = make_peer(name)
     bert = arrive(peer, BERT, tmp_path)
     theirs, ours = ({key: value.flip(1) for key, value in inputs.items()} for inputs in texts(name))
@@ -89,6 +92,8 @@ def test_padding_on_the_left(name: str, tmp_path: Path) -> None:
     assert not mask[1, 0]
     with torch.no_grad():
         assert_near(bert(**ours)[mask], main_output(peer, theirs)[mask])
+        del ours["mask"], theirs["attention_mask"]
+        assert_near(bert(**ours), main_output(peer, theirs))
 
 
 def test_an_epsilon_that_nothing_reads(tmp_path: Path) -> None:

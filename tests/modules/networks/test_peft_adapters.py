@@ -1,7 +1,6 @@
 """LoRA adapters in the files of peft: it loads ours, and we load its own, with equal outputs."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,16 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from parity import assert_near, randomise
+from peft_peers import PEERS, SHAPE, TEXT, calls, make_peer, spread
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from travels import arrive
 
 import trunkline
 from trunkline import TrunklineError
 from trunkline.modules.networks import (
-    BERT,
     CLIP,
     GPT,
-    EncoderDecoder,
     TextHead,
     ViT,
     pretrained,
@@ -32,108 +30,7 @@ from trunkline.modules.networks.convert.peft_adapters import load_adapter, save_
 from trunkline.modules.networks.lora import Adapter, LoRAConfig, LoRALinear, add_lora, merge_lora
 from trunkline.modules.training.warm_start import TrainedWeights
 
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-TEXT = {**SHAPE, "vocab_size": 30, "max_position_embeddings": 12}
-IDS = {"bos_token_id": None, "eos_token_id": None}
-GPT2 = {"vocab_size": 30, "n_positions": 12, "n_embd": 16, "n_layer": 2, "n_head": 2, **IDS}
-DISTILBERT = {"vocab_size": 30, "max_position_embeddings": 12, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
-T5 = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-IMAGE = {**SHAPE, "image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 3}
-PEERS: dict[str, tuple[Any, dict[str, Any], type[Network], list[str], list[str]]] = {
-    "gpt2": (hf.GPT2LMHeadModel, GPT2, GPT, ["c_attn", "mlp.c_proj"], []),
-    "gpt2-untied": (hf.GPT2LMHeadModel, {**GPT2, "tie_word_embeddings": False}, GPT, ["c_attn"], ["lm_head"]),
-    "gpt2-body": (hf.GPT2Model, GPT2, GPT, ["c_attn", "c_fc"], []),
-    "llama": (hf.LlamaForCausalLM, {**TEXT, **IDS, "num_key_value_heads": 1}, GPT, ["q_proj", "v_proj"], ["lm_head"]),
-    "qwen2": (
-        hf.Qwen2ForCausalLM,
-        {**TEXT, **IDS, "num_key_value_heads": 2, "tie_word_embeddings": True},
-        GPT,
-        ["k_proj", "up_proj"],
-        [],
-    ),
-    "bert": (hf.BertForMaskedLM, TEXT, BERT, ["query", "value", "output.dense"], []),
-    "bert-body": (hf.BertModel, TEXT, BERT, ["query", "intermediate.dense"], ["pooler"]),
-    "roberta": (hf.RobertaForMaskedLM, {**TEXT, "pad_token_id": 1}, BERT, ["key"], ["lm_head.dense"]),
-    "distilbert": (
-        hf.DistilBertForMaskedLM,
-        DISTILBERT,
-        BERT,
-        ["q_lin", "out_lin"],
-        ["vocab_transform"],
-    ),
-    "bert-classes": (
-        hf.BertForSequenceClassification,
-        {**TEXT, "num_labels": 3},
-        TextHead,
-        ["query", "value"],
-        ["classifier", "pooler.dense"],
-    ),
-    "roberta-classes": (
-        hf.RobertaForSequenceClassification,
-        {**TEXT, "pad_token_id": 1, "num_labels": 3},
-        TextHead,
-        ["key", "output.dense"],
-        ["classifier"],
-    ),
-    "distilbert-classes": (
-        hf.DistilBertForSequenceClassification,
-        {**DISTILBERT, "num_labels": 3},
-        TextHead,
-        ["v_lin"],
-        ["pre_classifier", "classifier"],
-    ),
-    "distilbert-tags": (
-        hf.DistilBertForTokenClassification,
-        {**DISTILBERT, "num_labels": 3},
-        TextHead,
-        ["q_lin", "out_lin"],
-        ["classifier"],
-    ),
-    "bert-answers": (hf.BertForQuestionAnswering, {**TEXT, "num_labels": 2}, TextHead, ["query"], ["qa_outputs"]),
-    "vit": (hf.ViTForImageClassification, IMAGE, ViT, ["q_proj", "v_proj"], ["classifier"]),
-    "dinov2-swiglu": (
-        hf.Dinov2ForImageClassification,
-        {**IMAGE, "mlp_ratio": 2, "use_swiglu_ffn": True},
-        ViT,
-        ["k_proj", "up_proj"],
-        ["classifier"],
-    ),
-    "t5": (hf.T5ForConditionalGeneration, {**T5, "feed_forward_proj": "gated-gelu"}, EncoderDecoder, ["q", "wi_1"], []),
-}
 every_peer = pytest.mark.parametrize("name", PEERS)
-Outputs = Callable[[Any], Tensor]
-
-
-@torch.random.fork_rng()
-def make_peer(name: str) -> Any:
-    torch.manual_seed(0)
-    kind, config, *_ = PEERS[name]
-    return randomise(kind(kind.config_class(**config)).eval(), 0.2)
-
-
-def calls(name: str) -> tuple[Outputs, Outputs]:
-    """What gives the outputs of theirs, and of ours."""
-    draw = torch.Generator().manual_seed(1)
-    tokens = torch.randint(3, 30, (2, 9), generator=draw)
-    if PEERS[name][2] is ViT:
-        image = torch.randn(2, 1, 8, 8, generator=draw)
-        return lambda peer: peer(image).logits, lambda own: own(image)
-    if name == "t5":
-        return lambda peer: peer(tokens, decoder_input_ids=tokens).logits, lambda own: own(tokens, tokens)
-    if name.endswith("body"):
-        return lambda peer: peer(tokens).last_hidden_state, lambda own: own(tokens, return_logits=False)
-    if name == "bert-answers":
-        return lambda peer: torch.stack(peer(tokens)[:2], dim=-1), lambda own: own(tokens)
-    return lambda peer: peer(tokens).logits, lambda own: own(tokens)
-
-
-def spread(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Random values for the parameters whose names contain one of these."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if any(part in name for part in names):
-                p.normal_(0, 0.3)
 
 
 @every_peer
@@ -200,8 +97,13 @@ def test_our_file_in_theirs_and_back(name: str, targets: Any, tmp_path: Path) ->
         ("gpt2-untied", ["wte", "ln_f"], "token_embed"),
         ("bert-body", ["embeddings.LayerNorm"], "embed_norm"),
         ("bert", ["decoder"], None),
-        ("vit", ["vit.layernorm"], "backbone.norm"),
+        ("vit", ["vit.layernorm", "layernorm_after"], "backbone.blocks.0.norm2"),
         ("t5", ["final_layer_norm"], "encoder.norm"),
+        ("bart", ["encoder.layernorm_embedding", "fc1"], "embed_norm"),
+        ("marian", ["encoder_attn_layer_norm"], "decoder.blocks.1.norm_cross"),
+        ("whisper", ["conv2", "decoder.embed_positions"], "front.convs.1"),
+        ("ast", ["projection", "layernorm_before"], "patch_embed.proj"),
+        ("ast-body", ["q_proj"], None),
     ],
 )
 def test_layers_trained_whole(name: str, whole: list[str], own: str | None, tmp_path: Path) -> None:
