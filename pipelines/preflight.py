@@ -144,7 +144,8 @@ def check_share(trainer: L.Trainer, data: L.LightningDataModule) -> None:
         TrunklineError: if not.
     """
     if isinstance(data, TrunklineDataModule) and not data.limits_tokens:
-        check_batch_size(data.batch_size, data.batch_size, True, trainer.world_size)
+        shares = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+        check_batch_size(data.batch_size, data.batch_size, True, shares)
 
 
 # --- once they are connected
