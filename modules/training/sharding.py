@@ -27,7 +27,7 @@ from trunkline.modules.training.distributed import sharing_in
 from trunkline.modules.training.exact_resume import averaged_modules
 from trunkline.modules.training.optim import OptimizerConfig
 from trunkline.modules.training.sharded_checkpoints import Writers, own_span, save_parts, split, write_parts
-from trunkline.modules.training.tensor_parallel import FIELD, DividedTrunks, TensorGroup, check_divisible
+from trunkline.modules.training.tensor_parallel import DividedTrunks, TensorGroup, check_divisible
 from trunkline.parts import is_parts
 from trunkline.ranges import check_ranges
 
@@ -112,9 +112,6 @@ class ShardedStrategy(DDPStrategy):
             and hidden units of every block (tensor parallelism). It saves activations and lets a step have fewer
             samples than processes; a block's weights are still gathered whole when it is computed. Evaluations are not
             divided. It must divide the number of processes, and heads, key/value heads and hidden units of all trunks.
-
-    Raises:
-        TrunklineError: for a `tensor_parallel_size` below 1.
     """
 
     def __init__(
@@ -125,8 +122,6 @@ class ShardedStrategy(DDPStrategy):
         tensor_parallel_size: int = 1,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
-        own = {"tensor_parallel_size": tensor_parallel_size}
-        check_ranges("trainer.strategy", own, tensor_parallel_size="[1, inf)")
         self.tensor_parallel_size = tensor_parallel_size
         self.divided: DividedTrunks | None = None
         """The trunks of a training, with `tensor_parallel_size` above 1."""
@@ -154,12 +149,13 @@ class ShardedStrategy(DDPStrategy):
         assert module is not None
         trainer = module.trainer
         if not self.wholes or self.wholes[0].module is not module:
+            if self.distributed_sampler_kwargs["num_replicas"] < self.world_size:
+                check_divisible(trunks_in(module), self.tensor_parallel_size, self.world_size)
             for tensor in [*module.parameters(), *module.buffers()]:  # as DDP does
                 dist.broadcast(tensor.detach(), 0)
             self.mesh = init_device_mesh(self.root_device.type, (self.world_size,))
             if self.activation_checkpointing is not None:
                 recompute_activations(module, self.activation_checkpointing)
-            check_divisible(trunks_in(module), self.tensor_parallel_size, self.world_size)
             self.wholes = [shard_module(module, self.mesh)]
         mesh = self.mesh
         assert mesh is not None
@@ -175,11 +171,11 @@ class ShardedStrategy(DDPStrategy):
         """The number of shares of the training data, and this process's: one for each group of processes.
 
         Raises:
-            TrunklineError: if the groups are not full.
+            TrunklineError: if `tensor_parallel_size` is below 1, or does not divide the number of processes.
         """
         size, processes = self.tensor_parallel_size, self.world_size
-        if processes % size:
-            raise TrunklineError(f"tensor_parallel_size={size} does not divide the {processes} process(es)", FIELD)
+        check_ranges("trainer.strategy", self, tensor_parallel_size="[1, inf)")  # in a constructor it would be lost
+        check_divisible([], size, processes)
         return {"num_replicas": processes // size, "rank": self.global_rank // size}
 
     def _divide_trunks(self, module: nn.Module) -> None:

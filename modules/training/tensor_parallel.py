@@ -56,7 +56,7 @@ class TensorGroup:
             self.active = before
 
     def own(self, start: int, stop: int) -> tuple[int, int]:
-        """This process's share of a span."""
+        """The share of this process in a span."""
         each = (stop - start) // self.size
         return start + self.rank * each, start + (self.rank + 1) * each
 
@@ -259,7 +259,7 @@ class DividedTrunks:
 
 
 def check_divisible(trunks: Sequence[Transformer], size: int, processes: int) -> None:
-    """Check that groups of processes can divide the blocks of all trunks.
+    """Check that processes divide into groups, and the blocks of all trunks among the processes of a group.
 
     Args:
         trunks: the trunks.
@@ -269,12 +269,11 @@ def check_divisible(trunks: Sequence[Transformer], size: int, processes: int) ->
     Raises:
         TrunklineError: naming what cannot be divided, and the sizes that can be chosen.
     """
-    if size == 1:
-        return
     layers = [layer for trunk in trunks for layer in _linear_layers(trunk)]
     if any(type(layer) is not nn.Linear for layer in layers):
         raise TrunklineError(
-            "LoRA's adapters cannot be divided among processes; set tensor_parallel_size to 1, or train all weights",
+            "the network has layers that cannot be divided among processes (adapters of LoRA); set "
+            "tensor_parallel_size to 1",
             FIELD,
         )
     figures = [
@@ -286,16 +285,14 @@ def check_divisible(trunks: Sequence[Transformer], size: int, processes: int) ->
             ("mlp_dim", config.hidden_dim),
         )
     ]
-    wrong = next((f"{name}={figure} of the network" for name, figure in figures if figure % size), None)
-    if wrong is None:
-        return
-    all_figures = [processes, *(figure for _, figure in figures)]
-    fits = [str(n) for n in range(1, processes + 1) if all(figure % n == 0 for figure in all_figures)]
-    raise TrunklineError(
-        f"tensor_parallel_size={size} does not divide {wrong}; with {processes} processes it can be "
-        f"{' or '.join(fits)}",
-        FIELD,
-    )
+    figures.insert(0, ("processes", processes))
+    for name, figure in figures:
+        if figure % size:
+            fits = [str(n) for n in range(1, processes + 1) if all(figure % n == 0 for _, figure in figures)]
+            what = f"the number of processes ({figure})" if name == "processes" else f"{name}={figure} of the network"
+            raise TrunklineError(
+                f"tensor_parallel_size={size} does not divide {what}; set it to {' or '.join(fits)}", FIELD
+            )
 
 
 def _linear_layers(trunk: Transformer) -> Iterator[nn.Module]:

@@ -94,6 +94,7 @@ MODULES: dict[str, Callable[[], TrunklineModule]] = {
     "clip": clip,
     "seq2seq": seq2seq,
     "t5": t5,
+    "drop_path": lambda: ImageClassifier(tiny.vit(drop_path=0.5), optimizer=optimizer()),
     "dropout": dropout,
     "frozen": lambda: vit(freeze_blocks=1),
     "bf16-true": vit,
@@ -187,6 +188,7 @@ def train(
     overflow: bool = False,
     resume: Path | None = None,
     tensor_parallel: int = 1,
+    compiled: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Train and return weights, averaged weights and what was logged; the checkpoint `last.ckpt` holds all of it."""
@@ -194,6 +196,8 @@ def train(
     module, products = MODULES[kind](), set()
     linear = next(part for part in module.modules() if isinstance(part, torch.nn.Linear))
     linear.register_forward_hook(lambda _, inputs, output: products.add(str(output.dtype)))
+    if compiled:
+        module.network.compile(backend="aot_eager")  # which traces, but needs no compiler
     folder = folder / f"{kind}-{strategy}"
     callbacks: list[Callback] = [Throughput()]
     calls = BlockCalls()
