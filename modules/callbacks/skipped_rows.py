@@ -59,7 +59,8 @@ class SkippedRows(Callback):
             GracefulStop.end_all(trainer, error)
             return
         self.last = [*self.last[-1:], (batch["skipped"], batch.get("index"))]
-        self.news.send(batch["skipped"].sum().float().reshape(1) / group_size(trainer))
+        again = trainer.global_rank % group_size(trainer) > 0  # another process counts the same rows
+        self.news.send(batch["skipped"].sum().float().reshape(1) * (not again))
 
     def _settle(self) -> None:
         """Add what was still on its way."""

@@ -5,11 +5,8 @@ arXiv:1909.08053).
 
 Only the computation is divided. Weights, gradients and optimiser states stay where `ShardedStrategy` keeps them, in
 rows over all processes, and a block's weights are gathered whole when it is computed. So checkpoints are the same with
-any size of the groups. What is saved is the activations inside blocks, and the time to compute them; and a step can
-have fewer samples than there are processes.
-
-Shape legend: B batch, T target tokens, S source tokens, D model width, H query heads, K key/value heads, E width of a
-head, F hidden width of the MLP.
+any size of the groups. What is saved is what attention and MLP keep for the backward pass, and the time to compute it;
+and a step can have fewer samples than there are processes. Each process of a group loads the samples itself.
 """
 
 import copy
