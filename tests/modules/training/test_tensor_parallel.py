@@ -146,6 +146,7 @@ def two(rank: int, folder: Path, kinds: tuple[str, ...]) -> None:
 
 
 def four(rank: int, folder: Path, kinds: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)  # so many processes with several threads each would mostly wait for a core
     divided(rank, folder, kinds, devices=4)
     middle = folder / "gpt-ddp/middle.ckpt"
     train("gpt", "sharded", folder / "resumed", rank, devices=4, tensor_parallel=2, resume=middle)
