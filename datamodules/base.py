@@ -228,19 +228,31 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
 
     def sampler(self, split: str, train: bool = False) -> ResumableBatchSampler:
         """The order of one split for this process."""
-        dataset = self.datasets[split]
+        dataset, (rank, processes) = self.datasets[split], self.share(train)
+        # Processes that train on the same samples evaluate different ones, and may be more than the samples of a batch.
+        evaluated = self.eval_batch_size or -(-self.batch_size // processes) * processes
         return ResumableBatchSampler(
             len(dataset),  # type: ignore[arg-type]
-            self.batch_size if train else self.eval_batch_size or self.batch_size,
+            self.batch_size if train else evaluated,
             seed=self.seed,
             shuffle=train,
             drop_last=train,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            rank=rank,
+            world_size=processes,
             order=getattr(dataset, "order", None),
             batches=self.token_batches(split),
             moved=self.moved if train else None,
         )
+
+    def share(self, train: bool = False) -> tuple[int, int]:
+        """Which share of the samples this process has, and how many shares there are."""
+        if self.trainer is None:
+            return 0, 1
+        # Fewer than processes where some of them share the computation of the same samples.
+        shares = self.trainer.distributed_sampler_kwargs if train else None
+        if shares is None:
+            return self.trainer.global_rank, self.trainer.world_size
+        return shares["rank"], shares["num_replicas"]
 
     def train_cut(self) -> EpochCut:
         """How an epoch of training is cut into batches, after `setup`."""

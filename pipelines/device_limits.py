@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trunkline import TrunklineError
 from trunkline.modules.training.distributed import local_rows
-from trunkline.modules.training.sharding import trunks_in
+from trunkline.modules.training.sharding import group_size, trunks_in
 
 BFLOAT16, FLOAT8, TRITON = (8, 0), (8, 9), (7, 0)
 """Compute capabilities from which an NVIDIA GPU has instructions for these formats, and Triton generates code for it:
@@ -184,8 +184,8 @@ def out_of_memory(trainer: L.Trainer, module: L.LightningModule, error: BaseExce
     use, data = measure(trainer, module, error), getattr(trainer, "datamodule", None)
     evaluates = trainer.evaluating or trainer.sanity_checking
     size, own = getattr(data, "batch_size", None), getattr(data, "eval_batch_size", None) if evaluates else None
-    size = own or size
-    rows = max(size // trainer.world_size, 1) if isinstance(size, int) else 1
+    size, shares = own or size, trainer.world_size // (1 if evaluates else group_size(trainer))
+    rows = max(size // shares, 1) if isinstance(size, int) else 1
     by_length = [name for name in ("batch_tokens", "batch_seconds") if getattr(data, name, None) and not own]
     text = [
         f"the GPU's {in_gib(use.capacity)} are not enough (tried to allocate {in_gib(use.asked)} more; the most at a "
@@ -202,7 +202,7 @@ def out_of_memory(trainer: L.Trainer, module: L.LightningModule, error: BaseExce
     else:
         field = "data.eval_batch_size" if evaluates else "data.batch_size"
         each = "" if trainer.world_size == 1 else " in each process"
-        options = f"--{field} {fitting * trainer.world_size}"
+        options = f"--{field} {fitting * shares}"
         if not evaluates:
             options += f" --trainer.accumulate_grad_batches {-(-rows * trainer.accumulate_grad_batches // fitting)}"
         text.append(f"a batch of {rows} rows{each} was tried; {fitting} may fit, with the same result: {options}")

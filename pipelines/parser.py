@@ -26,11 +26,14 @@ from trunkline.pipelines.renamed import OLD_KEYS, moved, new_flag, outdated
 
 LIBRARIES = ("trunkline.", "lightning.")
 """Packages whose class paths are not the user's own."""
-NO_TENSOR_PARALLELISM = (
-    "there is no tensor parallelism: each process computes with whole matrices. Leave it out; for a network that one "
-    "device cannot hold, train with trainer/fsdp, where each process keeps a share of the weights, gradients and "
-    "optimiser states"
+TENSOR_PARALLELISM = (
+    "tensor parallelism is an option of the strategy in trainer/fsdp; set --config trainer/fsdp "
+    "--trainer.strategy.tensor_parallel_size 2"
 )
+NO_TENSOR_PARALLELISM = re.compile(
+    r"(?:Option '|unrecognized arguments: --|import path string: \w+ .*NestedArg\(key=')(tensor[_-]parallel[_-]size)\b"
+)
+"""What jsonargparse says where no class takes the option."""
 OPEN_ENDED = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
@@ -94,9 +97,8 @@ def dotted(cls: type, prefix: str) -> Iterator[str]:
 
 def explain(message: str, names: Collection[str]) -> str:
     """Turn jsonargparse's message (in one line) into a sentence that names the flag or the line, and the remedy."""
-    parallel = re.search(r"['.-](tensor[_-]parallel[_-]size)\b", message)
-    if parallel:
-        return f"{locate(parallel[1]).text}: {NO_TENSOR_PARALLELISM}"
+    if parallel := NO_TENSOR_PARALLELISM.search(message):
+        return f"{locate(parallel[1]).text}: {TENSOR_PARALLELISM}"
     # An argument of a class, such as a strategy; the last error is the one inside it.
     nested = re.search(
         r"key \"(trainer\.\S+)\": .* - (.+?) Given value type: .* Given value: (NestedArg|{'class_path)", message

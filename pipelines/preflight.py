@@ -138,13 +138,14 @@ def without_absent_slurm(plugins: list[Any], training: bool) -> list[Any]:
 
 
 def check_share(trainer: L.Trainer, data: L.LightningDataModule) -> None:
-    """Check that the processes can share a batch, before any data is prepared.
+    """Check that the processes, or their groups for tensor parallelism, can share a batch, before data is prepared.
 
     Raises:
         TrunklineError: if not.
     """
+    shares = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
     if isinstance(data, TrunklineDataModule) and not data.limits_tokens:
-        check_batch_size(data.batch_size, data.batch_size, True, trainer.world_size)
+        check_batch_size(data.batch_size, data.batch_size, True, shares)
 
 
 # --- once they are connected

@@ -13,6 +13,7 @@ from trunkline.modules.callbacks.graceful_stop import GracefulStop
 from trunkline.modules.objectives.checks import facts_of
 from trunkline.modules.training.distributed import gather_lists
 from trunkline.modules.training.late import LateReduction
+from trunkline.modules.training.sharding import group_size
 
 LAST_ROWS = 20
 """Number of rows that a message names."""
@@ -58,7 +59,8 @@ class SkippedRows(Callback):
             GracefulStop.end_all(trainer, error)
             return
         self.last = [*self.last[-1:], (batch["skipped"], batch.get("index"))]
-        self.news.send(batch["skipped"].sum().float().reshape(1))
+        again = trainer.global_rank % group_size(trainer) > 0  # another process counts the same rows
+        self.news.send(batch["skipped"].sum().float().reshape(1) * (not again))
 
     def _settle(self) -> None:
         """Add what was still on its way."""
@@ -66,7 +68,7 @@ class SkippedRows(Callback):
 
     def _error(self, trainer: L.Trainer) -> TrunklineError:
         own = [int(row) for skipped, rows in self.last if rows is not None for row in rows[skipped > 0]]
-        rows = gather_lists(own, trainer.world_size)
+        rows = list(dict.fromkeys(gather_lists(own, trainer.world_size)))  # several processes may have the same ones
         named = ", ".join(map(str, rows[:LAST_ROWS])) + (" …" if len(rows) > LAST_ROWS else "")
         return TrunklineError(
             f"{self.count} rows of epoch {self.epoch} cannot be read and were replaced by others, of which "

@@ -14,7 +14,7 @@ from trunkline.modules.callbacks.drawing import tensorboard
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.distributed import sum_over_processes
 from trunkline.modules.training.exact_resume import accumulates, compute_dtype
-from trunkline.modules.training.sharding import whole_weights
+from trunkline.modules.training.sharding import group_size, whole_weights
 
 TOLERATED_WAIT = 0.1
 """Share of the time that training may wait for data before it warns."""
@@ -88,6 +88,7 @@ class Throughput(Callback):
         if accumulates(trainer):
             return
         step, self.unfinished = sum_over_processes(self.unfinished, trainer.world_size), 0
+        step = step // group_size(trainer)  # so many processes have the same samples
         if self.seen is None:
             self.seen = self.seen_before = (trainer.global_step - 1) * (self.samples_a_step or int(step))
         self.seen = self.seen + step
@@ -106,7 +107,7 @@ class Throughput(Callback):
             f"{pl_module.unit}_seen": seen * pl_module.unit_size,
         }
         if tokens := int(self.tokens):
-            metrics["throughput/tokens_per_sec"] = tokens * trainer.world_size / elapsed
+            metrics["throughput/tokens_per_sec"] = tokens * trainer.world_size / group_size(trainer) / elapsed
         if self.flops:
             metrics["throughput/flops_per_sec"] = samples_per_second * self.flops
         if self.flops and self.peak:

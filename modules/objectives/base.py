@@ -39,7 +39,7 @@ from trunkline.modules.training.flops import counted_flops, training_flops
 from trunkline.modules.training.lora_runs import check_lora_run, check_same_lora, leave_out_frozen, refuse_beside_lora
 from trunkline.modules.training.optim import OptimizerConfig, build_optimizer, lr_multiplier
 from trunkline.modules.training.position import Position
-from trunkline.modules.training.sharding import refuse_flattened, refuse_model_parallel, replicates
+from trunkline.modules.training.sharding import group_size, refuse_flattened, refuse_model_parallel, replicates
 from trunkline.modules.training.start_parts import donors, part_for, sizes_from, start_from
 from trunkline.modules.training.warm_start import TrainedWeights, class_path, freeze
 from trunkline.ranges import check_ranges
@@ -304,8 +304,12 @@ class TrunklineModule(EvaluatedModule):
             rank_zero_info("static_graph: with 3 or more processes, resumed runs may differ by rounding")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Reseed from (seed, epoch, batch, rank), so that a resumed run draws the same random numbers."""
-        words = np.random.SeedSequence((self.seed, self.current_epoch, batch_idx, self.global_rank)).generate_state(3)
+        """Reseed from (seed, epoch, batch, rank), so that a resumed run draws the same random numbers.
+
+        So do processes that share the computation of the same samples.
+        """
+        rank = self.global_rank // group_size(self.trainer)
+        words = np.random.SeedSequence((self.seed, self.current_epoch, batch_idx, rank)).generate_state(3)
         random.seed(int(words[0]))
         np.random.seed(words[1])
         torch.manual_seed(int(words[2]))

@@ -1,6 +1,7 @@
 """What processes tell each other: rows with their gradients, lists of objects, sums. Needs only torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -107,8 +108,26 @@ def settle_buckets(model: DistributedDataParallel) -> bool:
     return True
 
 
+class _Sharing:
+    """The processes that share the samples of a step."""
+
+    group: dist.ProcessGroup | None = None  # all; not a context variable, because CUDA's backward pass has own threads
+
+
+@contextmanager
+def sharing_in(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Let a `Gather` that is made inside concatenate the rows of these processes: others have the same rows again."""
+    before, _Sharing.group = _Sharing.group, group
+    try:
+        yield
+    finally:
+        _Sharing.group = before
+
+
 class Gather:
     """Concatenates the rows of all processes, in the order of the processes; the result is the same in each.
+
+    With tensor parallelism a training step has each row in several processes; it counts once.
 
     The processes may have different numbers of rows, or none. The constructor exchanges these numbers, for which it
     waits for the device, unless they are known to be equal: if they were assumed equal and were not, the run would
@@ -122,11 +141,13 @@ class Gather:
     def __init__(self, rows: Tensor, equal: bool = False) -> None:
         self.counts, self.rank = [len(rows)], 0
         """Number of rows of each process; rank of this process."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self.counts, self.rank = self.counts * dist.get_world_size(), dist.get_rank()
+        self.group = _Sharing.group
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
+            processes, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+            self.counts = self.counts * processes
             if not equal:
-                counts = rows.new_empty(dist.get_world_size(), dtype=torch.long)
-                dist.all_gather_into_tensor(counts, counts.new_tensor([len(rows)]))
+                counts = rows.new_empty(processes, dtype=torch.long)
+                dist.all_gather_into_tensor(counts, counts.new_tensor([len(rows)]), group=self.group)
                 self.counts = counts.tolist()
 
     @property
@@ -155,17 +176,17 @@ class Gather:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gather: Gather) -> Tensor:
-        ctx.own = gather.own
+        ctx.own, ctx.group = gather.own, gather.group
         longest = max(1, *gather.counts)  # the backends gather equal shapes only
         padded = x.new_zeros(longest, *x.shape[1:])
         padded[: len(x)] = x
         gathered = x.new_empty(len(gather.counts) * longest, *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, padded)
+        dist.all_gather_into_tensor(gathered, padded, group=gather.group)
         parts = gathered.split(longest)
         return torch.cat([part[:count] for part, count in zip(parts, gather.counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         total = grad_outputs[0].contiguous().clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=ctx.group)
         return total[ctx.own], None

@@ -188,6 +188,7 @@ class FiniteSteps:
         found: list[tuple[bool, list[int]]] = gather_lists([own], trainer.world_size)
         guilty = [rank for rank, (finite, _) in enumerate(found) if not finite]
         named = [row for rank, (_, rows) in enumerate(found) if rank in guilty or not guilty for row in rows]
+        named = list(dict.fromkeys(named))  # with tensor parallelism several processes have the same ones
         what = "the loss" if guilty else "a gradient"
         text = f"{what} is not finite by step {step.number} (epoch {step.epoch})"
         if not guilty and getattr(trainer.precision_plugin, "scaler", None) is not None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
@@ -23,10 +23,13 @@ from trunkline import TrunklineError
 from trunkline.files import find_fault, load_checkpoint
 from trunkline.modules.backbone import Transformer
 from trunkline.modules.training.background_saves import BackgroundCheckpointIO, snapshot
+from trunkline.modules.training.distributed import sharing_in
 from trunkline.modules.training.exact_resume import averaged_modules
 from trunkline.modules.training.optim import OptimizerConfig
 from trunkline.modules.training.sharded_checkpoints import Writers, own_span, save_parts, split, write_parts
+from trunkline.modules.training.tensor_parallel import DividedTrunks, TensorGroup, check_divisible
 from trunkline.parts import is_parts
+from trunkline.ranges import check_ranges
 
 
 class WholeModule(nn.Module):
@@ -105,6 +108,10 @@ class ShardedStrategy(DDPStrategy):
         timeout: after which a process that waits for others gives up.
         activation_checkpointing: whether all trunks recompute the activations of their blocks in the backward pass, for
             less memory and the same numbers; None leaves that to the network's own configuration, which is not changed.
+        tensor_parallel_size: so many neighbouring processes train on the same samples, each with its share of the heads
+            and hidden units of every block (tensor parallelism). It saves activations and lets a step have fewer
+            samples than processes; a block's weights are still gathered whole when it is computed. Evaluations are not
+            divided. It must divide the number of processes, and heads, key/value heads and hidden units of all trunks.
     """
 
     def __init__(
@@ -112,8 +119,14 @@ class ShardedStrategy(DDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=5),
         activation_checkpointing: bool | None = None,
+        tensor_parallel_size: int = 1,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        self.tensor_parallel_size = tensor_parallel_size
+        self.divided: DividedTrunks | None = None
+        """The trunks of a training, with `tensor_parallel_size` above 1."""
+        self.sharing: dist.ProcessGroup | None = None
+        """The processes that together have each sample of a step once; None for all."""
         self.activation_checkpointing = activation_checkpointing
         self.wholes: list[WholeModule] = []
         """The sharded module, and those of callbacks that average its weights."""
@@ -136,6 +149,8 @@ class ShardedStrategy(DDPStrategy):
         assert module is not None
         trainer = module.trainer
         if not self.wholes or self.wholes[0].module is not module:
+            if self.distributed_sampler_kwargs["num_replicas"] < self.world_size:
+                check_divisible(trunks_in(module), self.tensor_parallel_size, self.world_size)
             for tensor in [*module.parameters(), *module.buffers()]:  # as DDP does
                 dist.broadcast(tensor.detach(), 0)
             self.mesh = init_device_mesh(self.root_device.type, (self.world_size,))
@@ -147,6 +162,54 @@ class ShardedStrategy(DDPStrategy):
         copies = [copy.to(self.root_device) for copy in averaged_modules(trainer)]
         self.wholes = [self.wholes[0], *(shard_module(copy, mesh) for copy in copies)]
         self.model = self.wholes[0]
+        self._divide_trunks(module)
+
+    # --- tensor parallelism
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The number of shares of the training data, and this process's: one for each group of processes.
+
+        Raises:
+            TrunklineError: if `tensor_parallel_size` is below 1, or does not divide the number of processes.
+        """
+        size, processes = self.tensor_parallel_size, self.world_size
+        check_ranges("trainer.strategy", self, tensor_parallel_size="[1, inf)")  # in a constructor it would be lost
+        check_divisible([], size, processes)
+        return {"num_replicas": processes // size, "rank": self.global_rank // size}
+
+    def _divide_trunks(self, module: nn.Module) -> None:
+        size = self.tensor_parallel_size
+        if size == 1:
+            return
+        self._restore_trunks()
+        shape = (self.world_size // size, size)
+        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("samples", "tensor"))
+        team = TensorGroup(size, mesh.get_local_rank("tensor"), mesh.get_group("tensor"))
+        self.sharing, self.divided = mesh.get_group("samples"), DividedTrunks(trunks_in(module), team)
+
+    def _restore_trunks(self) -> None:
+        if self.divided is not None:
+            self.divided.restore()
+        self.sharing = self.divided = None
+
+    @contextmanager
+    def _dividing(self) -> Iterator[None]:
+        """What a step computes is divided, and its samples are shared by groups of processes."""
+        with ExitStack() as stack:
+            if self.divided is not None:
+                stack.enter_context(self.divided.team.dividing())
+                stack.enter_context(sharing_in(self.sharing))
+            yield
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._dividing():
+            return super().training_step(*args, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As usual; where activations are recomputed, blocks are computed here too."""
+        with self._dividing():
+            return super().backward(*args, **kwargs)
 
     # --- whole weights, outside of training steps
 
@@ -192,6 +255,7 @@ class ShardedStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         """Leave the sharded tensors where they are, unlike DDP: a test may follow."""
+        self._restore_trunks()
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
@@ -310,6 +374,12 @@ def refuse_flattened(strategy: Strategy, config: OptimizerConfig) -> None:
 def replicates(strategy: Strategy) -> bool:
     """Whether several processes each hold the same whole weights and gradients, as under DDP."""
     return isinstance(strategy, DDPStrategy) and not isinstance(strategy, ShardedStrategy) and strategy.world_size > 1
+
+
+def group_size(trainer: L.Trainer) -> int:
+    """Number of processes that train on the same samples: 1 without tensor parallelism."""
+    strategy = trainer.strategy
+    return strategy.tensor_parallel_size if isinstance(strategy, ShardedStrategy) else 1
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trunkline.modules.training.distributed import gather_rows, local_rows
+from trunkline.modules.training.sharding import group_size
 from trunkline.pipelines.checks.trial import Trial
 from trunkline.pipelines.checks.trial_process import NO_LOSS, TrialObserver, trained_loss
 from trunkline.pipelines.checks.trials import Workbench
@@ -43,7 +44,8 @@ class StepObserver(TrialObserver):
         }
 
     def after_step(self, trainer: L.Trainer, module: L.LightningModule, rows: list[Any]) -> None:
-        self.result |= {"rows": rows, "loss": trained_loss(module), "gradients": {}}
+        again = trainer.global_rank % group_size(trainer) > 0  # another process has the same rows
+        self.result |= {"rows": [] if again else rows, "loss": trained_loss(module), "gradients": {}}
         for name, p in module.named_parameters():
             if p.requires_grad:
                 whole = None if p.grad is None else gather_rows(local_rows(p.grad), like=p.grad)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader, SampleKey
 from trunkline.modules.training.exact_resume import accumulates
+from trunkline.modules.training.sharding import group_size
 from trunkline.pipelines.checks.trial import Trial
 from trunkline.pipelines.errors import from_outside, own_error
 from trunkline.pipelines.quiet import quieten
@@ -217,7 +218,8 @@ class TrialCLI(TrainingCLI):
         """What `train_dataloader` returns instead: a loader of the trial's small batches."""
         trial, data = self.trial, self.datamodule
         assert trial.rows is not None
-        rows, parts = max(trial.rows // trial.processes, 1), trial.parts or 1
+        rows = max(trial.rows * group_size(self.trainer) // trial.processes, 1)
+        parts = trial.parts or 1
 
         def train_dataloader() -> Any:
             loader = make()

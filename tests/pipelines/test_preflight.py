@@ -140,7 +140,7 @@ def test_the_processes_cannot_share_a_batch(elsewhere: Path, capsys: pytest.Capt
 
 
 def test_batches_limited_by_tokens_need_not_divide() -> None:
-    trainer: Any = types.SimpleNamespace(world_size=2)
+    trainer: Any = types.SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 0})
     preflight.check_share(trainer, TranslationData(source="dates", batch_size=3, batch_tokens=100))
     with pytest.raises(TrunklineError, match="batch_size=3"):
         preflight.check_share(trainer, TranslationData(source="dates", batch_size=3))

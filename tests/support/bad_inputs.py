@@ -250,7 +250,7 @@ def write_bad_configs(folder: Path) -> None:
         "callback.yaml": "trainer:\n  callbacks+:\n    - class_path: trunkline.modules.callbacks.Nothing\n",
         "argument.yaml": "trainer:\n  callbacks+:\n    - class_path: trunkline.modules.callbacks.LastCheckpoint\n"
         "      init_args: {often: 3}\n",
-        "parallel.yaml": "trainer:\n  strategy:\n    class_path: trunkline.modules.training.sharding.ShardedStrategy\n"
+        "parallel.yaml": "trainer:\n  strategy:\n    class_path: DDPStrategy\n"
         "    init_args:\n      tensor_parallel_size: 2\n",
     }
     for name, text in texts.items():

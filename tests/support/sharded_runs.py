@@ -76,12 +76,26 @@ def seq2seq() -> Seq2Seq:
     return Seq2Seq(EncoderDecoderConfig(V, None, T, T, **trunks), optimizer=optimizer())
 
 
+def t5() -> Seq2Seq:
+    """Relative bias, keys that serve two query heads, norms of queries and keys; activations are recomputed."""
+    config = trunk(num_heads=4, num_kv_heads=2, mlp="swiglu", qk_norm=True, activation_checkpointing=True)
+    network = EncoderDecoderConfig(V, None, T, T, positions="relative", encoder=config, decoder=config)
+    return Seq2Seq(network, optimizer=optimizer())
+
+
+def dropout() -> CausalLM:
+    return CausalLM(GPTConfig(V, T, backbone=trunk(causal=True, dropout=0.2, drop_path=0.2)), optimizer=optimizer())
+
+
 MODULES: dict[str, Callable[[], TrunklineModule]] = {
     "gpt": gpt,
     "vit": vit,
     "scaled": scaled,
     "clip": clip,
     "seq2seq": seq2seq,
+    "t5": t5,
+    "drop_path": lambda: ImageClassifier(tiny.vit(drop_path=0.5), optimizer=optimizer()),
+    "dropout": dropout,
     "frozen": lambda: vit(freeze_blocks=1),
     "bf16-true": vit,
     "bf16-mixed": vit,
@@ -93,13 +107,13 @@ def batch(kind: str, draw: torch.Generator) -> Batch:
     tokens, other = (torch.randint(0, V, (ROWS, T), generator=draw) for _ in range(2))
     targets = torch.where(torch.rand(ROWS, T, generator=draw) < 0.3, IGNORE, other)
     images = {"image": torch.randn(ROWS, 1, 8, 8, generator=draw), "valid": torch.ones(ROWS, dtype=torch.bool)}
-    if kind in ("gpt", "scaled"):
+    if kind in ("gpt", "scaled", "dropout"):
         return {"tokens": tokens, "targets": targets}
     if kind == "clip":
         keys = torch.randint(0, 1 << 40, (ROWS,), generator=draw)
         mask = torch.ones(ROWS, T, dtype=torch.bool)
         return {**images, "tokens": tokens, "mask": mask, "caption_key": keys, "index": torch.arange(ROWS)}
-    if kind == "seq2seq":
+    if kind in ("seq2seq", "t5"):
         mask = torch.arange(T) < torch.randint(1, T + 1, (ROWS, 1), generator=draw)
         return {"tokens": tokens, "mask": mask, "target_tokens": other, "targets": targets}
     return {**images, "label": torch.randint(0, 10, (ROWS,), generator=draw)}
@@ -173,6 +187,8 @@ def train(
     save: bool = False,
     overflow: bool = False,
     resume: Path | None = None,
+    tensor_parallel: int = 1,
+    compiled: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Train and return weights, averaged weights and what was logged; the checkpoint `last.ckpt` holds all of it."""
@@ -180,6 +196,8 @@ def train(
     module, products = MODULES[kind](), set()
     linear = next(part for part in module.modules() if isinstance(part, torch.nn.Linear))
     linear.register_forward_hook(lambda _, inputs, output: products.add(str(output.dtype)))
+    if compiled:
+        module.network.compile(backend="aot_eager")  # which traces, but needs no compiler
     folder = folder / f"{kind}-{strategy}"
     callbacks: list[Callback] = [Throughput()]
     calls = BlockCalls()
@@ -195,7 +213,9 @@ def train(
     fitted = tiny.trainer(
         folder,
         devices=devices,
-        strategy=ShardedStrategy(activation_checkpointing=recompute) if strategy == "sharded" else strategy,
+        strategy=ShardedStrategy(activation_checkpointing=recompute, tensor_parallel_size=tensor_parallel)
+        if strategy == "sharded"
+        else strategy,
         plugins=plugins,
         max_epochs=1,
         val_check_interval=5,
@@ -206,7 +226,7 @@ def train(
         **options,
     )
     accumulated = options.get("accumulate_grad_batches", 1)
-    data = batches(kind, rank, steps * accumulated)
+    data = batches(kind, rank // tensor_parallel, steps * accumulated)
     # A text classifier's evaluation needs facts of a datamodule; here the images are validated.
     images = "image" in data[0] and kind != "clip"
     rest = Rest(0 if resume is None else MIDDLE, len(data))

@@ -9,35 +9,15 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from holey_data import HoleyData, holey
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from recorded_run import Run
 from tiny import classifier, trainer, vit, weights
 
 from trunkline import TrunklineError
-from trunkline.datamodules import ImageData
-from trunkline.datamodules.images.preprocessing import Augmentation
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.modules.callbacks import GracefulStop, SkippedRows
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
-
-
-class HoleyData(ImageData):
-    """The digits, of which some rows cannot be read."""
-
-    holes: frozenset[int] = frozenset(range(0, 1500, 15))
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        dataset: Any = self.datasets["train"]
-        read, holes = type(dataset).read, self.holes
-
-        def holey(row: int) -> dict[str, Any]:
-            if row in holes:
-                raise TrunklineError(f"cannot read row {row}")
-            found: dict[str, Any] = read(dataset, row)
-            return found
-
-        dataset.read = holey
 
 
 class Rows(Callback):
@@ -48,11 +28,6 @@ class Rows(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         self.seen[trainer.global_step] = (batch["index"].tolist(), float(batch["image"].double().sum()))
-
-
-def holey(**options: Any) -> HoleyData:
-    fields: dict[str, Any] = {"image_size": 8, "channels": 1, "batch_size": 60, "num_workers": 0, "val_fraction": 0.2}
-    return HoleyData(**{**fields, "skip_corrupt": True, "augmentation": Augmentation(rotate=10), **options})
 
 
 def train(folder: Path, data: HoleyData, *callbacks: Callback, checkpoint: Path | None = None, **options: Any) -> Any:
