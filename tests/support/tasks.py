@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from small_data import WORDS, word_tokenizer, write_questions, write_tagged
 from sound_files import write_spoken
 
 from trunkline.datamodules.tokenizers import train_tokenizer
@@ -97,6 +98,31 @@ def classify(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]
     return model, {"class_path": "LabelledTextData", "init_args": {**data, "val_fraction": 0.4}}
 
 
+def of_words(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The network of a task on the tokens of `small_data`'s sentences, and the options of its data."""
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.save(str(folder / "words.json"))
+    body = {"vocab_size": tokenizer.get_vocab_size(), "max_length": 32}
+    body["backbone"] = {**trunk(exact), "norm_first": False}
+    data = {"tokenizer": str(folder / "words.json"), "max_length": 32, "val_fraction": 0.4}
+    return {"pool": "none", "dropout": 0.0 if exact else 0.2, "bert": body}, data
+
+
+def tags(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    network, data = of_words(folder, exact)
+    data["source"] = write_tagged(folder / "tags.conll", 450)
+    model = {"class_path": "TokenClassifier", "init_args": {"network": network}}
+    return model, {"class_path": "TaggedTextData", "init_args": data}
+
+
+def questions(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Texts are cut into windows, which overlap: 264 of 102 texts."""
+    network, data = of_words(folder, exact)
+    data |= {"source": write_questions(folder / "questions.json", 170), "doc_stride": 8, "max_question_length": 8}
+    model = {"class_path": "QuestionAnswering", "init_args": {"network": network}}
+    return model, {"class_path": "SquadData", "init_args": data}
+
+
 def adapted(folder: Path, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same with LoRA, on a network in a folder beside the recipe."""
     model, data = classify(folder, exact)
@@ -177,6 +203,8 @@ TASKS = {
     "masked": masked,
     "masked_pairs": masked_pairs,
     "classify": classify,
+    "tags": tags,
+    "questions": questions,
     "adapted": adapted,
     "pairs": pairs,
     "translate": translate,

@@ -273,7 +273,9 @@ def test_facts(make: Make) -> None:
     known = {name for name, value in vars(facts).items() if value not in (None, {}, ())}
     assert known == {
         *("class_names", "multi_label", "sample_rate", "num_mels", "max_frames", "frame_seconds"),
-        *("row_name", "waveform"),
+        *("ragged", "row_name", "waveform"),
     }
+    fixed = prepared(make(log_mel=log_mel(padding="fixed"))).facts
+    assert (facts.ragged, fixed.ragged) == (True, False)
     assert (facts.sample_rate, facts.num_mels, facts.max_frames, facts.frame_seconds) == (RATE, 12, 40, 0.01)
     assert isinstance(facts, DataFacts)
