@@ -1,6 +1,7 @@
 """What a run prints while it trains: the overview, and the bar with the time that is left."""
 
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +49,7 @@ def test_what_does_not_fit_is_left_out() -> None:
 
 def bar(columns: int, monkeypatch: pytest.MonkeyPatch, steps: float = 190) -> tuple[str, dict[str, Any]]:
     """The line of a bar after 19 of 190 steps, which took 20 s, and the values in it."""
-    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: SimpleNamespace(columns=columns))
+    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((columns, 24)))
     monkeypatch.setattr(progress.time, "monotonic", lambda: 120.0)
     speed = Throughput()
     speed.per_second = 1384.2

@@ -288,7 +288,11 @@ def assert_stopped_and_resume(output: str, folder: Path, processes: int) -> None
 @pytest.mark.parametrize(
     ("task", "accumulate"),
     [
-        *(pytest.param(t, 1, marks=[pytest.mark.slow] * (t in ("masked", "adapted", "tags", "questions"))) for t in TASKS if t != "pairs"),
+        *(
+            pytest.param(t, 1, marks=[pytest.mark.slow] * (t in ("masked", "adapted", "tags", "questions")))
+            for t in TASKS
+            if t != "pairs"
+        ),
         ("pairs", 2),
     ],
 )
