@@ -235,7 +235,7 @@ class TrunklineModule(EvaluatedModule):
         """The loss of a step, scaled so that its gradients, averaged over processes, are those of the global mean."""
         self.count(batch, "train")
         if self.ragged:
-            let_sizes_vary(self.network, batch)
+            let_sizes_vary(batch)
         return spread_fault(self.scaled_loss(batch, batch_idx))
 
     def scaled_loss(self, batch: Any, batch_idx: int) -> Tensor:

@@ -147,8 +147,9 @@ class ColumnsOfLinear(nn.Module):
 
 def narrowed(whole: nn.Module, layers: dict[str, nn.Module]) -> Any:
     """A module of the same class that has other layers, and shares the rest; `whole` stays as it is."""
-    part = copy.copy(whole)
-    part._modules = {**whole._modules, **layers}
+    part = copy.deepcopy(whole, {id(child): child for child in whole.children()})  # the children are not copied
+    for name, layer in layers.items():
+        setattr(part, name, layer)
     return part
 
 
