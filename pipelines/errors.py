@@ -50,7 +50,8 @@ NO_MEMORY = re.compile(
 )
 
 LOST_PROCESS = re.compile(
-    r"gloo.*(Connection (closed|reset) by peer|Connection refused|Broken pipe|Timed out waiting)|"
+    r"gloo.*(Connection (closed|reset) by peer|Connection refused|Broken pipe|Timed out waiting|(Connect|Read|Write) "
+    r"timeout|Socket closed|Pair is not connected)|Application timeout caused pair closure|Operation timed out!|"
     r"NCCL.*(remote process|timeout|timed out)|Timed out waiting \d+ms for (send|recv)"
 )
 """What the libraries of communication say when a process is gone or does not answer."""

@@ -280,6 +280,8 @@ def test_names_of_arguments_that_are_handed_on() -> None:
             RuntimeError("[gloo/unbound_buffer.cc:84] Timed out waiting 300000ms for recv"),
             "another process of this run",
         ),
+        (RuntimeError("Application timeout caused pair closure"), "another process of this run"),  # in a backward pass
+        (RuntimeError("[gloo/transport/tcp/pair.cc:77] Read timeout [::1]:80"), "another process of this run"),
         (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1."), "another process of this run"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),

@@ -54,10 +54,10 @@ def recipe(folder: Path, seconds: int | None = None, brief: float | None = None)
 
 
 @contextmanager
-def halted(arguments: list[str], folder: Path, processes: int = 2) -> Iterator[Run]:
+def halted(arguments: list[str], folder: Path, processes: int = 2, point: str = "batch start") -> Iterator[Run]:
     """A run that has halted in a step, until `go_on`."""
     ranks = list(range(processes))
-    halt_at(folder, "batch start", 3, ranks)
+    halt_at(folder, point, 3, ranks)
     run = Run(arguments, folder, processes)
     try:
         assert wait_until_halted(folder, ranks, run.alive), run.output()
@@ -89,10 +89,11 @@ def test_a_killed_process_ends_the_other(rank: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_stopped_process_ends_the_other(rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("point", [pytest.param("batch start", marks=pytest.mark.slow), "backward"])
+def test_a_stopped_process_ends_the_other(rank: int, point: str, tmp_path: Path) -> None:
     """Which then ends the stopped one or leaves that to the launcher, as the tests below have it."""
     seconds = 3.0
-    with halted(recipe(tmp_path, brief=seconds), tmp_path) as run:
+    with halted(recipe(tmp_path, brief=seconds), tmp_path, point=point) as run:
         other = run.sessions[1 - rank]
         assert time_of_end([run.sessions[rank]], signal.SIGSTOP, tmp_path, [other], seconds) > seconds / 2
         run.processes[1 - rank].join()

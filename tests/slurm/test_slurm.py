@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_runs import EVERY, assert_equals, first_steps, uninterrupted, write_extra
+from cluster_runs import EVERY, WAIT, assert_equals, first_steps, uninterrupted, write_extra
 from local_slurm import Slurm, local_slurm, missing
 from recorded_run import GONE_WITHIN, go_on, halt_at, halted_file
 from slurm_job import Job
+
+from trunkline.pipelines.errors import TRY_AGAIN
 
 HALT = 10
 """The step at which something happens to a job."""
@@ -58,6 +60,20 @@ def test_a_killed_task(halted: Job, reference: Path) -> None:
     go_on(halted.folder)
     halted.wait_for(lambda: not first & halted.cluster.of_tasks(), "the end of the other task", GONE_WITHIN)
     assert "it is started again from its last checkpoint" in halted.wait("COMPLETED", restarts=1)
+    assert first_steps(halted.folder) == [0, HALT - HALT % EVERY]
+    assert_equals(halted.folder, reference)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_task(rank: int, halted: Job, reference: Path) -> None:
+    """The other one waits for it as long as the strategy says, then SLURM ends both."""
+    first = halted.cluster.of_tasks()
+    os.kill(halted.cluster.task(rank), signal.SIGSTOP)
+    go_on(halted.folder)
+    halted.wait_for(lambda: not first & halted.cluster.of_tasks(), "the end of both tasks", WAIT + GONE_WITHIN)
+    output = halted.wait("COMPLETED", restarts=1)
+    assert "error: another process of this run has ended or does not answer" in output
+    assert f"the run ended with code {TRY_AGAIN}; it is started again" in output
     assert first_steps(halted.folder) == [0, HALT - HALT % EVERY]
     assert_equals(halted.folder, reference)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from recorded_run import Run
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 24, 4
 """Steps of a run, more than an epoch; steps between two checkpoints."""
+WAIT = 60
+"""Seconds that processes wait for a stopped one, within which all must also have started."""
 
 
 def write_extra(folder: Path) -> Path:
@@ -27,7 +30,7 @@ def write_extra(folder: Path) -> Path:
             "check_val_every_n_epoch": 1,
             "strategy": {
                 "class_path": "lightning.pytorch.strategies.DDPStrategy",
-                "init_args": {"process_group_backend": "gloo", "timeout": "0:01:00"},
+                "init_args": {"process_group_backend": "gloo", "timeout": str(timedelta(seconds=WAIT))},
             },
             "callbacks": [
                 {"class_path": f"trunkline.modules.callbacks.{name}"} for name in ("GracefulStop", "LastCheckpoint")
