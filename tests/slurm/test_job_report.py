@@ -32,6 +32,6 @@ def test_a_failure_explains_itself(
     (tmp_path / "slurmctld.log").write_text("a credential has expired")
     (tmp_path / "n2.out").write_text("slurmd: no address")
     with pytest.raises(error) as caught:
-        job.wait("COMPLETED", restarts=0)
+        job.wait("COMPLETED", 0)
     for part in ("attempt 1", f"JobState={state}", "'n2': 'down'", "a credential has expired", "slurmd: no address"):
         assert part in str(caught.value)

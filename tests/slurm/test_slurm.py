@@ -18,6 +18,10 @@ from trunkline.pipelines.errors import TRY_AGAIN
 
 HALT = 10
 """The step at which something happens to a job."""
+ONCE = (1, 2)
+"""How often a job is started again after one fault, which may be two faults for SLURM: when srun ends its tasks, the
+controller signals step 0 of the job again and again until a node answers, and step 0 may then be that of the next
+attempt. Here an attempt follows in seconds, elsewhere after the two minutes in which a credential is valid."""
 
 pytestmark = [
     pytest.mark.cluster,
@@ -43,10 +47,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def halted(cluster: Slurm, tmp_path: Path, request: pytest.FixtureRequest) -> Job:
     """A job whose run has halted at the end of step `HALT` of its first attempt, until `go_on`.
 
-    The parameter is how many faults it may have, 1 without one.
+    The parameter is how many faults it may have, those of `ONCE` without one.
     """
     halt_at(tmp_path, "batch end", HALT, [0, 1])
-    environ = {"MAX_RESTARTS": str(getattr(request, "param", 1))}
+    environ = {"MAX_RESTARTS": str(getattr(request, "param", max(ONCE)))}
     job = Job(cluster, tmp_path, "vit/digits", "--config", str(write_extra(tmp_path)), environ=environ)
     files = [halted_file(tmp_path, rank) for rank in (0, 1)]
     job.wait_for(lambda: all(file.exists() for file in files), "halted tasks")
@@ -59,8 +63,8 @@ def test_a_killed_task(halted: Job, reference: Path) -> None:
     os.kill(halted.cluster.task(1), signal.SIGKILL)
     go_on(halted.folder)
     halted.wait_for(lambda: not first & halted.cluster.of_tasks(), "the end of the other task", GONE_WITHIN)
-    assert "it is started again from its last checkpoint" in halted.wait("COMPLETED", restarts=1)
-    assert first_steps(halted.folder) == [0, HALT - HALT % EVERY]
+    assert "it is started again from its last checkpoint" in halted.wait("COMPLETED", *ONCE)
+    assert first_steps(halted.folder)[:2] == [0, HALT - HALT % EVERY]
     assert_equals(halted.folder, reference)
 
 
@@ -71,10 +75,10 @@ def test_a_stopped_task(rank: int, halted: Job, reference: Path) -> None:
     os.kill(halted.cluster.task(rank), signal.SIGSTOP)
     go_on(halted.folder)
     halted.wait_for(lambda: not first & halted.cluster.of_tasks(), "the end of both tasks", WAIT + GONE_WITHIN)
-    output = halted.wait("COMPLETED", restarts=1)
+    output = halted.wait("COMPLETED", *ONCE)
     assert "error: another process of this run has ended or does not answer" in output
     assert f"the run ended with code {TRY_AGAIN}; it is started again" in output
-    assert first_steps(halted.folder) == [0, HALT - HALT % EVERY]
+    assert first_steps(halted.folder)[:2] == [0, HALT - HALT % EVERY]
     assert_equals(halted.folder, reference)
 
 
@@ -86,8 +90,8 @@ def test_a_lost_node(node: str, halted: Job, reference: Path) -> None:
     go_on(halted.folder)
     halted.wait_for(lambda: cluster.states()[node].startswith("down"), "a node that is down")
     cluster.start_node(node)
-    halted.wait("COMPLETED", restarts=1)
-    assert first_steps(halted.folder) == [0, HALT - HALT % EVERY]
+    halted.wait("COMPLETED", *ONCE)
+    assert first_steps(halted.folder)[:2] == [0, HALT - HALT % EVERY]
     assert_equals(halted.folder, reference)
 
 
@@ -98,7 +102,7 @@ def test_a_time_limit(halted: Job, reference: Path) -> None:
     halted.wait_for_output("SIGUSR1: saving after this step", count=2)
     halted.update("TimeLimit=60")  # also of the next attempt
     go_on(halted.folder)
-    assert "requeued job" in halted.wait("COMPLETED", restarts=1)
+    assert "requeued job" in halted.wait("COMPLETED", 1)
     first, second = first_steps(halted.folder)
     assert (first, HALT <= second <= HALT + 2) == (0, True)
     assert_equals(halted.folder, reference)
@@ -110,7 +114,7 @@ def test_a_preemption(halted: Job, reference: Path) -> None:
     halted.cluster.command("sbatch", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap", "true")
     halted.wait_for_output("SIGTERM: saving after this step", count=2)
     go_on(halted.folder)
-    halted.wait("COMPLETED", restarts=1)
+    halted.wait("COMPLETED", 1)
     first, second = first_steps(halted.folder)
     assert (first, HALT <= second <= HALT + 2) == (0, True)
     assert_equals(halted.folder, reference)
@@ -119,13 +123,13 @@ def test_a_preemption(halted: Job, reference: Path) -> None:
 def test_a_job_that_is_cancelled_stays_so(halted: Job) -> None:
     halted.cluster.command("scancel", str(halted.number))
     go_on(halted.folder)
-    assert "started again" not in halted.wait("CANCELLED", restarts=0)
+    assert "started again" not in halted.wait("CANCELLED", 0)
     halted.wait_for(lambda: set(halted.cluster.states().values()) == {"idle"}, "free nodes")
     assert halted.cluster.job(halted.number)["JobState"] == "CANCELLED"
 
 
 def test_bad_input_is_not_tried_again(cluster: Slurm, tmp_path: Path) -> None:
-    output = Job(cluster, tmp_path, "vit/dogits").wait("FAILED", restarts=0)
+    output = Job(cluster, tmp_path, "vit/dogits").wait("FAILED", 0)
     assert "there is no config 'vit/dogits'; did you mean 'vit/digits'?" in " ".join(output.split())
     assert "trunkline refused its input" in output
     assert not list(tmp_path.glob(".trunkline*"))
@@ -133,6 +137,6 @@ def test_bad_input_is_not_tried_again(cluster: Slurm, tmp_path: Path) -> None:
 
 def test_a_fault_that_comes_back(cluster: Slurm, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path, "vit/digits", environ={"TRUNKLINE": "false", "MAX_RESTARTS": "1"})
-    output = job.wait("FAILED", restarts=1)
+    output = job.wait("FAILED", 1)
     assert [f"attempt {number}," in output for number in (1, 2, 3)] == [True, True, False]
     assert "ended with code 1, and MAX_RESTARTS=1 allows no other attempt" in output
