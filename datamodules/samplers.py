@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
-from trunkline import TrunklineError
+from trunkline import LostProcess, TrunklineError
 from trunkline.contract import EpochCut
 from trunkline.datamodules.token_batches import TokenBatches
 
@@ -243,9 +243,9 @@ def hear_torch_out() -> None:
             time.sleep(0.01)
 
 
-def lost_worker() -> TrunklineError:
+def lost_worker() -> LostProcess:
     """The message for `LOST_WORKER`."""
-    return TrunklineError(
+    return LostProcess(
         "a process that loads data was killed, most likely because memory ran out; lower num_workers or batch_size",
         "data.num_workers",
     )

@@ -11,8 +11,8 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trunkline import TrunklineError, __version__
-from trunkline.pipelines.errors import TRY_AGAIN, LostProcess, from_outside, options_given, own_error, report
+from trunkline import LostProcess, TrunklineError, __version__
+from trunkline.pipelines.errors import TRY_AGAIN, from_outside, options_given, own_error, report
 from trunkline.pipelines.launch import is_first_process
 from trunkline.pipelines.objectives import import_class
 from trunkline.pipelines.quick_imports import import_torchmetrics, put_off_collection, resume_collection

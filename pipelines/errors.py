@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import yaml
 
-from trunkline import TrunklineError
+from trunkline import FoundByAll, LostProcess, TrunklineError
 
 
 def own_error(error: BaseException | None) -> TrunklineError | None:
@@ -23,24 +23,6 @@ def own_error(error: BaseException | None) -> TrunklineError | None:
     while error is not None and not isinstance(error, TrunklineError):
         error = error.__cause__
     return error
-
-
-class FoundByAll(TrunklineError):
-    """Bad input that all processes of a run have found together, so that the first one alone prints it.
-
-    Args:
-        message: as in `TrunklineError`.
-        field: as in `TrunklineError`.
-        first: whether this is the first process.
-    """
-
-    def __init__(self, message: str, field: str | None, first: bool) -> None:
-        super().__init__(message, field)
-        self.first = first
-
-
-class LostProcess(TrunklineError):
-    """Another process of the run has ended or does not answer, so that another attempt may succeed."""
 
 
 TRY_AGAIN = 75

@@ -21,14 +21,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from trunkline import TrunklineError, __version__
+from trunkline import FoundByAll, TrunklineError, __version__
 from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.samplers import check_batch_size
 from trunkline.files import megabytes
 from trunkline.modules.callbacks.graceful_stop import LastCheckpoint
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.distributed import gather_lists
-from trunkline.pipelines.errors import FoundByAll
 
 ALIKE = (
     *("torch", "lightning", "numpy", "torchvision", "torchaudio", "timm", "pillow", "tokenizers", "datasets"),

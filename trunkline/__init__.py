@@ -21,6 +21,24 @@ class TrunklineError(ValueError):
         self.field = field
 
 
+class FoundByAll(TrunklineError):
+    """Bad input that all processes of a run have found together, so that the first one alone prints it.
+
+    Args:
+        message: as in `TrunklineError`.
+        field: as in `TrunklineError`.
+        first: whether this is the first process.
+    """
+
+    def __init__(self, message: str, field: str | None, first: bool) -> None:
+        super().__init__(message, field)
+        self.first = first
+
+
+class LostProcess(TrunklineError):
+    """A process of the run has ended or does not answer, so that another attempt may succeed."""
+
+
 def load(source: str | PathLike[str]) -> Any:
     """Load any network, in evaluation mode; its class is found by itself.
 

@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from trunkline import TrunklineError
+from trunkline import FoundByAll, TrunklineError
 from trunkline.modules.training.distributed import gather_lists, local_rows, norms_over_processes
 from trunkline.modules.training.late import LateReduction
 
 DIVERGED = (
     "Lower optimizer.lr, lengthen optimizer.warmup, set trainer.gradient_clip_val to 1, or with 16-mixed precision use "
-    "bf16-mixed, or leave a few such steps out with optimizer.skip_nonfinite; then resume"
+    "bf16-mixed, or leave a few such steps out with optimizer.skip_nonfinite; then resume, or begin anew if there is "
+    "no checkpoint"
 )
 LEAST_SCALE = 1.0
 """A gradient that overflows at this loss scale of 16-mixed would do so without one. DeepSpeed ends a run here, too;
@@ -175,9 +176,8 @@ class FiniteSteps:
         what = self.describe(trainer, step)
         if self.skipped > self.allowed:
             left = f" {self.allowed} such steps were left out before." if self.allowed else ""
-            raise TrunklineError(
-                f"{what}; the last checkpoint was saved before that.{left} {DIVERGED}", "model.optimizer.skip_nonfinite"
-            )
+            text = f"{what}; nothing was saved since.{left} {DIVERGED}"
+            raise FoundByAll(text, "model.optimizer.skip_nonfinite", trainer.is_global_zero)
         if trainer.is_global_zero:
             warnings.warn(f"{what}; left out, as {self.skipped} of at most {self.allowed}", stacklevel=2)
 

@@ -15,6 +15,7 @@ from recorded_run import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trunkline import TrunklineError, __version__
+from trunkline.datamodules.samplers import lost_worker
 from trunkline.files import load_checkpoint
 from trunkline.pipelines import cli, errors, training
 from trunkline.pipelines.cli import main
@@ -91,6 +92,7 @@ def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
     [
         (TrunklineError("bad"), 2, True),
         (RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:80"), TRY_AGAIN, False),
+        (lost_worker(), TRY_AGAIN, False),
     ],
 )
 def test_what_a_job_learns_from_an_error(

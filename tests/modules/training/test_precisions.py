@@ -133,7 +133,7 @@ def test_overflows_that_no_scale_mends_end_the_run(late: bool, tmp_path: Path, m
     assert isinstance(error, TrunklineError)
     assert re.match(
         r"a gradient is not finite by step 4 \(epoch 0\) although the loss scale has fallen to 1, in batch 4 of the "
-        r"epoch, which has the rows 40, 41, 42, 43; the last checkpoint was saved before that\. Lower optimizer\.lr",
+        r"epoch, which has the rows 40, 41, 42, 43; nothing was saved since\. Lower optimizer\.lr",
         str(error),
     )
     assert error.field == "model.optimizer.skip_nonfinite"
