@@ -54,6 +54,7 @@ def write_config(
             "limit_val_batches": 1,
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
+            "logger": False,  # whose curves take longer to draw than an epoch to train
             **trainer,
             "callbacks+": [
                 {"class_path": "trunkline.modules.callbacks.WeightAverage", "init_args": {"decay": 0.9}},

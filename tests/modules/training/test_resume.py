@@ -34,6 +34,9 @@ BY_LENGTH = ("translate", "speech", "listen")
 LOADS = ((2, 1), (0, 3), (2, 3))
 """(workers, accumulated batches) of the long form: each task has all of them, with another number of processes each."""
 
+SHARED_OUT = ("image", "block", "classify", "translate", "speech")
+"""One task for each way in which batches are made, and the objective that `test_reduction.py` does not divide."""
+
 
 def batch_for(processes: int) -> int:
     """A batch size of which each process has the same even number of rows, as mixup needs."""
@@ -68,14 +71,14 @@ def step_count(folder: Path) -> int:
     [
         ("image", 1, 2, 1),
         ("image", 3, 0, 3),
-        ("classify", 1, 0, 1),
         ("documents", 2, 0, 1),
         ("masked_pairs", 2, 0, 1),
         ("pairs", 2, 0, 3),
         ("translate", 1, 0, 1),
         ("speech", 1, 2, 1),
-        ("audio", 1, 2, 1),
         ("own", 1, 0, 1),
+        pytest.param("classify", 1, 0, 1, marks=pytest.mark.slow),
+        pytest.param("audio", 1, 2, 1, marks=pytest.mark.slow),
         pytest.param("image", 2, 0, 2, marks=pytest.mark.slow),
         pytest.param("image", 4, 0, 1, marks=pytest.mark.slow),
         pytest.param("pairs", 2, 0, 2, marks=pytest.mark.slow),
@@ -294,11 +297,7 @@ def assert_stopped_and_resume(output: str, folder: Path, processes: int) -> None
 @pytest.mark.parametrize(
     ("task", "accumulate"),
     [
-        *(
-            pytest.param(t, 1, marks=[pytest.mark.slow] * (t in ("masked", "adapted", "tags", "questions")))
-            for t in TASKS
-            if t != "pairs"
-        ),
+        *(pytest.param(t, 1, marks=[pytest.mark.slow] * (t not in SHARED_OUT)) for t in TASKS if t != "pairs"),
         ("pairs", 2),
     ],
 )
