@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -25,9 +26,10 @@ def mean_count(trainer: L.Trainer, count: Tensor | int) -> Tensor | int:
     """The mean of a count over processes; an int is the same in all processes, so nothing is communicated."""
     if isinstance(count, int):
         return max(count, 1)
-    count = count.to(torch.float32, copy=True)  # Lightning's reduce works in place
+    count = count.to(torch.float32, copy=True)  # the sum is written into it
     if trainer.world_size > 1:
-        count = trainer.strategy.reduce(count, reduce_op="mean")
+        dist.all_reduce(count)  # Lightning's `reduce` would first hold all hosts at a barrier
+        count = count / trainer.world_size
     return count.clamp(min=1e-8)
 
 

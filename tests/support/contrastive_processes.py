@@ -82,15 +82,8 @@ class Step(nn.Module):
 
 
 def group() -> Any:
-    """A stand-in for a trainer that can only take means over the processes."""
-
-    def reduce(count: Tensor, reduce_op: str) -> Tensor:
-        assert reduce_op == "mean"
-        dist.all_reduce(count := count.clone())
-        return count / dist.get_world_size()
-
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    return SimpleNamespace(world_size=processes, strategy=SimpleNamespace(reduce=reduce))
+    """A stand-in for a trainer that only knows the number of processes."""
+    return SimpleNamespace(world_size=dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def losses_and_gradients(counts: list[int] | None = None) -> list[dict[str, Tensor]]:

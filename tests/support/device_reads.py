@@ -4,9 +4,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -53,8 +55,8 @@ class _Methods(TorchFunctionMode):
 
 @contextmanager
 def no_reads() -> Iterator[None]:
-    """Raise `HostReads` where the host would wait for a device."""
-    with _Methods(), _Operations():
+    """Raise `HostReads` where the host would wait for a device, or for all other processes and their devices."""
+    with _Methods(), _Operations(), patch.object(dist, "barrier", lambda *_, **__: refuse("barrier")):
         yield
 
 
