@@ -16,7 +16,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 
 from trunkline import TrunklineError, __version__
 from trunkline.files import write_json
-from trunkline.pipelines.benchmarks.device_cases import TINY, Bench, DeviceCase, Sizes, Turn, device_cases
+from trunkline.pipelines.benchmarks.device_cases import TINY, Bench, DeviceCase, Side, Sizes, Turn, device_cases
 from trunkline.pipelines.benchmarks.timing import seconds_a_step
 from trunkline.pipelines.device_limits import check_compiler, check_precision, in_gib
 from trunkline.pipelines.devices import find_device
@@ -186,7 +186,7 @@ def measure_case(case: DeviceCase, bench: Bench, rounds: int, budget: Budget, pe
     start = budget.clock()
     torch.manual_seed(0)
     ours, flops, our_memory = warmed_up(lambda: case.ours(bench), bench.device)
-    theirs, _, their_memory = warmed_up(lambda: (case.theirs(bench), 0), bench.device)
+    theirs, their_flops, their_memory = warmed_up(lambda: case.theirs(bench), bench.device)
     steps = {side: window_steps(seconds_a_step(side, 1, bench.device)) for side in (ours, theirs)}
     preparation, pairs, longest = budget.clock() - start, [], 0.0
     for turn in range(rounds):
@@ -202,7 +202,8 @@ def measure_case(case: DeviceCase, bench: Bench, rounds: int, budget: Budget, pe
     units = bench.batch_size * case.units
     ratios = sorted(b / a for a, b in pairs)
     times = [statistics.median(side) for side in zip(*pairs, strict=True)]
-    mfu = [flops / seconds / peak_flops if flops and peak_flops else None for seconds in times]
+    computed = flops, their_flops
+    mfu = [count / s / peak_flops if count and peak_flops else None for count, s in zip(computed, times, strict=True)]
     return {
         "case": case.name,
         "peer": case.peer,
@@ -215,6 +216,7 @@ def measure_case(case: DeviceCase, bench: Bench, rounds: int, budget: Budget, pe
         "rounds": len(pairs),
         "steps": (steps[ours], steps[theirs]),
         "flops_per_step": flops or None,
+        "peer_flops_per_step": their_flops or None,
         "mfu": mfu[0],
         "peer_mfu": mfu[1],
         "peak_memory_bytes": our_memory,
@@ -228,7 +230,7 @@ def window_steps(seconds: float) -> int:
     return min(max(round(WINDOW / max(seconds, 1e-9)), 1), MOST_STEPS)
 
 
-def warmed_up(make: Callable[[], tuple[Turn, int]], device: torch.device) -> tuple[Turn, int, int | None]:
+def warmed_up(make: Callable[[], Side], device: torch.device) -> tuple[Turn, int, int | None]:
     """A side after its first steps, and the most memory in bytes that it took at a time; None where that is unknown."""
     before = 0
     if device.type == "cuda":
