@@ -15,8 +15,9 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
 from trunkline import TrunklineError, __version__
+from trunkline.compilers import compiler_failure
 from trunkline.files import write_json
-from trunkline.pipelines.benchmarks.device_cases import TINY, Bench, DeviceCase, Side, Sizes, Turn, device_cases
+from trunkline.pipelines.benchmarks.device_cases import TINY, Bench, DeviceCase, Prepared, Sizes, Turn, device_cases
 from trunkline.pipelines.benchmarks.timing import seconds_a_step
 from trunkline.pipelines.device_limits import check_compiler, check_precision, in_gib
 from trunkline.pipelines.devices import find_device
@@ -161,7 +162,8 @@ def halving(
         except OutOfTime:
             return "the time ran out while it was prepared"
         except Exception as error:  # of a peer or a compiler: one case is not worth the others
-            return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            failure = compiler_failure(error) or str(error).strip().partition("\n")[0]
+            return f"{type(error).__name__}: {failure}"
         finally:
             free_memory(bench.device)
         if bench.batch_size // 2 < case.least:
@@ -230,7 +232,7 @@ def window_steps(seconds: float) -> int:
     return min(max(round(WINDOW / max(seconds, 1e-9)), 1), MOST_STEPS)
 
 
-def warmed_up(make: Callable[[], Side], device: torch.device) -> tuple[Turn, int, int | None]:
+def warmed_up(make: Callable[[], Prepared], device: torch.device) -> tuple[Turn, int, int | None]:
     """A side after its first steps, and the most memory in bytes that it took at a time; None where that is unknown."""
     before = 0
     if device.type == "cuda":

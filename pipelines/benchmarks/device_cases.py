@@ -30,7 +30,7 @@ from trunkline.pipelines.benchmarks.timing import training_step
 
 Turn = Callable[[], object]
 """Makes a training step, or writes a batch of texts."""
-Side = tuple[Turn, int]
+Prepared = tuple[Turn, int]
 """With its floating-point operations, or 0 where they are not what limits it."""
 Batch = dict[str, Tensor]
 PROMPT = 16
@@ -114,8 +114,8 @@ class DeviceCase(NamedTuple):
     """The smallest batch that means something."""
     units: int
     """In each row of a batch."""
-    ours: Callable[[Bench], Side]
-    theirs: Callable[[Bench], Side]
+    ours: Callable[[Bench], Prepared]
+    theirs: Callable[[Bench], Prepared]
 
 
 def device_cases(sizes: Sizes) -> Iterator[DeviceCase]:
@@ -148,7 +148,7 @@ def trunk(shape: Shape, **options: Any) -> TransformerConfig:
     return TransformerConfig(dim=shape.dim, depth=shape.depth, num_heads=shape.heads, **options)
 
 
-def our_step(bench: Bench, module: TrunklineModule, batch: Any) -> Side:
+def our_step(bench: Bench, module: TrunklineModule, batch: Any) -> Prepared:
     """A training step of an objective, as `trunkline fit` makes it, and its floating-point operations."""
     module.to(bench.device)
     flops = module.flops_per_batch(batch)
@@ -161,7 +161,7 @@ def our_step(bench: Bench, module: TrunklineModule, batch: Any) -> Side:
     return training_step(module, loss, bf16=True), flops
 
 
-def their_step(bench: Bench, network: nn.Module, batch: Batch, loss: Callable[[Batch], Tensor]) -> Side:
+def their_step(bench: Bench, network: nn.Module, batch: Batch, loss: Callable[[Batch], Tensor]) -> Prepared:
     """A training step of a peer's network, and its operations: where we leave tokens out, a peer may compute them."""
     network.to(bench.device)
     row = {name: field[:1] for name, field in batch.items()}
@@ -192,12 +192,12 @@ def gpt_peer(sizes: Sizes) -> Any:
     return library.GPT2LMHeadModel(library.GPT2Config(vocab_size=sizes.gpt_vocabulary, **shape, **off))
 
 
-def our_gpt(bench: Bench) -> Side:
+def our_gpt(bench: Bench) -> Prepared:
     """A step of causal language modelling."""
     return our_step(bench, CausalLM(gpt_config(bench.sizes)), gpt_batch(bench))
 
 
-def their_gpt(bench: Bench) -> Side:
+def their_gpt(bench: Bench) -> Prepared:
     """The same of transformers; the labels are shifted there."""
     network = gpt_peer(bench.sizes)
     batch = {"input_ids": (tokens := gpt_batch(bench)["tokens"]), "labels": tokens}
@@ -211,14 +211,14 @@ def image_batch(bench: Bench) -> Batch:
     return {"image": image, "label": torch.randint(0, sizes.classes, (count,), device=bench.device)}
 
 
-def our_vit(bench: Bench, shape: Shape) -> Side:
+def our_vit(bench: Bench, shape: Shape) -> Prepared:
     """A step of image classification."""
     sizes = bench.sizes
     network = ViTConfig(sizes.image_size, sizes.patch_size, num_classes=sizes.classes, backbone=trunk(shape))
     return our_step(bench, ImageClassifier(network), image_batch(bench))
 
 
-def their_vit(bench: Bench, shape: Shape) -> Side:
+def their_vit(bench: Bench, shape: Shape) -> Prepared:
     """The same of timm."""
     from timm.models.vision_transformer import VisionTransformer
 
@@ -244,14 +244,14 @@ def masked_batch(bench: Bench) -> Batch:
     return {"tokens": tokens, "positions": positions, "targets": tokens.gather(1, positions)}
 
 
-def our_bert(bench: Bench) -> Side:
+def our_bert(bench: Bench) -> Prepared:
     """A step of masked language modelling."""
     sizes = bench.sizes
     backbone = trunk(sizes.bert, norm_eps=1e-12, norm_first=False, final_norm=False)
     return our_step(bench, MaskedLM(BERTConfig(sizes.bert_vocabulary, backbone=backbone)), masked_batch(bench))
 
 
-def their_bert(bench: Bench) -> Side:
+def their_bert(bench: Bench) -> Prepared:
     """The same of transformers."""
     library, (dim, depth, heads), batch = transformers(), bench.sizes.bert, masked_batch(bench)
     shape = {"hidden_size": dim, "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": 4 * dim}
@@ -269,7 +269,7 @@ def pair_batch(bench: Bench) -> Batch:
     return random_pairs(bench.batch_size, *shape, bench.device)
 
 
-def our_clip(bench: Bench) -> Side:
+def our_clip(bench: Bench) -> Prepared:
     """A step of contrastive learning."""
     sizes = bench.sizes
     image_trunk, text_trunk = trunk(sizes.clip_image, norm_eps=1e-5), trunk(sizes.clip_text, norm_eps=1e-5)
@@ -279,7 +279,7 @@ def our_clip(bench: Bench) -> Side:
     return our_step(bench, ContrastiveImageText(network), pair_batch(bench))
 
 
-def their_clip(bench: Bench) -> Side:
+def their_clip(bench: Bench) -> Prepared:
     """The same of open_clip."""
     sizes = bench.sizes
     image, text = sizes.clip_image, sizes.clip_text
@@ -297,7 +297,7 @@ def prompts(bench: Bench) -> Tensor:
     return torch.randint(0, bench.sizes.gpt_vocabulary, (bench.batch_size, PROMPT), device=bench.device)
 
 
-def our_generation(bench: Bench) -> Side:
+def our_generation(bench: Bench) -> Prepared:
     """Greedy generation with weights in bfloat16; its speed is that of reading the weights, not of computing."""
     network: Any = to_bfloat16(GPT(gpt_config(bench.sizes)).eval()).to(bench.device)
     network = CompiledDecoder(network) if bench.compiled else network
@@ -305,7 +305,7 @@ def our_generation(bench: Bench) -> Side:
     return lambda: generate(network, tokens, config=config), 0
 
 
-def their_generation(bench: Bench) -> Side:
+def their_generation(bench: Bench) -> Prepared:
     """The same of transformers, which compiles its step if its cache has a fixed size."""
     network, tokens = gpt_peer(bench.sizes).eval().to(bench.device, torch.bfloat16), prompts(bench)
     options: dict[str, Any] = {"max_new_tokens": bench.sizes.new_tokens, "do_sample": False, "pad_token_id": 0}
@@ -313,17 +313,17 @@ def their_generation(bench: Bench) -> Side:
     return lambda: network.generate(tokens, attention_mask=torch.ones_like(tokens), **options), 0
 
 
-def our_loss(bench: Bench) -> Side:
+def our_loss(bench: Bench) -> Prepared:
     """The loss that never holds all logits, which compiles itself on a GPU."""
     return loss_side(bench, "chunked")
 
 
-def their_loss(bench: Bench, kind: str) -> Side:
+def their_loss(bench: Bench, kind: str) -> Prepared:
     """The loss of all logits at once, `plain` or `compiled`."""
     return loss_side(bench, kind if bench.compiled else "plain")
 
 
-def loss_side(bench: Bench, kind: str) -> Side:
+def loss_side(bench: Bench, kind: str) -> Prepared:
     """A step of a loss; its operations are a product of the output layer, and one for each of the two gradients."""
     dim, words = bench.sizes.gpt.dim, bench.sizes.gpt_vocabulary
     step = loss_step(kind, bench.batch_size, bench.device, True, dim, words)

@@ -15,7 +15,7 @@ from trunkline.modules.networks import GPT
 from trunkline.pipelines.benchmarks import device_benchmark, device_cases
 from trunkline.pipelines.benchmarks.benchmark import benchmark
 from trunkline.pipelines.benchmarks.device_benchmark import Budget, measure_device, window_steps
-from trunkline.pipelines.benchmarks.device_cases import TINY, Bench, DeviceCase, Side, Sizes
+from trunkline.pipelines.benchmarks.device_cases import TINY, Bench, DeviceCase, Prepared, Sizes
 
 CPU = torch.device("cpu")
 PARAMETERS = {
@@ -137,8 +137,8 @@ def pretended(
     made: list[tuple[str, int]] = []
 
     def case(name: str) -> DeviceCase:
-        def side(seconds: float, flops: int) -> Callable[[Bench], Side]:
-            def make(bench: Bench) -> Side:
+        def side(seconds: float, flops: int) -> Callable[[Bench], Prepared]:
+            def make(bench: Bench) -> Prepared:
                 clock.now += setup
                 made.append((name, bench.batch_size))
                 return lambda: setattr(clock, "now", clock.now + seconds), flops
