@@ -44,10 +44,9 @@ FLOOR_1 = LIBRARIES | {
     f"trunkline.{name}" for name in ("modules.attention_kernels", "modules.backbone", "names", "ranges")
 }
 FLOOR_2 = FLOOR_1 | {
-    f"trunkline.{name}"
-    for name in ("compilers", "contract", "files", "run_folders", "modules.networks", "modules.generation")
+    f"trunkline.{name}" for name in ("contract", "files", "run_folders", "modules.networks", "modules.generation")
 }
-FLOOR_2 |= {"trunkline.modules.chunked_cross_entropy", "trunkline.modules.training.distributed"}
+FLOOR_2 |= {"trunkline.compilers", "trunkline.modules.chunked_cross_entropy", "trunkline.modules.training.distributed"}
 FLOOR_2.add("trunkline.modules.training.muon")
 PURE = (
     "modules/networks",

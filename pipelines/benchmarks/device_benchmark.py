@@ -12,11 +12,11 @@ from platform import python_version
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 
 from trunkline import TrunklineError, __version__
 from trunkline.compilers import compiler_failure
 from trunkline.files import write_json
+from trunkline.modules.training.peak_speed import peak_speed
 from trunkline.pipelines.benchmarks.device_cases import TINY, Bench, DeviceCase, Prepared, Sizes, Turn, device_cases
 from trunkline.pipelines.benchmarks.timing import seconds_a_step
 from trunkline.pipelines.device_limits import check_compiler, check_precision, in_gib
@@ -138,7 +138,7 @@ def describe(device: torch.device, sizes: Sizes, compiled: bool) -> dict[str, An
     return {
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else None,
-        "peak_flops": get_available_flops(device, torch.bfloat16),  # by NVIDIA's data sheets, without sparsity
+        "peak_flops": peak_speed(device, torch.bfloat16),
         "versions": versions,
         "command": shlex.join(["trunkline", *sys.argv[1:]]),
         "precision": "bf16",
@@ -148,7 +148,7 @@ def describe(device: torch.device, sizes: Sizes, compiled: bool) -> dict[str, An
 
 
 def halving(
-    case: DeviceCase, bench: Bench, rounds: int, budget: Budget, peak_flops: int | None
+    case: DeviceCase, bench: Bench, rounds: int, budget: Budget, peak_flops: float | None
 ) -> dict[str, Any] | str:
     """Measure a case, with half the batch on both sides as often as the memory is too small; or why that failed."""
     asked = bench.batch_size
@@ -179,7 +179,9 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def measure_case(case: DeviceCase, bench: Bench, rounds: int, budget: Budget, peak_flops: int | None) -> dict[str, Any]:
+def measure_case(
+    case: DeviceCase, bench: Bench, rounds: int, budget: Budget, peak_flops: float | None
+) -> dict[str, Any]:
     """Measure both sides in turn, until the rounds are done or the time is over.
 
     Raises:

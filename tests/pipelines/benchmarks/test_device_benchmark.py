@@ -163,7 +163,7 @@ def pretended(
 def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     pretended(monkeypatch, clock, "one")
-    monkeypatch.setattr(device_benchmark, "get_available_flops", lambda device, dtype: 6 * 10**12)
+    monkeypatch.setattr(device_benchmark, "peak_speed", lambda device, dtype: 6 * 10**12)
     results = measure_device("all", 3, None, str(tmp_path / "a.json"), "cpu", None, Sizes(), clock)
     (row,) = results["cases"]
     assert (row["per_second"], row["peer_per_second"]) == (320, 160)
