@@ -16,6 +16,7 @@ from typing import NamedTuple
 import yaml
 
 from trunkline import FoundByAll, LostProcess, TrunklineError
+from trunkline.compilers import REMEDIES, compiler_failure
 
 
 def own_error(error: BaseException | None) -> TrunklineError | None:
@@ -67,6 +68,8 @@ def from_outside(error: BaseException, batch_size: int | None = None) -> Trunkli
         from trunkline.datamodules.samplers import LOST_WORKER, lost_worker
 
         return lost_worker() if LOST_WORKER.search(reason) else None
+    if failure := compiler_failure(error):
+        return TrunklineError(f"torch.compile failed: {failure}; {REMEDIES} set compile to false", "compile")
     if name == "MisconfigurationException":  # Lightning's word for asking too much
         return TrunklineError(reason)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):

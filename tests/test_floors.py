@@ -46,7 +46,7 @@ FLOOR_1 = LIBRARIES | {
 FLOOR_2 = FLOOR_1 | {
     f"trunkline.{name}" for name in ("contract", "files", "run_folders", "modules.networks", "modules.generation")
 }
-FLOOR_2 |= {"trunkline.modules.chunked_cross_entropy", "trunkline.modules.training.distributed"}
+FLOOR_2 |= {"trunkline.compilers", "trunkline.modules.chunked_cross_entropy", "trunkline.modules.training.distributed"}
 FLOOR_2.add("trunkline.modules.training.muon")
 PURE = (
     "modules/networks",

@@ -38,7 +38,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> Non
     folders = ("modules", "datamodules", "pipelines", "configs")
     files = [f for name in folders for f in (ROOT / name).rglob("*") if f.suffix in (".py", ".yaml", ".sbatch")]
     want = {f"trunkline/{file.relative_to(ROOT).as_posix()}" for file in files}
-    own = ("base_weights", "contract", "files", "names", "parts", "ranges", "run_folders", "seal")
+    own = ("base_weights", "compilers", "contract", "files", "names", "parts", "ranges", "run_folders", "seal")
     shared = {f"trunkline/{name}" for name in ("__init__.py", "py.typed", *(f"{name}.py" for name in own))}
     want |= shared
     assert {"trunkline/modules/backbone/transformer.py", "trunkline/configs/vit/digits.yaml"} < want

@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 import lightning as L
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -14,6 +13,7 @@ from trunkline.modules.callbacks.drawing import tensorboard
 from trunkline.modules.objectives.base import TrunklineModule
 from trunkline.modules.training.distributed import sum_over_processes
 from trunkline.modules.training.exact_resume import accumulates, compute_dtype
+from trunkline.modules.training.peak_speed import peak_speed
 from trunkline.modules.training.sharding import group_size, whole_weights
 
 TOLERATED_WAIT = 0.1
@@ -60,12 +60,12 @@ class Throughput(Callback):
         """Seconds waited and seconds in all, of each interval of this run that was logged, until it warns."""
         self.warned = False
         self.flops: int | None = None
-        self.peak: int | None = None
+        self.peak: float | None = None
         self.per_second = 0.0
         """Units per second over all processes in the last interval; shown in the progress bar."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.peak = get_available_flops(trainer.strategy.root_device, compute_dtype(trainer.precision_plugin))
+        self.peak = peak_speed(trainer.strategy.root_device, compute_dtype(trainer.precision_plugin))
         self.unfinished = 0
         if trainer.global_step == 0:
             self.seen = 0

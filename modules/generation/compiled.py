@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
+from trunkline.compilers import REMEDIES, compiler_failure
 from trunkline.modules.backbone import KVCache
 from trunkline.modules.generation.fixed_cache import SOURCE_SLOTS, FixedCache, padded_source
 
@@ -74,10 +75,10 @@ class CompiledDecoder(nn.Module):
         try:
             logits: Tensor = self._compiled(self.decoder, tokens, state)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).split())[:200]
+            failure = compiler_failure(error)
+            reason = f"{failure}; {REMEDIES}" if failure else f"{' '.join(str(error).split())[:200]};"
             raise TrunklineError(
-                f"the step of generation cannot be compiled: {reason}; install a C++ compiler if there is none, or "
-                "generate without compiling"
+                f"the step of generation cannot be compiled: {reason} generate without compiling"
             ) from error
         return logits
 

@@ -131,10 +131,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16 matrix products."""
+    """Whether the device has instructions for bfloat16 matrix products: NVIDIA's since Ampere, and AMD's."""
     if device.type == "cpu":  # PyTorch for macOS has no such operator
         return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return device.type == "cuda"
+    return device.type == "cuda" and (bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -182,8 +182,8 @@ def orthogonalize_shared(matrices: Sequence[Tensor]) -> list[Tensor]:
     for matrix, owner in zip(matrices, owners, strict=True):
         lengths[owner] += matrix.numel()
     device = matrices[0].device
-    # CPUs of several kinds may compute in different types; what they exchange must have one.
-    dtype = torch.bfloat16 if device.type != "cpu" and multiplies_bfloat16(device) else torch.float32
+    # Devices of several kinds may compute in different types; what they exchange must have one.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sent = torch.zeros(max(lengths), dtype=dtype, device=device)
     computed = orthogonalize_each([m for m, owner in zip(matrices, owners, strict=True) if owner == own])
     if computed:

@@ -12,11 +12,12 @@ from platform import python_version
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 
 from trunkline import TrunklineError, __version__
+from trunkline.compilers import compiler_failure
 from trunkline.files import write_json
-from trunkline.pipelines.benchmarks.device_cases import TINY, Bench, DeviceCase, Sizes, Turn, device_cases
+from trunkline.modules.training.peak_speed import peak_speed
+from trunkline.pipelines.benchmarks.device_cases import TINY, Bench, DeviceCase, Prepared, Sizes, Turn, device_cases
 from trunkline.pipelines.benchmarks.timing import seconds_a_step
 from trunkline.pipelines.device_limits import check_compiler, check_precision, in_gib
 from trunkline.pipelines.devices import find_device
@@ -137,7 +138,7 @@ def describe(device: torch.device, sizes: Sizes, compiled: bool) -> dict[str, An
     return {
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else None,
-        "peak_flops": get_available_flops(device, torch.bfloat16),  # by NVIDIA's data sheets, without sparsity
+        "peak_flops": peak_speed(device, torch.bfloat16),
         "versions": versions,
         "command": shlex.join(["trunkline", *sys.argv[1:]]),
         "precision": "bf16",
@@ -147,7 +148,7 @@ def describe(device: torch.device, sizes: Sizes, compiled: bool) -> dict[str, An
 
 
 def halving(
-    case: DeviceCase, bench: Bench, rounds: int, budget: Budget, peak_flops: int | None
+    case: DeviceCase, bench: Bench, rounds: int, budget: Budget, peak_flops: float | None
 ) -> dict[str, Any] | str:
     """Measure a case, with half the batch on both sides as often as the memory is too small; or why that failed."""
     asked = bench.batch_size
@@ -161,7 +162,8 @@ def halving(
         except OutOfTime:
             return "the time ran out while it was prepared"
         except Exception as error:  # of a peer or a compiler: one case is not worth the others
-            return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            failure = compiler_failure(error) or str(error).strip().partition("\n")[0]
+            return f"{type(error).__name__}: {failure}"
         finally:
             free_memory(bench.device)
         if bench.batch_size // 2 < case.least:
@@ -177,7 +179,9 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def measure_case(case: DeviceCase, bench: Bench, rounds: int, budget: Budget, peak_flops: int | None) -> dict[str, Any]:
+def measure_case(
+    case: DeviceCase, bench: Bench, rounds: int, budget: Budget, peak_flops: float | None
+) -> dict[str, Any]:
     """Measure both sides in turn, until the rounds are done or the time is over.
 
     Raises:
@@ -186,7 +190,7 @@ def measure_case(case: DeviceCase, bench: Bench, rounds: int, budget: Budget, pe
     start = budget.clock()
     torch.manual_seed(0)
     ours, flops, our_memory = warmed_up(lambda: case.ours(bench), bench.device)
-    theirs, _, their_memory = warmed_up(lambda: (case.theirs(bench), 0), bench.device)
+    theirs, their_flops, their_memory = warmed_up(lambda: case.theirs(bench), bench.device)
     steps = {side: window_steps(seconds_a_step(side, 1, bench.device)) for side in (ours, theirs)}
     preparation, pairs, longest = budget.clock() - start, [], 0.0
     for turn in range(rounds):
@@ -202,7 +206,8 @@ def measure_case(case: DeviceCase, bench: Bench, rounds: int, budget: Budget, pe
     units = bench.batch_size * case.units
     ratios = sorted(b / a for a, b in pairs)
     times = [statistics.median(side) for side in zip(*pairs, strict=True)]
-    mfu = [flops / seconds / peak_flops if flops and peak_flops else None for seconds in times]
+    computed = flops, their_flops
+    mfu = [count / s / peak_flops if count and peak_flops else None for count, s in zip(computed, times, strict=True)]
     return {
         "case": case.name,
         "peer": case.peer,
@@ -215,6 +220,7 @@ def measure_case(case: DeviceCase, bench: Bench, rounds: int, budget: Budget, pe
         "rounds": len(pairs),
         "steps": (steps[ours], steps[theirs]),
         "flops_per_step": flops or None,
+        "peer_flops_per_step": their_flops or None,
         "mfu": mfu[0],
         "peer_mfu": mfu[1],
         "peak_memory_bytes": our_memory,
@@ -228,7 +234,7 @@ def window_steps(seconds: float) -> int:
     return min(max(round(WINDOW / max(seconds, 1e-9)), 1), MOST_STEPS)
 
 
-def warmed_up(make: Callable[[], tuple[Turn, int]], device: torch.device) -> tuple[Turn, int, int | None]:
+def warmed_up(make: Callable[[], Prepared], device: torch.device) -> tuple[Turn, int, int | None]:
     """A side after its first steps, and the most memory in bytes that it took at a time; None where that is unknown."""
     before = 0
     if device.type == "cuda":

@@ -22,6 +22,7 @@ from trunkline.modules.objectives.contrastive_image_text import ContrastiveImage
 from trunkline.modules.objectives.image_classifier import ImageClassifier
 from trunkline.modules.objectives.masked_lm import MaskedLM
 from trunkline.modules.objectives.reduction import as_terms
+from trunkline.modules.training.flops import counted_flops
 from trunkline.pipelines.benchmarks.clip_cases import open_clip_network, random_pairs
 from trunkline.pipelines.benchmarks.loss_cases import loss_step
 from trunkline.pipelines.benchmarks.text_cases import transformers
@@ -29,6 +30,9 @@ from trunkline.pipelines.benchmarks.timing import training_step
 
 Turn = Callable[[], object]
 """Makes a training step, or writes a batch of texts."""
+Prepared = tuple[Turn, int]
+"""With its floating-point operations, or 0 where they are not what limits it."""
+Batch = dict[str, Tensor]
 PROMPT = 16
 
 
@@ -110,9 +114,8 @@ class DeviceCase(NamedTuple):
     """The smallest batch that means something."""
     units: int
     """In each row of a batch."""
-    ours: Callable[[Bench], tuple[Turn, int]]
-    """Makes a step; with its floating-point operations, or 0 where they are not what limits it."""
-    theirs: Callable[[Bench], Turn]
+    ours: Callable[[Bench], Prepared]
+    theirs: Callable[[Bench], Prepared]
 
 
 def device_cases(sizes: Sizes) -> Iterator[DeviceCase]:
@@ -145,7 +148,7 @@ def trunk(shape: Shape, **options: Any) -> TransformerConfig:
     return TransformerConfig(dim=shape.dim, depth=shape.depth, num_heads=shape.heads, **options)
 
 
-def our_step(bench: Bench, module: TrunklineModule, batch: Any) -> tuple[Turn, int]:
+def our_step(bench: Bench, module: TrunklineModule, batch: Any) -> Prepared:
     """A training step of an objective, as `trunkline fit` makes it, and its floating-point operations."""
     module.to(bench.device)
     flops = module.flops_per_batch(batch)
@@ -158,15 +161,17 @@ def our_step(bench: Bench, module: TrunklineModule, batch: Any) -> tuple[Turn, i
     return training_step(module, loss, bf16=True), flops
 
 
-def their_step(bench: Bench, network: nn.Module, loss: Callable[[], Tensor]) -> Turn:
-    """A training step of a peer's network."""
+def their_step(bench: Bench, network: nn.Module, batch: Batch, loss: Callable[[Batch], Tensor]) -> Prepared:
+    """A training step of a peer's network, and its operations: where we leave tokens out, a peer may compute them."""
     network.to(bench.device)
+    row = {name: field[:1] for name, field in batch.items()}
+    flops = bench.batch_size * counted_flops(network, lambda: loss(row))
     if bench.compiled:
         network.compile()
-    return training_step(network, loss, bf16=True)
+    return training_step(network, lambda: loss(batch), bf16=True), flops
 
 
-def gpt_batch(bench: Bench) -> dict[str, Tensor]:
+def gpt_batch(bench: Bench) -> Batch:
     """Random tokens (batch, length), and the next one of each."""
     shape = bench.batch_size, bench.sizes.gpt_length + 1
     row = torch.randint(0, bench.sizes.gpt_vocabulary, shape, device=bench.device)
@@ -187,36 +192,37 @@ def gpt_peer(sizes: Sizes) -> Any:
     return library.GPT2LMHeadModel(library.GPT2Config(vocab_size=sizes.gpt_vocabulary, **shape, **off))
 
 
-def our_gpt(bench: Bench) -> tuple[Turn, int]:
+def our_gpt(bench: Bench) -> Prepared:
     """A step of causal language modelling."""
     return our_step(bench, CausalLM(gpt_config(bench.sizes)), gpt_batch(bench))
 
 
-def their_gpt(bench: Bench) -> Turn:
+def their_gpt(bench: Bench) -> Prepared:
     """The same of transformers; the labels are shifted there."""
-    network, tokens = gpt_peer(bench.sizes), gpt_batch(bench)["tokens"]
-    return their_step(bench, network, lambda: network(input_ids=tokens, labels=tokens, use_cache=False).loss)
+    network = gpt_peer(bench.sizes)
+    batch = {"input_ids": (tokens := gpt_batch(bench)["tokens"]), "labels": tokens}
+    return their_step(bench, network, batch, lambda batch: network(**batch, use_cache=False).loss)
 
 
-def image_batch(bench: Bench) -> dict[str, Tensor]:
+def image_batch(bench: Bench) -> Batch:
     """Random images, and their classes."""
     sizes, count = bench.sizes, bench.batch_size
     image = torch.randn(count, 3, sizes.image_size, sizes.image_size, device=bench.device)
     return {"image": image, "label": torch.randint(0, sizes.classes, (count,), device=bench.device)}
 
 
-def our_vit(bench: Bench, shape: Shape) -> tuple[Turn, int]:
+def our_vit(bench: Bench, shape: Shape) -> Prepared:
     """A step of image classification."""
     sizes = bench.sizes
     network = ViTConfig(sizes.image_size, sizes.patch_size, num_classes=sizes.classes, backbone=trunk(shape))
     return our_step(bench, ImageClassifier(network), image_batch(bench))
 
 
-def their_vit(bench: Bench, shape: Shape) -> Turn:
+def their_vit(bench: Bench, shape: Shape) -> Prepared:
     """The same of timm."""
     from timm.models.vision_transformer import VisionTransformer
 
-    sizes, batch = bench.sizes, image_batch(bench)
+    sizes = bench.sizes
     options: Any = {
         "embed_dim": shape.dim,
         "depth": shape.depth,
@@ -224,10 +230,12 @@ def their_vit(bench: Bench, shape: Shape) -> Turn:
         "num_classes": sizes.classes,
     }
     network = VisionTransformer(sizes.image_size, sizes.patch_size, **options)
-    return their_step(bench, network, lambda: F.cross_entropy(network(batch["image"]), batch["label"]))
+    return their_step(
+        bench, network, image_batch(bench), lambda batch: F.cross_entropy(network(batch["image"]), batch["label"])
+    )
 
 
-def masked_batch(bench: Bench) -> dict[str, Tensor]:
+def masked_batch(bench: Bench) -> Batch:
     """Random tokens, 15% of which are to be predicted."""
     shape = bench.batch_size, bench.sizes.bert_length
     tokens = torch.randint(0, bench.sizes.bert_vocabulary, shape, device=bench.device)
@@ -236,14 +244,14 @@ def masked_batch(bench: Bench) -> dict[str, Tensor]:
     return {"tokens": tokens, "positions": positions, "targets": tokens.gather(1, positions)}
 
 
-def our_bert(bench: Bench) -> tuple[Turn, int]:
+def our_bert(bench: Bench) -> Prepared:
     """A step of masked language modelling."""
     sizes = bench.sizes
     backbone = trunk(sizes.bert, norm_eps=1e-12, norm_first=False, final_norm=False)
     return our_step(bench, MaskedLM(BERTConfig(sizes.bert_vocabulary, backbone=backbone)), masked_batch(bench))
 
 
-def their_bert(bench: Bench) -> Turn:
+def their_bert(bench: Bench) -> Prepared:
     """The same of transformers."""
     library, (dim, depth, heads), batch = transformers(), bench.sizes.bert, masked_batch(bench)
     shape = {"hidden_size": dim, "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": 4 * dim}
@@ -251,17 +259,17 @@ def their_bert(bench: Bench) -> Turn:
     network = library.BertForMaskedLM(library.BertConfig(vocab_size=bench.sizes.bert_vocabulary, **shape, **off))
     tokens = batch["tokens"]
     labels = torch.full_like(tokens, -100).scatter(1, batch["positions"], batch["targets"])
-    return their_step(bench, network, lambda: network(input_ids=tokens, labels=labels).loss)
+    return their_step(bench, network, {"input_ids": tokens, "labels": labels}, lambda batch: network(**batch).loss)
 
 
-def pair_batch(bench: Bench) -> dict[str, Tensor]:
+def pair_batch(bench: Bench) -> Batch:
     """Random pairs of images and captions."""
     sizes = bench.sizes
     shape = sizes.image_size, sizes.clip_length, sizes.clip_vocabulary
     return random_pairs(bench.batch_size, *shape, bench.device)
 
 
-def our_clip(bench: Bench) -> tuple[Turn, int]:
+def our_clip(bench: Bench) -> Prepared:
     """A step of contrastive learning."""
     sizes = bench.sizes
     image_trunk, text_trunk = trunk(sizes.clip_image, norm_eps=1e-5), trunk(sizes.clip_text, norm_eps=1e-5)
@@ -271,15 +279,17 @@ def our_clip(bench: Bench) -> tuple[Turn, int]:
     return our_step(bench, ContrastiveImageText(network), pair_batch(bench))
 
 
-def their_clip(bench: Bench) -> Turn:
+def their_clip(bench: Bench) -> Prepared:
     """The same of open_clip."""
-    sizes, batch = bench.sizes, pair_batch(bench)
+    sizes = bench.sizes
     image, text = sizes.clip_image, sizes.clip_text
     vision = {"layers": image.depth, "width": image.dim, "patch_size": sizes.clip_patch, "image_size": sizes.image_size}
     words = {"context_length": sizes.clip_length, "vocab_size": sizes.clip_vocabulary}
     tower = {"width": text.dim, "heads": text.heads, "layers": text.depth}
     network, criterion = open_clip_network(text.dim, vision, {**words, **tower})
-    return their_step(bench, network, lambda: criterion(*network(batch["image"], batch["tokens"])[:3]))
+    return their_step(
+        bench, network, pair_batch(bench), lambda batch: criterion(*network(batch["image"], batch["tokens"])[:3])
+    )
 
 
 def prompts(bench: Bench) -> Tensor:
@@ -287,7 +297,7 @@ def prompts(bench: Bench) -> Tensor:
     return torch.randint(0, bench.sizes.gpt_vocabulary, (bench.batch_size, PROMPT), device=bench.device)
 
 
-def our_generation(bench: Bench) -> tuple[Turn, int]:
+def our_generation(bench: Bench) -> Prepared:
     """Greedy generation with weights in bfloat16; its speed is that of reading the weights, not of computing."""
     network: Any = to_bfloat16(GPT(gpt_config(bench.sizes)).eval()).to(bench.device)
     network = CompiledDecoder(network) if bench.compiled else network
@@ -295,24 +305,26 @@ def our_generation(bench: Bench) -> tuple[Turn, int]:
     return lambda: generate(network, tokens, config=config), 0
 
 
-def their_generation(bench: Bench) -> Turn:
+def their_generation(bench: Bench) -> Prepared:
     """The same of transformers, which compiles its step if its cache has a fixed size."""
     network, tokens = gpt_peer(bench.sizes).eval().to(bench.device, torch.bfloat16), prompts(bench)
     options: dict[str, Any] = {"max_new_tokens": bench.sizes.new_tokens, "do_sample": False, "pad_token_id": 0}
     options |= {"cache_implementation": "static"} if bench.compiled else {}
-    return lambda: network.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    return lambda: network.generate(tokens, attention_mask=torch.ones_like(tokens), **options), 0
 
 
-def our_loss(bench: Bench) -> tuple[Turn, int]:
-    """The loss that never holds all logits, which compiles itself on a GPU; its operations are those of the plain one:
-    a product of the output layer, and one for each of the two gradients.
-    """
-    dim, words = bench.sizes.gpt.dim, bench.sizes.gpt_vocabulary
-    step = loss_step("chunked", bench.batch_size, bench.device, True, dim, words)
-    return step, 3 * 2 * bench.batch_size * dim * words
+def our_loss(bench: Bench) -> Prepared:
+    """The loss that never holds all logits, which compiles itself on a GPU."""
+    return loss_side(bench, "chunked")
 
 
-def their_loss(bench: Bench, kind: str) -> Turn:
+def their_loss(bench: Bench, kind: str) -> Prepared:
     """The loss of all logits at once, `plain` or `compiled`."""
-    kind = kind if bench.compiled else "plain"
-    return loss_step(kind, bench.batch_size, bench.device, True, bench.sizes.gpt.dim, bench.sizes.gpt_vocabulary)
+    return loss_side(bench, kind if bench.compiled else "plain")
+
+
+def loss_side(bench: Bench, kind: str) -> Prepared:
+    """A step of a loss; its operations are a product of the output layer, and one for each of the two gradients."""
+    dim, words = bench.sizes.gpt.dim, bench.sizes.gpt_vocabulary
+    step = loss_step(kind, bench.batch_size, bench.device, True, dim, words)
+    return step, 3 * 2 * bench.batch_size * dim * words

@@ -112,6 +112,24 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         check_compiler(GPU)
 
 
+def test_a_compiler_that_fails_in_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch._inductor import config as inductor  # takes seconds
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    config = write_config(tmp_path)
+    line = [*arguments(config, 1), "--compile", "true"]
+    monkeypatch.setattr("sys.argv", ["trunkline", *line])
+    torch._dynamo.reset()
+    with inductor.patch({"cpp.cxx": (None, "false")}), pytest.raises(SystemExit):
+        main(line)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "error: torch.compile failed: No working C++ compiler" in said
+    assert "or set compile to false (--compile)" in said
+
+
 def test_a_run_is_refused_before_its_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,8 @@ def apply() -> None:
         native = {"on": True, "off": False}[forced]
         from trunkline.modules.training import muon
 
-        muon.multiplies_bfloat16 = lambda device: native
+        asked = muon.multiplies_bfloat16
+        muon.multiplies_bfloat16 = lambda device: native if device.type == "cpu" else asked(device)
 
 
 def reorder(items: list[Any]) -> None:

@@ -198,7 +198,7 @@ class TestRun:
 
 @pytest.mark.parametrize("peak", [None, 10**6])
 def test_utilisation_where_the_peak_is_known(tmp_path: Path, peak: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "get_available_flops", lambda device, dtype: peak)
+    monkeypatch.setattr(throughput, "peak_speed", lambda device, dtype: peak)
     report = ClassificationReport(max_classes=9)
     run(tmp_path, Witness(), Throughput(), report, log_every_n_steps=2, max_steps=4, val_check_interval=3)
     found = events(tmp_path)

@@ -160,11 +160,11 @@ def test_only_decoders_with_a_cache() -> None:
 
 def test_without_a_compiler(graphs: dict[str, Any]) -> None:
     def broken(module: Any, inputs: Any) -> Any:
-        raise RuntimeError("No working C++ compiler found\nand more")
+        raise torch._inductor.exc.InvalidCxxCompiler
 
     compiled = CompiledDecoder(gpt())
     compiled._compiled = torch.compile(_step, backend=broken)
-    with pytest.raises(TrunklineError, match=r"cannot be compiled: .*No working C.. compiler found.*; install a C"):
+    with pytest.raises(TrunklineError, match=r"No working C.. compiler found.*; install a .* or generate without"):
         generate(compiled, torch.zeros(1, 2, dtype=torch.int64), config=GREEDY)
 
 

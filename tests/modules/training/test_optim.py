@@ -166,6 +166,15 @@ def test_muon_runs_where_torch_does_not_tell_about_bfloat16(monkeypatch: pytest.
     assert orthogonalize(torch.randn(1, 8, 8)).dtype == torch.float32
 
 
+def test_gpus_that_would_emulate_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's before Ampere; AMD's tell other numbers."""
+    gpu = torch.device("cuda")
+    for capability, hip, native in (((7, 5), None, False), ((8, 0), None, True), ((7, 5), "6.4", True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert muon.multiplies_bfloat16(gpu) is native
+
+
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6), (1, 5)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
