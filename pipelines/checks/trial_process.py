@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader, SampleKey
@@ -236,11 +237,23 @@ class TrialCLI(TrainingCLI):
         return train_dataloader
 
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Layers through which a row's output depends on the other rows of its batch, in training mode only."""
+
+
+def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """Those layers that are in training mode, by name; others may be frozen."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, BATCH_NORMS) and part.training}
+
+
 class Still(Callback):
-    """Switches off what is random in a step."""
+    """Switches off what is random in a step, by evaluation mode. Statistics of the batch are not random: they stay."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        norms = batch_norms(pl_module)
         pl_module.eval()
+        for norm in norms.values():
+            norm.train()
 
 
 def portable(strategy: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from faulty_tasks import own_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from trunkline.pipelines.checks.agreement import Agreement, compare_steps, explain_difference, step_trial
 from trunkline.pipelines.checks.check import Finding, check_agreement, check_overfit
@@ -18,7 +18,7 @@ from trunkline.pipelines.checks.overfit import explain_standstill, learnt, overf
 from trunkline.pipelines.checks.parameters import parameter_faults, parameter_figures
 from trunkline.pipelines.checks.resume import Resumed, comparable, explain_resume, state_differences
 from trunkline.pipelines.checks.trial import Trial
-from trunkline.pipelines.checks.trial_process import TrialCLI
+from trunkline.pipelines.checks.trial_process import Still, TrialCLI
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def result_of(
 
 def step(**changed: Any) -> dict[str, Any]:
     gradients: dict[str, Tensor | None] = {"a": torch.full((4,), 2.0), "b": torch.full((2,), 1e-9), "c": None}
-    return {"loss": 2.0, "rows": [3, 1, 2, 0], "gradients": gradients, **changed}
+    return {"loss": 2.0, "rows": [3, 1, 2, 0], "gradients": gradients, "batch_norms": [], **changed}
 
 
 def halves(**changed: Any) -> list[dict[str, Any]]:
@@ -137,6 +137,24 @@ def test_a_loss_is_compared_whatever_its_name(model: str, tmp_path: Path) -> Non
     assert float(apart[1]) > 1e-3
     assert float(apart[2]) < 1e-5
     assert f"2 accumulated parts: the loss differs by {apart[1]}" in row.advice
+
+
+def test_statistics_of_the_batch_are_those_of_training(tmp_path: Path) -> None:
+    """In evaluation mode they would be constants, and everything would agree."""
+    row = agreement_of("faulty_tasks.Normed", tmp_path)
+    assert row.passed is False
+    apart = re.fullmatch(r"loss (\S+), gradients (\S+) apart \(at most 1e-05\)", row.figures)
+    assert apart is not None
+    assert float(apart[2]) > 1e-3
+    assert "network.norm normalise by the statistics" in row.advice
+    assert "SyncBatchNorm (--trainer.sync_batchnorm true)" in row.advice
+
+
+def test_a_frozen_batch_norm_stays_frozen() -> None:
+    """A task may keep the statistics of its pretrained layers."""
+    module = nn.ModuleDict({"frozen": nn.BatchNorm1d(2).eval(), "learns": nn.BatchNorm1d(2), "drop": nn.Dropout()})
+    Still().on_train_start(None, module)  # type: ignore[arg-type]
+    assert {name: part.training for name, part in module.items()} == {"frozen": False, "learns": True, "drop": False}
 
 
 def test_the_loss_is_the_sum_of_all_terms(tmp_path: Path) -> None:
