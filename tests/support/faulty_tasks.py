@@ -99,6 +99,14 @@ class Blind(CloudClassifier):
         return super().loss({**batch, "points": torch.zeros_like(batch["points"])})
 
 
+class Motionless(CloudClassifier):
+    """It wants to make its optimiser steps itself, and makes none."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+
 class Broken(CloudClassifier):
     """Its loss cannot be computed."""
 

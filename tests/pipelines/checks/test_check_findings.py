@@ -11,6 +11,7 @@ import torch
 from faulty_tasks import own_config
 from torch import Tensor, nn
 
+from trunkline import TrunklineError
 from trunkline.pipelines.checks.agreement import Agreement, compare_steps, explain_difference, step_trial
 from trunkline.pipelines.checks.check import Finding, check_agreement, check_overfit
 from trunkline.pipelines.checks.estimates import bytes_of, cost_trial, estimate_rows
@@ -183,6 +184,13 @@ def test_parameters_that_cannot_learn_are_named(tmp_path: Path) -> None:
     assert parameter_figures(found) == f"{len(found['gradients'])} parameters that learn"
     (ungrouped,) = parameter_faults(result_of(step_trial(), tmp_path, "faulty_tasks.Ungrouped"))
     assert ungrouped.startswith("temperature is in no group of the optimiser")
+
+
+def test_a_task_without_a_step_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read epoch after epoch, and wait for its first step."""
+    monkeypatch.setattr("trunkline.pipelines.checks.trial_process.IDLE_BATCHES", 7)
+    with pytest.raises(TrunklineError, match=r"no optimiser step in 7 batches: where `automatic_optimization`"):
+        result_of(step_trial(), tmp_path, "faulty_tasks.Motionless")
 
 
 def test_many_parameters_are_counted() -> None:
