@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from trunkline.modules.training.distributed import gather_rows, local_rows
 from trunkline.modules.training.sharding import group_size
 from trunkline.pipelines.checks.trial import Trial
-from trunkline.pipelines.checks.trial_process import NO_LOSS, TrialObserver, trained_loss
+from trunkline.pipelines.checks.trial_process import NO_LOSS, TrialObserver, batch_norms, trained_loss
 from trunkline.pipelines.checks.trials import Workbench
 
 TOLERANCE = 1e-5
@@ -41,6 +41,7 @@ class StepObserver(TrialObserver):
             "frozen": sum(not p.requires_grad for p in pl_module.parameters()),
             "device": device,
             "devices": count if device != "cpu" else 2,
+            "batch_norms": list(batch_norms(pl_module)),
         }
 
     def after_step(self, trainer: L.Trainer, module: L.LightningModule, rows: list[Any]) -> None:
@@ -127,9 +128,18 @@ def explain_difference(found: Agreement, kind: str, alone: Mapping[str, Any]) ->
             f"{kind} differ in the gradient of {found.worst}: {' and '.join(unused[:3])} got no gradient at all, and "
             "DDP then leaves others without their average; remove what the loss does not use, or freeze it"
         )
-    return (
+    apart = (
         f"{kind}: the loss differs by {found.loss:.1e}, the gradient of {found.worst or 'no parameter'} by "
-        f"{found.gradient:.1e}: `loss` must return the sum over the rows and their count (Loss(total, count)), not a "
+        f"{found.gradient:.1e}"
+    )
+    if norms := alone["batch_norms"]:
+        return (
+            f"{apart}: {' and '.join(norms[:3])} normalise by the statistics of the rows that they see, which are only "
+            "a part of the batch; use a norm of each row (LayerNorm, GroupNorm), or on several GPUs SyncBatchNorm "
+            "(--trainer.sync_batchnorm true), whose accumulated parts still differ"
+        )
+    return (
+        f"{apart}: `loss` must return the sum over the rows and their count (Loss(total, count)), not a "
         "mean; a loss that compares rows with each other is `joint` and gathers the rows of all processes; what is "
         "random in it must be off when `self.training` is false"
     )

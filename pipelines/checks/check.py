@@ -215,9 +215,9 @@ def show_findings(rows: list[Finding], recipe: str, seconds: float) -> None:
             print(f"FAIL {row.check}: {row.advice}")
     if {row.check for row in rows} & {"agreement", "parameters", "overfit"}:
         print(
-            "Agreement, parameters: in float32, new weights with a little noise; these and overfit: on few rows, "
-            "without dropout,\ndrop path, mixup, label smoothing and the recipe's callbacks. Resume: as in the recipe, "
-            "without loggers."
+            "Agreement, parameters: in float32, new weights with a little noise; these and overfit: on few rows, in "
+            "evaluation\nmode (but batch norms), so without dropout and drop path; without mixup, label smoothing and "
+            "the recipe's callbacks.\nResume: as in the recipe, without loggers."
         )
     failed = sum(row.passed is False for row in rows)
     verdict = f"{failed} of {sum(row.passed is not None for row in rows)} failed" if failed else "all passed"

@@ -14,8 +14,10 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
+from trunkline import TrunklineError
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader, SampleKey
 from trunkline.modules.training.exact_resume import accumulates
 from trunkline.modules.training.sharding import group_size
@@ -55,6 +57,8 @@ NO_VALIDATION = {
 """More of them, for a trial without the recipe's callbacks."""
 WARMUP_STEPS = 10
 """Of a trial that repeats one batch."""
+IDLE_BATCHES = 100
+"""Batches in which there must be an optimiser step; so many times more if gradients are accumulated."""
 NO_LOSS = (
     "the loss was not compared, because no step told it: leave `training_step` to TrunklineModule, and let `loss` "
     "return Loss(total, count) or a list of such terms"
@@ -68,15 +72,35 @@ class TrialObserver(Callback):
         self.result: dict[str, Any] = {}
         self.folder = Path()
         """Of the trial's files."""
+        self.seen: list[Any] = []
+        """Rows of the accumulation so far."""
+        self.idle: tuple[int, int] = (0, 0)
+        """The optimiser step, and the batches since then."""
 
     def after_step(self, trainer: L.Trainer, module: Any, rows: list[Any]) -> None:
         """Called after each optimiser step, with the rows of this process in it, by number."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.seen = [*getattr(self, "seen", []), *row_numbers(batch)]
+        self.refuse_idleness(trainer)
+        self.seen += row_numbers(batch)
         if not accumulates(trainer):
             rows, self.seen = self.seen, []
             self.after_step(trainer, pl_module, rows)
+
+    def refuse_idleness(self, trainer: Any) -> None:
+        """A trial ends after a number of optimiser steps; without them it would go on for ever.
+
+        Raises:
+            TrunklineError: if there was none in many batches.
+        """
+        step, batches = self.idle
+        self.idle = (step, batches + 1) if step == trainer.global_step else (trainer.global_step, 0)
+        most = IDLE_BATCHES * trainer.accumulate_grad_batches
+        if self.idle[1] >= most:
+            raise TrunklineError(
+                f"no optimiser step in {most} batches: where `automatic_optimization` is false, `training_step` must "
+                "make it (`self.optimizers().step()`)"
+            )
 
     def hold(self, trainer: L.Trainer) -> None:
         """Say that this process is where it is to be killed, and wait for that."""
@@ -236,11 +260,23 @@ class TrialCLI(TrainingCLI):
         return train_dataloader
 
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Layers through which a row's output depends on the other rows of its batch, in training mode only."""
+
+
+def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """Those layers that are in training mode, by name; others may be frozen."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, BATCH_NORMS) and part.training}
+
+
 class Still(Callback):
-    """Switches off what is random in a step."""
+    """Switches off what is random in a step, by evaluation mode. Statistics of the batch are not random: they stay."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        norms = batch_norms(pl_module)
         pl_module.eval()
+        for norm in norms.values():
+            norm.train()
 
 
 def portable(strategy: str) -> bool:

@@ -81,11 +81,30 @@ class Ungrouped(CloudClassifier):
         return Loss(F.cross_entropy(logits, batch["label"], reduction="sum"), len(batch["label"]))
 
 
+class Normed(CloudClassifier):
+    """It normalises by the statistics of a batch, which are others in each process and each part."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.network.norm = nn.BatchNorm1d(2)
+
+    def loss(self, batch: dict[str, Tensor]) -> Loss:
+        return super().loss({**batch, "points": self.network.norm(batch["points"].mT).mT})
+
+
 class Blind(CloudClassifier):
     """Its network sees nothing of the points."""
 
     def loss(self, batch: dict[str, Tensor]) -> Loss:
         return super().loss({**batch, "points": torch.zeros_like(batch["points"])})
+
+
+class Motionless(CloudClassifier):
+    """It wants to make its optimiser steps itself, and makes none."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
 
 
 class Broken(CloudClassifier):

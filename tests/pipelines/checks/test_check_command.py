@@ -184,6 +184,7 @@ def test_sharded_weights(checked: Callable[..., tuple[int, str]]) -> None:
     ("model", "data", "only", "messages"),
     [
         ("faulty_tasks.SumOfSums", None, "agreement", ["FAIL agreement: 2 processes: the loss differs by 5.0e-01"]),
+        ("faulty_tasks.Normed", None, "agreement", ["FAIL agreement: 2 processes: the loss differs", "SyncBatchNorm"]),
         (
             "faulty_tasks.Unused",
             None,

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from faulty_tasks import own_config
-from torch import Tensor
+from torch import Tensor, nn
 
+from trunkline import TrunklineError
 from trunkline.pipelines.checks.agreement import Agreement, compare_steps, explain_difference, step_trial
 from trunkline.pipelines.checks.check import Finding, check_agreement, check_overfit
 from trunkline.pipelines.checks.estimates import bytes_of, cost_trial, estimate_rows
@@ -18,7 +19,7 @@ from trunkline.pipelines.checks.overfit import explain_standstill, learnt, overf
 from trunkline.pipelines.checks.parameters import parameter_faults, parameter_figures
 from trunkline.pipelines.checks.resume import Resumed, comparable, explain_resume, state_differences
 from trunkline.pipelines.checks.trial import Trial
-from trunkline.pipelines.checks.trial_process import TrialCLI
+from trunkline.pipelines.checks.trial_process import Still, TrialCLI
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def result_of(
 
 def step(**changed: Any) -> dict[str, Any]:
     gradients: dict[str, Tensor | None] = {"a": torch.full((4,), 2.0), "b": torch.full((2,), 1e-9), "c": None}
-    return {"loss": 2.0, "rows": [3, 1, 2, 0], "gradients": gradients, **changed}
+    return {"loss": 2.0, "rows": [3, 1, 2, 0], "gradients": gradients, "batch_norms": [], **changed}
 
 
 def halves(**changed: Any) -> list[dict[str, Any]]:
@@ -139,6 +140,24 @@ def test_a_loss_is_compared_whatever_its_name(model: str, tmp_path: Path) -> Non
     assert f"2 accumulated parts: the loss differs by {apart[1]}" in row.advice
 
 
+def test_statistics_of_the_batch_are_those_of_training(tmp_path: Path) -> None:
+    """In evaluation mode they would be constants, and everything would agree."""
+    row = agreement_of("faulty_tasks.Normed", tmp_path)
+    assert row.passed is False
+    apart = re.fullmatch(r"loss (\S+), gradients (\S+) apart \(at most 1e-05\)", row.figures)
+    assert apart is not None
+    assert float(apart[2]) > 1e-3
+    assert "network.norm normalise by the statistics" in row.advice
+    assert "SyncBatchNorm (--trainer.sync_batchnorm true)" in row.advice
+
+
+def test_a_frozen_batch_norm_stays_frozen() -> None:
+    """A task may keep the statistics of its pretrained layers."""
+    module = nn.ModuleDict({"frozen": nn.BatchNorm1d(2).eval(), "learns": nn.BatchNorm1d(2), "drop": nn.Dropout()})
+    Still().on_train_start(None, module)  # type: ignore[arg-type]
+    assert {name: part.training for name, part in module.items()} == {"frozen": False, "learns": True, "drop": False}
+
+
 def test_the_loss_is_the_sum_of_all_terms(tmp_path: Path) -> None:
     alone, terms = (result_of(step_trial(), tmp_path, m) for m in ("own_task.CloudClassifier", "faulty_tasks.Terms"))
     assert terms["loss"] > alone["loss"] + 1e-2
@@ -165,6 +184,13 @@ def test_parameters_that_cannot_learn_are_named(tmp_path: Path) -> None:
     assert parameter_figures(found) == f"{len(found['gradients'])} parameters that learn"
     (ungrouped,) = parameter_faults(result_of(step_trial(), tmp_path, "faulty_tasks.Ungrouped"))
     assert ungrouped.startswith("temperature is in no group of the optimiser")
+
+
+def test_a_task_without_a_step_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read epoch after epoch, and wait for its first step."""
+    monkeypatch.setattr("trunkline.pipelines.checks.trial_process.IDLE_BATCHES", 7)
+    with pytest.raises(TrunklineError, match=r"no optimiser step in 7 batches: where `automatic_optimization`"):
+        result_of(step_trial(), tmp_path, "faulty_tasks.Motionless")
 
 
 def test_many_parameters_are_counted() -> None:
