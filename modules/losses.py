@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from trunkline import TrunklineError
+from trunkline.modules.attention_kernels import product_dtype
 from trunkline.modules.chunked_cross_entropy import ChunkedCrossEntropy, chunks, same_key_not_target
 
 
@@ -49,11 +50,8 @@ def linear_cross_entropy(
     """
     if keys is not None and label_smoothing:
         raise TrunklineError("label smoothing spreads the target over classes that `keys` leaves out; use one of them")
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    both = (None, None) if keys is None else keys
-    compiled = device == "cuda" if compiled is None else compiled
-    return ChunkedCrossEntropy.apply(dtype, x, weight, bias, target, *both, label_smoothing, z_loss, chunk, compiled)
+    options = (label_smoothing, z_loss, chunk, x.is_cuda if compiled is None else compiled)
+    return ChunkedCrossEntropy.apply(product_dtype(x), x, weight, bias, target, *(keys or (None, None)), *options)
 
 
 @torch.no_grad()

@@ -1,9 +1,15 @@
 """The average of the weights over training, which is what a checkpoint holds and an evaluation uses."""
 
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trunkline.modules.training.exact_resume import averages_of
 from trunkline.ranges import check_ranges
@@ -44,5 +50,35 @@ class WeightAverage(WeightAveraging):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         for average in averages_of([self]):
-            # PyTorch asks in every update whether it is the first one.
-            average.n_averaged = torch.zeros_like(average.n_averaged, device="cpu")
+            average.n_averaged = torch.zeros_like(average.n_averaged, device="cpu")  # each update asks for it
+            average.__class__ = HostCounted
+
+
+class HostCounted(AveragedModel):
+    """An exponential average whose counter lies on the host and stays there.
+
+    PyTorch's own update copies the counter to the device each time and waits for that, although such an average only
+    needs to know whether the update is the first one.
+    """
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take the weights and buffers of a model into the average."""
+        alike: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for pair in zip(weights_and_buffers(self.module), weights_and_buffers(model), strict=True):
+            alike[pair[0].dtype].append(pair)
+        update: Any = self.multi_avg_fn if self.n_averaged else take_over
+        for pairs in alike.values():
+            update(*map(list, zip(*pairs, strict=True)), self.n_averaged)
+        self.n_averaged += 1
+
+
+def take_over(averages: list[Tensor], currents: list[Tensor], _: Tensor) -> None:
+    """The first update."""
+    for average, current in zip(averages, currents, strict=True):
+        average.copy_(current)
+
+
+def weights_and_buffers(module: nn.Module) -> Iterator[Tensor]:
+    """All tensors of a module."""
+    return (tensor.detach() for tensor in chain(module.parameters(), module.buffers()))

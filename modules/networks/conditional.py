@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from trunkline import TrunklineError
+from trunkline.modules.attention_kernels import product_dtype
 from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig, TransformerOutput
 from trunkline.modules.backbone.attention import Keep
 from trunkline.modules.networks.base import Network
@@ -298,6 +298,4 @@ class ConditionalDecoder(nn.Module):
     def make_cache(self, rows: int, length: int) -> KVCache:
         """An empty cache of the type in which the network computes."""
         weight = next(self.network.decoder.parameters())
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        return KVCache(self.network.decoder.config, rows, length, dtype=dtype, device=weight.device)
+        return KVCache(self.network.decoder.config, rows, length, dtype=product_dtype(weight), device=weight.device)

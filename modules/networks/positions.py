@@ -19,11 +19,11 @@ def sincos_positions(length: int, dim: int, theta: float = 10_000.0) -> Tensor:
     return sincos(torch.arange(length, dtype=torch.float32), sincos_frequencies(dim, theta))
 
 
-def sincos_frequencies(dim: int, theta: float = 10_000.0) -> Tensor:
+def sincos_frequencies(dim: int, theta: float = 10_000.0, device: torch.device | None = None) -> Tensor:
     """Frequencies (dim / 2,) of `sincos_positions`, which says what is raised."""
     if dim % 2:
         raise TrunklineError(f"sin-cos positions need an even dim, not {dim}")
-    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
 def sincos(position: Tensor, frequency: Tensor) -> Tensor:
@@ -51,18 +51,18 @@ class SinusoidalPositions(nn.Module):
         self.dim, self.with_end = dim, with_end
         self.frequencies()  # refuses an odd width at once
 
-    def frequencies(self) -> Tensor:
+    def frequencies(self, device: torch.device | None = None) -> Tensor:
         """(D / 2,), float32."""
-        usual = sincos_frequencies(self.dim)
+        usual = sincos_frequencies(self.dim, device=device)
         if not self.with_end:
             return usual
         # As Whisper computes them: with another rounding, the far positions of its weights would differ by 1e-4.
         step = math.log(10_000) / max(len(usual) - 1, 1)
-        return torch.exp(-step * torch.arange(len(usual), dtype=torch.float32))
+        return torch.exp(-step * torch.arange(len(usual), dtype=torch.float32, device=device))
 
     def forward(self, positions: Tensor) -> Tensor:
         """Positions of any shape (...) -> (..., D), float32."""
-        return sincos(positions.float(), self.frequencies().to(positions.device))
+        return sincos(positions.float(), self.frequencies(positions.device))
 
 
 class FixedPositions(nn.Module):

@@ -29,7 +29,7 @@ from trunkline.modules.objectives.checks import (
     with_trained_shape,
 )
 from trunkline.modules.objectives.evaluation import EvaluatedModule
-from trunkline.modules.objectives.reduction import Accumulation, Terms, as_terms, mean_count, recomputed_sums
+from trunkline.modules.objectives.reduction import Accumulation, Terms, as_terms, mean_count, recomputed_sums, scalar_on
 from trunkline.modules.training.checkpoints import follow_folder
 from trunkline.modules.training.compiling import let_sizes_vary
 from trunkline.modules.training.distributed import Gather, settle_buckets
@@ -275,7 +275,7 @@ class TrunklineModule(EvaluatedModule):
         for term, mean in means:
             self.log(f"train/{term.name}", mean)
             for name, value in term.logs.items():
-                self.log(f"train/{name}", value)
+                self.log(f"train/{name}", scalar_on(self.device, value))
 
     # --- training
 

@@ -197,7 +197,7 @@ class ContrastiveImageText(TrunklineModule):
                 field="data.batch_size",
             )
         logs = {"chance_loss": self.chance(gather.total), "logit_scale": self.network.scale.factor.detach()}
-        return [Loss(self.contrast(embeddings, keys, gather), keys.new_tensor(len(keys)), logs)]
+        return [Loss(self.contrast(embeddings, keys, gather), keys.new_full((), len(keys)), logs)]
 
     def chance(self, pairs: int) -> float:
         """Loss of uninformative embeddings among this many pairs, with the best scale and bias."""

@@ -9,7 +9,7 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 
 from trunkline import TrunklineError
 from trunkline.contract import Loss
-from trunkline.modules.objectives.reduction import Terms, as_terms
+from trunkline.modules.objectives.reduction import Terms, as_terms, scalar_on
 from trunkline.modules.training.exact_resume import drop_half_done_validation
 from trunkline.modules.training.sharding import group_size
 
@@ -123,5 +123,5 @@ class EvaluatedModule(L.LightningModule):
         for name, title in self.counted.items():
             metric: Any = self.counts[f"{stage}_{name}"]
             again = stage == "train" and self.global_rank % group_size(self.trainer)  # another process counts the row
-            metric.update(0 if again else batch.get(name, 0))
+            metric.update(scalar_on(self.device, 0 if again else batch.get(name, 0)))
             self.log(f"{stage}/{title}", metric, on_step=False, on_epoch=True)

@@ -22,6 +22,11 @@ def as_terms(loss: Loss | Terms) -> Terms:
     return [loss] if isinstance(loss, Loss) else loss
 
 
+def scalar_on(device: torch.device, value: Tensor | float) -> Tensor:
+    """A plain number as a scalar that the device itself writes: for a copy the host would wait. Tensors stay."""
+    return value if isinstance(value, Tensor) else torch.full((), value, device=device)
+
+
 def mean_count(trainer: L.Trainer, count: Tensor | int) -> Tensor | int:
     """The mean of a count over processes; an int is the same in all processes, so nothing is communicated."""
     if isinstance(count, int):
@@ -43,7 +48,7 @@ def recomputed_sums(loss: Callable[[Any], Loss | Terms], batches: Sequence[Any])
 
     def sums(batch: Any) -> tuple[Tensor, ...]:
         seen[:] = as_terms(loss(batch))
-        return tuple(torch.as_tensor(x, device=seen[0].total.device) for term in seen for x in (term.total, term.count))
+        return tuple(scalar_on(term.total.device, x) for term in seen for x in (term.total, term.count))
 
     parts = [torch.stack([x.float() for x in recompute(sums, batch, use_reentrant=False)]) for batch in batches]
     totals = torch.stack(parts).sum(dim=0)  # (2 * terms,)

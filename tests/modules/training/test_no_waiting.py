@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import device_reads
+import meta_device
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from device_reads import HostReads, NoReads, no_reads
 from lightning.pytorch.callbacks import Callback
@@ -13,6 +15,8 @@ from recorded_run import Run
 from resumed_run import arguments, write_config
 from tasks import BATCHES, TASKS
 
+from trunkline.modules.objectives.audio_task import AudioTask
+from trunkline.modules.objectives.speech_recognizer import SpeechRecognizer
 from trunkline.modules.training.finite_steps import FiniteSteps
 from trunkline.pipelines.cli import main
 
@@ -72,6 +76,17 @@ def test_nor_does_a_clipped_step_in_16_mixed(
     optimizer = {"name": name, "lr": 0.01, **options}
     run(tmp_path, task, monkeypatch, "device_reads.NoReads", optimizer=optimizer, **HALF)
     assert quiet == [step for step in range(1, BATCHES) if (step + 1) % 5]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_step_waits_for_a_copy_to_the_device(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta_device.pretend(monkeypatch)
+    if task == "speech":  # PyTorch's CTC loss waits itself, so its objective may
+        monkeypatch.setattr(F, "ctc_loss", lambda log_probs, *_, **__: log_probs.sum(dim=(0, 2)))
+        monkeypatch.setattr(SpeechRecognizer, "count", AudioTask.count)
+    options = {"strategy": {"class_path": "meta_device.OnMeta"}, "log_every_n_steps": BATCHES}
+    with pytest.raises(meta_device.Enough):
+        run(tmp_path, task, monkeypatch, "meta_device.NoCopies", enable_progress_bar=False, **options)
 
 
 def test_bf16_mixed_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
