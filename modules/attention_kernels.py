@@ -60,7 +60,9 @@ def attention_path(
         kind: what forbids scores, beside causality.
         device: where the batch is.
         dtype: the type in which queries and keys are multiplied.
-        length: number T of tokens in a row. Flex attention skips blocks of scores, so it needs more than one.
+        length: number T of tokens in a row. Flex attention skips blocks of scores, so it needs more than one. A
+            graph for lengths that vary is thereby bound to one side of a block, unless its network refuses longer rows;
+            Inductor (2.14) binds flex attention to T < 128 or not in any case.
         head_width: width E of a head; flex attention starts at 16.
         dropout: of the attention weights in this call: 0 in evaluation.
         compiled: whether `torch.compile` is at work. Without it, flex attention would hold all scores in memory.
@@ -70,7 +72,7 @@ def attention_path(
         return "unmasked"
     fast = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and compiled
     able = kind == "tokens" and whole and dropout == 0.0 and head_width >= 16
-    return "flex" if fast and able and not surely_within(length, SCORE_BLOCK) else "masked"
+    return "flex" if fast and able and length > SCORE_BLOCK else "masked"
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ from recipe_paths import PATHS, PLAIN, paths_of
 
 from trunkline import TrunklineError, datamodules
 from trunkline.contract import DataFacts
+from trunkline.datamodules import TranslationData
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.training.background_saves import BackgroundCheckpointIO
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
@@ -118,8 +119,9 @@ def declared_facts(data: Any, recipe: str) -> DataFacts:
     if hasattr(data, "tokenizer") and not fields["vocab_size"]:
         fields["vocab_size"] = TOKENS.get(recipe, 30528)
     if hasattr(data, "log_mel"):
-        fields["num_mels"] = data.log_mel.num_mels
-    return DataFacts(class_names=names, **fields)
+        fields |= {"num_mels": data.log_mel.num_mels, "max_frames": data.log_mel.max_frames}
+    ragged = isinstance(data, TranslationData) or (hasattr(data, "log_mel") and data.log_mel.padding == "batch")
+    return DataFacts(class_names=names, ragged=ragged, **fields)
 
 
 SIZES = (

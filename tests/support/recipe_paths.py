@@ -9,6 +9,8 @@ from pretended_gpu import Decision, pretend_gpu
 from torch import Tensor
 
 from trunkline.contract import DataFacts
+from trunkline.modules.backbone import Transformer
+from trunkline.modules.training.compiling import let_sizes_vary
 
 PLAIN, PADDED, BIASED = ("none", "unmasked"), ("tokens", "masked"), ("scores", "masked")
 PATHS = {
@@ -69,8 +71,19 @@ def batch_of(data: Any, facts: DataFacts) -> dict[str, Tensor]:
 
 
 def paths_of(model: Any, data: Any, monkeypatch: pytest.MonkeyPatch) -> list[Decision]:
-    """Kinds of masks and paths of a training step in bfloat16, compiled, without computing anything."""
-    seen = pretend_gpu(monkeypatch, run=False)
+    """Kinds of masks and paths of a training step in bfloat16, compiled, without computing anything.
+
+    Compiled in earnest where the sizes of batches vary. One block of each trunk is left: all take the same path.
+    """
+    seen = pretend_gpu(monkeypatch, run=False, traced=True)
+    batch = batch_of(data, data.facts)
+    model.to("meta").train()
+    if data.facts.ragged:
+        for trunk in [module for module in model.network.modules() if isinstance(module, Transformer)]:
+            del trunk.blocks[1:]
+        torch._dynamo.reset()
+        model.network.compile(backend="eager", fullgraph=True)
+        let_sizes_vary(batch)
     with contextlib.suppress(RuntimeError):  # some losses need a device, but they come after the network
-        model.to("meta").train().loss(batch_of(data, data.facts))
+        model.loss(batch)
     return seen

@@ -1,5 +1,6 @@
 """Which path a batch takes through attention, and flex attention against masks and loops."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch.nn.attention import flex_attention
 
 from trunkline.modules.attention_kernels import attention_path, block_attention, block_mask, mask_kind, product_dtype
 from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig
+from trunkline.modules.networks import EncoderDecoder, EncoderDecoderConfig
+from trunkline.modules.training.compiling import let_sizes_vary
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 LENGTH = 300
@@ -200,6 +203,32 @@ def test_one_graph_for_all_batches(recompute: bool, monkeypatch: pytest.MonkeyPa
         node for part in graphs[0].modules() if isinstance(part, torch.fx.GraphModule) for node in part.graph.nodes
     ]
     assert sum(str(node.target) == "flex_attention" for node in nodes) == cfg.depth
+
+
+@pytest.mark.parametrize(("longest", "paths"), [(128, ["masked"]), (300, ["masked", "flex"])])
+def test_sizes_that_vary(longest: int, paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph if no row is longer than a block, as a network's limit says; else one for each path."""
+    trunk_config = TransformerConfig(32, 1, 2)
+    decoder = replace(trunk_config, causal=True, cross_attention=True)
+    model = EncoderDecoder(
+        EncoderDecoderConfig(40, None, longest, positions="none", encoder=trunk_config, decoder=decoder)
+    )
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        code = "".join(part.code for part in graph.modules() if isinstance(part, torch.fx.GraphModule))
+        graphs.append("flex" if "flex_attention" in code else "masked")
+        return graph
+
+    pretend_gpu(monkeypatch)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda tokens, mask: model.encode(tokens, mask).x, backend=backend, fullgraph=True)
+    for length in (40, 100, 127, 128, longest, 130 if longest > 130 else 3):
+        batch = {"tokens": torch.randint(40, (2, length)), "mask": torch.rand(2, length) < 0.8}
+        let_sizes_vary(batch)
+        with torch.no_grad():
+            compiled(**batch)
+    assert graphs == paths
 
 
 def test_caches_and_weights_keep_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
