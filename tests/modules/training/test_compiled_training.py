@@ -80,7 +80,7 @@ def compiled_graphs(
     compile_network = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compile_network(self, backend=backend))
     options = {"limit_val_batches": 2, "num_sanity_val_steps": 2, "val_check_interval": 1, "max_steps": 6, **trainer}
-    config = write_config(folder, task, log_every_n_steps=2, **options)
+    config = write_config(folder, task, logger=True, log_every_n_steps=2, **options)
     content = yaml.safe_load(config.read_text())
     content["trainer"]["callbacks+"] = content["trainer"]["callbacks+"][:1]  # the average
     content["data"]["init_args"]["eval_batch_size"] = 7

@@ -24,7 +24,7 @@ ATTEMPTS = [
 
 def write(folder: Path) -> Path:
     """A recipe with a validation before its first step, in which a signal comes when it is planned."""
-    config = write_config(folder, max_epochs=1, num_sanity_val_steps=1)
+    config = write_config(folder, max_epochs=1, num_sanity_val_steps=1, logger=True)
     content = yaml.safe_load(config.read_text())
     callback = {"class_path": "early_signal.EarlySignal", "init_args": {"folder": str(folder)}}
     content["trainer"]["callbacks+"].insert(0, callback)

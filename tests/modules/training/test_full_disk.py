@@ -46,7 +46,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def test_a_run_whose_disk_becomes_full(disk: str, reference: Path, tmp_path: Path) -> None:
     """The resume has the space again."""
     processes = len(list(reference.glob("rank*.jsonl")))
-    config = write_config(tmp_path)
+    config = write_config(tmp_path, logger=True)
     content = yaml.safe_load(config.read_text())
     options = {"folder": str(tmp_path / "runs"), "step": FILLED_AT, "pretended": disk == "pretended"}
     content["trainer"]["callbacks+"].append({"class_path": "full_disk.FullDisk", "init_args": options})

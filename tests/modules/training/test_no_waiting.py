@@ -23,7 +23,7 @@ from trunkline.pipelines.cli import main
 
 def recipe(folder: Path, task: str, *callbacks: str, optimizer: dict[str, Any] | None = None, **trainer: Any) -> Path:
     """One epoch of a task, with weights averaged; it logs in every fifth step."""
-    options = {"max_epochs": 1, "log_every_n_steps": 5, "val_check_interval": 1.0, **trainer}
+    options = {"max_epochs": 1, "log_every_n_steps": 5, "val_check_interval": 1.0, "logger": True, **trainer}
     config = write_config(folder, task, **options)
     content = yaml.safe_load(config.read_text())
     content["model"]["init_args"]["optimizer"] = optimizer or content["model"]["init_args"]["optimizer"]

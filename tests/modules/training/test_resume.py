@@ -263,7 +263,7 @@ def test_sigterm_to_the_first_of_two(uninterrupted: Callable[..., Path], tmp_pat
     """The installed command, whose second process Lightning starts and no signal reaches."""
     command = Path(sys.executable).with_name("trunkline")
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    config = write_config(tmp_path)
+    config = write_config(tmp_path, logger=True)
     halt_at(tmp_path, "batch start", 17, [0, 1])
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
