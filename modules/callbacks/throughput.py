@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -32,13 +33,14 @@ class Throughput(Callback):
     `throughput/tokens_per_sec` if the samples hold text (without padding; all processes are assumed to have as many
     tokens as this one); `throughput/flops_per_sec` (FLOP of the model, a backward pass counted as two forward passes;
     those of a sample are taken from the first batch that is logged); `throughput/mfu` if the device's peak is known;
-    `throughput/data_wait`, the share of the time in which this process waited for its loader, or made batches itself;
+    `throughput/data_wait`, the share of the time in which this process waited for its loader, or made batches itself,
+    and a GPU was through with its work before the batch was there;
     `<unit>_seen`, the units of all processes since the start of training; and under `by_<unit>/` the losses and
     metrics with the number of units seen as the x-axis. A unit is a sample, unless the objective has a `unit_size`.
 
     One warning says what to raise if more than a tenth of five intervals together was waiting for data. The first
-    interval does not count, in which workers start and a network compiles. The host queues work for the device and
-    runs ahead of it, but not far: a host that waits for data through whole intervals has a device that does so too.
+    interval does not count, in which workers start and a network compiles. The host queues work for a GPU and may run
+    a step ahead of it: what it loads meanwhile costs nothing.
     """
 
     def __init__(self) -> None:
@@ -55,7 +57,11 @@ class Throughput(Callback):
         self.loader: Any = None
         """That of the interval: in an epoch there may be a new one."""
         self.waited_before = 0.0
-        """Seconds that it was waited for until the start of the interval."""
+        """Seconds that it was waited for until the last batch."""
+        self.waited = 0.0
+        """Seconds of the interval in which the device had nothing to do, because training waited for data."""
+        self.work: torch.cuda.Event | None = None
+        """What a GPU was given last; None on a device that is done when the host is."""
         self.intervals: list[tuple[float, float]] = []
         """Seconds waited and seconds in all, of each interval of this run that was logged, until it warns."""
         self.warned = False
@@ -70,17 +76,32 @@ class Throughput(Callback):
         if trainer.global_step == 0:
             self.seen = 0
         self.intervals, self.warned = [], False
+        self.work = event_of(trainer.strategy.root_device)
         self._begin_interval(trainer)
 
     def _begin_interval(self, trainer: L.Trainer) -> None:
-        self.loader = trainer.train_dataloader
-        self.waited_before = self.loader.waited if isinstance(self.loader, CountsWaiting) else 0.0
+        self._next_wait(trainer)
         self.seen_before = 0 if self.seen is None else int(self.seen)
-        self.tokens, self.started = 0, time.perf_counter()
+        self.tokens, self.waited, self.started = 0, 0.0, time.perf_counter()
+
+    def _next_wait(self, trainer: L.Trainer) -> float:
+        """Seconds that the loader was waited for since this was asked last."""
+        loader = trainer.train_dataloader
+        before = self.waited_before if loader is self.loader else 0.0
+        self.loader = loader
+        self.waited_before = loader.waited if isinstance(loader, CountsWaiting) else 0.0
+        return self.waited_before - before
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        waited = self._next_wait(trainer)
+        if self.work is None or self.work.query():  # which does not wait for the device
+            self.waited += waited
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: TrunklineModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self.work is not None:
+            self.work.record()
         size = pl_module.batch_size(batch)
         self.unfinished = self.unfinished + size
         if pl_module.unit != "tokens":
@@ -123,14 +144,13 @@ class Throughput(Callback):
         loader = trainer.train_dataloader
         if not isinstance(loader, CountsWaiting):
             return {}
-        waited = loader.waited - (self.waited_before if loader is self.loader else 0.0)
-        self.intervals.append((waited, elapsed))
+        self.intervals.append((self.waited, elapsed))
         judged = self.intervals[1:][-JUDGED_INTERVALS:]
         share = sum(waited for waited, _ in judged) / max(sum(seconds for _, seconds in judged), 1e-9)
         if len(judged) == JUDGED_INTERVALS and share > TOLERATED_WAIT and not self.warned:
             self.warned = True
             rank_zero_warn(waiting_message(share, loader.num_workers))
-        return {"throughput/data_wait": waited / elapsed}
+        return {"throughput/data_wait": self.waited / elapsed}
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.started -= time.perf_counter()  # stops the clock; `on_validation_end` starts it again
@@ -157,6 +177,11 @@ class Throughput(Callback):
             for name, value in trainer.callback_metrics.items():
                 if name.startswith(prefix):
                     writer.add_scalar(f"by_{pl_module.unit}/{name}", value, int(seen * pl_module.unit_size))
+
+
+def event_of(device: torch.device) -> torch.cuda.Event | None:
+    """An event that tells whether a GPU has done what it was given before; None for another device."""
+    return torch.cuda.Event() if device.type == "cuda" else None
 
 
 def waiting_message(share: float, workers: int) -> str:

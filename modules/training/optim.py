@@ -129,7 +129,8 @@ class ScaledAdamW(torch.optim.Optimizer):
             if group["weight_decay"]:
                 decay = group["lr"] * group["weight_decay"]
                 torch._foreach_mul_(weights, 1 - decay if skip is None else 1 - (1 - skip) * decay)
-            # A fused kernel for each matrix: on a CPU it takes a fifth of the time of a chain of foreach operations.
+            # A fused kernel for each matrix, because it has one rate for all that it is given. A chain of foreach
+            # operations takes five times as long on a CPU, and would multiply by the rates one by one on a GPU too.
             for rate, (weight, gradient, exp_avg, exp_avg_sq, step) in zip(rates, matrices, strict=True):
                 adamw(
                     [weight],

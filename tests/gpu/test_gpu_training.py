@@ -1,7 +1,7 @@
 """On a GPU every objective learns in half precision, compiled and not, and a killed run resumes to the same weights."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from trunkline.pipelines.cli import main
 
 STEPS = 20
+WIDE, LONG = 64, 192
+"""Width of two heads that flex attention takes, and of a row that it cuts into blocks."""
 MARGIN = 0.5
 """How far half precision may lead away from float32's weights, in times the way that float32 went."""
 
@@ -45,6 +47,15 @@ class Kept(Callback):
 
 
 LATEST: list[Kept] = []
+GRAPHS: list[torch.fx.GraphModule] = []
+Change = Callable[[dict[str, Any]], None]
+"""Changes the content of a recipe."""
+
+
+def kept_graph(backend: str, graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
+    """What a compiler makes of a graph, which is kept."""
+    GRAPHS.append(graph)
+    return torch._dynamo.lookup_backend(backend)(graph, examples)  # type: ignore[arg-type]
 
 
 def flat(module: nn.Module) -> Tensor:
@@ -52,12 +63,19 @@ def flat(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().cpu().double().flatten() for p in module.parameters()])
 
 
-def train(task: str, precision: str, compiled: bool, device: torch.device, folder: Path) -> Kept:
+def nothing(content: dict[str, Any]) -> None:
+    """A recipe as it is."""
+
+
+def train(
+    task: str, precision: str, compiled: bool, device: torch.device, folder: Path, change: Change = nothing
+) -> Kept:
     """Twenty steps of a task, with no randomness but that of the data."""
     kind = "gpu" if device.type == "cuda" else "cpu"
     options: dict[str, Any] = {"max_steps": STEPS, "limit_val_batches": 2, "val_check_interval": 10}
     config = write_config(folder, task, exact=True, accelerator=kind, devices=1, **options)
     content = yaml.safe_load(config.read_text())
+    change(content)
     content["trainer"]["callbacks+"] = [{"class_path": "test_gpu_training.Kept"}]
     if (kind, precision) == ("cpu", "16-mixed"):
         content["trainer"]["plugins"] = [{"class_path": "half_on_cpu.HalfOnCPU"}]
@@ -68,10 +86,12 @@ def train(task: str, precision: str, compiled: bool, device: torch.device, folde
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("sys.argv", ["trunkline"])
-        if compiled and kind == "cpu":
+        if compiled:
             compile_network = nn.Module.compile
-            patch.setattr(nn.Module, "compile", lambda self, **_: compile_network(self, backend="eager"))
+            backend = partial(kept_graph, "inductor" if kind == "gpu" else "eager")
+            patch.setattr(nn.Module, "compile", lambda self, **_: compile_network(self, backend=backend))
         torch._dynamo.reset()
+        GRAPHS.clear()
         main(arguments(config, 1))
     return LATEST[0]
 
@@ -103,8 +123,40 @@ def test_half_precision_learns_what_float32_learns(
     assert (kept.end - exact.end).norm() < MARGIN * way
 
 
-@pytest.mark.parametrize("task", ["image", "documents", "classify", "pairs", "translate"])
-def test_a_killed_run_resumes_to_the_same_weights(task: str, device: torch.device, tmp_path: Path) -> None:
+def test_flex_attention_in_training(device: torch.device, tmp_path: Path) -> None:
+    """Rows of several documents, wide and long enough for it, through the whole of `trunkline fit`."""
+
+    def change(content: dict[str, Any]) -> None:
+        network, data = content["model"]["init_args"]["network"], content["data"]["init_args"]
+        network["backbone"]["dim"], network["max_length"], data["max_length"] = WIDE, LONG, LONG
+        data["batch_size"] = 4
+        content["trainer"] |= {"val_check_interval": 1.0, "max_epochs": STEPS}
+
+    folders = tmp_path / "float32", tmp_path / "compiled"
+    for folder in folders:
+        folder.mkdir()
+    exact = train("documents", "32-true", False, device, folders[0], change)
+    kept = train("documents", "bf16-mixed", True, device, folders[1], change)
+    (graph,) = GRAPHS
+    calls = [str(node.target) for node in graph.graph.nodes]
+    assert calls.count("flex_attention") == (2 if device.type == "cuda" else 0)
+    assert all(loss.isfinite() for loss in kept.losses)
+    assert (kept.end - exact.end).norm() < MARGIN * (exact.end - exact.start).norm()
+
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("task", "compiled"),
+    [
+        *((task, False) for task in ("image", "documents", "classify", "pairs", "translate")),
+        *(pytest.param(task, True, marks=NEEDS_GPU) for task in ("image", "documents")),  # on a CPU it takes minutes
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_weights(
+    task: str, compiled: bool, device: torch.device, tmp_path: Path
+) -> None:
     """In bfloat16, with dropout on the device, at tolerance 0; the CTC loss of PyTorch cannot promise it on a GPU."""
     kind = "gpu" if device.type == "cuda" else "cpu"
     options: dict[str, Any] = {"accelerator": kind, "precision": "bf16-mixed", "deterministic": True}
@@ -112,6 +164,8 @@ def test_a_killed_run_resumes_to_the_same_weights(task: str, device: torch.devic
     for folder in folders:
         folder.mkdir()
     configs = [write_config(folder, task, **options) for folder in folders]
+    for config in configs:
+        config.write_text(f"{config.read_text()}compile: {str(compiled).lower()}\n")
     run = Run(arguments(configs[0], 1), folders[0], 1)
     assert run.wait() == [0], run.output()
     kill_and_resume(configs[1], 1, 0, EPOCHS * BATCHES, seed=task, kills=2)

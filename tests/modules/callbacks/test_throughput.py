@@ -256,6 +256,30 @@ def test_the_time_that_training_waits_for_data(tmp_path: Path) -> None:
     assert "waits for data in 33% of the time (the training process makes its batches itself): raise num_wo" in said[0]
 
 
+class Behind:
+    """A GPU that is done with its work some seconds after the host has given it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.done = seconds, 0.0
+
+    def record(self) -> None:
+        self.done = throughput.time.perf_counter() + self.seconds
+
+    def query(self) -> bool:
+        return throughput.time.perf_counter() >= self.done
+
+
+@pytest.mark.parametrize(("seconds", "share"), [(3.5, 0.0), (0.5, 1 / 3)])
+def test_what_is_loaded_while_a_gpu_works_is_no_waiting(
+    seconds: float, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch comes 1 second after the step before it, and begins 2 seconds later."""
+    monkeypatch.setattr(throughput, "event_of", lambda device: Behind(seconds))
+    shares, said = wait(tmp_path, 0.0, 0.5)
+    assert shares == pytest.approx({2: 0.0} | dict.fromkeys(range(4, 21, 2), share))
+    assert len(said) == (share > 0)
+
+
 @pytest.mark.parametrize(
     ("first", "others", "shares"),
     [(0.1, 0.1, {2: 1 / 11, 20: 1 / 11}), (3.0, 0.0, {2: 12 / 16, 20: 0.0})],
