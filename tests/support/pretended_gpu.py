@@ -12,9 +12,7 @@ from trunkline.modules.backbone import transformer
 Decision = tuple[str, AttentionPath]
 
 
-def pretend_gpu(
-    monkeypatch: pytest.MonkeyPatch, run: bool = True, traced: bool = False, **said: Any
-) -> list[Decision]:
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, run: bool = True, traced: bool = False, **said: Any) -> list[Decision]:
     """Let trunks decide as in a compiled network in bfloat16 on a GPU.
 
     Args:
