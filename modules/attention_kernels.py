@@ -7,6 +7,7 @@
 | `masked` | all else | memory-efficient, which reads the mask | the same |
 
 Flash attention takes no mask, and the memory-efficient kernel reads one in every layer and computes what it forbids.
+It gets its heads in the form that it takes (`for_memory_efficient`).
 Flex attention asks a rule, which the compiler puts into the kernel, and skips blocks of scores in which nobody may
 attend: those of other documents, outside a window, and of padding at the end of a row. It has no dropout. No token of
 a causal trunk sees padding on its right, so decoders, and `TextHead` on a GPT, pass no mask for it.
@@ -170,32 +171,58 @@ def learns_slowly(q: Tensor, k: Tensor) -> bool:
     return q.shape[-2] * k.shape[-2] <= EXPLICIT_SCORES
 
 
-def shares_heads(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether the fused kernel for these queries lets several of their heads read the same keys.
+KERNEL_BYTES = 16
+"""Heads of the memory-efficient kernel are a multiple of this wide: 8 numbers in 16 bits, 4 in float32."""
 
-    On a GPU only flash attention does, which takes neither masks nor float32. Without this question PyTorch would fall
-    back to its slowest kernel, which holds all scores in memory.
+
+def only_memory_efficient(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether the memory-efficient kernel is the one fast kernel for these queries.
+
+    On a GPU flash attention takes neither masks nor float32. What this kernel does not take either, keys that several
+    query heads share and some widths of heads, would fall to the slowest kernel, which holds all scores in memory.
     """
-    return q.device.type != "cuda" or (mask is None and q.dtype in (torch.float16, torch.bfloat16))
+    return q.device.type == "cuda" and (mask is not None or q.dtype not in (torch.float16, torch.bfloat16))
+
+
+def for_memory_efficient(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys, values and mask that the memory-efficient kernel takes, with the same products.
+
+    Zeros widen the heads; those at the end of the result are cut off. In a step of generation, the only query of each
+    head becomes one of several of a key head, so that no key of the cache is copied; else each head gets its own keys.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.shape[2] == 1 and not is_causal:
+        q = q.reshape(q.shape[0], -1, groups, q.shape[3])  # (B, H, 1, E) -> (B, K, H / K, E)
+        mask = (
+            mask.reshape(mask.shape[0], -1, groups, mask.shape[3]) if mask is not None and mask.shape[1] > 1 else mask
+        )
+    elif groups > 1:
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    missing = -q.shape[3] % (KERNEL_BYTES // q.element_size())
+    q, k, v = (F.pad(t, (0, missing)) if missing else t for t in (q, k, v))
+    return q, k, v, mask
 
 
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float, scale: float
 ) -> Tensor:
-    """`F.scaled_dot_product_attention`, for masks of any type and for keys that serve several query heads."""
-    gqa = q.shape[1] != k.shape[1]
+    """`F.scaled_dot_product_attention`, for masks of any type, heads of any width and keys that serve several heads."""
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)  # the fused kernels need equal types
     elif mask is not None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         # PyTorch does the same inside, but its compiler (2.14) then fixes the strides that the backward pass expects to
         # those of the first batch, and raises in the first batch of another length.
         mask = q.new_zeros(mask.shape).masked_fill(~mask, -math.inf)
-    if gqa and not shares_heads(q, mask):
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        gqa = False
-    return F.scaled_dot_product_attention(
+    shape, adapted = q.shape, only_memory_efficient(q, mask)
+    if adapted:
+        q, k, v, mask = for_memory_efficient(q, k, v, mask, is_causal)
+    gqa = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, scale=scale, enable_gqa=gqa
     )
+    return out[..., : shape[3]].reshape(shape) if adapted else out
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: "BlockMask", scale: float) -> Tensor:

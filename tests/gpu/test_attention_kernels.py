@@ -10,7 +10,7 @@ from recipe_paths import BIASED, PADDED, PATHS, PLAIN
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trunkline.modules.backbone import Transformer, TransformerConfig
+from trunkline.modules.backbone import KVCache, Transformer, TransformerConfig
 from trunkline.modules.networks import BERTConfig
 from trunkline.pipelines.configs import config_names, find_config
 
@@ -55,6 +55,18 @@ def test_the_kernel_of_a_recipe(recipe: str) -> None:
                 model = Transformer(cfg).to(DEVICE).train()
                 with torch.autocast(DEVICE, torch.bfloat16), sdpa_kernel([KERNELS[path]]):
                     model(x, mask=given, causal=causal).x.float().square().sum().backward()
+
+
+@pytest.mark.parametrize("width", [36, 64])
+def test_the_kernel_of_a_step_of_generation(width: int) -> None:
+    """Grouped queries and a mask over the slots of a cache, as with a compiled step."""
+    cfg = TransformerConfig(256, 2, 4, 2, causal=True, head_dim=width)
+    model, (x, mask) = Transformer(cfg).to(DEVICE).eval(), inputs(cfg)
+    cache = KVCache(cfg, 2, LENGTH, torch.bfloat16, DEVICE)
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        model(x[:, :-1], cache=cache)
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION]):
+            model(x[:, -1:], mask=mask, cache=cache)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -202,40 +202,108 @@ def test_other_kinds_of_mask_are_refused(dtype: torch.dtype, name: str) -> None:
         trunk(cfg)(x, **context, **{name: mask})
 
 
+Call = tuple[tuple[int, ...], int, bool]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """Of each call of PyTorch's attention: sizes of the queries, heads of the keys, and whether queries share these."""
+    fused, seen = F.scaled_dot_product_attention, []
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.append((tuple(q.shape), k.shape[1], options["enable_gqa"]))
+        return fused(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    return seen
+
+
+def on_both(monkeypatch: pytest.MonkeyPatch, net: Transformer, x: Tensor, **options: Any) -> list[list[Tensor]]:
+    """Output and gradients as on a CPU, and as with the memory-efficient kernel of a GPU."""
+    found = []
+    for only in (False, True):
+        monkeypatch.setattr(attention_kernels, "only_memory_efficient", lambda q, mask, only=only: only)
+        net.zero_grad()
+        out = net(x, **options).x
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
+    return found
+
+
 @pytest.mark.parametrize("masked", [False, True])
-def test_heads_that_cannot_share_keys_get_their_own(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_that_cannot_share_keys_get_their_own(
+    masked: bool, monkeypatch: pytest.MonkeyPatch, calls: list[Call]
+) -> None:
     """As on a GPU with a mask: outputs and gradients are those of shared keys."""
     net = trunk(config(num_kv_heads=2, num_heads=4, causal=not masked)).double()
     x = torch.randn(2, 7, net.config.dim, dtype=torch.float64)
     mask = torch.arange(7) < torch.tensor([[7], [4]]) if masked else None
-    found = []
-    fused = F.scaled_dot_product_attention
-    shared: list[bool] = []
-
-    def watched(*tensors: Tensor, enable_gqa: bool, **options: Any) -> Tensor:
-        shared.append(enable_gqa)
-        return fused(*tensors, enable_gqa=enable_gqa, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    for able in (True, False):
-        monkeypatch.setattr(attention_kernels, "shares_heads", lambda q, mask, able=able: able)
-        net.zero_grad()
-        out = net(x, mask=mask).x
-        out.square().sum().backward()
-        found.append((out.detach(), [p.grad.clone() for p in net.parameters() if p.grad is not None]))
-    assert shared == [True] * net.config.depth + [False] * net.config.depth
+    found = on_both(monkeypatch, net, x, mask=mask)
+    shape = (2, 4, 7, net.config.head_width)
+    assert calls == [(shape, 2, True)] * net.config.depth + [(shape, 4, False)] * net.config.depth
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "masked", "able"),
+    ("width", "fields"), [(3, {}), (6, {"num_kv_heads": 2}), (6, {"attn_scale": 0.7, "rope_theta": 1e4})]
+)
+def test_zeros_widen_heads_that_the_kernel_does_not_take(
+    width: int, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch, calls: list[Call]
+) -> None:
+    """In numbers of 4 bytes to a multiple of 4; the scale stays that of the true width."""
+    cfg = config(num_heads=4, head_dim=width, **fields)
+    net, x = trunk(cfg), torch.randn(2, 7, cfg.dim)
+    found = on_both(monkeypatch, net, x, mask=torch.arange(7) < torch.tensor([[7], [4]]))
+    widths = [shape[3] for shape, *_ in calls]
+    assert widths == [width] * cfg.depth + [{3: 4, 6: 8}[width]] * cfg.depth
+    for got, want in zip(found[1], found[0], strict=True):
+        assert (got - want).abs().max() <= 1e-5 * max(want.abs().max().item(), 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.bfloat16, 40), (torch.float16, 40), (torch.float32, 36), (torch.float64, 36)]
+)
+def test_the_width_of_heads_follows_their_type(dtype: torch.dtype, width: int) -> None:
+    """Heads of 36, as in audio/digits."""
+    heads = torch.ones(2, 4, 7, 36, dtype=dtype)
+    adapted = attention_kernels.for_memory_efficient(heads, heads, heads, None, False)
+    for part in adapted[:3]:
+        assert part is not None
+        assert part.shape == (2, 4, 7, width)
+        assert part[..., :36].eq(1).all()
+        assert part[..., 36:].eq(0).all()
+
+
+@pytest.mark.parametrize("heads_in_mask", [1, 4])
+def test_one_query_copies_no_keys(heads_in_mask: int, monkeypatch: pytest.MonkeyPatch, calls: list[Call]) -> None:
+    """As in a step of generation with grouped queries: its heads become queries of one head."""
+    cache_config = config(num_kv_heads=2, num_heads=4, causal=True)
+    net, x = trunk(cache_config).double(), torch.randn(2, 7, cache_config.dim, dtype=torch.float64)
+    mask = torch.rand(2, heads_in_mask, 1, 7) < 0.6
+    mask[..., -1] = True
+    found = []
+    for only in (False, True):
+        monkeypatch.setattr(attention_kernels, "only_memory_efficient", lambda q, mask, only=only: only)
+        cache = KVCache(cache_config, 2, 7, torch.float64)
+        with torch.no_grad():
+            net(x[:, :6], cache=cache)
+            del calls[:]
+            found.append(net(x[:, 6:], mask=mask, cache=cache).x)
+    assert calls == [((2, 2, 2, cache_config.head_width), 2, False)] * cache_config.depth
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "masked", "only"),
     [
-        ("cpu", torch.float32, True, True),
-        ("cuda", torch.bfloat16, False, True),
-        ("cuda", torch.bfloat16, True, False),
-        ("cuda", torch.float32, False, False),
+        ("cpu", torch.float32, True, False),
+        ("cuda", torch.bfloat16, False, False),
+        ("cuda", torch.bfloat16, True, True),
+        ("cuda", torch.float32, False, True),
     ],
 )
-def test_which_kernels_share_keys(device: str, dtype: torch.dtype, masked: bool, able: bool) -> None:
+def test_where_only_the_memory_efficient_kernel_is_fast(
+    device: str, dtype: torch.dtype, masked: bool, only: bool
+) -> None:
     q: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    assert attention_kernels.shares_heads(q, torch.ones(1) if masked else None) is able
+    assert attention_kernels.only_memory_efficient(q, torch.ones(1) if masked else None) is only
