@@ -302,7 +302,8 @@ def of_own_constructor(error: BaseException) -> TrunklineError | None:
     cause = error.__cause__
     while cause is not None and cause.__cause__ is not None:
         cause = cause.__cause__
-    libraries = *ROOMS, sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")
+    installed = (sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
+    libraries = *ROOMS, *(str(Path(path).resolve()) for path in installed)  # an environment may be reached by a link
     own = [
         frame
         for frame in (traceback.extract_tb(cause.__traceback__) if cause else [])

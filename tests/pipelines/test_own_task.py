@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import own_task
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trunkline.modules.callbacks.curves import read_curves, read_events
 from trunkline.pipelines.cli import main
+from trunkline.pipelines.parser import of_own_constructor
 
 SUPPORT = Path(own_task.__file__).parent
 ROOT = SUPPORT.parents[1]
@@ -159,3 +161,20 @@ def test_a_callback_that_cannot_be_made(
 
 def test_it_stays_a_page() -> None:
     assert len(Path(own_task.__file__).read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_error_of_a_library_is_not_of_ones_own_code(
+    linked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the environment is reached by a link, as home folders of clusters often are."""
+    if linked:
+        (tmp_path / "link").symlink_to(sysconfig.get_path("purelib"))
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "link"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.nn.Linear(4, -4)
+    hidden = ValueError("what jsonargparse says")
+    hidden.__cause__ = caught.value
+    assert "test_own_task.py, line" in str(of_own_constructor(hidden))
+    hidden.__cause__ = caught.value.with_traceback(caught.tb.tb_next)  # without this function
+    assert of_own_constructor(hidden) is None
