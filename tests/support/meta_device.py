@@ -19,8 +19,6 @@ from trunkline.modules.training.late import LateReduction
 aten = torch.ops.aten
 MADE_ON_THE_HOST = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 """They write their numbers to the host's memory, then copy them to the device; unlike `torch.full`."""
-
-
 LAST = 4
 """Steps of a run."""
 
@@ -54,12 +52,10 @@ class _Copies(TorchDispatchMode):
 class _Lists(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if (
-            func in MADE_ON_THE_HOST
-            and result.device.type != "cpu"
-            and not any(isinstance(x, Tensor) for x in args[:1])
-        ):
-            refuse_copy(func)
+        if func in MADE_ON_THE_HOST and result.device.type != "cpu":
+            content = args[1 if func is Tensor.new_tensor else 0]
+            if not isinstance(content, Tensor):
+                refuse_copy(func)
         return result
 
 
