@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,6 +48,22 @@ def between_steps(trainer: L.Trainer) -> bool:
     finished = trainer.global_step > 0 and progress.ready == progress.completed
     stage = trainer.training or trainer.validating
     return stage and trainer.world_size == 1 and finished and not accumulates(trainer)
+
+
+@contextmanager
+def undisturbed_by_workers() -> Iterator[None]:
+    """Keep torch from raising that a process that loads data was lost, which it does wherever the signal arrives."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():  # Windows
+        yield
+        return
+    raises = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    with suppress(RuntimeError):  # a signal that has arrived by now is still handled as before, in this call
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, raises)
 
 
 class Stopped(SystemExit):
@@ -207,18 +225,13 @@ class GracefulStop(Callback):
         self.stop_listening()
         if not isinstance(exception, Exception) or not between_steps(trainer):
             return
-        for final in (
-            False,
-            True,
-        ):  # torch raises the loss of a worker anywhere, also in the first save
-            try:
+        try:
+            with undisturbed_by_workers():
                 path = self._save(trainer)
-            except Exception as error:  # such as a full disk; the first error is the one to report
-                if final:
-                    rank_zero_info(f"the last step cannot be saved: {error}")
-            else:
-                rank_zero_info(f"stopped after step {trainer.global_step}; saved {path}")
-                return
+        except Exception as error:  # such as a full disk; the first error is the one to report
+            rank_zero_info(f"the last step cannot be saved: {error}")
+        else:
+            rank_zero_info(f"stopped after step {trainer.global_step}; saved {path}")
 
     # --- stopping
 

@@ -84,6 +84,35 @@ def test_a_killed_worker_loses_no_step(tmp_path: Path) -> None:
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+def test_the_signal_of_a_lost_worker_does_not_break_into_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come while the thread is started that writes the file, which then said what Python had lost of it."""
+    heard: list[int] = []
+
+    def raises(number: int, frame: Any) -> None:
+        heard.append(number)
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    class Interrupted(SafeCheckpointIO):
+        def save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+            os.kill(os.getpid(), signal.SIGCHLD)
+            super().save_checkpoint(*arguments, **options)
+
+    before = signal.signal(signal.SIGCHLD, raises)
+    try:
+        data = ImageData(image_size=8, channels=1, batch_size=200, num_workers=0, val_fraction=0.2)
+        callbacks = [Broken(), GracefulStop()]
+        fitted = trainer(tmp_path, max_epochs=9, callbacks=callbacks, plugins=[Interrupted()], limit_train_batches=3)
+        with pytest.raises(RuntimeError, match="no such metric"):
+            fitted.fit(classifier(vit()), datamodule=data)
+        assert signal.getsignal(signal.SIGCHLD) is raises
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert heard == []
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
+
+
 def test_torch_is_heard_out(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[int] = []
 
