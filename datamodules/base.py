@@ -119,8 +119,8 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         return plain_digest(parts) if parts else None
 
     def digest_parts(self) -> dict[str, Any]:
-        """What `digest` is made of, by name, as plain values: `settings`, the fields that change samples or their order;
-        `tokenizers`; and a digest of each split and of whatever else `data_key` names.
+        """What `digest` is made of, by name, as plain values: a digest of each split and of whatever else `data_key`
+        names; `tokenizers`; and `settings`, the fields that change samples or their order.
 
         Empty if a datamodule has neither `datasets` nor a `data_key`.
         """

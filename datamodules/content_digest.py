@@ -31,9 +31,14 @@ def short_digest(content: str | bytes | memoryview) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
+def plain_text(value: Any) -> str:
+    """Plain values (numbers, texts, lists, dictionaries in any order) as a text; of others only the type counts."""
+    return json.dumps(value, sort_keys=True, default=lambda other: type(other).__qualname__)
+
+
 def plain_digest(value: Any) -> str:
-    """The short digest of plain values (numbers, texts, lists and dictionaries), in whatever order a dictionary is."""
-    return short_digest(json.dumps(value, sort_keys=True))
+    """The short digest of `plain_text`."""
+    return short_digest(plain_text(value))
 
 
 def plain_value(value: Any) -> Any:
