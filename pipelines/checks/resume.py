@@ -60,7 +60,8 @@ def run_resume(bench: Workbench, processes: int, device: str) -> Resumed:
     """
     places = "" if processes == 1 else f" in {processes} processes"
     common: dict[str, Any] = {"steps": END, "processes": processes, "callbacks": "all", "still": False, "epoch": EPOCH}
-    went_on = bench.run(Trial(f"{END} steps{places}, over the end of an epoch, not interrupted", ResumeObserver(), **common))
+    title = f"{END} steps{places}, over the end of an epoch, not interrupted"
+    went_on = bench.run(Trial(title, ResumeObserver(), **common))
     killed = Trial(f"the same, SIGKILL after step {KILLED}", ResumeObserver(held=True), held=True, **common)
     bench.run(killed)
     (file,) = (bench.folder / f"trial{bench.count}").rglob(f"check{SAVED}.ckpt")

@@ -71,7 +71,8 @@ def test_strategies_that_start_processes_themselves(strategy: str, expected: boo
     ("trainer", "expected"),
     [
         ({}, {"limit_train_batches": 4}),
-        ({"limit_train_batches": 1.0, "val_check_interval": 0.1}, {"limit_train_batches": 4, "val_check_interval": 1.0}),
+        ({"val_check_interval": 0.1}, {"limit_train_batches": 4, "val_check_interval": 1.0}),
+        ({"limit_train_batches": 1.0}, {"limit_train_batches": 4}),
         ({"accumulate_grad_batches": 3, "limit_train_batches": None}, {"limit_train_batches": 12}),
         ({"limit_train_batches": 3}, {"limit_train_batches": 3}),
         ({"limit_train_batches": 30}, {"limit_train_batches": 4}),
