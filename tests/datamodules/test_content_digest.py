@@ -244,10 +244,26 @@ def kaldi(folder: Path, number: int | None, patch: Any) -> TrunklineDataModule:
     return SpeechData(str(folder / "in"), **sound_options(folder))
 
 
+def librispeech(folder: Path, number: int | None, patch: Any) -> TrunklineDataModule:
+    files = [write_sound(folder / "in" / f"1-2-{n}.flac", letter_tones(f"{'abcd'[n % 4]}bd")) for n in range(ROWS)]
+    (folder / "in" / "1-2.trans.txt").write_text("".join(f"1-2-{n} {'abcd'[n % 4]}bd\n" for n in range(ROWS)))
+    if number is not None:
+        flip(files[number])
+    return SpeechData(str(folder / "in"), **sound_options(folder))
+
+
 def text(folder: Path, number: int | None, patch: Any) -> TrunklineDataModule:
     write_text(folder / "in.txt")
     relettered(folder / "in.txt", number)
     return TextData(str(folder / "in.txt"), tokenizer=str(folder.parent / "gpt.json"), max_length=16, **LOADING)
+
+
+def text_hub(folder: Path, number: int | None, patch: Any) -> TrunklineDataModule:
+    """Its texts are streamed into the cache, and seen there."""
+    file = relettered(Path(write_rows(folder / "in.jsonl", [{"text": text} for text in sentences(60)])), number)
+    hub(patch, [json.loads(line) for line in file.read_text().splitlines()])
+    options = {"tokenizer": str(folder.parent / "gpt.json"), "max_length": 16, "val_fraction": 0.2}
+    return TextData("owner/texts", **options, **LOADING)
 
 
 def documents(folder: Path, number: int | None, patch: Any) -> TrunklineDataModule:
@@ -319,8 +335,8 @@ def parallel(folder: Path, number: int | None, patch: Any) -> TrunklineDataModul
 KINDS: list[Callable[[Path, int | None, Any], TrunklineDataModule]] = [
     *(pictures, picture_table, picture_paths, parquet, digits),
     *(pair_list, caption_list, pair_table, caption_table, shards, shard_captions, emoji),
-    *(sound_classes, sound_list, decoded_sounds, sound_table, kaldi),
-    *(text, documents, spans, labelled, labelled_hub, tagged, squad, translation, parallel),
+    *(sound_classes, sound_list, decoded_sounds, sound_table, kaldi, librispeech),
+    *(text, text_hub, documents, spans, labelled, labelled_hub, tagged, squad, translation, parallel),
 ]
 
 
