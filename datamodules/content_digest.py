@@ -32,14 +32,14 @@ def short_digest(content: str | bytes | memoryview) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def plain_text(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Plain values (numbers, texts, lists, dictionaries in any order) as a text; of others only the type counts."""
     return json.dumps(value, sort_keys=True, default=lambda other: type(other).__qualname__)
 
 
 def plain_digest(value: Any) -> str:
-    """The short digest of `plain_text`."""
-    return short_digest(plain_text(value))
+    """The short digest of `value_text`."""
+    return short_digest(value_text(value))
 
 
 def plain_value(value: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from trunkline import TrunklineError
-from trunkline.datamodules.content_digest import plain_text
+from trunkline.datamodules.content_digest import value_text
 from trunkline.datamodules.images.image_decoding import open_image
 from trunkline.datamodules.images.image_sources import (
     SPLIT_NAMES,
@@ -142,7 +142,7 @@ class PairTable:
         return f"{self.title}, row {row}"
 
     def stored(self, row: int) -> list[bytes | Path]:
-        captions = plain_text(self.texts[row][self.caption_column]).encode()
+        captions = value_text(self.texts[row][self.caption_column]).encode()
         return [stored_image(self.images[row][self.image_column], self.image_folder), captions]
 
     def order(self, generator: np.random.Generator) -> Iterator[np.ndarray]:

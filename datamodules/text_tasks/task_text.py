@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.datamodules.base import TrunklineDataModule
-from trunkline.datamodules.content_digest import plain_text
+from trunkline.datamodules.content_digest import value_text
 from trunkline.datamodules.hub import NamedSource, TextSplits
 from trunkline.datamodules.splits import check_fractions, shares_of, split_of
 from trunkline.datamodules.tables import TABLES, kind, read_table
@@ -144,7 +144,7 @@ def cells_digest(rows: Iterable[Row]) -> str:
     """The short digest of all cells of rows; their texts are in memory, wherever they come from."""
     found = hashlib.blake2b(digest_size=8)
     for row in rows:
-        found.update(plain_text(row.cells).encode())
+        found.update(value_text(row.cells).encode())
     return found.hexdigest()
 
 
