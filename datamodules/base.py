@@ -1,15 +1,12 @@
 """What every datamodule shares: loaders that resume the order of samples exactly."""
 
-import hashlib
-import json
 import os
 import random
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,6 +18,7 @@ from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts, EpochCut
+from trunkline.datamodules.content_digest import SETTINGS, plain_digest, plain_value, short_digest
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader
 from trunkline.datamodules.token_batches import TokenBatches
 from trunkline.ranges import check_ranges
@@ -49,27 +47,10 @@ def preserved_generators() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-ONLY_SPEED = {"batch_size", "eval_batch_size", "num_workers", "cache_dir"}
+NOT_SAMPLES = {"batch_size", "eval_batch_size", "num_workers", "cache_dir", "cache_waveforms", "max_skipped"}
 """Fields of datamodules that do not change the samples."""
-
-
-def short_digest(content: str | bytes | memoryview) -> str:
-    """16 hexadecimal digits that tell a content from others."""
-    content = content.encode() if isinstance(content, str) else content
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
-def plain_value(value: Any) -> Any:
-    """A field's value as plain data without the place of local files, which is another one on another machine."""
-    if isinstance(value, str | Path) and os.path.exists(value):
-        return ["folder"] if os.path.isdir(value) else ["file", os.path.getsize(value)]
-    if isinstance(value, dict):
-        return {str(key): plain_value(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_value(part) for part in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain_value(asdict(value))
-    return value if value is None or isinstance(value, str | int | float) else type(value).__qualname__
+TOKENIZER_FIELDS = {"tokenizer", "target_tokenizer"}
+"""Fields that name a tokenizer, which is known by itself, wherever it comes from."""
 
 
 def outlive_signals(worker: int) -> None:
@@ -130,30 +111,43 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         return {"source": source, "rows": rows}
 
     def digest(self) -> str | None:
-        """Short hexadecimal digest of what training reads, after `setup`; no sample is read for it.
+        """Short hexadecimal digest of what training reads, after `setup`; None if nothing is known about it.
 
-        It is the same in all processes, and on all machines that have the same data, wherever the files are. It is made
-        of the fields that change samples or their order, the tokenizers, `data_key`, and the number of samples in each
-        split. None if a datamodule has neither `datasets` nor a `data_key`.
+        It is the same in all processes, and on all machines that have the same data, wherever the files are.
+        """
+        parts = self.digest_parts()
+        return plain_digest(parts) if parts else None
+
+    def digest_parts(self) -> dict[str, Any]:
+        """What `digest` is made of, by name, as plain values: a digest of each split and of whatever else `data_key`
+        names; `tokenizers`; and `settings`, the fields that change samples or their order.
+
+        Empty if a datamodule has neither `datasets` nor a `data_key`.
         """
         if not self.datasets and not self._key:
-            return None
-        key = [self._key, *self._tokenizers()]
-        settings = {part.name: plain_value(getattr(self, part.name)) for part in fields(self)}
+            return {}
+        tokenizers = [short_digest(text) for text in self._tokenizers()]
+        left_out = NOT_SAMPLES | (TOKENIZER_FIELDS if tokenizers else set())
+        names = [part.name for part in fields(self) if part.name not in left_out]
+        settings = {name: plain_value(getattr(self, name)) for name in names}
         sizes = {split: len(rows) for split, rows in self.datasets.items()}  # type: ignore[arg-type]
-        content = [{name: settings[name] for name in settings.keys() - ONLY_SPEED}, sizes, key]
-        return short_digest(json.dumps(content, sort_keys=True))
+        parts = {name: plain_digest([sizes.get(name), self._key.get(name)]) for name in {**self._key, **sizes}}
+        return {**parts, "tokenizers": tokenizers, SETTINGS: settings}
 
-    def data_key(self) -> list[Any]:
+    def data_key(self) -> dict[str, Any] | list[Any]:
         """What else tells this data from other data, as plain values that are found without reading all of it, such as
-        names and sizes of files, or the digest of a tokenizer; without the folder in which the data is.
+        `sampled_digest` of each split; without the folder in which the data is.
+
+        Returns:
+            the values of each split, and others under names of their own. A list has the name `data`.
         """
-        return []
+        return {}
 
     @cached_property
-    def _key(self) -> list[Any]:
+    def _key(self) -> dict[str, Any]:
         """`data_key`, found once: the processes compare it before a run, and the run's record holds it."""
-        return self.data_key()
+        key = self.data_key()
+        return key if isinstance(key, dict) else {"data": key} if key else {}
 
     def compare_tokenizers(self) -> None:
         """Check that all processes of a training have the same tokenizers. All of them must call this, in `setup`.

@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from trunkline import FoundByAll, TrunklineError, __version__
 from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.content_digest import different_parts
 from trunkline.datamodules.samplers import check_batch_size
 from trunkline.files import megabytes
 from trunkline.modules.callbacks.graceful_stop import LastCheckpoint
@@ -160,6 +161,8 @@ class Survey(NamedTuple):
     """Digest of the data."""
     folder: str | None
     """What is wrong with the run's folder."""
+    parts: Mapping[str, Any] = {}
+    """What that digest is made of."""
 
 
 class PreFlight(Callback):
@@ -207,8 +210,8 @@ def survey(trainer: L.Trainer, folder: Path, token: str) -> Survey:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     data = getattr(trainer, "datamodule", None)
-    digest = data.digest() if isinstance(data, TrunklineDataModule) else None
-    return Survey(trainer.global_rank, socket.gethostname(), versions, digest, folder_fault(folder, token))
+    digest, parts = (data.digest(), data.digest_parts()) if isinstance(data, TrunklineDataModule) else (None, {})
+    return Survey(trainer.global_rank, socket.gethostname(), versions, digest, folder_fault(folder, token), parts)
 
 
 def disagreements(everyone: list[Survey]) -> list[tuple[str | None, str | None]]:
@@ -226,6 +229,8 @@ def disagreements(everyone: list[Survey]) -> list[tuple[str | None, str | None]]
                 found.append((f"{text}; install the same packages on all hosts, or one environment for all", None))
         if other.data != first.data:
             text = f"{who} reads other data (digest {other.data}) than the first process on {first.host} ({first.data})"
+            names = ", ".join(different_parts(first.parts, other.parts))
+            text += f": they differ in {names}" if names else ""
             found.append((f"{text}; give all hosts the same files, cached ones too (cache_dir)", "data.source"))
     return found
 

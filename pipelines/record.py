@@ -5,21 +5,25 @@ import platform
 import shlex
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import distributions
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from trunkline import __version__
 from trunkline.datamodules.base import TrunklineDataModule
-from trunkline.files import write_json
+from trunkline.datamodules.content_digest import DIGEST_FORMAT, SETTINGS, different_parts
+from trunkline.files import read_json, write_json
 from trunkline.modules.training.distributed import gather_lists
 from trunkline.modules.training.warm_start import class_path
+from trunkline.pipelines.runs import configs, record_beside
 from trunkline.run_folders import step_in
 
 GIT_SECONDS = 10
@@ -28,6 +32,8 @@ GIT_SECONDS = 10
 
 class RunRecord(Callback):
     """Writes the record as training starts, in the first process: no environment variables, but the command line.
+
+    If the run is resumed with other data than the record of its last start names, there is a warning.
 
     Args:
         file: where to.
@@ -45,7 +51,10 @@ class RunRecord(Callback):
         devices = gather_lists([[socket.gethostname(), device_name(trainer.strategy.root_device)]], trainer.world_size)
         if not trainer.is_global_zero:
             return
-        data: Any = getattr(trainer, "datamodule", None)
+        data = data_entry(getattr(trainer, "datamodule", None))
+        changed = None if self.checkpoint is None else data_change(self.file, data)
+        if changed is not None:
+            rank_zero_warn(changed)
         record = {
             "started": self.started,
             "training_started": now(),
@@ -61,10 +70,7 @@ class RunRecord(Callback):
             "strategy": class_path(type(trainer.strategy)),
             "precision": trainer.precision,
             "objective": class_path(type(pl_module)),
-            "data": {
-                "class": class_path(type(data)),
-                "digest": data.digest() if isinstance(data, TrunklineDataModule) else None,
-            },
+            "data": data,
             "versions": {
                 "trunkline": __version__,
                 "python": platform.python_version(),
@@ -74,6 +80,39 @@ class RunRecord(Callback):
             "packages": packages(),
         }
         write_json(self.file, record, "run_dir")
+
+
+def data_entry(data: Any) -> dict[str, Any]:
+    """What a record says about the data: its class, its digest, and what that is made of."""
+    ours = isinstance(data, TrunklineDataModule)
+    parts = {"format": DIGEST_FORMAT, "parts": data.digest_parts()} if ours else {}
+    return {"class": class_path(type(data)), "digest": data.digest() if ours else None, **parts}
+
+
+def data_change(file: Path, now: Mapping[str, Any]) -> str | None:
+    """What to say if a run goes on with other data than before; None if it has the same, or if nothing tells.
+
+    Args:
+        file: the record of this start; those of earlier ones stand beside it.
+        now: the `data_entry` of this start.
+    """
+    older = [record_beside(config) for config in takewhile(Path.is_file, configs(file.parent))]
+    known = {record: read_json(record) for record in older if record != file}
+    entries = {record: content.get("data") or {} for record, content in known.items() if isinstance(content, dict)}
+    alike = [record for record, data in entries.items() if data.get("format") == now.get("format") == DIGEST_FORMAT]
+    if not alike or entries[alike[-1]]["digest"] == now["digest"]:
+        return None
+    before = entries[alike[-1]]
+    names = different_parts(before["parts"], now["parts"])
+    if not names and before["parts"].get(SETTINGS, {}).keys() != now["parts"].get(SETTINGS, {}).keys():
+        return None  # another version of the program, with other fields
+    where = f" in {', '.join(names)}" if names else ""
+    return (
+        f"the data is not what it was when this run last started: it differs{where} (digest {before['digest'][:8]} in "
+        f"{alike[-1]}, now {str(now['digest'])[:8]}). The samples from here on are not those that the run would have "
+        "seen, so that this resume is not exact; if that is not what you want, stop it before it saves, restore the "
+        "data, and resume again"
+    )
 
 
 class LastScores(Callback):

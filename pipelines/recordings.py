@@ -45,6 +45,9 @@ class AudioFiles:
     def name(self, row: int) -> str:
         return str(self.files[row])
 
+    def stored(self, row: int) -> list[bytes | Path]:
+        return [self.files[row]]
+
     def waveform(self, row: int, rate: int, start: float = 0.0, end: float | None = None) -> np.ndarray:
         # A whole file must not be silent; a part of one may be.
         return read_audio(self.files[row], self.name(row), rate, start or None, end)

@@ -154,6 +154,10 @@ class ListedAudio:
     def name(self, row: int) -> str:
         return self.rows[row].name
 
+    def stored(self, row: int) -> list[bytes | Path]:
+        content = self.listing.contents[self.rows[row].content]
+        return [content if isinstance(content, bytes) else Path(content)]
+
 
 def read_listing(
     listing: AudioListing, cache: Path, skip_corrupt: bool, longest: float = math.inf

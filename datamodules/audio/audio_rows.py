@@ -1,5 +1,6 @@
 """Recordings of a split, as the datamodules see them, and parts of them."""
 
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +35,9 @@ class AudioRows(Protocol):
     def name(self, row: int) -> str:
         """Name of the file or row, for messages."""
 
+    def stored(self, row: int) -> list[bytes | Path]:
+        """What is stored of a row, as it is, for `sampled_digest`."""
+
 
 class AudioSubset:
     """Some rows of another `AudioRows`, or parts of them.
@@ -65,6 +69,9 @@ class AudioSubset:
     def name(self, row: int) -> str:
         part = f", from {self.starts[row]:.2f} s on" if self.starts[row] else ""
         return self.rows.name(int(self.indices[row])) + part
+
+    def stored(self, row: int) -> list[bytes | Path]:
+        return self.rows.stored(int(self.indices[row]))
 
 
 def windows(rows: AudioRows, seconds: float, slack: float = 0.0) -> AudioSubset:

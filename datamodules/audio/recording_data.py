@@ -1,6 +1,5 @@
 """What the datamodules of recordings share: sources, splits, batches of like length, and what a checkpoint keeps."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,8 @@ from trunkline.datamodules.audio.audio_rows import AudioRows, AudioSubset, windo
 from trunkline.datamodules.audio.audio_sources import open_audio
 from trunkline.datamodules.audio.log_mel import LogMel
 from trunkline.datamodules.audio.waveform_cache import CachedAudio
-from trunkline.datamodules.base import TrunklineDataModule, short_digest
+from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.content_digest import plain_digest, sampled_digest, short_digest
 from trunkline.datamodules.hub import TextSplits
 from trunkline.datamodules.skipping import MOST_NAMES
 from trunkline.datamodules.splits import check_fractions, rows_by_number, shares_of
@@ -220,11 +220,15 @@ class RecordingData(TextSplits, TrunklineDataModule):
         rank_zero_info(f"training: {self.summary('train')}")
         self.compare_tokenizers()
 
-    def data_key(self) -> list[Any]:
-        return [
-            [split, short_digest(rows.seconds.tobytes()), short_digest(json.dumps([rows.texts, rows.labels]))]
+    def data_key(self) -> dict[str, Any]:
+        return {
+            split: [
+                short_digest(rows.seconds.tobytes()),
+                plain_digest([rows.texts, rows.labels]),
+                sampled_digest(len(rows), rows.stored),
+            ]
             for split, rows in self.splits.items()
-        ]
+        }
 
     def summary(self, split: str) -> str:
         """How many clips and hours a split has, and what is left out or cut."""

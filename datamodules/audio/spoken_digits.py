@@ -234,6 +234,10 @@ class SpokenDigits:
         """Names a row for messages."""
         return f"{self.set_name}, clip {row} ({self.clips[row].accent}, {self.clips[row].voice})"
 
+    def stored(self, row: int) -> list[bytes | Path]:
+        """What is stored of a row, as it is, for `sampled_digest`."""
+        return [self.samples[self.borders[row] : self.borders[row + 1]].tobytes()]
+
     def waveform(self, row: int, rate: int, start: float = 0.0, end: float | None = None) -> np.ndarray:
         """(S,) float32 at `rate` samples per second. The set's noise is added before anything else."""
         clip = self.clean(row)

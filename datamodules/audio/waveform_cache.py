@@ -90,3 +90,6 @@ class CachedAudio:
 
     def name(self, row: int) -> str:
         return self.rows.name(row)
+
+    def stored(self, row: int) -> list[bytes | Path]:
+        return self.rows.stored(row)  # decoded samples may be rounded in another way on another machine

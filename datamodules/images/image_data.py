@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from torch.utils.data import Dataset
 
 from trunkline.contract import DataFacts
-from trunkline.datamodules.base import TrunklineDataModule, short_digest
+from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.content_digest import sampled_digest, short_digest
 from trunkline.datamodules.folders import FileNames
 from trunkline.datamodules.hub import HubSource
 from trunkline.datamodules.images.image_decoding import open_image, to_channels
@@ -106,6 +107,15 @@ class ImageData(Splits, HubSource, ImageInput, TrunklineDataModule):
             revision=self.revision,
         )
 
+    @cached_property
+    def split_rows(self) -> dict[str, ImageRows]:
+        """The rows of each split.
+
+        Raises:
+            TrunklineError: the errors of `table` and of `carve_splits`.
+        """
+        return carve_splits(self.table.splits, self.fractions, self.split_seed)
+
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of the class numbers."""
@@ -122,15 +132,19 @@ class ImageData(Splits, HubSource, ImageInput, TrunklineDataModule):
     def setup(self, stage: str) -> None:
         if self.datasets:
             return
-        for split, rows in carve_splits(self.table.splits, self.fractions, self.split_seed).items():
+        for split, rows in self.split_rows.items():
             self.datasets[split] = LabelledImages(rows, *self.image_options(split, self.seed))
 
-    def data_key(self) -> list[Any]:
-        splits = {}
+    def data_key(self) -> dict[str, Any]:
+        names: Any = {}
         for split, rows in self.table.splits.items():
-            names = rows.files.digest() if isinstance(rows, FileRows) and isinstance(rows.files, FileNames) else None
-            splits[split] = [short_digest(rows.labels.tobytes()), names]
-        return [self.class_names, splits]
+            if isinstance(rows, FileRows) and isinstance(rows.files, FileNames):
+                names[split] = rows.files.digest()
+        found = {
+            split: [short_digest(rows.labels.tobytes()), sampled_digest(len(rows.labels), rows.stored)]
+            for split, rows in self.split_rows.items()
+        }
+        return {"class names": self.class_names, "file names": names, **found}
 
     def state_dict(self) -> dict[str, Any]:
         """What `predict` and `evaluate` need to know about the data, as plain values."""

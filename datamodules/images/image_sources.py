@@ -35,6 +35,9 @@ class ImageRows(Protocol):
     def name(self, row: int) -> str:
         """Name of the file or row, for messages."""
 
+    def stored(self, row: int) -> list[bytes | Path]:
+        """What is stored of a row, as it is, for `sampled_digest`."""
+
 
 @dataclass
 class ImageTable:
@@ -56,6 +59,9 @@ class ArrayRows:
     def name(self, row: int) -> str:
         return f"{self.title}, row {row}"
 
+    def stored(self, row: int) -> list[bytes | Path]:
+        return [self.images[row].tobytes()]
+
 
 class Subset:
     """Some rows of another `ImageRows`."""
@@ -68,6 +74,9 @@ class Subset:
 
     def name(self, row: int) -> str:
         return self.rows.name(int(self.indices[row]))
+
+    def stored(self, row: int) -> list[bytes | Path]:
+        return self.rows.stored(int(self.indices[row]))
 
 
 class FileRows:
@@ -82,6 +91,9 @@ class FileRows:
     def name(self, row: int) -> str:
         return str(self.files[row])
 
+    def stored(self, row: int) -> list[bytes | Path]:
+        return [self.files[row]]
+
 
 class TableRows:
     """Rows of a `datasets.Dataset` whose image column holds undecoded files."""
@@ -95,6 +107,9 @@ class TableRows:
 
     def name(self, row: int) -> str:
         return self._name(row, self._cell(row))
+
+    def stored(self, row: int) -> list[bytes | Path]:
+        return [stored_image(self._cell(row), Path())]
 
     def _cell(self, row: int) -> dict[str, Any]:
         return self.table[row][self.image_column] or {"bytes": None, "path": None}
@@ -357,6 +372,12 @@ def _class_numbers(table: Any, column: str, class_names: list[str], title: str) 
             )
         labels[row] = class_number
     return labels
+
+
+def stored_image(cell: dict[str, Any] | None, folder: Path) -> bytes | Path:
+    """The file in a cell of `undecoded`, or its path, which may be relative to the folder; b"" if there is neither."""
+    content, path = (cell or {}).get("bytes"), (cell or {}).get("path")
+    return folder / path if content is None and path else content or b""
 
 
 def undecoded(table: Any, column: str, title: str) -> Any:

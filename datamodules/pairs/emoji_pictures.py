@@ -149,6 +149,9 @@ class EmojiPictures:
     def name(self, row: int) -> str:
         return f"{self.artist}, row {row} ({self.texts[row][0]})"
 
+    def stored(self, row: int) -> list[bytes | Path]:
+        return [self.pictures[row].tobytes()]
+
     def order(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
         yield generator.permutation(len(self))
 

@@ -13,18 +13,20 @@ from tokenizers import Tokenizer
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.datamodules.base import TrunklineDataModule
+from trunkline.datamodules.content_digest import sampled_digest
 from trunkline.datamodules.folders import names_and_sizes
 from trunkline.datamodules.hub import HubSource
 from trunkline.datamodules.images.image_decoding import to_channels
 from trunkline.datamodules.images.preprocessing import Augmentation, ImageInput, TransformedImages
 from trunkline.datamodules.pairs.captions import CaptionEncoder, caption_key
 from trunkline.datamodules.pairs.emoji_pictures import OPENMOJI, TWEMOJI
-from trunkline.datamodules.pairs.pair_sources import PairRows, PairSubset, load_pairs, local_files
+from trunkline.datamodules.pairs.pair_sources import LISTS, PairRows, PairSubset, load_pairs, local_files
 from trunkline.datamodules.samplers import SampleKey
 from trunkline.datamodules.splits import RowsOfSplit, Splits, check_fractions, shares_of
 from trunkline.datamodules.text.preparation import Preparation, default_cache
 from trunkline.datamodules.text.text_sources import Piece
 from trunkline.datamodules.tokenizers import TRAINED, Vocabulary, check_vocab_size, load_tokenizer
+from trunkline.files import digest
 from trunkline.ranges import check_ranges
 
 
@@ -213,12 +215,14 @@ class ImageTextData(Vocabulary, Splits, HubSource, ImageInput, TrunklineDataModu
             self.datasets[split] = ImageTextPairs(rows, encoder, self.first_caption, *options)
         self.compare_tokenizers()
 
-    def data_key(self) -> list[Any]:
+    def data_key(self) -> dict[str, Any]:
+        found = {split: sampled_digest(len(rows), rows.stored) for split, rows in self.rows.items()}
         if self.in_memory:
-            return [rows.key for rows in self.rows.values()]
+            return {split: [rows.key, found[split]] for split, rows in self.rows.items()}
         folder, files = local_files(self.source)
         tables = (file for suffix in ("parquet", "arrow") for file in folder.rglob(f"*.{suffix}"))
-        return names_and_sizes(files or sorted(tables), folder)
+        lists = [digest(file) for file in files if file.name.endswith(LISTS)]  # all of them are read anyway
+        return {"files": names_and_sizes(files or sorted(tables), folder), "lists": lists, **found}
 
     def caption(self, split: str, row: int) -> str:
         """The main caption of a row."""

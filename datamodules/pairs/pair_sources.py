@@ -13,12 +13,14 @@ import numpy as np
 from PIL import Image
 
 from trunkline import TrunklineError
+from trunkline.datamodules.content_digest import value_text
 from trunkline.datamodules.images.image_decoding import open_image
 from trunkline.datamodules.images.image_sources import (
     SPLIT_NAMES,
     check_columns,
     choose_splits,
     open_tables,
+    stored_image,
     undecoded,
 )
 from trunkline.datamodules.pairs.captions import caption_list
@@ -63,6 +65,9 @@ class PairRows(Protocol):
     def name(self, row: int) -> str:
         """Name of the file or row, for messages."""
 
+    def stored(self, row: int) -> list[bytes | Path]:
+        """What is stored of a row, as it is, for `sampled_digest`."""
+
     def order(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
         """The row numbers of an epoch, shuffled; in parts, because all of them may not fit in memory."""
 
@@ -92,6 +97,9 @@ class PairSubset:
 
     def name(self, row: int) -> str:
         return self.rows.name(self.indices[row])
+
+    def stored(self, row: int) -> list[bytes | Path]:
+        return self.rows.stored(self.indices[row])
 
     def order(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
         for part in self.rows.order(generator):
@@ -132,6 +140,10 @@ class PairTable:
 
     def name(self, row: int) -> str:
         return f"{self.title}, row {row}"
+
+    def stored(self, row: int) -> list[bytes | Path]:
+        captions = value_text(self.texts[row][self.caption_column]).encode()
+        return [stored_image(self.images[row][self.image_column], self.image_folder), captions]
 
     def order(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
         yield generator.permutation(len(self))
@@ -175,6 +187,9 @@ class PairList:
 
     def name(self, row: int) -> str:
         return self.table["place_first"][row].as_py()
+
+    def stored(self, row: int) -> list[bytes | Path]:
+        return [Path(self.table["image"][row].as_py())]  # the list itself is digested as a whole
 
     def order(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
         yield generator.permutation(len(self))

@@ -89,6 +89,9 @@ class TarPairs:
     def name(self, row: int) -> str:
         return self._member(row, "image", header_only=True)[0]
 
+    def stored(self, row: int) -> list[bytes | Path]:
+        return [self._member(row, member)[1] or b"" for member in ("image", "text")]
+
     def order(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
         shards, starts = generator.permutation(len(self.shards)), self.index.starts
         for begin in range(0, len(shards), self.shard_window):

@@ -109,11 +109,19 @@ class Preparation:
         else:
             tokenizer = self._loaded.to_str()
         self._states = [file_state(file) for source, _ in self.sources for file in source.files]
-        sources = [[source.key, digests(source.files, self.cache), shares] for source, shares in self.sources]
-        settings = [CORPUS_FORMAT, GROUP_BYTES, tokenizers.__version__, tokenizer, sources]
+        settings = [CORPUS_FORMAT, GROUP_BYTES, tokenizers.__version__, tokenizer, self.text_key]
         if self.special or self.kept:
             settings += [self.special, self.kept]
         return self.cache / hashlib.blake2b(json.dumps(settings).encode(), digest_size=12).hexdigest()
+
+    @cached_property
+    def text_key(self) -> list[Any]:
+        """What decides the text, as plain data: of each source its key, digests of all of its files, and its shares.
+
+        Raises:
+            TrunklineError: if a file cannot be read.
+        """
+        return [[source.key, digests(source.files, self.cache), shares] for source, shares in self.sources]
 
     @cached_property
     def _loaded(self) -> Tokenizer:

@@ -113,8 +113,9 @@ class TokenisedText(Vocabulary, TextSplits, TrunklineDataModule):
             self.bytes_per_token[split] = entry["bytes"] / entry["tokens"]
         self.compare_tokenizers()
 
-    def data_key(self) -> list[Any]:
-        return [self.preparation.folder.name]  # a hash of the text and of all that decides the tokens
+    def data_key(self) -> dict[str, Any]:
+        prepared = {split: self.preparation.stream(split).digest() for split in self.datasets}
+        return {"texts": self.preparation.text_key, **prepared}
 
     def shortest_stream(self, train: bool) -> int:
         """Minimum number of tokens that a split needs to make one row."""

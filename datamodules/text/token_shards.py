@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from trunkline.datamodules.content_digest import MOST_BYTES, SAMPLED, blocks, short_digest
+
 INDEX = "index.json"
 
 
@@ -51,6 +53,12 @@ class TokenStream:
             parts.append(self.maps[first][start - begin : end - begin])
             start, first = end, first + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, self.dtype)])
+
+    def digest(self) -> str:
+        """A short digest of some of the tokens, evenly spaced over the stream."""
+        most = SAMPLED * MOST_BYTES // np.dtype(self.dtype).itemsize
+        parts = [self.read(first, first + number) for first, number in blocks(len(self), most, SAMPLED)]
+        return short_digest(np.concatenate(parts).data)
 
     def document_ends(self) -> np.ndarray:
         """(documents,) int64, where each document ends in the stream: the position after its end-of-text token."""

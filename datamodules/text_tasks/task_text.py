@@ -1,6 +1,7 @@
 """What the datamodules of text tasks share: reading rows, splits, the tokenizer, special tokens, padding."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts
 from trunkline.datamodules.base import TrunklineDataModule
-from trunkline.datamodules.folders import names_and_sizes
+from trunkline.datamodules.content_digest import value_text
 from trunkline.datamodules.hub import NamedSource, TextSplits
 from trunkline.datamodules.splits import check_fractions, shares_of, split_of
 from trunkline.datamodules.tables import TABLES, kind, read_table
@@ -139,6 +140,14 @@ class Frame:
         return cls([] if first is None else [first], end, end if special["pad"] is None else special["pad"])
 
 
+def cells_digest(rows: Iterable[Row]) -> str:
+    """The short digest of all cells of rows; their texts are in memory, wherever they come from."""
+    found = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        found.update(value_text(row.cells).encode())
+    return found.hexdigest()
+
+
 class Ragged:
     """Arrays of different lengths, stored in one array."""
 
@@ -204,6 +213,8 @@ class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
             )
         check_room(self.length)
         check_fractions(self.fractions)
+        self.contents: dict[str, str] = {}
+        """Split -> digest of all of its rows, known once they are read."""
 
     @cached_property
     def length(self) -> int:
@@ -258,12 +269,11 @@ class TaskTextData(Vocabulary, TextSplits, TrunklineDataModule):
                     f"file with {source_field}",
                     field=f"data.{source_field}",
                 )
+        self.contents = {split: cells_digest(rows) for split, rows in splits.items()}
         return splits
 
-    def data_key(self) -> list[Any]:
-        paths = [Path(source.name) for source in self.named_sources.values()]
-        found = [(file, path.parent) for path in paths for file in [path, *sorted(path.rglob("*"))] if file.is_file()]
-        return [entry for file, folder in found for entry in names_and_sizes([file], folder)]
+    def data_key(self) -> dict[str, Any]:
+        return self.contents
 
     @cached_property
     def vocabulary(self) -> Tokenizer:

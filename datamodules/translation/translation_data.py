@@ -297,8 +297,9 @@ class TranslationData(Vocabulary, TextSplits, TrunklineDataModule):
             rank_zero_info(f"training: {self.summary('train')}")
         self.compare_tokenizers()
 
-    def data_key(self) -> list[Any]:
-        return [preparation.folder.name for preparation in self.preparations]
+    def data_key(self) -> dict[str, Any]:
+        prepared = {split: [one.stream(split).digest() for one in self.preparations] for split in self.datasets}
+        return {"texts": [preparation.text_key for preparation in self.preparations], **prepared}
 
     def sides(self, split: str) -> tuple[SideTokens, SideTokens]:
         """The tokens of the sources and of the targets of a prepared split."""

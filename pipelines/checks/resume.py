@@ -13,8 +13,10 @@ from trunkline.pipelines.checks.trial import Trial
 from trunkline.pipelines.checks.trial_process import TrialObserver
 from trunkline.pipelines.checks.trials import Workbench
 
-SAVED, KILLED, END = 2, 3, 5
-"""Optimiser steps after which a checkpoint is saved, the run is killed, and it ends."""
+SAVED, KILLED, EPOCH, END = 2, 3, 4, 5
+"""Optimiser steps after which a checkpoint is saved, the run is killed, its first epoch ends at the latest, and it ends
+itself: what is kept or drawn anew from epoch to epoch is compared too.
+"""
 
 
 class ResumeObserver(TrialObserver):
@@ -57,8 +59,9 @@ def run_resume(bench: Workbench, processes: int, device: str) -> Resumed:
         TrialFailed: if one of the runs fails.
     """
     places = "" if processes == 1 else f" in {processes} processes"
-    common: dict[str, Any] = {"steps": END, "processes": processes, "callbacks": "all", "still": False}
-    went_on = bench.run(Trial(f"{END} steps{places}, not interrupted", ResumeObserver(), **common))
+    common: dict[str, Any] = {"steps": END, "processes": processes, "callbacks": "all", "still": False, "epoch": EPOCH}
+    title = f"{END} steps{places}, over the end of an epoch, not interrupted"
+    went_on = bench.run(Trial(title, ResumeObserver(), **common))
     killed = Trial(f"the same, SIGKILL after step {KILLED}", ResumeObserver(held=True), held=True, **common)
     bench.run(killed)
     (file,) = (bench.folder / f"trial{bench.count}").rglob(f"check{SAVED}.ckpt")

@@ -26,6 +26,8 @@ class Trial:
     """Most rows of a batch, over all processes."""
     parts: int | None = None
     """Each batch is cut into this many, whose gradients are accumulated; None accumulates as the recipe does."""
+    epoch: int | None = None
+    """Most optimiser steps of an epoch; None leaves its length to the recipe."""
     one_batch: bool = False
     """Whether the first batch is repeated, with a constant learning rate after a few steps and no label smoothing."""
     resume: str | None = None

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,8 @@ class TrialCLI(TrainingCLI):
             options |= NO_VALIDATION
         elif trainer.get("limit_val_batches") is None:
             options["limit_val_batches"] = 1
+        if trial.epoch is not None:
+            options |= short_epochs(trainer, trial.epoch)
         if trial.parts is not None:
             options["accumulate_grad_batches"] = trial.parts
         if trial.precision is not None:
@@ -277,6 +279,21 @@ class Still(Callback):
         pl_module.eval()
         for norm in norms.values():
             norm.train()
+
+
+def short_epochs(trainer: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Options of a trainer for epochs of at most so many optimiser steps.
+
+    A validation after each epoch stays one, and one after a number of batches stays that, over several epochs.
+    """
+    batches, limit = steps * (trainer.get("accumulate_grad_batches") or 1), trainer.get("limit_train_batches")
+    options: dict[str, Any] = {"limit_train_batches": min(batches, limit) if isinstance(limit, int) else batches}
+    interval = trainer.get("val_check_interval")
+    if isinstance(interval, float):
+        options["val_check_interval"] = 1.0  # a share of so few batches may be none
+    elif interval is not None:
+        options["check_val_every_n_epoch"] = None
+    return options
 
 
 def portable(strategy: str) -> bool:

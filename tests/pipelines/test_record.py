@@ -3,20 +3,25 @@
 import json
 import os
 import subprocess
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
+import lightning as L
 import pytest
 import torch
 import yaml
 
 from trunkline import __version__
+from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.pipelines import record
 from trunkline.pipelines.cli import main
-from trunkline.pipelines.record import device_name, git_state, packages
+from trunkline.pipelines.record import RunRecord, device_name, git_state, packages
 
 FIT = ["fit", "--config", "vit/digits", "--config", "small.yaml", "--trainer.accelerator", "cpu"]
 SMALL = """
@@ -97,6 +102,13 @@ def test_each_start_of_a_run_leaves_a_record(
     last = str(run / "checkpoints/last.ckpt")
     assert again["resumed"] == {"checkpoint": last, "step": 5}
     assert again["data"] == first["data"]
+    assert "the data is not" not in "".join(capsys.readouterr())
+
+    Path("small.yaml").write_text(SMALL.replace("max_epochs: 1", "max_epochs: 3"))
+    with pytest.warns(UserWarning, match=r"it differs in data\.augmentation \(digest"):
+        main([*FIT, "--name", "mine", "--resume", "auto", "--data.augmentation.hflip", "0.5"])
+    assert read(run, "record.json") == first
+    assert read(run, "record_3.json")["data"]["digest"] != first["data"]["digest"]
     assert yaml.safe_load((run / "config_2.yaml").read_text())["resume"] == "auto"
 
 
@@ -131,3 +143,93 @@ def test_packages_are_sorted() -> None:
     names = list(packages())
     assert {"torch", "lightning", "numpy"} <= {*names}
     assert names == sorted(names, key=str.lower)
+
+
+# --- a resume with other data
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Told(TrunklineDataModule):
+    """Data that differs from other data by what it is told."""
+
+    train: str = "a"
+    val: str = "b"
+
+    def data_key(self) -> dict[str, Any]:
+        return {"train": self.train, "val": self.val}
+
+
+def start(
+    number: int, data: L.LightningDataModule, folder: Path, first: bool = True, resumed: bool = True, **entry: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """What the record of a run's start number 1, 2, … says about the data, and what warnings there were.
+
+    `entry` are changes of that record afterwards.
+    """
+    name = "" if number == 1 else f"_{number}"
+    (folder / f"config{name}.yaml").touch()
+    file = folder / f"record{name}.json"
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    ranks = {"global_rank": 1 - first, "world_size": 1, "is_global_zero": first}
+    trainer: Any = SimpleNamespace(datamodule=data, fast_dev_run=False, precision="32-true", strategy=strategy, **ranks)
+    checkpoint = folder / "checkpoints" / "step=4.ckpt" if resumed else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        RunRecord(file, [], checkpoint).on_fit_start(trainer, L.LightningModule())
+    said = [str(warning.message) for warning in caught if "the data" in str(warning.message)]
+    if not first:
+        return {}, said
+    found = json.loads(file.read_text())
+    changed = {name: value for name, value in (found["data"] | entry).items() if value is not None}
+    file.write_text(json.dumps(found | {"data": changed}))
+    return found["data"], said
+
+
+def test_a_resume_with_other_data_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "step_in", lambda file: 4)
+    before, said = start(1, Told(), tmp_path, resumed=False)
+    assert said == []
+    assert start(2, Told(), tmp_path) == (before, [])
+    assert start(3, Told(val="c"), tmp_path, first=False) == ({}, [])
+    now, (said,) = start(3, Told(val="c"), tmp_path)
+    digests = f"(digest {before['digest'][:8]} in {tmp_path / 'record_2.json'}, now {now['digest'][:8]})"
+    assert said.startswith(
+        f"the data is not what it was when this run last started: it differs in val, data.val {digests}"
+    )
+    assert "this resume is not exact" in said
+    assert "restore the data, and resume again" in said
+    assert read(tmp_path, "record.json")["data"] == read(tmp_path, "record_2.json")["data"] == before
+    assert start(4, Told(val="c"), tmp_path)[1] == []  # with the data of the last start
+    assert len(start(5, Told(train="c"), tmp_path)[1]) == 1
+    assert start(6, Told(), tmp_path, resumed=False)[1] == []  # a new run
+
+
+def test_records_that_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of older versions, and what is no record."""
+    monkeypatch.setattr(record, "step_in", lambda file: 4)
+    start(1, Told(), tmp_path, resumed=False, format=None, parts=None)
+    assert start(2, Told(val="c"), tmp_path, format=1)[1] == []
+    assert start(3, Told(), tmp_path, digest=None, format=None, parts=None)[1] == []
+    assert start(4, L.LightningDataModule(), tmp_path)[1] == []
+    (tmp_path / "record_3.json").write_text("{ torn")
+    (tmp_path / "record_4.json").unlink()
+    assert start(5, Told(), tmp_path)[1] == []
+    (tmp_path / "record_5.json").write_text("[]")
+    assert start(6, Told(val="d"), tmp_path)[1] == []
+    assert len(start(7, Told(), tmp_path)[1]) == 1
+
+
+def test_fields_of_another_version_are_no_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "step_in", lambda file: 4)
+    now, _ = start(1, Told(), tmp_path, resumed=False)
+    fields = {name: value for name, value in now["parts"]["settings"].items() if name != "seed"} | {"gone": 3}
+    start(1, Told(), tmp_path, resumed=False, parts={**now["parts"], "settings": fields}, digest="0123")
+    assert start(2, Told(), tmp_path)[1] == []
+
+
+def test_a_digest_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says that the data differs, and not in what."""
+    monkeypatch.setattr(record, "step_in", lambda file: 4)
+    start(1, Told(), tmp_path, resumed=False, digest="0123456789")
+    (said,) = start(2, Told(), tmp_path)[1]
+    assert ": it differs (digest 01234567 in " in said

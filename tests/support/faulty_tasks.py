@@ -147,6 +147,16 @@ class Forgetful(Callback):
             pl_module.network.head.bias.add_(1e-3 * self.count)
 
 
+class ForgetfulOfEpochs(Forgetful):
+    """It changes them only between two epochs."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.count += 1
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_batch_end(trainer, pl_module)
+
+
 def own_config(model: str = "own_task.CloudClassifier", data: str = "own_task.CloudData") -> Iterator[str]:
     """Lines of a recipe."""
     yield from ("model:", f"  class_path: {model}", "  init_args:", "    optimizer: {lr: 3.0e-3}")

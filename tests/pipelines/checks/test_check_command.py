@@ -214,8 +214,9 @@ def test_faults_of_several_processes(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_callback_that_forgets(checked: Callable[..., tuple[int, str]]) -> None:
-    forgets = ["--trainer.callbacks+=faulty_tasks.Forgetful"]
+@pytest.mark.parametrize("callback", ["Forgetful", "ForgetfulOfEpochs"])
+def test_a_callback_that_forgets(callback: str, checked: Callable[..., tuple[int, str]]) -> None:
+    forgets = [f"--trainer.callbacks+=faulty_tasks.{callback}"]
     code, text = checked("--config", write_recipe(), *forgets, "--processes", "1", "--only", "resume")
     assert code == 1
     assert "the samples were the same" in text

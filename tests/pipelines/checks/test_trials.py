@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trunkline.datamodules.samplers import ResumableBatchSampler, SampleKey
-from trunkline.pipelines.checks.trial_process import SmallBatches, portable, row_numbers
+from trunkline.pipelines.checks.trial_process import SmallBatches, portable, row_numbers, short_epochs
 from trunkline.pipelines.checks.trials import Workbench, environment, failure, kill, wait_for_jobs
 
 
@@ -65,6 +65,22 @@ def test_environment_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_strategies_that_start_processes_themselves(strategy: str, expected: bool) -> None:
     assert portable(strategy) is expected
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        ({}, {"limit_train_batches": 4}),
+        ({"val_check_interval": 0.1}, {"limit_train_batches": 4, "val_check_interval": 1.0}),
+        ({"limit_train_batches": 1.0}, {"limit_train_batches": 4}),
+        ({"accumulate_grad_batches": 3, "limit_train_batches": None}, {"limit_train_batches": 12}),
+        ({"limit_train_batches": 3}, {"limit_train_batches": 3}),
+        ({"limit_train_batches": 30}, {"limit_train_batches": 4}),
+        ({"val_check_interval": 190}, {"limit_train_batches": 4, "check_val_every_n_epoch": None}),
+    ],
+)
+def test_the_options_of_short_epochs(trainer: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert short_epochs(trainer, 4) == expected
 
 
 def test_the_error_of_a_trial(tmp_path: Path) -> None:
