@@ -1,10 +1,12 @@
 """A compiled step over a cache of fixed shapes: the same texts as without, from one graph."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from device_reads import no_reads
 from test_generation import gpt, padded, prompts
 from torch._dynamo.utils import counters
 
@@ -12,9 +14,9 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.generation.beams import beam_search
 from trunkline.modules.generation.compiled import CompiledDecoder, _step, cache_slots
-from trunkline.modules.generation.decoding import Decoder, GenerationConfig
+from trunkline.modules.generation.decoding import STEPS_AT_ONCE, Decoder, GenerationConfig
 from trunkline.modules.generation.fixed_cache import FixedCache
-from trunkline.modules.generation.sampling import STEPS_BETWEEN_CHECKS, generate, stream
+from trunkline.modules.generation.sampling import generate, stream
 from trunkline.modules.networks.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
 GREEDY = GenerationConfig(20, temperature=0)
@@ -133,12 +135,22 @@ def test_texts_at_the_same_time_have_their_own_memory() -> None:
 
 def test_rows_that_have_ended_wait_for_the_next_check() -> None:
     network, tokens = gpt(), torch.tensor(prompts(4))
-    config = GenerationConfig(3 * STEPS_BETWEEN_CHECKS, temperature=0)
+    config = GenerationConfig(3 * STEPS_AT_ONCE, temperature=0)
     end = generate(network, tokens, config=config)[0][2]
     steps = torch.stack(list(stream(eager(network), tokens, config=config, end_ids=[end])))[:, 0].tolist()
     first = steps.index(end)
-    assert len(steps) == STEPS_BETWEEN_CHECKS
-    assert steps[first:] == [end] * (STEPS_BETWEEN_CHECKS - first)
+    assert len(steps) == STEPS_AT_ONCE
+    assert steps[first:] == [end] * (STEPS_AT_ONCE - first)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 9, "top_p": 0.9, "min_p": 0.01}])
+def test_the_host_reads_nothing_between_two_checks(options: Any) -> None:
+    config = GenerationConfig(2 * STEPS_AT_ONCE + 5, repetition_penalty=1.2, no_repeat_ngram=3, **options)
+    steps = stream(eager(gpt(max_length=64)), torch.tensor(prompts(4, 4)), config=config, end_ids=[1])
+    next(steps)
+    for number in range(1, config.max_new_tokens):
+        with no_reads() if number % STEPS_AT_ONCE else nullcontext():
+            next(steps)
 
 
 def test_few_lengths_of_the_cache() -> None:
