@@ -8,6 +8,8 @@ import pytest
 import torch
 from meta_device import BlockingCopy, no_copies
 from torch import Tensor
+from torch._inductor import decomposition
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation import logits_process
@@ -354,6 +356,17 @@ def test_the_compiler_gets_int8_weights_as_they_are() -> None:
     assert {str(node.target) for node in whole} == {"aten._to_copy.default", "aten.t.default"}
     (product,) = (node for node in nodes if str(node.target) == "aten.mm.default")
     assert [str(node.target) for node in product.users] == ["aten.mul.Tensor"]
+
+
+@pytest.mark.parametrize(("rows", "tuned", "joined"), [(1, True, True), (1, False, False), (2, True, False)])
+def test_the_compiler_joins_int8_weights_with_a_single_row(rows: int, tuned: bool, joined: bool) -> None:
+    """On a GPU, which has no numbers here, if an option says so; else a library multiplies after a conversion."""
+    with FakeTensorMode(), torch._inductor.config.patch(coordinate_descent_tuning=tuned):
+        layer = Int8Linear(torch.empty(24, 40, device="cuda"), None).bfloat16()
+        x = torch.empty(rows, 40, dtype=torch.bfloat16, device="cuda")
+        table = decomposition.select_decomp_table()
+        nodes = make_fx(layer, decomposition_table=table)(x).graph.nodes
+    assert any("aten.mm" in str(node.target) for node in nodes) is not joined
 
 
 @pytest.mark.parametrize("rows", [1, 9])
