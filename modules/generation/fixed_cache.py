@@ -23,7 +23,7 @@ class FixedCache(KVCache):
     Args:
         cache: keys and values of prompts, which are copied.
         slots: number L of tokens that fit.
-        form: what its shapes and its use have in common with others, for the owner.
+        form: by what its owner finds it again; not used here.
     """
 
     keys: Any
@@ -39,7 +39,7 @@ class FixedCache(KVCache):
         )
         self.length = torch.zeros(1, dtype=torch.int64, device=cache.keys.device)
         self.cross = {layer: (padded_source(k), padded_source(v)) for layer, (k, v) in cache.cross.items()}
-        self.source, self.form = cache.source, form
+        self.form, self.source = form, cache.source
         self.load(cache)
 
     def load(self, cache: KVCache) -> None:
