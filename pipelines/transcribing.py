@@ -19,9 +19,8 @@ from trunkline.datamodules.audio.log_mel import LogMel
 from trunkline.datamodules.tokenizers import end_of_text_id
 from trunkline.modules.generation.ctc import ctc_align, token_spans
 from trunkline.modules.generation.ctc_beams import CTCDecoding, LanguageModel, ctc_texts
-from trunkline.modules.generation.sampling import generate
 from trunkline.modules.networks import SpeechEncoder, Whisper
-from trunkline.pipelines.generating import NumberFormat, prepared
+from trunkline.pipelines.generating import NumberFormat, SourceWriter, prepared
 from trunkline.pipelines.recordings import AudioWindow, AudioWindows, Windowing
 from trunkline.pipelines.trained import Trained, read_language_model
 from trunkline.pipelines.translating import generation_of
@@ -45,6 +44,8 @@ class SpeechOptions(NamedTuple):
     length_bonus: float | None = None
     timestamps: bool = False
     """For CTC: also find where the words are."""
+    compile: bool = False
+    """For a decoder: compile the step that makes a token."""
 
 
 class TimedWord(NamedTuple):
@@ -125,6 +126,12 @@ def transcriber_of(
     trained.require("transcribe")
     options = options or SpeechOptions()
     if isinstance(trained.network, SpeechEncoder):
+        if options.compile:
+            raise TrunklineError(
+                f"compile is for recognisers whose decoder writes the text, but {trained.file} is of "
+                f"{trained.objective}, with CTC; leave it out",
+                "compile",
+            )
         return CTCTranscriber(trained, device, dtype, options)
     for name in ("language_model", "lm_weight", "length_bonus", "timestamps"):
         if getattr(options, name):
@@ -323,7 +330,7 @@ class DecoderTranscriber:
         config = generation_of(trained, room, num_beams=options.num_beams)
         self.config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
         self.network: Any = prepared(network, dtype, device)
-        self.device = device
+        self.writer, self.device = SourceWriter(self.network, options.compile), device
         self.heard: dict[int, list[str]] = {}
         """The words of each recording so far."""
 
@@ -331,10 +338,10 @@ class DecoderTranscriber:
     def hear(self, batch: dict[str, Tensor], windows: Sequence[AudioWindow]) -> None:
         features, mask = batch["features"], batch.get("mask")
         features = features.to(self.device, next(self.network.parameters()).dtype)
-        decoder = self.network.decoder_of(features, None if mask is None else mask.to(self.device))
+        mask = None if mask is None else mask.to(self.device)
         prompts = torch.tensor([self.start] * len(features), device=self.device)
         numbers = batch["index"].tolist()
-        found = generate(decoder, prompts, config=self.config, end_ids=[self.end], numbers=numbers)
+        found = self.writer.write(features, mask, prompts, self.config, [self.end], numbers)
         for window, text in zip(windows, self.words.decode_batch(found, skip_special_tokens=True), strict=True):
             before = self.heard.get(window.recording)
             share = 2 * self.windowing.margin / self.windowing.size

@@ -13,9 +13,8 @@ from trunkline import TrunklineError
 from trunkline.datamodules.tokenizers import end_of_text_id
 from trunkline.datamodules.translation.source_encoder import SourceEncoder
 from trunkline.modules.generation.decoding import GenerationConfig
-from trunkline.modules.generation.sampling import generate
 from trunkline.modules.networks import EncoderDecoder
-from trunkline.pipelines.generating import NumberFormat, prepared
+from trunkline.pipelines.generating import NumberFormat, SourceWriter, prepared
 from trunkline.pipelines.trained import Trained
 from trunkline.ranges import check_ranges
 
@@ -24,6 +23,7 @@ class Translator(NamedTuple):
     """An encoder-decoder in evaluation mode, with what its texts need."""
 
     network: EncoderDecoder
+    writer: SourceWriter
     sources: SourceEncoder
     """Turns sources into tokens."""
     words: Tokenizer
@@ -41,6 +41,7 @@ class Translator(NamedTuple):
         device: torch.device,
         dtype: NumberFormat = "float32",
         too_long: Literal["cut", "refuse"] = "cut",
+        compile: bool = False,
     ) -> "Translator":
         """The translator in a checkpoint.
 
@@ -49,6 +50,7 @@ class Translator(NamedTuple):
             device: where it computes.
             dtype: number format of its weights.
             too_long: what happens to sources that are too long, as in `SourceEncoder`.
+            compile: compile the step that makes a token.
 
         Raises:
             TrunklineError: if the checkpoint is of another objective, was not trained on pairs of texts, or is broken.
@@ -61,8 +63,8 @@ class Translator(NamedTuple):
         start = words.token_to_id(settings["start_token"])
         if start is None:
             raise TrunklineError(f"the tokenizer in {trained.file} has no token {settings['start_token']}; train again")
-        network: Any = trained.network
-        return cls(prepared(network, dtype, device), sources, words, start, longest, device)
+        network: Any = prepared(trained.network, dtype, device)
+        return cls(network, SourceWriter(network, compile), sources, words, start, longest, device)
 
     def write(
         self, sources: Sequence[Sequence[int]], config: GenerationConfig, batch_size: int, doing: str = "translating"
@@ -87,9 +89,9 @@ class Translator(NamedTuple):
         end, texts = end_of_text_id(self.words), [""] * len(order)
         console = Console(stderr=True)  # a translation may go to the standard output
         for batch in track(batches, doing, console=console, transient=True, disable=not console.is_terminal):
-            decoder = self.network.decoder_of(*right_padded([sources[n] for n in batch], self.device))
+            rows, mask = right_padded([sources[n] for n in batch], self.device)
             prompts = torch.full((len(batch), 1), self.start, device=self.device)
-            found = generate(decoder, prompts, config=config, end_ids=[end], numbers=batch)
+            found = self.writer.write(rows, mask, prompts, config, [end], batch)
             for number, text in zip(batch, self.words.decode_batch(found, skip_special_tokens=True), strict=True):
                 texts[number] = text
         return texts

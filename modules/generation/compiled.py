@@ -5,7 +5,10 @@ Needs only torch. Shape legend: B rows, T tokens of the prompt, L slots of the c
 
 import copy
 import functools
+import types
 import weakref
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +19,14 @@ from trunkline import TrunklineError
 from trunkline.compilers import REMEDIES, compiler_failure
 from trunkline.modules.backbone import KVCache
 from trunkline.modules.generation.fixed_cache import SOURCE_SLOTS, FixedCache, padded_source
+from trunkline.modules.generation.low_precision import Int8Linear
 
 Memory = tuple[FixedCache, Tensor, Tensor | None]
 """A cache, the mask of its slots and that of the sources."""
+Form = tuple[Any, ...]
+"""What a graph of the step is for: the kind of network, and sizes, type and device of its memory."""
+SPARE = 2
+"""How many memories of finished texts are kept."""
 LEAST_SLOTS = 256
 """Length of the shortest cache. Longer ones have twice, four times, … as many slots, up to what the network can see."""
 
@@ -27,8 +35,9 @@ class CompiledDecoder(nn.Module):
     """A decoder whose step is compiled; give it to `generate`, `stream` or `beam_search` in the decoder's place.
 
     The first step compiles, which takes up to a minute. Later texts use the same code, whatever the length of their
-    prompts, if they are as many and need a cache with as many slots. In float32 the greedy text is the same as without
-    it. Keep the object: it uses its memory, and a CUDA graph that was recorded for it, again.
+    prompts, if they are as many and need a cache with as many slots: generate in few different batch sizes. In float32
+    the greedy text is the same as without it. Keep the object: it uses the memory of its last two texts, and the CUDA
+    graphs that were recorded for it, again.
 
     Args:
         decoder: a `GPT`, or the decoder of some sources, from `decoder_of`. Must already be on its device.
@@ -37,9 +46,10 @@ class CompiledDecoder(nn.Module):
     def __init__(self, decoder: Any) -> None:
         super().__init__()
         self.decoder = decoder
-        on_gpu = next(decoder.parameters()).device.type == "cuda"
-        self._compiled = compiled_step("reduce-overhead" if on_gpu else None)
-        self._spare: dict[tuple[Any, ...], list[Memory]] = {}
+        network = getattr(decoder, "network", decoder)
+        self._kind = type(decoder), repr(getattr(network, "config", None))
+        self._compile, self._options = compiled_step, step_options(decoder)
+        self._spare: deque[tuple[Form, Memory]] = deque(maxlen=SPARE)
 
     @property
     def vocab_size(self) -> int:
@@ -73,10 +83,10 @@ class CompiledDecoder(nn.Module):
         """
         torch.compiler.cudagraph_mark_step_begin()
         try:
-            logits: Tensor = self._compiled(self.decoder, tokens, state)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            failure = compiler_failure(error)
-            reason = f"{failure}; {REMEDIES}" if failure else f"{' '.join(str(error).split())[:200]};"
+            logits: Tensor = self._compile(self._options, state.cache.form)(self.decoder, tokens, state)
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            failure, said = compiler_failure(error), " ".join(str(error.__cause__ or error).split())
+            reason = f"{failure}; {REMEDIES}" if failure else f"{said[:200]};"
             raise TrunklineError(
                 f"the step of generation cannot be compiled: {reason} generate without compiling"
             ) from error
@@ -109,8 +119,8 @@ class CompiledDecoder(nn.Module):
             return old
         fixed = copy.copy(state)
         shapes = tuple((layer, padded_source(k).shape) for layer, (k, _) in cache.cross.items())
-        spare = self._spare.setdefault((rows, slots, cache.keys.dtype, cache.keys.device, shapes), [])
-        kept = spare.pop() if spare else self._memory(FixedCache(cache, slots), mask, source_mask)
+        form = (self._kind, rows, slots, cache.keys.dtype, cache.keys.device, shapes)
+        kept = self._memory_for(form) or self._memory(FixedCache(cache, slots, form), mask, source_mask)
         kept[0].load(cache)
         fixed.cache, fixed.mask = kept[0], kept[1].copy_(mask)
         if source_mask is not None and kept[2] is not None:
@@ -118,8 +128,17 @@ class CompiledDecoder(nn.Module):
                 state.context.new_empty(rows, 0, state.context.shape[2]),
                 kept[2].copy_(source_mask),
             )
-        weakref.finalize(fixed, spare.append, kept)
+        weakref.finalize(fixed, self._spare.append, (form, kept))
         return fixed
+
+    def _memory_for(self, form: Form) -> Memory | None:
+        """Take the newest spare memory of this form."""
+        for place in reversed(range(len(self._spare))):
+            if self._spare[place][0] == form:
+                kept = self._spare[place][1]
+                del self._spare[place]
+                return kept
+        return None
 
     @staticmethod
     def _memory(cache: FixedCache, mask: Tensor, source_mask: Tensor | None) -> Memory:
@@ -131,10 +150,31 @@ class CompiledDecoder(nn.Module):
         return memory
 
 
+def step_options(decoder: nn.Module) -> tuple[tuple[str, bool], ...]:
+    """Options of the compiler (name, value): on a GPU a CUDA graph, and int8 weights that are read as int8.
+
+    The compiler only joins a product with the conversion of its matrix if it writes the product itself. With
+    `coordinate_descent_tuning` it does so for a single row; for more, a library multiplies, after a conversion.
+    """
+    if next(decoder.parameters()).device.type != "cuda":
+        return ()
+    options = [("triton.cudagraphs", True)]
+    if any(isinstance(module, Int8Linear) for module in decoder.modules()):
+        options.append(("coordinate_descent_tuning", True))
+    return tuple(options)
+
+
 @functools.cache
-def compiled_step(mode: str | None) -> Any:
-    """One for all decoders, so that those of other sources run the code that is there."""
-    return torch.compile(_step, dynamic=False, mode=mode)
+def compiled_step(options: tuple[tuple[str, bool], ...], form: Form) -> Callable[[Any, Tensor, Any], Tensor]:
+    """The step of all decoders whose memory has this form, so that those of other sources run the code that is there.
+
+    A form has a function of its own: the compiler counts the graphs of a function, and refuses the ninth.
+    """
+    own = types.FunctionType(_step.__code__.replace(), _step.__globals__, _step.__name__)
+    compiled: Callable[[Any, Tensor, Any], Tensor] = torch.compile(
+        own, dynamic=False, fullgraph=True, options=dict(options) or None
+    )
+    return compiled
 
 
 def _step(decoder: Any, tokens: Tensor, state: Any) -> Tensor:

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from trunkline import TrunklineError
 from trunkline.ranges import check_ranges
 
+STEPS_AT_ONCE = 16
+"""Tokens for which the host and the device exchange something once: random numbers, and whether all rows have ended."""
+
 
 @runtime_checkable
 class Decoder(Protocol):
@@ -265,10 +268,27 @@ def row_generator(seed: int, row: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(f"{seed} {row}").getrandbits(63))
 
 
-def draw(generators: list[torch.Generator], device: torch.device) -> Tensor:
-    """A uniform number in [0, 1) from each generator: (B,) float64, precise enough for rare tokens."""
-    numbers = [torch.rand((), dtype=torch.float64, generator=generator) for generator in generators]
-    return torch.stack(numbers).to(device, torch.float32 if device.type == "mps" else None)
+class Draws:
+    """Uniform random numbers of all rows for one step after the other; the device gets those of several at once.
+
+    Args:
+        seed: seed of sampling.
+        rows: (B,) number of each row; with the seed it decides the row's numbers.
+        device: where the numbers are read.
+    """
+
+    def __init__(self, seed: int, rows: Sequence[int], device: torch.device) -> None:
+        self.device = device
+        self.generators = [row_generator(seed, row) for row in rows]
+        self.waiting: list[Tensor] = []
+
+    def next(self) -> Tensor:
+        """A number in [0, 1) for each row: (B,) float64, precise enough for rare tokens."""
+        if not self.waiting:
+            numbers = [torch.rand(STEPS_AT_ONCE, dtype=torch.float64, generator=one) for one in self.generators]
+            block = torch.stack(numbers, dim=1).to(self.device, torch.float32 if self.device.type == "mps" else None)
+            self.waiting = list(block.unbind())[::-1]
+        return self.waiting.pop()
 
 
 def tokens_seen(decoder: Decoder, tokens: Tensor, mask: Tensor | None, config: GenerationConfig) -> Tensor | None:

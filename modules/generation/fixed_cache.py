@@ -23,6 +23,7 @@ class FixedCache(KVCache):
     Args:
         cache: keys and values of prompts, which are copied.
         slots: number L of tokens that fit.
+        form: by what its owner finds it again; not used here.
     """
 
     keys: Any
@@ -31,14 +32,14 @@ class FixedCache(KVCache):
     length: Any
     """(1,) int64, number of tokens in the cache."""
 
-    def __init__(self, cache: KVCache, slots: int) -> None:
+    def __init__(self, cache: KVCache, slots: int, form: Any = None) -> None:
         depth, rows, heads, _, width = cache.keys.shape
         self.keys, self.values = (
             [cache.keys.new_zeros(rows, heads, slots, width) for _ in range(depth)] for _ in range(2)
         )
         self.length = torch.zeros(1, dtype=torch.int64, device=cache.keys.device)
         self.cross = {layer: (padded_source(k), padded_source(v)) for layer, (k, v) in cache.cross.items()}
-        self.source = cache.source
+        self.form, self.source = form, cache.source
         self.load(cache)
 
     def load(self, cache: KVCache) -> None:

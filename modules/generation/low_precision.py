@@ -2,9 +2,9 @@
 
 Int8 needs no library. The int8 weights of torchao 0.18 (`Int8WeightOnlyConfig`, one scale a row) have the same scales
 and make the same products: the int8 matrix, in the type of x and not yet scaled, with x; then the scales. It has no
-kernel of its own for them, on GPUs neither, and `compiled.py` gives the compiler the same graph: whether the matrix is
-read as int8 is up to that (not yet run on a GPU). On a CPU PyTorch's int8 kernel takes a sixth of the time of torchao's
-layer on one row.
+kernel of its own for them, on GPUs neither. There int8 saves time only in a compiled step of a single row, where the
+compiler joins the conversion with the product (`compiled.step_options`; not yet run on a GPU): otherwise the matrix is
+converted in memory first. On a CPU PyTorch's int8 kernel takes a sixth of the time of torchao's layer on one row.
 """
 
 from typing import TypeVar

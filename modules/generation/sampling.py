@@ -12,21 +12,18 @@ from trunkline import TrunklineError
 from trunkline.modules.generation.beams import beam_search
 from trunkline.modules.generation.compiled import CompiledDecoder
 from trunkline.modules.generation.decoding import (
+    STEPS_AT_ONCE,
     Decoder,
+    Draws,
     GenerationConfig,
     Window,
     check_prompts,
     choose,
     cut,
-    draw,
     evaluating,
     filter_logits,
-    row_generator,
     tokens_seen,
 )
-
-STEPS_BETWEEN_CHECKS = 16
-"""A `CompiledDecoder` goes on for up to this many tokens after the last row has ended: asking waits for the device."""
 
 
 def stream(
@@ -51,7 +48,8 @@ def stream(
 
     Returns:
         Iterator over the (B,) next tokens, at most `config.max_new_tokens` times, until all rows have ended. For a row
-        that has ended it gives the first of `end_ids`, or 0; with a `CompiledDecoder` some steps may give only these.
+        that has ended it gives the first of `end_ids`, or 0. A `CompiledDecoder` goes on for up to `STEPS_AT_ONCE`
+        steps after the last row has ended, and gives only these there: asking waits for the device.
 
     Raises:
         TrunklineError: before the first token, for an empty prompt, one that is longer than the decoder's `max_length`,
@@ -64,8 +62,8 @@ def stream(
     if ended is None:
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     drawn = range(len(tokens)) if numbers is None else numbers
-    generators = [row_generator(config.seed, row) for row in drawn] if config.temperature > 0 else []
-    return _stream(decoder, tokens, mask, config, tokens.new_tensor(end_ids), ended, generators)
+    draws = Draws(config.seed, drawn, tokens.device) if config.temperature > 0 else None
+    return _stream(decoder, tokens, mask, config, tokens.new_tensor(end_ids), ended, draws)
 
 
 @torch.inference_mode()
@@ -76,7 +74,7 @@ def _stream(
     config: GenerationConfig,
     ends: Tensor,
     ended: Tensor,
-    generators: list[torch.Generator],
+    draws: Draws | None,
 ) -> Iterator[Tensor]:
     """The loop of `stream`. Rows that have ended are removed from the batch; `rows` are the remaining ones.
 
@@ -89,9 +87,9 @@ def _stream(
         seen = tokens_seen(decoder, tokens, mask, config)
         window = Window(decoder, tokens, mask, config.max_new_tokens - 1)
         for step in range(config.max_new_tokens):
-            draws = draw(generators, tokens.device) if generators else None
+            drawn = None if draws is None else draws.next()[rows]
             repeated = window.repeats(config.no_repeat_ngram)
-            chosen = choose(filter_logits(window.logits.float(), config, seen, repeated, first=step == 0), draws)
+            chosen = choose(filter_logits(window.logits.float(), config, seen, repeated, first=step == 0), drawn)
             if keeps_rows:
                 given = chosen = torch.where(ended, filler, chosen)
             else:
@@ -99,14 +97,13 @@ def _stream(
             ended |= torch.isin(given, ends)
             yield given
             if keeps_rows:
-                if (step + 1) % STEPS_BETWEEN_CHECKS == 0 and bool(ended.all()):
+                if (step + 1) % STEPS_AT_ONCE == 0 and bool(ended.all()):
                     return
             elif not (going := ~ended[rows]).all():
                 rows, chosen = rows[going], chosen[going]
                 if not len(rows):
                     return
                 window.take(going.nonzero()[:, 0])
-                generators = generators and [generators[row] for row in going.nonzero()[:, 0].tolist()]
                 seen = None if seen is None else seen[going]
             if seen is not None:
                 seen.scatter_(1, chosen[:, None], True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.generation.compiled import CompiledDecoder
-from trunkline.modules.generation.low_precision import to_bfloat16
+from trunkline.modules.generation.low_precision import to_bfloat16, to_int8
 from trunkline.modules.generation.sampling import GenerationConfig, generate
 from trunkline.modules.networks import GPT, BERTConfig, CLIPConfig, GPTConfig, ViTConfig
 from trunkline.modules.objectives.base import TrunklineModule
@@ -133,10 +133,11 @@ def device_cases(sizes: Sizes) -> Iterator[DeviceCase]:
     yield DeviceCase("bert", name, "transformers", "tokens", bert, 1, sizes.bert_length, our_bert, their_bert)
     name = f"{tiny}CLIP ViT-B/{sizes.clip_patch} at {image} pixels"
     yield DeviceCase("clip", name, "open_clip", "pairs", clip, 2, 1, our_clip, their_clip)
-    for batch_size in (one, many):
-        name = f"{new} greedy tokens of {tiny}GPT-2 124M, batch {batch_size}"
-        sizes_of = "generation", name, "transformers", "tokens", batch_size, batch_size, new
-        yield DeviceCase(*sizes_of, our_generation, their_generation)
+    for weights in ("bf16", "int8"):
+        for batch_size in (one, many):
+            name = f"{new} greedy tokens of {tiny}GPT-2 124M, {weights} weights, batch {batch_size}"
+            sizes_of = "generation", name, "transformers", "tokens", batch_size, batch_size, new
+            yield DeviceCase(*sizes_of, partial(our_generation, weights=weights), their_generation)
     name = f"output layer and loss of {tiny}GPT-2 124M"
     for peer in ("plain", "compiled"):
         title = {"plain": "plain loss", "compiled": "plain loss, compiled"}[peer]
@@ -297,16 +298,17 @@ def prompts(bench: Bench) -> Tensor:
     return torch.randint(0, bench.sizes.gpt_vocabulary, (bench.batch_size, PROMPT), device=bench.device)
 
 
-def our_generation(bench: Bench) -> Prepared:
-    """Greedy generation with weights in bfloat16; its speed is that of reading the weights, not of computing."""
-    network: Any = to_bfloat16(GPT(gpt_config(bench.sizes)).eval()).to(bench.device)
+def our_generation(bench: Bench, weights: str) -> Prepared:
+    """Greedy generation with weights in bf16 or int8; its speed is that of reading the weights, not of computing."""
+    convert = {"bf16": to_bfloat16, "int8": to_int8}[weights]
+    network: Any = convert(GPT(gpt_config(bench.sizes)).to(bench.device))
     network = CompiledDecoder(network) if bench.compiled else network
     tokens, config = prompts(bench), GenerationConfig(bench.sizes.new_tokens, temperature=0)
     return lambda: generate(network, tokens, config=config), 0
 
 
 def their_generation(bench: Bench) -> Prepared:
-    """The same of transformers, which compiles its step if its cache has a fixed size."""
+    """The same of transformers with weights in bfloat16; it compiles its step if its cache has a fixed size."""
     network, tokens = gpt_peer(bench.sizes).eval().to(bench.device, torch.bfloat16), prompts(bench)
     options: dict[str, Any] = {"max_new_tokens": bench.sizes.new_tokens, "do_sample": False, "pad_token_id": 0}
     options |= {"cache_implementation": "static"} if bench.compiled else {}

@@ -10,6 +10,7 @@ from trunkline import TrunklineError
 from trunkline.datamodules.tokenizers import END_TOKENS
 from trunkline.modules.generation.beams import beam_search
 from trunkline.modules.generation.compiled import CompiledDecoder
+from trunkline.modules.generation.decoding import STEPS_AT_ONCE
 from trunkline.modules.generation.sampling import GenerationConfig
 from trunkline.modules.generation.sampling import stream as next_tokens
 from trunkline.modules.networks import GPT
@@ -94,13 +95,16 @@ def generate_text(
     texts = [Text(words, row, stops) for row in rows for _ in range(num_samples)]
     if num_beams == 1:
         rows = [row for row in rows for _ in range(num_samples)]
-    method = grow if num_beams == 1 else grow_beams
     decoder: Writer = prepared(network, dtype, place)
     if compile:
         decoder = CompiledDecoder(decoder)
-    steps = method(texts, decoder, rows, config, [] if end is None else [end])
+    one_by_one, ends = stream and len(texts) == 1 and num_beams == 1, [] if end is None else [end]
+    if num_beams > 1:
+        steps = grow_beams(texts, decoder, rows, config, ends)
+    else:
+        steps = grow(texts, decoder, rows, config, ends, every=STEPS_AT_ONCE if compile and not one_by_one else 1)
     with readers_may_leave():
-        print_texts(texts, steps, prompts, one_by_one=stream and len(texts) == 1 and num_beams == 1)
+        print_texts(texts, steps, prompts, one_by_one)
 
 
 def print_texts(texts: list["Text"], steps: Iterator[None], prompts: list[str], one_by_one: bool) -> None:
@@ -179,24 +183,46 @@ def left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Te
 
 def grow(
     texts: list["Text"],
-    network: GPT | CompiledDecoder,
+    network: Writer,
     rows: list[list[int]],
     config: GenerationConfig,
     ends: list[int],
+    every: int = 1,
 ) -> Iterator[None]:
-    """Continue each row by sampling, one token at every step, and add the tokens to the texts."""
+    """Continue each row by sampling, one token at every step, and add the tokens to the texts.
+
+    With a larger `every` the tokens of so many steps are added at once: to read them, the host waits for the device.
+    """
     device = next(network.parameters()).device
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    waiting: list[Tensor] = []
     for given in next_tokens(network, *left_padded(rows, device), config, ends, ended):
-        for row, (token, over) in enumerate(zip(given.tolist(), ended.tolist(), strict=True)):
-            if not over and texts[row].add(token):
-                ended[row] = True
+        waiting.append(torch.stack((given, ended)))
+        if len(waiting) == every:
+            add_tokens(texts, waiting, ended)
+            waiting = []
         yield
+    if waiting:
+        add_tokens(texts, waiting, ended)
+
+
+def add_tokens(texts: list["Text"], steps: list[Tensor], ended: Tensor) -> None:
+    """Add the tokens of some steps to the texts.
+
+    Args:
+        texts: a text for each row.
+        steps: of each step (2, B): the tokens, and whether the row had ended with them.
+        ended: (B,) bool; set to True where a stop string has ended the text.
+    """
+    for tokens, over in torch.stack(steps).tolist():
+        for row, text in enumerate(texts):
+            if not over[row] and not text.ended and text.add(tokens[row]):
+                ended[row] = True
 
 
 def grow_beams(
     texts: list["Text"],
-    network: GPT | CompiledDecoder,
+    network: Writer,
     rows: list[list[int]],
     config: GenerationConfig,
     ends: list[int],

@@ -36,6 +36,7 @@ def transcribe(
     batch_size: int = 16,
     num_workers: int = 0,
     dtype: NumberFormat = "float32",
+    compile: bool = False,
     device: str = "auto",
 ) -> None:
     """Write what is said in recordings (`trunkline transcribe one.wav two.flac --checkpoint FILE`).
@@ -62,6 +63,8 @@ def transcribe(
         batch_size: number of windows at a time.
         num_workers: number of processes that read recordings.
         dtype: number format of the weights; float32 is exact.
+        compile: not for CTC: compile the step that makes a token, on a GPU into a CUDA graph. The first token then
+            takes up to a minute, so this is for many recordings. Greedy texts in float32 stay the same.
         device: auto, cpu, cuda, cuda:1, mps, …
 
     Raises:
@@ -75,7 +78,7 @@ def transcribe(
         check_output(output, TRANSCRIPT_SUFFIXES)
     check_batch(batch_size, num_workers)
     place, trained = find_device(device), Trained.read(checkpoint, "transcribe")
-    options = SpeechOptions(window, num_beams, language_model, lm_weight, length_bonus, timestamps)
+    options = SpeechOptions(window, num_beams, language_model, lm_weight, length_bonus, timestamps, compile)
     transcriber = transcriber_of(trained, place, dtype, options)
     recordings, names = open_recordings(given, "audio", skip_corrupt)
     found = transcribe_recordings(transcriber, recordings, batch_size, num_workers, skip_corrupt)

@@ -5,6 +5,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import device_reads
 import lightning as L
 import pytest
 import torch
@@ -75,8 +76,8 @@ def train(
     options: dict[str, Any] = {"max_steps": STEPS, "limit_val_batches": 2, "val_check_interval": 10}
     config = write_config(folder, task, exact=True, accelerator=kind, devices=1, **options)
     content = yaml.safe_load(config.read_text())
-    change(content)
     content["trainer"]["callbacks+"] = [{"class_path": "test_gpu_training.Kept"}]
+    change(content)
     if (kind, precision) == ("cpu", "16-mixed"):
         content["trainer"]["plugins"] = [{"class_path": "half_on_cpu.HalfOnCPU"}]
     else:
@@ -142,6 +143,23 @@ def test_flex_attention_in_training(device: torch.device, tmp_path: Path) -> Non
     assert calls.count("flex_attention") == (2 if device.type == "cuda" else 0)
     assert all(loss.isfinite() for loss in kept.losses)
     assert (kept.end - exact.end).norm() < MARGIN * (exact.end - exact.start).norm()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "speech"])
+def test_a_step_that_logs_nothing_does_not_wait(
+    task: str, compiled: bool, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's CTC loss, for speech, always waits: it reads lengths on the host and copies them back to the GPU."""
+    quiet: list[int] = []
+    monkeypatch.setattr(device_reads, "QUIET", quiet)
+
+    def change(content: dict[str, Any]) -> None:
+        content["trainer"]["callbacks+"].append({"class_path": "device_reads.NoWaits"})
+        content["trainer"]["log_every_n_steps"] = 5
+
+    train(task, "bf16-mixed", compiled, device, tmp_path, change)
+    assert quiet == [step for step in range(1, STEPS) if (step + 1) % 5]
 
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

@@ -60,6 +60,19 @@ def no_reads() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """Raise where an operation of PyTorch makes the host wait for a GPU; nothing is refused on another machine."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 QUIET: list[int] = []
 """The steps in which `NoReads` found no read."""
 
@@ -86,3 +99,9 @@ class NoReads(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert QUIET
+
+
+class NoWaits(NoReads):
+    """Refuses in the same steps what makes the host wait for a GPU, copies to it included."""
+
+    refused = staticmethod(no_waits)

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from meta_device import BlockingCopy, no_copies
 from torch import Tensor
+from torch._inductor import decomposition
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation import logits_process
@@ -15,7 +18,15 @@ from trunkline import TrunklineError
 from trunkline.modules.backbone import TransformerConfig
 from trunkline.modules.generation import low_precision
 from trunkline.modules.generation.beams import beam_search
-from trunkline.modules.generation.decoding import GenerationConfig, choose, draw, filter_logits, row_generator
+from trunkline.modules.generation.compiled import CompiledDecoder, _step
+from trunkline.modules.generation.decoding import (
+    STEPS_AT_ONCE,
+    Draws,
+    GenerationConfig,
+    choose,
+    filter_logits,
+    row_generator,
+)
 from trunkline.modules.generation.low_precision import Int8Linear, RowLinear, round_rows, to_bfloat16, to_int8
 from trunkline.modules.generation.sampling import generate, stream
 from trunkline.modules.networks import GPT, GPTConfig
@@ -255,11 +266,42 @@ def test_filters_against_transformers(name: str) -> None:
 # --- sampling
 
 
+@pytest.mark.parametrize("fixed", [False, True], ids=["plain", "fixed"])
+def test_each_token_of_a_row_takes_one_number_of_its_generator(fixed: bool) -> None:
+    """Also with a cache of fixed shapes: numbers that are drawn for many steps at once are those of one at a time."""
+    network, rows = gpt(max_length=64), prompts(4, 4)
+    want: list[list[int]] = []
+    for row, number in zip(rows, (3, 0), strict=True):
+        generator, window = row_generator(5, number), list(row)
+        for _ in range(40):
+            with torch.no_grad():
+                total = network(torch.tensor([window]))[0, -1].double().softmax(dim=0).cumsum(dim=0)
+            drawn = float(torch.rand((), dtype=torch.float64, generator=generator))
+            window.append(int((total <= drawn).sum()))
+        want.append(window[4:])
+    decoder: Any = CompiledDecoder(network) if fixed else network
+    if fixed:
+        decoder._compile = lambda *_: _step
+    config = GenerationConfig(40, seed=5)
+    assert generate(decoder, torch.tensor(rows), config=config, numbers=[3, 0]) == want
+
+
+def test_numbers_of_several_steps_come_in_one_copy() -> None:
+    draws = Draws(0, range(2), torch.device("meta"))
+    for _ in range(2):
+        with pytest.raises(BlockingCopy), no_copies():
+            draws.next()
+        draws.next()
+        with no_copies():
+            for _ in range(STEPS_AT_ONCE - 1):
+                draws.next()
+
+
 def test_samples_follow_the_softmax() -> None:
     """Pearson's chi-square over 19 degrees of freedom is below 43.8 in all but one of a thousand cases."""
     logits = filter_logits(2 * torch.randn(1, 30), GenerationConfig(top_k=20))
     count = 20_000
-    numbers = draw([row_generator(7, row) for row in range(count)], torch.device("cpu"))
+    numbers = Draws(7, range(count), torch.device("cpu")).next()
     found = choose(logits.expand(count, -1), numbers).bincount(minlength=30)
     expected = logits[0].double().softmax(0) * count
     assert found[expected == 0].sum() == 0
@@ -314,6 +356,17 @@ def test_the_compiler_gets_int8_weights_as_they_are() -> None:
     assert {str(node.target) for node in whole} == {"aten._to_copy.default", "aten.t.default"}
     (product,) = (node for node in nodes if str(node.target) == "aten.mm.default")
     assert [str(node.target) for node in product.users] == ["aten.mul.Tensor"]
+
+
+@pytest.mark.parametrize(("rows", "tuned", "joined"), [(1, True, True), (1, False, False), (2, True, False)])
+def test_the_compiler_joins_int8_weights_with_a_single_row(rows: int, tuned: bool, joined: bool) -> None:
+    """On a GPU, which has no numbers here, if an option says so; else a library multiplies after a conversion."""
+    with FakeTensorMode(), torch._inductor.config.patch(coordinate_descent_tuning=tuned):
+        layer = Int8Linear(torch.empty(24, 40, device="cuda"), None).bfloat16()
+        x = torch.empty(rows, 40, dtype=torch.bfloat16, device="cuda")
+        table = decomposition.select_decomp_table()
+        nodes = make_fx(layer, decomposition_table=table)(x).graph.nodes
+    assert any("aten.mm" in str(node.target) for node in nodes) is not joined
 
 
 @pytest.mark.parametrize("rows", [1, 9])

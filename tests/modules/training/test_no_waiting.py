@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from device_reads import HostReads, NoReads, no_reads
+from device_reads import HostReads, NoReads, no_reads, no_waits
 from lightning.pytorch.callbacks import Callback
 from recorded_run import Run
 from resumed_run import arguments, write_config
@@ -138,3 +138,14 @@ def test_a_reading_callback_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_every_kind_of_read_is_found(read: Any) -> None:
     with no_reads(), pytest.raises(HostReads):
         read(torch.tensor(1.0))
+
+
+def test_waits_for_a_gpu_are_errors_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `tests/gpu` uses; without a GPU nothing is set."""
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    for there, want in ((False, []), (True, ["error", "default"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        with no_waits():
+            assert modes == want[:1]
+        assert modes == want

@@ -11,6 +11,7 @@ from torch import nn
 
 from trunkline import TrunklineError
 from trunkline.modules.generation.compiled import CompiledDecoder
+from trunkline.modules.generation.low_precision import Int8Linear
 from trunkline.modules.networks import GPT
 from trunkline.pipelines.benchmarks import device_benchmark, device_cases
 from trunkline.pipelines.benchmarks.benchmark import benchmark
@@ -44,17 +45,31 @@ def test_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert row["mfu"] is None
         assert row["peak_memory_bytes"] is None
         assert f"{row['ratio']:.3f} times {row['peer']}" in shown
+    names = [row["case"] for row in results["cases"] if "greedy" in row["case"]]
+    assert names == [
+        f"4 greedy tokens of tiny GPT-2 124M, {weights} weights, batch {batch}"
+        for weights in ("bf16", "int8")
+        for batch in (1, 4)
+    ]
     trained = results["cases"][:5]
     assert all(row["peer_flops_per_step"] >= row["flops_per_step"] > 0 for row in trained)
     assert "say nothing about speed" in shown
 
 
 def test_generation_is_compiled_where_the_peer_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[nn.Module] = []
-    monkeypatch.setattr(device_cases, "generate", lambda network, *_, **__: given.append(network))
+    """With weights in bfloat16, then in int8; at each of the two batch sizes."""
+    given: list[tuple[type, bool, int]] = []
+
+    def generate(network: Any, tokens: torch.Tensor, **_: Any) -> None:
+        int8 = any(isinstance(module, Int8Linear) for module in network.modules())
+        given.append((type(network), int8, len(tokens)))
+
+    monkeypatch.setattr(device_cases, "generate", generate)
     for compiled in (True, False):
-        device_cases.our_generation(Bench(TINY, 1, CPU, compiled))[0]()
-    assert [type(network) for network in given] == [CompiledDecoder, GPT]
+        for case in device_cases.device_cases(TINY):
+            if case.what == "generation":
+                case.ours(Bench(TINY, case.batch_size, CPU, compiled))[0]()
+    assert given == [(kind, int8, rows) for kind in (CompiledDecoder, GPT) for int8 in (False, True) for rows in (1, 4)]
 
 
 @pytest.mark.parametrize("what", ["gpt", "vit", "bert"])

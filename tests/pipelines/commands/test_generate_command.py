@@ -20,6 +20,7 @@ from trunkline.modules.generation.sampling import generate as generate_tokens
 from trunkline.modules.networks import GPT, GPTConfig
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.pipelines.cli import main
+from trunkline.pipelines.commands import generate as command
 from trunkline.pipelines.commands.generate import Text, generate_text
 
 CORPUS = ["the cat sat on the mat", "häuser über 東京 🎉🎉 naïve", "the dog ate the cat. the end"]
@@ -246,11 +247,35 @@ def test_a_compiled_step_writes_the_same(printed: Any, monkeypatch: pytest.Monke
     """Captured, but not compiled to code, which would take long."""
     used: list[Any] = []
     captured = torch.compile(compiled._step, dynamic=False, backend="aot_eager")
-    monkeypatch.setattr(compiled, "compiled_step", lambda mode: used.append(mode) or captured)
+    monkeypatch.setattr(compiled, "compiled_step", lambda options, form: used.append(options) or captured)
     for options in ({"prompt": "the cat", "temperature": 0.0}, {"prompt": ["the cat", "a dog"], "num_beams": 2}):
         assert printed(**options, compile=True) == printed(**options)
-    assert used == [None, None]
+    assert set(used) == {()}
     torch._dynamo.reset()
+
+
+def test_tokens_are_read_one_by_one_only_where_they_are_shown(printed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of sixteen steps are read at once after a compiled step; a stop string still ends its own text."""
+    monkeypatch.setattr(compiled, "compiled_step", lambda *_: compiled._step)
+    read: list[int] = []
+    add = command.add_tokens
+
+    def add_tokens(texts: list[Text], steps: list[torch.Tensor], ended: torch.Tensor) -> None:
+        read.append(len(steps))
+        add(texts, steps, ended)
+
+    monkeypatch.setattr(command, "add_tokens", add_tokens)
+    several = {"prompt": ["the cat", "a dog"], "num_samples": 2, "top_k": 9, "max_new_tokens": 40}
+    stop = printed(**several)[20:22]
+    for options, sizes in (
+        (several, [16, 16, 8]),
+        ({**several, "stop": stop}, [16, 16, 8]),
+        ({"prompt": "the cat", "max_new_tokens": 5, "stream": True}, [1] * 5),
+    ):
+        want = printed(**options)
+        read.clear()
+        assert printed(**options, compile=True) == want
+        assert read == sizes
 
 
 # --- errors

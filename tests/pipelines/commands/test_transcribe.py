@@ -380,6 +380,7 @@ def test_recordings_that_cannot_be_read(
         ({"length_bonus": 0.3}, "length_bonus helps to choose among beams; set num_beams above 1", "length_bonus"),
         ({"language_model": "x.ckpt", "num_beams": 1}, "language_model helps to choose among beams", "language_model"),
         ({"language_model": "nowhere.ckpt"}, "nowhere.ckpt", None),
+        ({"compile": True}, "compile is for recognisers whose decoder writes the text, but .* with CTC", "compile"),
         ({"device": "gpu"}, "--device gpu cannot be used here", None),
     ],
 )

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_steps import record_steps
 from tiny_recognizer import (
     FIXED,
     LOG_MEL,
@@ -58,6 +59,29 @@ def test_texts_are_those_of_decoding_by_hand(
     assert printed(capsys) == want
     assert len({*want}) > 2
     assert any(want)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(("clips", "graphs"), [(FIXED, 1), (LOG_MEL, 2)], ids=["fixed", "own lengths"])
+def test_a_compiled_step_writes_the_same(
+    tmp_path: Path,
+    clips: Any,
+    graphs: int,
+    options: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From one graph over one memory: the last batch is filled up. One of shorter clips has fewer states."""
+    steps = record_steps(monkeypatch)
+    for number, text in enumerate(TEXTS):
+        write_wav(tmp_path / "s" / f"{number}.wav", tones(text))
+    path = save_writer(tmp_path, change=lambda c: c.update(SpeechData=speech_state(clips, "decoder")))
+    run(path, tmp_path / "s", batch_size=4, **options)
+    want = printed(capsys)
+    assert not steps
+    run(path, tmp_path / "s", batch_size=4, compile=True, **options)
+    assert printed(capsys) == want
+    assert len(steps) == graphs
 
 
 def test_beams_and_start_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

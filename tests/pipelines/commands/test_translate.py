@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_steps import record_steps
 from tiny_translator import END, LANGUAGES, LONGEST_TARGET, REV, UP, by_hand, letters, random_network, save
 
 from trunkline import TrunklineError
@@ -155,7 +156,7 @@ def test_nothing_is_half_written(checkpoint: str, tmp_path: Path, monkeypatch: p
             raise KeyboardInterrupt
         return generate(*arguments, **options)
 
-    monkeypatch.setattr("trunkline.pipelines.translating.generate", broken)
+    monkeypatch.setattr("trunkline.pipelines.generating.generate", broken)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, texts=str(tmp_path / "in.txt"), output=str(output), batch_size=1)
     assert output.read_text() == "before\n"
@@ -222,6 +223,20 @@ def test_samples_depend_on_the_number_of_the_line_alone(checkpoint: str, tmp_pat
     assert found[0][0] == letters().decode(alone[0])
     hot = lines_of_file(checkpoint, tmp_path, content, temperature=3.0)
     assert hot != found[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"num_beams": 3}], ids=["greedy", "draws", "beams"])
+def test_a_compiled_step_writes_the_same(
+    checkpoint: str, options: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one graph over one memory: the last batch is filled up."""
+    steps = record_steps(monkeypatch)
+    run(checkpoint, text=TEXTS, batch_size=3, **options)
+    want = capsys.readouterr().out
+    assert not steps
+    run(checkpoint, text=TEXTS, batch_size=3, compile=True, **options)
+    assert capsys.readouterr().out == want
+    assert len(steps) == 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
