@@ -80,7 +80,9 @@ class SavedConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         path = Path(trainer.default_root_dir, self.config_filename)  # whatever folder a logger chooses
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(path), skip_none=False, overwrite=self.overwrite, multifile=self.multifile)
+        options = {"overwrite": self.overwrite, "multifile": self.multifile}
+        # It has been parsed a moment ago: to check it once more would take four times as long as to write it.
+        self.parser.save(self.config, str(path), skip_none=False, skip_validation=True, **options)
 
 
 class TrainingCLI(LightningCLI):

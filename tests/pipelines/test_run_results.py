@@ -151,7 +151,15 @@ def test_a_model_card_has_the_scores_of_the_last_validation(rows: Callable[..., 
     assert {"accuracy", "loss"} <= {each.metric_type for each in results}
 
 
-@pytest.mark.parametrize("named", ["CSVLogger", "TensorBoardLogger", "false", "[CSVLogger,TensorBoardLogger]"])
+@pytest.mark.parametrize(
+    "named",
+    [
+        "CSVLogger",
+        "[CSVLogger,TensorBoardLogger]",
+        pytest.param("TensorBoardLogger", marks=pytest.mark.slow),
+        pytest.param("false", marks=pytest.mark.slow),  # as in the other tests
+    ],
+)
 def test_loggers_write_into_the_folder_of_the_run(named: str, rows: Callable[..., dict[str, str]]) -> None:
     """Without a word about where; the config and the checkpoints stay where they are without them."""
     table = rows(*FIT, "--trainer.logger", named)

@@ -31,10 +31,12 @@ from trunkline.pipelines.training import TrainingCLI
 SYNCHRONOUS = "trunkline.modules.training.checkpoints.SafeCheckpointIO"
 RECIPES = [name for name in config_names() if not name.startswith("trainer/")]
 MACHINES = [name for name in config_names() if name.startswith("trainer/")]
-FIRST = {name.partition("/")[0]: name for name in reversed(RECIPES)}.values()
-"""One recipe of each kind, which the fast tests try with all machines."""
+FIRST = list({name.partition("/")[0]: name for name in reversed(RECIPES)}.values())
+"""One recipe of each kind."""
+FAST = {(FIRST[number % len(FIRST)], machine) for number, machine in enumerate(MACHINES)}
+"""Every machine with one of them, and every one of them with a machine: there are more machines than kinds."""
 PAIRS = [
-    pytest.param(recipe, machine, marks=[pytest.mark.slow] * (recipe not in FIRST))
+    pytest.param(recipe, machine, marks=[pytest.mark.slow] * ((recipe, machine) not in FAST))
     for recipe in RECIPES
     for machine in MACHINES
 ]
@@ -270,7 +272,13 @@ def test_names_that_lightning_keeps_to_itself() -> None:
     assert "self._parse_ckpt_path()" in inspect.getsource(LightningCLI.__init__)
 
 
-@pytest.mark.parametrize("before", ["import typing; typing.Union[float, int, None]", "import sklearn.datasets"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import typing; typing.Union[float, int, None]",
+        pytest.param("import sklearn.datasets", marks=pytest.mark.slow),  # which does the same
+    ],
+)
 def test_one_batch_is_not_all_whatever_was_imported_before(before: str) -> None:
     """`typing` keeps one order of `Union[int, float]` and `Union[float, int]`, that of the first; then 1 was 1.0."""
     averages = "--trainer.callbacks+ StochasticWeightAveraging --trainer.callbacks.swa_epoch_start 2"

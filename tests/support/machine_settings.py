@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 LONGEST = (
-    "resume export compiled_training training device_benchmark run_results compiled_loss downstream reduction "
-    "seq2seq question_answering audio_classifier reuse packaging"
+    "resume bad_input export training compiled_training no_waiting run_results packaging early_signals dates benchmark "
+    "full_disk cli attention_paths downstream reduction tensor_parallel floors check_findings seq2seq compiled_loss "
+    "device_benchmark reuse"
 )
 """Test files (without `test_` and `.py`) that take long, the longest first."""
 

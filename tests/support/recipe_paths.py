@@ -78,9 +78,9 @@ def paths_of(model: Any, data: Any, monkeypatch: pytest.MonkeyPatch) -> list[Dec
     seen = pretend_gpu(monkeypatch, run=False, traced=True)
     batch = batch_of(data, data.facts)
     model.to("meta").train()
+    for trunk in [module for module in model.network.modules() if isinstance(module, Transformer)]:
+        del trunk.blocks[1:]
     if data.facts.ragged:
-        for trunk in [module for module in model.network.modules() if isinstance(module, Transformer)]:
-            del trunk.blocks[1:]
         torch._dynamo.reset()
         model.network.compile(backend="eager", fullgraph=True)
         let_sizes_vary(batch)

@@ -163,7 +163,14 @@ def draw_halt(
     return chance.randrange(first, end), ranks
 
 
-def kill_and_resume(config: Path, processes: int, workers: int, steps: int, seed: str = "", kills: int = 3) -> None:
+def random_points(chance: random.Random, kills: int) -> list[str]:
+    """So many of the `POINTS`, no two of the same three alike."""
+    return [point for _ in range(-(-kills // 3)) for point in chance.sample(POINTS, 3)][:kills]
+
+
+def kill_and_resume(
+    config: Path, processes: int, workers: int, steps: int, seed: str = "", kills: int = 3, point: str | None = None
+) -> None:
     """Start, kill and resume at random steps, at random points of the step, then run to the end.
 
     Args:
@@ -173,12 +180,13 @@ def kill_and_resume(config: Path, processes: int, workers: int, steps: int, seed
         steps: optimiser steps of the whole run, at least 5 for each kill.
         seed: of the steps and points.
         kills: their number.
+        point: that of all kills, instead of random ones.
     """
     folder, chance = config.parent, random.Random(seed)
-    points = [point for _ in range(-(-kills // 3)) for point in chance.sample(POINTS, 3)][:kills]
-    for kill, point in enumerate(points):
-        step, ranks = draw_halt(chance, point, kill, kills, steps, processes)
-        halt_at(folder, point, step, ranks)
+    points = random_points(chance, kills) if point is None else [point] * kills
+    for kill, where in enumerate(points):
+        step, ranks = draw_halt(chance, where, kill, kills, steps, processes)
+        halt_at(folder, where, step, ranks)
         run = Run(arguments(config, processes, workers, resume=kill > 0), folder, processes)
         wait_for_halt(run, folder, ranks)
         run.signal(signal.SIGKILL)

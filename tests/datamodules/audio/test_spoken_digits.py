@@ -120,6 +120,8 @@ def test_same_clips_in_each_call_and_process() -> None:
     speak(utterances("spoken_digits", 3))
     assert fingerprint(speak(wanted)) == here
     code = (
+        "from trunkline.pipelines.quick_imports import import_torchmetrics\n"
+        "import_torchmetrics([])\n"  # without what takes it seconds
         "from test_spoken_digits import fingerprint, speak, utterances\n"
         "print(fingerprint(speak(utterances('spoken_digits:val', 12))))"
     )

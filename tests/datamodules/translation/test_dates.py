@@ -270,6 +270,8 @@ def test_phrases() -> None:
 
 DIGEST = """
 import hashlib
+from trunkline.pipelines.quick_imports import import_torchmetrics
+import_torchmetrics([])  # without what takes it seconds
 from trunkline.datamodules.translation.dates import open_dates
 print(hash("x"), hashlib.sha256(repr([tuple(pair) for pair in open_dates("phrases").pairs()]).encode()).hexdigest())
 """

@@ -96,9 +96,14 @@ def compiled_graphs(
     return [any(isinstance(x, torch.SymInt) for x in inputs) for inputs in graphs]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=[pytest.mark.slow] * (task in ("block", "masked", "classify"))) for task in TASKS]
+)
 def test_training_is_compiled_once(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Although evaluations have batches of another size."""
+    """Although evaluations have batches of another size.
+
+    `documents`, `masked_pairs` and `adapted` run all that the slow ones do, and `block` is in the next test.
+    """
     assert compiled_graphs(tmp_path, task, monkeypatch) == [task in RAGGED]
 
 

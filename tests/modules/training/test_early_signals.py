@@ -50,8 +50,8 @@ def job_of_slurm(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("reference", "number"),
     [
-        (1, signal.SIGTERM),
         (2, signal.SIGUSR1),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGUSR1, marks=pytest.mark.slow),
     ],

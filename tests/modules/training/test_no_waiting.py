@@ -15,10 +15,15 @@ from recorded_run import Run
 from resumed_run import arguments, write_config
 from tasks import BATCHES, TASKS
 
+from trunkline.modules.callbacks.curves import Curves
 from trunkline.modules.objectives.audio_task import AudioTask
 from trunkline.modules.objectives.speech_recognizer import SpeechRecognizer
 from trunkline.modules.training.finite_steps import FiniteSteps
 from trunkline.pipelines.cli import main
+
+RUN_WITH_MORE = {"block": "documents", "masked": "masked_pairs", "classify": "adapted"}
+"""Tasks of which another runs every line, and more; `block` is also what the runs in half precision train."""
+ALL = [pytest.param(task, marks=[pytest.mark.slow] * (task in RUN_WITH_MORE)) for task in TASKS]
 
 
 def recipe(folder: Path, task: str, *callbacks: str, optimizer: dict[str, Any] | None = None, **trainer: Any) -> Path:
@@ -39,12 +44,13 @@ def run(folder: Path, task: str, monkeypatch: pytest.MonkeyPatch, *callbacks: st
     """Train a task as on an accelerator."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.argv", ["trunkline"])
+    monkeypatch.setattr(Curves, "on_fit_end", lambda *_: None)  # drawn after all steps, which takes as long as they
     # There the optimiser leaves a bad step out by itself, and the host learns of it at the next step.
     monkeypatch.setattr(FiniteSteps, "host_may_wait", lambda self, result: False)
     main(arguments(recipe(folder, task, *callbacks, **options), 1))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL)
 def test_a_step_reads_nothing(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if task == "speech":  # PyTorch's CTC loss waits itself, so its objective may
         monkeypatch.setattr(device_reads, "ALLOWED", (*device_reads.ALLOWED, "objectives/speech_recognizer.py"))
@@ -60,7 +66,7 @@ HALF = {"plugins": [{"class_path": "half_on_cpu.HalfOnCPU"}], "gradient_clip_val
 @pytest.mark.parametrize(
     ("task", "name", "options"),
     [
-        ("image", "adamw", {}),
+        pytest.param("image", "adamw", {}, marks=pytest.mark.slow),
         ("block", "adamw", {}),
         ("block", "adamw", {"rms_scaled": True}),
         ("block", "muon", {}),
@@ -78,7 +84,7 @@ def test_nor_does_a_clipped_step_in_16_mixed(
     assert quiet == [step for step in range(1, BATCHES) if (step + 1) % 5]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL)
 def test_no_step_waits_for_a_copy_to_the_device(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meta_device.pretend(monkeypatch)
     if task == "speech":  # PyTorch's CTC loss waits itself, so its objective may

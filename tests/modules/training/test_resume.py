@@ -34,8 +34,8 @@ BY_LENGTH = ("translate", "speech", "listen")
 LOADS = ((2, 1), (0, 3), (2, 3))
 """(workers, accumulated batches) of the long form: each task has all of them, with another number of processes each."""
 
-SHARED_OUT = ("image", "block", "classify", "translate", "speech")
-"""One task for each way in which batches are made, and the objective that `test_reduction.py` does not divide."""
+SHARED_OUT = ("image", "classify", "translate")
+"""Batches by rows and by tokens, and the objective that `test_reduction.py` does not divide."""
 
 
 def batch_for(processes: int) -> int:
@@ -70,13 +70,13 @@ def step_count(folder: Path) -> int:
     ("task", "processes", "workers", "accumulate"),
     [
         ("image", 1, 2, 1),
-        ("image", 3, 0, 3),
-        ("documents", 2, 0, 1),
-        ("masked_pairs", 2, 0, 1),
-        ("pairs", 2, 0, 3),
-        ("translate", 1, 0, 1),
-        ("speech", 1, 2, 1),
-        ("own", 1, 0, 1),
+        pytest.param("image", 3, 0, 3, marks=pytest.mark.slow),
+        pytest.param("documents", 2, 0, 1, marks=pytest.mark.slow),
+        pytest.param("masked_pairs", 2, 0, 1, marks=pytest.mark.slow),
+        pytest.param("pairs", 2, 0, 3, marks=pytest.mark.slow),
+        pytest.param("translate", 1, 0, 1, marks=pytest.mark.slow),
+        pytest.param("speech", 1, 2, 1, marks=pytest.mark.slow),
+        pytest.param("own", 1, 0, 1, marks=pytest.mark.slow),
         pytest.param("classify", 1, 0, 1, marks=pytest.mark.slow),
         pytest.param("audio", 1, 2, 1, marks=pytest.mark.slow),
         pytest.param("image", 2, 0, 2, marks=pytest.mark.slow),
@@ -111,6 +111,34 @@ def test_kills(
     assert_same_run(tmp_path, reference)
 
 
+@pytest.mark.parametrize(
+    ("task", "processes", "workers", "accumulate", "point"),
+    [
+        ("documents", 2, 0, 1, "saving"),
+        ("masked_pairs", 1, 0, 1, "validation"),
+        ("pairs", 2, 0, 3, "backward"),
+        ("translate", 1, 0, 1, "batch end"),
+        ("speech", 1, 2, 1, "batch start"),
+        ("own", 1, 0, 1, "writing"),
+    ],
+)
+def test_one_kill(
+    task: str,
+    processes: int,
+    workers: int,
+    accumulate: int,
+    point: str,
+    uninterrupted: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """The short form, at each of the points where a run may be killed, and for each way in which batches are made."""
+    reference = uninterrupted(processes, accumulate, task, epochs=2)
+    options: dict[str, Any] = {"batch_size": batch_for(processes), "max_epochs": 2}
+    config = write_config(tmp_path, task, accumulate_grad_batches=accumulate, **options)
+    kill_and_resume(config, processes, workers, step_count(reference), task, kills=1, point=point)
+    assert_same_run(tmp_path, reference)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
@@ -139,7 +167,7 @@ def test_kill_with_plain_loader_is_noticed(tmp_path_factory: pytest.TempPathFact
     killed, whole = tmp_path_factory.mktemp("killed"), tmp_path_factory.mktemp("whole")
     for folder in (killed, whole):
         write_config(folder, data="recorded_run.PlainData")
-    kill_and_resume(killed / "tiny.yaml", 1, 0, steps=EPOCHS * BATCHES)
+    kill_and_resume(killed / "tiny.yaml", 1, 0, steps=EPOCHS * BATCHES, kills=1)
     assert Run(arguments(whole / "tiny.yaml", 1), whole).wait() == [0]
     assert record(killed).keys() == record(whole).keys()
     with pytest.raises(AssertionError):
@@ -169,14 +197,14 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]],
     ("trainer", "point", "trained", "validated"),
     [
         (ACCUMULATING, "batch3", 2, 4),  # the gradients of one batch of two are under way: they are computed again
-        (ACCUMULATING, "validation5", 4, 4),  # the same
+        pytest.param(ACCUMULATING, "validation5", 4, 4, marks=pytest.mark.slow),  # the same
         (ACCUMULATING, "batch13", 13, 17),  # the end of an epoch, without validation
         (ACCUMULATING, "batch14", 13, 17),  # gradients are under way at the beginning of an epoch
         (ACCUMULATING, "batch23", 23, 22),  # a validation is due within an epoch
-        (BY_STEPS, "batch12", 12, 12),  # nothing special
+        pytest.param(BY_STEPS, "batch12", 12, 12, marks=pytest.mark.slow),  # nothing special
         (BY_STEPS, "batch13", 13, 12),  # a validation is due
         (BY_STEPS, "validation13", 13, 13),  # it is done
-        (BY_STEPS, "epoch13", 13, 13),
+        pytest.param(BY_STEPS, "epoch13", 13, 13, marks=pytest.mark.slow),  # the same
     ],
 )
 def test_save_points(
@@ -237,7 +265,7 @@ def test_a_run_that_max_steps_ended_goes_on_with_more(
 @pytest.mark.parametrize(
     ("processes", "number", "point"),
     [
-        (1, signal.SIGINT, "batch end"),
+        pytest.param(1, signal.SIGINT, "batch end", marks=pytest.mark.slow),
         (1, signal.SIGTERM, "validation"),
         (2, signal.SIGINT, "backward"),
         pytest.param(2, signal.SIGUSR1, "validation", marks=pytest.mark.slow),

@@ -24,7 +24,7 @@ from trunkline.modules.training.checkpoints import SafeCheckpointIO
 from trunkline.modules.training.sharding import ShardedStrategy, trunks_in
 from trunkline.modules.training.tensor_parallel import DividedTrunks, TensorGroup, check_divisible
 
-FAST = ("gpt", "vit", "t5", "clip", "drop_path")
+FAST, OTHERS = ("gpt", "vit"), ("t5", "clip", "drop_path")
 
 
 def on_digits(folder: Path, devices: int, size: int) -> dict[str, float]:
@@ -102,8 +102,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", FAST)
 def test_20_steps_are_those_of_one_process(kind: str, runs: Path) -> None:
-    assert_same_training(runs, kind)
-    start, end = MODULES[kind]().state_dict(), states(runs / f"{kind}-sharded/last.ckpt")["state_dict"]
+    assert_same_steps(runs, kind)
+
+
+@pytest.mark.slow
+def test_20_steps_of_other_networks(tmp_path: Path) -> None:
+    """Two trunks, a shared one, and blocks that are left out at random."""
+    in_processes(divided, tmp_path, OTHERS)
+    in_processes(undivided, tmp_path, OTHERS, processes=1)
+    for kind in OTHERS:
+        assert_same_steps(tmp_path, kind)
+
+
+def assert_same_steps(folder: Path, kind: str) -> None:
+    """The same training, and one that changed the weights."""
+    assert_same_training(folder, kind)
+    start, end = MODULES[kind]().state_dict(), states(folder / f"{kind}-sharded/last.ckpt")["state_dict"]
     assert start.keys() == end.keys()
     assert max((start[name] - x).abs().max() for name, x in end.items() if x.numel() > 1) > 1e-2
 
