@@ -268,7 +268,7 @@ def test_processes_that_see_the_same() -> None:
         ),
         (
             {"data": "def", "parts": {"train": "1", "settings": {}}},
-            "process 1 on b reads other data (digest def) than the first process on a (abc): they differ in train; give",
+            "process 1 on b reads other data (digest def) than the first process on a (abc): they differ in train;",
             "data.source",
         ),
         ({"folder": "cannot write"}, "process 1 on b cannot write", "run_dir"),
