@@ -58,10 +58,11 @@ MORE: dict[str, Callable[[], Network]] = {
     "clip-shared": lambda: CLIP(towers(bert=bert({"norm_first": True, "final_norm": True}), share_trunk=True)),
 }
 FAST: dict[Format, set[str]] = {
-    "onnx": {"vit-cls", "gpt-modern", "clip", "t5", "speech-conv"},
+    "onnx": {"vit-cls", "gpt-modern", "t5", "speech-conv"},
     "torch-export": {"bert-next", "ast"},
 }
-"""One of each kind; the rest is slow: a graph takes a second or two."""
+"""One of each kind; of CLIP, two are written below, and `export_network` itself compares them at several sizes.
+The rest is slow: a graph takes a second or two."""
 ALL = [
     pytest.param(name, to, marks=[] if name in FAST[to] else pytest.mark.slow)
     for to in FORMATS

@@ -21,6 +21,8 @@ from trunkline.pipelines.cli import main
 
 RAGGED = {"translate", "speech", "listen"}
 """Tasks whose batches have as many rows as fit, and rows of different lengths: their one graph has symbolic sizes."""
+ALIKE = {"block", "masked", "classify", "tags", "questions", "listen"}
+"""Tasks whose networks and batches are those of `documents`, `masked_pairs`, `adapted` and `translate`."""
 RECIPES = {
     **dict.fromkeys(["gpt/demo", "gpt/gpt2_124m", "gpt/modern_124m"], "block"),
     **dict.fromkeys(["gpt/shakespeare_char", "gpt/shakespeare_char_baseline"], "block"),
@@ -96,14 +98,9 @@ def compiled_graphs(
     return [any(isinstance(x, torch.SymInt) for x in inputs) for inputs in graphs]
 
 
-@pytest.mark.parametrize(
-    "task", [pytest.param(task, marks=[pytest.mark.slow] * (task in ("block", "masked", "classify"))) for task in TASKS]
-)
+@pytest.mark.parametrize("task", [pytest.param(task, marks=[pytest.mark.slow] * (task in ALIKE)) for task in TASKS])
 def test_training_is_compiled_once(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Although evaluations have batches of another size.
-
-    `documents`, `masked_pairs` and `adapted` run all that the slow ones do, and `block` is in the next test.
-    """
+    """Although evaluations have batches of another size."""
     assert compiled_graphs(tmp_path, task, monkeypatch) == [task in RAGGED]
 
 
