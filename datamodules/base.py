@@ -2,7 +2,6 @@
 
 import os
 import random
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -21,6 +20,7 @@ from trunkline.contract import DataFacts, EpochCut
 from trunkline.datamodules.content_digest import SETTINGS, plain_digest, plain_value, short_digest
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader
 from trunkline.datamodules.token_batches import TokenBatches
+from trunkline.datamodules.workers import worker_start
 from trunkline.ranges import check_ranges
 
 
@@ -51,18 +51,6 @@ NOT_SAMPLES = {"batch_size", "eval_batch_size", "num_workers", "cache_dir", "cac
 """Fields of datamodules that do not change the samples."""
 TOKENIZER_FIELDS = {"tokenizer", "target_tokenizer"}
 """Fields that name a tokenizer, which is known by itself, wherever it comes from."""
-
-
-def outlive_signals(worker: int) -> None:
-    """Keep a worker running after a Ctrl-C, SIGTERM or SIGUSR1 that was sent to all processes of the run.
-
-    The training process decides when to stop, and needs its workers to finish the step. A worker still ends itself 10 s
-    after a SIGTERM, because Python sends one to each worker at the end of a program and waits until it has ended.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):  # not on Windows
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -217,7 +205,7 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
             num_workers=workers,
             pin_memory=self.on_gpu(),  # then Lightning's copy to the device does not make the host wait
             persistent_workers=workers > 0,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=worker_start(),
         )
 
     def sampler(self, split: str, train: bool = False) -> ResumableBatchSampler:

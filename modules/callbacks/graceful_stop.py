@@ -57,9 +57,9 @@ def undisturbed_by_workers() -> Iterator[None]:
         yield
         return
     raises = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-    with suppress(RuntimeError):  # a signal that has arrived by now is still handled as before, in this call
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for _ in range(2):
+        with suppress(RuntimeError):  # a signal that has arrived by now is still handled as before, in this call
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
     finally:
@@ -226,8 +226,7 @@ class GracefulStop(Callback):
         if not isinstance(exception, Exception) or not between_steps(trainer):
             return
         try:
-            with undisturbed_by_workers():
-                path = self._save(trainer)
+            path = self._save(trainer)
         except Exception as error:  # such as a full disk; the first error is the one to report
             rank_zero_info(f"the last step cannot be saved: {error}")
         else:
@@ -250,7 +249,8 @@ class GracefulStop(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
                     callback.on_validation_epoch_end(trainer, trainer.lightning_module)
-        return save_last(trainer)
+        with undisturbed_by_workers():
+            return save_last(trainer)
 
     def _save_and_leave(self, trainer: L.Trainer) -> None:
         path = self._save(trainer)

@@ -18,7 +18,6 @@ from tiny import batches, classifier, trainer
 from torch.utils.data import DataLoader
 
 from trunkline.datamodules import ImageData
-from trunkline.datamodules.base import outlive_signals
 from trunkline.modules.callbacks.graceful_stop import GracefulStop, Stopped
 from trunkline.modules.training import slurm
 from trunkline.modules.training.checkpoints import SafeCheckpointIO
@@ -193,12 +192,6 @@ def test_an_ended_run_gives_the_handlers_back(tmp_path: Path) -> None:
     fit(tmp_path, callback)
     assert callback.previous == {}
     assert all(signal.getsignal(number) is signal.default_int_handler for number in SIGNALS)
-
-
-def test_data_workers_outlive_all_of_them() -> None:
-    outlive_signals(0)
-    assert [signal.getsignal(number) for number in SIGNALS[1:]] == [signal.SIG_IGN] * 2
-    assert callable(signal.getsignal(signal.SIGTERM))
 
 
 # --- SLURM
