@@ -49,6 +49,8 @@ def preserved_generators() -> Iterator[None]:
 
 NOT_SAMPLES = {"batch_size", "eval_batch_size", "num_workers", "cache_dir", "cache_waveforms", "max_skipped"}
 """Fields of datamodules that do not change the samples."""
+TOKENIZERS = "tokenizers"
+"""The part of a digest that is of the tokenizers."""
 TOKENIZER_FIELDS = {"tokenizer", "target_tokenizer"}
 """Fields that name a tokenizer, which is known by itself, wherever it comes from."""
 
@@ -120,22 +122,30 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         settings = {name: plain_value(getattr(self, name)) for name in names}
         sizes = {split: len(rows) for split, rows in self.datasets.items()}  # type: ignore[arg-type]
         parts = {name: plain_digest([sizes.get(name), self._key.get(name)]) for name in {**self._key, **sizes}}
-        return {**parts, "tokenizers": tokenizers, SETTINGS: settings}
+        return {**parts, TOKENIZERS: tokenizers, SETTINGS: settings}
 
     def data_key(self) -> dict[str, Any] | list[Any]:
         """What else tells this data from other data, as plain values that are found without reading all of it, such as
         `sampled_digest` of each split; without the folder in which the data is.
 
         Returns:
-            the values of each split, and others under names of their own. A list has the name `data`.
+            the values of each split, and others under names of their own, but not `settings` or `tokenizers`. A list
+            has the name `data`.
         """
         return {}
 
     @cached_property
     def _key(self) -> dict[str, Any]:
         """`data_key`, found once: the processes compare it before a run, and the run's record holds it."""
-        key = self.data_key()
-        return key if isinstance(key, dict) else {"data": key} if key else {}
+        found = self.data_key()
+        key = found if isinstance(found, dict) else {"data": found} if found else {}
+        for name in (TOKENIZERS, SETTINGS):
+            if name in key:
+                raise TrunklineError(
+                    f"{type(self).__name__}.data_key returns values named {name!r}, a name that the digest of the data "
+                    "has itself; give them another name"
+                )
+        return key
 
     def compare_tokenizers(self) -> None:
         """Check that all processes of a training have the same tokenizers. All of them must call this, in `setup`.

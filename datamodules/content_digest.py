@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, is_dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -33,8 +35,16 @@ def short_digest(content: str | bytes | memoryview) -> str:
 
 
 def value_text(value: Any) -> str:
-    """Plain values (numbers, texts, lists, dictionaries in any order) as a text; of others only the type counts."""
-    return json.dumps(value, sort_keys=True, default=lambda other: type(other).__qualname__)
+    """Values (numbers, texts, bytes, times, arrays, lists, dictionaries in any order) as a text; of others the type."""
+    return json.dumps(value, sort_keys=True, default=_as_json)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return short_digest(value)
+    if isinstance(value, date | time | timedelta | Decimal):
+        return str(value)
+    return value.tolist() if hasattr(value, "tolist") else type(value).__qualname__
 
 
 def plain_digest(value: Any) -> str:

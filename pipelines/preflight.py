@@ -163,6 +163,8 @@ class Survey(NamedTuple):
     """What is wrong with the run's folder."""
     parts: Mapping[str, Any] = {}
     """What that digest is made of."""
+    fault: tuple[str, str | None] | None = None
+    """Why the data has no digest, and the field at fault."""
 
 
 class PreFlight(Callback):
@@ -210,8 +212,14 @@ def survey(trainer: L.Trainer, folder: Path, token: str) -> Survey:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     data = getattr(trainer, "datamodule", None)
-    digest, parts = (data.digest(), data.digest_parts()) if isinstance(data, TrunklineDataModule) else (None, {})
-    return Survey(trainer.global_rank, socket.gethostname(), versions, digest, folder_fault(folder, token), parts)
+    digest, parts, fault = None, {}, None
+    if isinstance(data, TrunklineDataModule):
+        try:
+            digest, parts = data.digest(), data.digest_parts()
+        except TrunklineError as error:  # such as of a file that is damaged here: the others must not wait
+            fault = str(error), error.field
+    seen = versions, digest, folder_fault(folder, token), parts, fault
+    return Survey(trainer.global_rank, socket.gethostname(), *seen)
 
 
 def disagreements(everyone: list[Survey]) -> list[tuple[str | None, str | None]]:
@@ -227,11 +235,15 @@ def disagreements(everyone: list[Survey]) -> list[tuple[str | None, str | None]]
             if here != there:
                 text = f"{name} is {there} for {who}, but {here} for the first process on {first.host}"
                 found.append((f"{text}; install the same packages on all hosts, or one environment for all", None))
-        if other.data != first.data:
+        if other.fault is not None:
+            found.append((f"{who} cannot read its data: {other.fault[0]}", other.fault[1]))
+        elif other.data != first.data and first.fault is None:
             text = f"{who} reads other data (digest {other.data}) than the first process on {first.host} ({first.data})"
-            names = ", ".join(different_parts(first.parts, other.parts))
-            text += f": they differ in {names}" if names else ""
-            found.append((f"{text}; give all hosts the same files, cached ones too (cache_dir)", "data.source"))
+            names = different_parts(first.parts, other.parts)
+            text += f": they differ in {', '.join(names)}" if names else ""
+            fields_only = names and all(name.startswith("data.") for name in names)
+            mend = "the same values of these fields" if fields_only else "the same files, cached ones too (cache_dir)"
+            found.append((f"{text}; give all hosts {mend}", names[0] if fields_only else "data.source"))
     return found
 
 

@@ -100,9 +100,9 @@ def data_change(file: Path, now: Mapping[str, Any]) -> str | None:
     known = {record: read_json(record) for record in older if record != file}
     entries = {record: content.get("data") or {} for record, content in known.items() if isinstance(content, dict)}
     alike = [record for record, data in entries.items() if data.get("format") == now.get("format") == DIGEST_FORMAT]
-    if not alike or entries[alike[-1]]["digest"] == now["digest"]:
+    before: Mapping[str, Any] = entries[alike[-1]] if alike else {}
+    if not before.get("digest") or not now["digest"] or before["digest"] == now["digest"]:
         return None
-    before = entries[alike[-1]]
     names = different_parts(before["parts"], now["parts"])
     if not names and before["parts"].get(SETTINGS, {}).keys() != now["parts"].get(SETTINGS, {}).keys():
         return None  # another version of the program, with other fields

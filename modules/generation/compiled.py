@@ -133,12 +133,15 @@ class CompiledDecoder(nn.Module):
 
     def _memory_for(self, form: Form) -> Memory | None:
         """Take the newest spare memory of this form."""
-        for place in reversed(range(len(self._spare))):
-            if self._spare[place][0] == form:
-                kept = self._spare[place][1]
-                del self._spare[place]
-                return kept
-        return None
+        found, others = None, []
+        while self._spare and found is None:
+            entry = self._spare.pop()  # at once out of reach: a text that ends meanwhile appends its own
+            if entry[0] == form:
+                found = entry[1]
+            else:
+                others.append(entry)
+        self._spare.extendleft(others)
+        return found
 
     @staticmethod
     def _memory(cache: FixedCache, mask: Tensor, source_mask: Tensor | None) -> Memory:
@@ -168,7 +171,8 @@ def step_options(decoder: nn.Module) -> tuple[tuple[str, bool], ...]:
 def compiled_step(options: tuple[tuple[str, bool], ...], form: Form) -> Callable[[Any, Tensor, Any], Tensor]:
     """The step of all decoders whose memory has this form, so that those of other sources run the code that is there.
 
-    A form has a function of its own: the compiler counts the graphs of a function, and refuses the ninth.
+    A form has a function of its own: the compiler counts the graphs of a function, and refuses the ninth. They are kept
+    for good, so a program that runs long should have few forms.
     """
     own = types.FunctionType(_step.__code__.replace(), _step.__globals__, _step.__name__)
     compiled: Callable[[Any, Tensor, Any], Tensor] = torch.compile(

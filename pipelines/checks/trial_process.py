@@ -284,15 +284,12 @@ class Still(Callback):
 def short_epochs(trainer: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """Options of a trainer for epochs of at most so many optimiser steps.
 
-    A validation after each epoch stays one, and one after a number of batches stays that, over several epochs.
+    A validation within an epoch, or after more batches, comes at the end of each, where schedules and callbacks read.
     """
     batches, limit = steps * (trainer.get("accumulate_grad_batches") or 1), trainer.get("limit_train_batches")
     options: dict[str, Any] = {"limit_train_batches": min(batches, limit) if isinstance(limit, int) else batches}
-    interval = trainer.get("val_check_interval")
-    if isinstance(interval, float):
-        options["val_check_interval"] = 1.0  # a share of so few batches may be none
-    elif interval is not None:
-        options["check_val_every_n_epoch"] = None
+    if trainer.get("val_check_interval") is not None:
+        options |= {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}
     return options
 
 

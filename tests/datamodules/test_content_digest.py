@@ -5,6 +5,8 @@ import json
 import re
 import tarfile
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +33,7 @@ from small_data import (
 from small_speech import listed, log_mel
 from sound_files import letter_tones, write_sound
 
+from trunkline import TrunklineError
 from trunkline.datamodules import (
     AudioData,
     ImageData,
@@ -49,6 +52,7 @@ from trunkline.datamodules.base import TrunklineDataModule
 from trunkline.datamodules.content_digest import (
     blocks,
     different_parts,
+    plain_digest,
     plain_value,
     sampled_digest,
     spaced,
@@ -460,3 +464,28 @@ def test_the_place_of_files_that_match_a_pattern(tmp_path: Path) -> None:
         (tmp_path / place).mkdir()
         assert plain_value(str(tmp_path / place / "cc-{00..03}/*.tar")) == expected
     assert plain_value("a{b,c}") == "a{b,c}"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.int64(1), np.int64(2)),
+        (np.arange(3), np.arange(1, 4)),
+        (b"a", b"b"),
+        (date(2026, 1, 1), date(2026, 1, 2)),
+        (Decimal("0.1"), Decimal("0.2")),
+    ],
+)
+def test_values_that_json_has_not_are_seen(one: Any, other: Any) -> None:
+    """Such as a sum that the user's own `data_key` returns, or a cell of a table."""
+    assert plain_digest({"train": [one]}) == plain_digest({"train": [one]}) != plain_digest({"train": [other]})
+
+
+@pytest.mark.parametrize("name", ["settings", "tokenizers"])
+def test_names_that_the_digest_has_itself_are_refused(name: str) -> None:
+    class Own(TrunklineDataModule):
+        def data_key(self) -> dict[str, Any]:
+            return {name: 1}
+
+    with pytest.raises(TrunklineError, match=f"Own.data_key returns values named '{name}'.*another name"):
+        Own().digest()

@@ -267,15 +267,26 @@ def test_processes_that_see_the_same() -> None:
             "data.source",
         ),
         (
-            {"data": "def", "parts": {"train": "1", "settings": {}}},
+            {"data": "def", "parts": {"train": "1", "settings": {"seed": 0}}},
             "process 1 on b reads other data (digest def) than the first process on a (abc): they differ in train;",
+            "data.source",
+        ),
+        (
+            {"data": "def", "parts": {"train": "0", "settings": {"seed": 1}}},
+            "process 1 on b reads other data (digest def) than the first process on a (abc): they differ in data.seed; "
+            "give all hosts the same values of these fields",
+            "data.seed",
+        ),
+        (
+            {"data": None, "fault": ("a.tar is damaged", "data.source")},
+            "process 1 on b cannot read its data: a.tar is damaged",
             "data.source",
         ),
         ({"folder": "cannot write"}, "process 1 on b cannot write", "run_dir"),
     ],
 )
 def test_processes_that_differ(change: dict[str, Any], text: str, field: str | None) -> None:
-    first = Survey(0, "a", {"torch": "2.9"}, "abc", None)
+    first = Survey(0, "a", {"torch": "2.9"}, "abc", None, {"train": "0", "settings": {"seed": 0}})
     ((message, place),) = preflight.disagreements([first, first._replace(rank=1, host="b", **change)])
     assert message is not None
     assert message.startswith(text)
@@ -314,6 +325,15 @@ class RankData(ImageData):
         return f"{self.trainer.global_rank}"  # type: ignore[union-attr]
 
 
+class DamagedData(ImageData):
+    """The second process finds that a file is damaged as it reads some of it."""
+
+    def digest(self) -> str | None:
+        if self.trainer.global_rank == 1:  # type: ignore[union-attr]
+            raise TrunklineError("a.tar is damaged; copy it again", "data.source")
+        return super().digest()
+
+
 class OlderPackage(ImageData):
     """The second process has another torch."""
 
@@ -327,6 +347,7 @@ class OlderPackage(ImageData):
     ("data", "fault"),
     [
         ("RankData", "reads other data (digest 1) than the first process"),
+        ("DamagedData", "cannot read its data: a.tar is damaged; copy it again"),
         ("OlderPackage", f"but {metadata.version('torch')} for the first process"),
     ],
 )

@@ -217,6 +217,8 @@ def test_records_that_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "record_5.json").write_text("[]")
     assert start(6, Told(val="d"), tmp_path)[1] == []
     assert len(start(7, Told(), tmp_path)[1]) == 1
+    start(8, Told(), tmp_path, digest=None, parts={})  # own data, which has a `data_key` only now
+    assert start(9, Told(val="d"), tmp_path)[1] == []
 
 
 def test_fields_of_another_version_are_no_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,16 +67,20 @@ def test_strategies_that_start_processes_themselves(strategy: str, expected: boo
     assert portable(strategy) is expected
 
 
+EACH_EPOCH = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+
+
 @pytest.mark.parametrize(
     ("trainer", "expected"),
     [
         ({}, {"limit_train_batches": 4}),
-        ({"val_check_interval": 0.1}, {"limit_train_batches": 4, "val_check_interval": 1.0}),
+        ({"val_check_interval": 0.1}, {"limit_train_batches": 4, **EACH_EPOCH}),
         ({"limit_train_batches": 1.0}, {"limit_train_batches": 4}),
         ({"accumulate_grad_batches": 3, "limit_train_batches": None}, {"limit_train_batches": 12}),
         ({"limit_train_batches": 3}, {"limit_train_batches": 3}),
         ({"limit_train_batches": 30}, {"limit_train_batches": 4}),
-        ({"val_check_interval": 190}, {"limit_train_batches": 4, "check_val_every_n_epoch": None}),
+        ({"val_check_interval": 190, "check_val_every_n_epoch": None}, {"limit_train_batches": 4, **EACH_EPOCH}),
+        ({"check_val_every_n_epoch": 2}, {"limit_train_batches": 4}),
     ],
 )
 def test_the_options_of_short_epochs(trainer: dict[str, Any], expected: dict[str, Any]) -> None:
