@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from trunkline import TrunklineError
 from trunkline.contract import DataFacts, EpochCut
-from trunkline.datamodules.content_digest import SETTINGS, plain_digest, plain_value, short_digest
+from trunkline.datamodules.content_digest import SETTINGS, TOKENIZER_PART, plain_digest, plain_value, short_digest
 from trunkline.datamodules.samplers import ResumableBatchSampler, ResumableLoader
 from trunkline.datamodules.token_batches import TokenBatches
 from trunkline.datamodules.workers import worker_start
@@ -49,8 +49,6 @@ def preserved_generators() -> Iterator[None]:
 
 NOT_SAMPLES = {"batch_size", "eval_batch_size", "num_workers", "cache_dir", "cache_waveforms", "max_skipped"}
 """Fields of datamodules that do not change the samples."""
-TOKENIZERS = "tokenizers"
-"""The part of a digest that is of the tokenizers."""
 TOKENIZER_FIELDS = {"tokenizer", "target_tokenizer"}
 """Fields that name a tokenizer, which is known by itself, wherever it comes from."""
 
@@ -122,7 +120,7 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         settings = {name: plain_value(getattr(self, name)) for name in names}
         sizes = {split: len(rows) for split, rows in self.datasets.items()}  # type: ignore[arg-type]
         parts = {name: plain_digest([sizes.get(name), self._key.get(name)]) for name in {**self._key, **sizes}}
-        return {**parts, TOKENIZERS: tokenizers, SETTINGS: settings}
+        return {**parts, TOKENIZER_PART: tokenizers, SETTINGS: settings}
 
     def data_key(self) -> dict[str, Any] | list[Any]:
         """What else tells this data from other data, as plain values that are found without reading all of it, such as
@@ -139,7 +137,7 @@ class TrunklineDataModule(Loading, L.LightningDataModule):
         """`data_key`, found once: the processes compare it before a run, and the run's record holds it."""
         found = self.data_key()
         key = found if isinstance(found, dict) else {"data": found} if found else {}
-        for name in (TOKENIZERS, SETTINGS):
+        for name in (SETTINGS, TOKENIZER_PART):
             if name in key:
                 raise TrunklineError(
                     f"{type(self).__name__}.data_key returns values named {name!r}, a name that the digest of the data "

@@ -24,6 +24,8 @@ BLOCKS = 4
 """Places of a larger file at which they are read: a copy that broke off may be whole at its beginning."""
 READERS = 8
 """Files that are read at once: on a network disk this is a matter of waiting."""
+TOKENIZER_PART = "tokenizers"
+"""The part of a digest that is of the tokenizers."""
 SETTINGS = "settings"
 """The part of a digest that is not a hash: the fields of the datamodule, by name."""
 
