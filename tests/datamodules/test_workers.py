@@ -74,7 +74,7 @@ def test_a_worker_stays_until_the_training_process_ends(flag: Flag) -> None:
         worker.join()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_python_ends_the_workers_that_are_left(method: str, tmp_path: Path) -> None:
     """It sends a SIGTERM to each at its end, and waits for it."""
     program = multiprocessing.get_context(method).Process(target=leaves_a_worker, args=(method, tmp_path / "pid"))
